@@ -27,5 +27,6 @@ def require(extra: str, *modules: str) -> None:
         names = ", ".join(f"'{module}'" for module in missing)
         verb = "is" if len(missing) == 1 else "are"
         raise ImportError(
-            f"fewshot_ext: {names} {verb} missing; pip install 'fewshot_ext[{extra}]'", name=missing[0].partition(".")[0]
+            f"fewshot_ext: {names} {verb} missing; pip install 'fewshot_ext[{extra}]'",
+            name=missing[0].partition(".")[0],
         )
