@@ -1,0 +1,140 @@
+// The register tile every matrix product of the CPU kernels is made of, and the packing it wants.
+// Included inside FEWSHOT_EXT_TARGET_BEGIN ... END; see isa.h.
+//
+// A tile holds up to tile_rows rows of two vectors in registers and walks the inner dimension once: two loads of B, one
+// broadcast of A a row, two multiply-adds a row. Callers fuse around it: a tile's result lies in the first-level cache
+// when they read it back, so no fusion needs to live inside the loop.
+#pragma once
+
+#include "common/half.h"
+#include "common/simd.h"
+
+namespace fewshot_ext::FEWSHOT_EXT_ISA {
+
+// Accumulators, two vectors of B and one broadcast fill the register file: 2 * 14 + 3 of 32, 2 * 6 + 3 of 16.
+constexpr int tile_rows = FEWSHOT_EXT_VECTOR_BYTES == 64 ? 14 : 6;
+
+template <class T>
+constexpr int panel_width = 2 * Simd<T>::lanes;
+
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+// Rows of a panel packed by pack_transposed: whole vectors, at least tile_rows.
+template <class T>
+constexpr int packed_rows = static_cast<int>(round_up(tile_rows, Simd<T>::lanes));
+
+// Cuts n rows into tiles of nearly equal height: 32 rows give 11, 11, 10 rather than 14, 14, 4.
+struct Tiles {
+  int64_t n, count;
+  explicit Tiles(int64_t rows) : n(rows), count(divide_up(rows, tile_rows)) {}
+  int64_t begin(int64_t tile) const { return n * tile / count; }
+  int rows(int64_t tile) const { return static_cast<int>(begin(tile + 1) - begin(tile)); }
+};
+
+// Where a tile finds A: element (row, k) lies at k / inner * outer_step + k % inner * k_step + row * row_step.
+template <class T>
+struct TileA {
+  const T* data;
+  int64_t k_step;
+  int64_t inner;
+  int64_t outer_step;
+};
+
+// C[row][0 .. panel_width) (+)= sum_k A(row, k) B[k][0 .. panel_width), for `inner_size` values of k.
+template <class T, int Rows, int RowStep>
+void tile_product(int64_t inner_size, TileA<T> a, const T* b, T* c, int64_t c_stride, bool accumulate) {
+  constexpr int lanes = Simd<T>::lanes;
+  Vector<T> sum[Rows][2];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+    sum[r][0] = accumulate ? load(c + r * c_stride) : Vector<T>{};
+    sum[r][1] = accumulate ? load(c + r * c_stride + lanes) : Vector<T>{};
+  }
+  while (inner_size > 0) {
+    const int64_t steps = inner_size < a.inner ? inner_size : a.inner;
+    const T* at = a.data;
+    for (int64_t k = 0; k < steps; ++k) {
+      const Vector<T> b0 = load(b), b1 = load(b + lanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r) {
+        const T broadcast = at[r * RowStep];
+        sum[r][0] += b0 * broadcast;
+        sum[r][1] += b1 * broadcast;
+      }
+      at += a.k_step;
+      b += panel_width<T>;
+    }
+    a.data += a.outer_step;
+    inner_size -= steps;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+    store(c + r * c_stride, sum[r][0]);
+    store(c + r * c_stride + lanes, sum[r][1]);
+  }
+}
+
+// tile_product for a height known only at run time.
+template <class T, int RowStep, int Rows = tile_rows>
+FEWSHOT_EXT_INLINE void tile_product(int rows, int64_t inner_size, const TileA<T>& a, const T* b, T* c,
+                                     int64_t c_stride, bool accumulate) {
+  if constexpr (Rows > 1) {
+    if (rows != Rows) return tile_product<T, RowStep, Rows - 1>(rows, inner_size, a, b, c, c_stride, accumulate);
+  }
+  tile_product<T, Rows, RowStep>(inner_size, a, b, c, c_stride, accumulate);
+}
+
+// Source rows [rows, columns], source_stride apart -> to[columns][width], zero beyond `rows`.
+// `scratch` holds lanes * columns elements, used where the source needs converting.
+template <class T, class Storage>
+void pack_transposed(const Storage* source, int64_t source_stride, int64_t rows, int64_t columns, int width, T* to,
+                     T* scratch) {
+  constexpr int lanes = Simd<T>::lanes;
+  for (int first = 0; first < width; first += lanes) {
+    const int64_t height = rows - first < lanes ? (rows > first ? rows - first : 0) : lanes;
+    const T* from;
+    int64_t from_stride;
+    if constexpr (std::is_same_v<T, Storage>) {
+      from = source + first * source_stride;
+      from_stride = source_stride;
+    } else {
+      for (int64_t r = 0; r < height; ++r)
+        for (int64_t c = 0; c < columns; ++c)
+          scratch[r * columns + c] = to_accumulate(source[(first + r) * source_stride + c]);
+      from = scratch;
+      from_stride = columns;
+    }
+    int64_t column = 0;
+    for (; column + lanes <= columns; column += lanes) {
+      Vector<T> square[lanes];
+      for (int64_t r = 0; r < lanes; ++r)
+        square[r] = r < height ? load(from + r * from_stride + column) : Vector<T>{};
+      Transpose<T>::run(square);
+      for (int k = 0; k < lanes; ++k) store(to + (column + k) * width + first, square[k]);
+    }
+    for (; column < columns; ++column)
+      for (int64_t r = 0; r < lanes; ++r)
+        to[column * width + first + r] = r < height ? from[r * from_stride + column] : T(0);
+  }
+}
+
+// Source rows [rows, columns] -> panels to[column / panel_width][rows][panel_width], zero beyond `columns`.
+template <class T, class Storage>
+void pack_panels(const Storage* source, int64_t source_stride, int64_t rows, int64_t columns, T* to,
+                 int64_t panel_stride) {
+  constexpr int width = panel_width<T>;
+  for (int64_t r = 0; r < rows; ++r) {
+    const Storage* row = source + r * source_stride;
+    for (int64_t first = 0; first < columns; first += width) {
+      T* panel = to + first / width * panel_stride + r * width;
+      if (columns - first >= width) {
+        for (int k = 0; k < width; ++k) panel[k] = to_accumulate(row[first + k]);
+      } else {
+        for (int k = 0; k < width; ++k) panel[k] = first + k < columns ? to_accumulate(row[first + k]) : T(0);
+      }
+    }
+  }
+}
+
+}  // namespace fewshot_ext::FEWSHOT_EXT_ISA

@@ -1,0 +1,19 @@
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "common/half.h"
+#include "common/isa.h"
+#include "common/parallel.h"
+#include "margin_softmax/problem.h"
+
+#define FEWSHOT_EXT_ISA baseline
+#define FEWSHOT_EXT_VECTOR_BYTES 16
+#include "margin_softmax/cpu_kernel.h"

@@ -1,0 +1,491 @@
+// Fused signed-margin softmax on the CPU. Included inside FEWSHOT_EXT_TARGET_BEGIN ... END; see common/isa.h.
+//
+// The N x C logits are needed twice: for the log-sum-exp of each row, and, once that is known, for the gradient. They
+// are neither stored whole nor computed twice (which would cost 8NDC operations instead of 6NDC) as long as N <= D:
+// the gradient of the weight is an output of C x D elements, and until a block of its rows is written, the memory of
+// those rows holds the logits of the same classes. Samples beyond D go to a bounded workspace, and what does not fit
+// there either is computed again.
+//
+//   pass A, a thread's classes block by block: logits = scale * s, running max and sum-exp of each row
+//   rows:                                       loss, and the coefficients of the softmax gradient
+//   pass B, block by block:                     G = dL/ds from the kept logits, dX += G W, dW = G^T X
+//
+// Layout: samples come in panels of `width` (two vectors). A block of classes holds its logits and its gradient G as
+// [panel][class][width]: as it stands, that is the output tile of X W^T, operand A of G W and operand A of G^T X.
+// Cosine needs no normalised copies: 1 / |w_j| and 1 / |x_i| scale the logits and G, and the projections
+// (I - xhat xhat^T) of the backward of the normalisation become one multiple of the raw row, whose factor is a sum
+// over G * s that pass B has at hand.
+#pragma once
+
+#include "common/parallel.h"
+#include "common/tile_gemm.h"
+#include "margin_softmax/problem.h"
+
+namespace fewshot_ext::FEWSHOT_EXT_ISA {
+
+// Logits kept outside the memory of grad_weight, at most.
+constexpr int64_t logits_workspace_bytes = int64_t(12) << 20;
+// Operands of one block of classes that should stay in a core's second-level cache together.
+constexpr int64_t block_bytes = int64_t(384) << 10;
+// Work that is worth a thread of its own.
+constexpr double flops_per_thread = 2e5;
+
+// T accumulates, Storage is what features, weight and gradients are made of.
+template <class T, class Storage>
+class MarginSoftmax {
+  using IntVector = typename Simd<T>::IntVector;
+  using Int = typename Simd<T>::Int;
+  static constexpr int lanes = Simd<T>::lanes;
+  static constexpr int width = panel_width<T>;
+  static constexpr int pack = packed_rows<T>;
+  // The eps of torch.nn.functional.normalize.
+  static constexpr double norm_floor = 1e-12;
+
+ public:
+  explicit MarginSoftmax(const MarginSoftmaxProblem& problem)
+      : problem_(problem),
+        samples_(problem.samples),
+        classes_(problem.classes),
+        dimensions_(problem.dimensions),
+        panels_(divide_up(problem.samples, width)),
+        column_panels_(divide_up(problem.dimensions, width)),
+        features_(static_cast<const Storage*>(problem.features)),
+        weight_(static_cast<const Storage*>(problem.weight)),
+        grad_features_(static_cast<Storage*>(problem.grad_features)),
+        grad_weight_(static_cast<Storage*>(problem.grad_weight)) {
+    const double flops = 2.0 * double(samples_) * double(classes_) * double(dimensions_);
+    threads_ = std::min(available_threads(), std::min(divide_up(classes_, 4), int64_t(flops / flops_per_thread) + 1));
+    const int64_t wanted = block_bytes / int64_t(sizeof(T)) / std::max(dimensions_, panels_ * width);
+    const int64_t thread_classes = divide_up(classes_, threads_);
+    block_classes_ = std::min(std::max<int64_t>(wanted, 2 * tile_rows), thread_classes);
+
+    if (grad_weight_)
+      panels_in_place_ = std::min<int64_t>(panels_, dimensions_ * sizeof(Storage) / (width * sizeof(T)));
+    if (grad_features_ || grad_weight_)
+      panels_kept_ = std::min<int64_t>(
+          panels_, panels_in_place_ + logits_workspace_bytes / (classes_ * width * int64_t(sizeof(T))));
+
+    const int64_t padded = panels_ * width;
+    Arena sizes;
+    lay_out(sizes, padded);
+    workspace_.reset(static_cast<T*>(::operator new(sizes.used * sizeof(T), std::align_val_t(64))));
+    Arena arena{workspace_.get()};
+    lay_out(arena, padded);
+  }
+
+  // Loss, predictions, row statistics, and for a scalar reduction the gradients for an upstream gradient of 1.
+  void forward() {
+    pack_features();
+    parallel_tasks(threads_, [this](int64_t thread) { pass_a(thread); });
+    finish_rows();
+    if (grad_features_ || grad_weight_) gradients();
+  }
+
+  // Gradients for the upstream gradient problem.grad_loss of each row.
+  void backward() {
+    panels_in_place_ = panels_kept_ = 0;  // no logits were kept: pass B computes them again
+    pack_features();
+    const T* statistics = static_cast<const T*>(problem_.row_statistics);
+    const T* upstream = static_cast<const T*>(problem_.grad_loss);
+    for (int64_t i = 0; i < samples_; ++i)
+      set_coefficients(i, statistics[i], statistics[samples_ + i], upstream[i]);
+    gradients();
+  }
+
+ private:
+  struct Arena {
+    T* base = nullptr;
+    int64_t used = 0;
+    T* take(int64_t count) {
+      T* at = base ? base + used : nullptr;
+      used += round_up(count, 64 / int64_t(sizeof(T)));
+      return at;
+    }
+  };
+
+  struct Free {
+    void operator()(T* p) const { ::operator delete(p, std::align_val_t(64)); }
+  };
+
+  struct Thread {
+    T* weight_transposed;  // [tile][D][pack]
+    T* weight_panels;      // [column panel][block][width]
+    T* conversion;         // [lanes, D], for pack_transposed
+    T* gradient;           // [panel][block][width], G, or in pass A one tile of logits nobody keeps
+    T* grad_features;      // [N, column_panels * width]
+    T* tile;               // [tile_rows, width]
+    T *max, *sum_exp, *sum_logits, *target_logit, *best;  // [padded N] each
+    Int* best_class;                                      // [padded N]
+    T* features_dot;                                      // [padded N], sum_j G_ij s_ij * scale
+    T* weight_dot;                                        // [block]
+  };
+
+  void lay_out(Arena& arena, int64_t padded) {
+    features_transposed_ = arena.take(panels_ * dimensions_ * width);
+    features_panels_ = grad_weight_ ? arena.take(column_panels_ * samples_ * width) : nullptr;
+    kept_ = arena.take((panels_kept_ - panels_in_place_) * width * classes_);
+    for (T** row : {&inverse_x_, &log_sum_, &row_gradient_, &uniform_, &target_gradient_}) *row = arena.take(padded);
+    target_ = reinterpret_cast<Int*>(arena.take(padded));
+    inverse_w_ = arena.take(classes_);
+    conversions_ = arena.take(std::is_same_v<T, Storage> ? 0 : threads_ * lanes * dimensions_);
+    per_thread_.resize(threads_);
+    const bool gradients = grad_features_ || grad_weight_;
+    for (Thread& t : per_thread_) {
+      t.weight_transposed = arena.take(divide_up(block_classes_, tile_rows) * dimensions_ * pack + pack * dimensions_);
+      t.weight_panels = gradients ? arena.take(column_panels_ * block_classes_ * width) : nullptr;
+      t.gradient = arena.take((gradients ? panels_ : 1) * std::max<int64_t>(block_classes_, tile_rows) * width);
+      t.grad_features = grad_features_ ? arena.take(samples_ * column_panels_ * width) : nullptr;
+      t.tile = arena.take(tile_rows * width);
+      for (T** row : {&t.max, &t.sum_exp, &t.sum_logits, &t.target_logit, &t.best, &t.features_dot})
+        *row = arena.take(padded);
+      t.best_class = reinterpret_cast<Int*>(arena.take(padded));
+      t.weight_dot = arena.take(block_classes_);
+    }
+  }
+
+  int64_t class_begin(int64_t thread) const { return classes_ * thread / threads_; }
+  int64_t panel_samples(int64_t panel) const { return std::min<int64_t>(width, samples_ - panel * width); }
+
+  T inverse_norm(const Storage* row) const {
+    if (!problem_.cosine) return T(1);
+    T sums[4 * lanes] = {};
+    int64_t d = 0;
+    for (; d + 4 * lanes <= dimensions_; d += 4 * lanes)
+      for (int k = 0; k < 4 * lanes; ++k) {
+        const T x = to_accumulate(row[d + k]);
+        sums[k] += x * x;
+      }
+    for (; d < dimensions_; ++d) {
+      const T x = to_accumulate(row[d]);
+      sums[0] += x * x;
+    }
+    T total = 0;
+    for (T s : sums) total += s;
+    return T(1) / std::max(std::sqrt(total), T(norm_floor));
+  }
+
+  // Factor of the raw row in the backward of the normalisation; a clamped norm is a constant and has none.
+  T projection(T inverse) const { return problem_.cosine && inverse < T(1 / norm_floor) ? inverse * inverse : T(0); }
+
+  void pack_features() {
+    const int64_t tasks = std::min(threads_, panels_);
+    parallel_tasks(tasks, [&](int64_t task) {
+      for (int64_t panel = panels_ * task / tasks; panel < panels_ * (task + 1) / tasks; ++panel) {
+        const int64_t first = panel * width, count = panel_samples(panel);
+        const Storage* rows = features_ + first * problem_.features_stride;
+        pack_transposed(rows, problem_.features_stride, count, dimensions_, width,
+                        features_transposed_ + first * dimensions_, conversions_ + task * lanes * dimensions_);
+        if (features_panels_)
+          pack_panels(rows, problem_.features_stride, count, dimensions_, features_panels_ + first * width,
+                      samples_ * width);
+        for (int64_t i = first; i < first + width; ++i) {
+          const bool real = i < samples_;
+          inverse_x_[i] = real ? inverse_norm(features_ + i * problem_.features_stride) : T(0);
+          target_[i] = real && !ignored(i) ? static_cast<Int>(problem_.target[i]) : Int(-1);
+          log_sum_[i] = row_gradient_[i] = uniform_[i] = target_gradient_[i] = T(0);
+        }
+      }
+    });
+  }
+
+  bool ignored(int64_t i) const { return problem_.target[i] == problem_.ignore_index; }
+
+  void pack_weight(Thread& t, int64_t thread, int64_t first, const Tiles& tiles) {
+    for (int64_t tile = 0; tile < tiles.count; ++tile)
+      pack_transposed(weight_ + (first + tiles.begin(tile)) * problem_.weight_stride, problem_.weight_stride,
+                      tiles.rows(tile), dimensions_, pack, t.weight_transposed + tile * dimensions_ * pack,
+                      conversions_ + thread * lanes * dimensions_);
+  }
+
+  // Where pass A leaves the logits of a panel, [class][width]; null where it keeps none.
+  T* kept_logits(int64_t panel, int64_t first, int64_t count) {
+    if (panel < panels_in_place_)
+      return reinterpret_cast<T*>(grad_weight_ + first * dimensions_) + panel * count * width;
+    if (panel < panels_kept_) return kept_ + ((panel - panels_in_place_) * classes_ + first) * width;
+    return nullptr;
+  }
+
+  void similarities(const Thread& t, int64_t panel, int64_t tile, int rows, T* to) const {
+    tile_product<T, 1>(rows, dimensions_,
+                       {t.weight_transposed + tile * dimensions_ * pack, pack, dimensions_, 0},
+                       features_transposed_ + panel * width * dimensions_, to, width, false);
+  }
+
+  void pass_a(int64_t thread) {
+    Thread& t = per_thread_[thread];
+    const int64_t padded = panels_ * width;
+    std::fill(t.max, t.max + padded, std::numeric_limits<T>::lowest() / 4);
+    std::fill(t.best, t.best + padded, -std::numeric_limits<T>::infinity());
+    std::fill(t.best_class, t.best_class + padded, Int(-1));
+    for (T* row : {t.sum_exp, t.sum_logits, t.target_logit}) std::fill(row, row + padded, T(0));
+
+    const int64_t end = class_begin(thread + 1);
+    for (int64_t first = class_begin(thread); first < end; first += block_classes_) {
+      const Tiles tiles(std::min(block_classes_, end - first));
+      for (int64_t j = first; j < first + tiles.n; ++j) inverse_w_[j] = inverse_norm(weight_ + j * problem_.weight_stride);
+      pack_weight(t, thread, first, tiles);
+      for (int64_t panel = 0; panel < panels_; ++panel) {
+        T* kept = kept_logits(panel, first, tiles.n);
+        for (int64_t tile = 0; tile < tiles.count; ++tile) {
+          T* logits = kept ? kept + tiles.begin(tile) * width : t.gradient;
+          similarities(t, panel, tile, tiles.rows(tile), logits);
+          for (int half = 0; half < width; half += lanes)
+            reduce_tile(t, panel * width + half, first + tiles.begin(tile), tiles.rows(tile), logits + half);
+        }
+      }
+    }
+  }
+
+  // Similarities of one vector of samples with `rows` classes -> logits in place, and the running row statistics.
+  FEWSHOT_EXT_INLINE void reduce_tile(Thread& t, int64_t sample, int64_t first_class, int rows, T* logits) {
+    const Vector<T> factor = load(inverse_x_ + sample) * T(problem_.scale);
+    const IntVector target = load_int<T>(target_ + sample);
+    const Vector<T> excluded = splat(-std::numeric_limits<T>::infinity());
+    const Vector<T> old_max = load(t.max + sample);
+    Vector<T> max = old_max, target_logit = load(t.target_logit + sample);
+    for (int r = 0; r < rows; ++r) {
+      const Vector<T> logit = load(logits + r * width) * (factor * inverse_w_[first_class + r]);
+      store(logits + r * width, logit);
+      const IntVector is_target = target == static_cast<Int>(first_class + r);
+      target_logit = is_target ? logit : target_logit;
+      const Vector<T> rest = is_target ? excluded : logit;
+      max = rest > max ? rest : max;
+    }
+    Vector<T> sum = load(t.sum_exp + sample) * exp<T>(old_max - max);
+    for (int r = 0; r < rows; ++r) {
+      const IntVector is_target = target == static_cast<Int>(first_class + r);
+      sum += exp<T>((is_target ? excluded : load(logits + r * width)) - max);
+    }
+    store(t.max + sample, max);
+    store(t.sum_exp + sample, sum);
+    store(t.target_logit + sample, target_logit);
+    if (problem_.label_smoothing != 0) {
+      Vector<T> total = load(t.sum_logits + sample);
+      for (int r = 0; r < rows; ++r) total += load(logits + r * width);
+      store(t.sum_logits + sample, total);
+    }
+    if (problem_.prediction) {
+      Vector<T> best = load(t.best + sample);
+      IntVector best_class = load_int<T>(t.best_class + sample);
+      for (int r = 0; r < rows; ++r) {
+        const Vector<T> logit = load(logits + r * width);
+        const IntVector better = logit > best;
+        best = better ? logit : best;
+        best_class = better ? IntVector{} + static_cast<Int>(first_class + r) : best_class;
+      }
+      store(t.best + sample, best);
+      store(t.best_class + sample, best_class);
+    }
+  }
+
+  // Joins the threads' statistics; loss and coefficients of every row.
+  void finish_rows() {
+    T* statistics = static_cast<T*>(problem_.row_statistics);
+    T* loss = static_cast<T*>(problem_.loss);
+    const bool mean = problem_.reduction == Reduction::mean;
+    int64_t counted = 0;
+    for (int64_t i = 0; i < samples_; ++i) counted += !ignored(i);
+    const double row_weight = mean ? 1.0 / double(counted) : 1.0;
+    double total = 0;
+    for (int64_t i = 0; i < samples_; ++i) {
+      double max = per_thread_[0].max[i];
+      for (const Thread& t : per_thread_) max = std::max<double>(max, t.max[i]);
+      double sum_exp = 0, sum_logits = 0, target_logit = 0;
+      T best = -std::numeric_limits<T>::infinity();
+      Int best_class = -1;
+      for (const Thread& t : per_thread_) {
+        sum_exp += double(t.sum_exp[i]) * std::exp(double(t.max[i]) - max);
+        sum_logits += t.sum_logits[i];
+        target_logit += t.target_logit[i];  // 0 but in the thread that owns the target class
+        if (t.best[i] > best) {
+          best = t.best[i];
+          best_class = t.best_class[i];
+        }
+      }
+      if (problem_.prediction) problem_.prediction[i] = std::max<Int>(best_class, 0);
+      const double others = max + std::log(sum_exp);
+      const double target = target_logit - problem_.scale * problem_.margin;
+      double row = 0;
+      if (!ignored(i)) {
+        row = softplus(others - target);
+        if (problem_.label_smoothing != 0)
+          row += problem_.label_smoothing *
+                 (target - (sum_logits - problem_.scale * problem_.margin) / double(classes_));
+      }
+      total += row;
+      statistics[i] = T(others);
+      statistics[samples_ + i] = T(target);
+      if (problem_.reduction == Reduction::none) loss[i] = T(row);
+      else set_coefficients(i, T(others), T(target), T(row_weight));
+    }
+    // The mean over no row at all is NaN, as in torch.nn.functional.cross_entropy.
+    if (problem_.reduction != Reduction::none) *loss = T(mean ? total / double(counted) : total);
+  }
+
+  static double softplus(double x) { return std::max(x, 0.0) + std::log1p(std::exp(-std::abs(x))); }
+
+  // dL/dl_ij = g (p_ij - [j = y] (1 - eps) - eps / C). The target's entry is formed from the sigmoid itself: p_iy - 1
+  // would cancel where the margin leaves a tiny loss.
+  void set_coefficients(int64_t i, T others, T target, T upstream) {
+    if (ignored(i)) return;
+    const double smoothing = problem_.label_smoothing, gap = double(others) - double(target);
+    const double g = double(upstream) * problem_.scale, tail = std::exp(-std::abs(gap));
+    const double off_target = gap > 0 ? 1 / (1 + tail) : tail / (1 + tail);  // 1 - p_iy
+    log_sum_[i] = T(double(target) + softplus(gap));
+    row_gradient_[i] = T(g);
+    uniform_[i] = T(g * smoothing / double(classes_));
+    target_gradient_[i] = T(g * (smoothing - smoothing / double(classes_) - off_target));
+  }
+
+  void gradients() {
+    parallel_tasks(threads_, [this](int64_t thread) { pass_b(thread); });
+    if (!grad_features_) return;
+    const int64_t tasks = std::min(threads_, samples_);
+    parallel_tasks(tasks, [&](int64_t task) {
+      for (int64_t i = samples_ * task / tasks; i < samples_ * (task + 1) / tasks; ++i) finish_features_row(i);
+    });
+  }
+
+  void pass_b(int64_t thread) {
+    Thread& t = per_thread_[thread];
+    std::fill(t.features_dot, t.features_dot + panels_ * width, T(0));
+    const int64_t begin = class_begin(thread), end = class_begin(thread + 1);
+    for (int64_t first = begin; first < end; first += block_classes_) {
+      const Tiles tiles(std::min(block_classes_, end - first));
+      if (panels_kept_ == 0)
+        for (int64_t j = first; j < first + tiles.n; ++j)
+          inverse_w_[j] = inverse_norm(weight_ + j * problem_.weight_stride);
+      if (panels_kept_ < panels_) pack_weight(t, thread, first, tiles);
+      std::fill(t.weight_dot, t.weight_dot + tiles.n, T(0));
+      for (int64_t panel = 0; panel < panels_; ++panel) softmax_gradient(t, panel, first, tiles);
+      pack_panels(weight_ + first * problem_.weight_stride, problem_.weight_stride, tiles.n, dimensions_,
+                  t.weight_panels, tiles.n * width);
+      if (grad_features_) accumulate_features(t, tiles.n, first != begin);
+      if (grad_weight_) write_weight(t, first, tiles);
+    }
+  }
+
+  // G of one panel and one block: dL/ds / (|x_i| |w_j|), and the sums of dL/ds * logit over each row and column.
+  void softmax_gradient(Thread& t, int64_t panel, int64_t first, const Tiles& tiles) {
+    const T* logits = kept_logits(panel, first, tiles.n);
+    T* gradient = t.gradient + panel * tiles.n * width;
+    const bool recompute = logits == nullptr;
+    if (recompute) {
+      for (int64_t tile = 0; tile < tiles.count; ++tile)
+        similarities(t, panel, tile, tiles.rows(tile), gradient + tiles.begin(tile) * width);
+      logits = gradient;
+    }
+    for (int half = 0; half < width; half += lanes) {
+      const int64_t sample = panel * width + half;
+      const IntVector target = load_int<T>(target_ + sample);
+      const Vector<T> inverse_x = load(inverse_x_ + sample), factor = inverse_x * T(problem_.scale);
+      const Vector<T> log_sum = load(log_sum_ + sample), weight = load(row_gradient_ + sample);
+      const Vector<T> uniform = load(uniform_ + sample), at_target = load(target_gradient_ + sample);
+      Vector<T> dot = load(t.features_dot + sample);
+      for (int64_t j = 0; j < tiles.n; ++j) {
+        Vector<T> logit = load(logits + j * width + half);
+        const T inverse_w = inverse_w_[first + j];
+        if (recompute) logit = logit * (factor * inverse_w);
+        Vector<T> g = weight * exp<T>(logit - log_sum) - uniform;
+        g = target == static_cast<Int>(first + j) ? at_target : g;
+        const Vector<T> product = g * logit;
+        dot += product;
+        t.weight_dot[j] += horizontal_sum<T>(product);
+        store(gradient + j * width + half, g * (inverse_x * inverse_w));
+      }
+      store(t.features_dot + sample, dot);
+    }
+  }
+
+  void accumulate_features(Thread& t, int64_t block, bool accumulate) {
+    const int64_t stride = column_panels_ * width;
+    for (int64_t panel = 0; panel < panels_; ++panel) {
+      const Tiles tiles(panel_samples(panel));
+      for (int64_t column = 0; column < column_panels_; ++column)
+        for (int64_t tile = 0; tile < tiles.count; ++tile)
+          tile_product<T, 1>(tiles.rows(tile), block,
+                             {t.gradient + panel * block * width + tiles.begin(tile), width, block, 0},
+                             t.weight_panels + column * block * width,
+                             t.grad_features + (panel * width + tiles.begin(tile)) * stride + column * width, stride,
+                             accumulate);
+    }
+  }
+
+  void write_weight(Thread& t, int64_t first, const Tiles& tiles) {
+    for (int64_t column = 0; column < column_panels_; ++column) {
+      const int64_t columns = std::min<int64_t>(width, dimensions_ - column * width);
+      for (int64_t tile = 0; tile < tiles.count; ++tile) {
+        tile_product<T, width>(tiles.rows(tile), samples_,
+                               {t.gradient + tiles.begin(tile) * width, 1, width, tiles.n * width},
+                               features_panels_ + column * samples_ * width, t.tile, width, false);
+        for (int r = 0; r < tiles.rows(tile); ++r) {
+          const int64_t j = tiles.begin(tile) + r;
+          const T factor = t.weight_dot[j] / T(problem_.scale) * projection(inverse_w_[first + j]);
+          const T* raw = t.weight_panels + (column * tiles.n + j) * width;
+          Storage* out = grad_weight_ + (first + j) * dimensions_ + column * width;
+          for (int64_t k = 0; k < columns; ++k)
+            out[k] = from_accumulate<Storage>(t.tile[r * width + k] - factor * raw[k]);
+        }
+      }
+    }
+  }
+
+  void finish_features_row(int64_t i) {
+    const int64_t stride = column_panels_ * width;
+    T dot = 0;
+    for (const Thread& t : per_thread_) dot += t.features_dot[i];
+    const T factor = dot / T(problem_.scale) * projection(inverse_x_[i]);
+    T* sum = per_thread_[0].grad_features + i * stride;
+    for (int64_t thread = 1; thread < threads_; ++thread) {
+      const T* part = per_thread_[thread].grad_features + i * stride;
+      for (int64_t d = 0; d < dimensions_; ++d) sum[d] += part[d];
+    }
+    const Storage* raw = features_ + i * problem_.features_stride;
+    Storage* out = grad_features_ + i * dimensions_;
+    for (int64_t d = 0; d < dimensions_; ++d)
+      out[d] = from_accumulate<Storage>(sum[d] - factor * T(to_accumulate(raw[d])));
+  }
+
+  const MarginSoftmaxProblem& problem_;
+  const int64_t samples_, classes_, dimensions_;
+  const int64_t panels_;         // of samples
+  const int64_t column_panels_;  // of dimensions
+  const Storage* const features_;
+  const Storage* const weight_;
+  Storage* const grad_features_;
+  Storage* const grad_weight_;
+  int64_t threads_, block_classes_;
+  int64_t panels_in_place_ = 0;  // panels whose logits wait in the memory of grad_weight
+  int64_t panels_kept_ = 0;      // those, and the ones in kept_
+
+  std::unique_ptr<T, Free> workspace_;
+  T* features_transposed_;  // [panel][D][width]
+  T* features_panels_;      // [column panel][N][width]
+  T* kept_;                 // [panel][C][width]
+  T* conversions_;          // [thread][lanes, D]
+  T *inverse_x_, *inverse_w_;
+  T *log_sum_, *row_gradient_, *uniform_, *target_gradient_;  // [padded N] each
+  Int* target_;                                               // [padded N], -1 where the row is ignored
+  std::vector<Thread> per_thread_;
+};
+
+template <class T, class Storage>
+void run_margin_softmax(const MarginSoftmaxProblem& problem, bool backward) {
+  MarginSoftmax<T, Storage> run(problem);
+  backward ? run.backward() : run.forward();
+}
+
+void margin_softmax(const MarginSoftmaxProblem& problem, bool backward) {
+  switch (problem.dtype) {
+    case Dtype::float32:
+      return run_margin_softmax<float, float>(problem, backward);
+    case Dtype::float64:
+      return run_margin_softmax<double, double>(problem, backward);
+    case Dtype::bfloat16:
+      return run_margin_softmax<float, BFloat16>(problem, backward);
+    case Dtype::float16:
+      return run_margin_softmax<float, Float16>(problem, backward);
+  }
+}
+
+}  // namespace fewshot_ext::FEWSHOT_EXT_ISA

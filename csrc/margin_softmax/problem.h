@@ -1,0 +1,45 @@
+// Margin softmax, described without torch: what the binding fills in and every kernel reads.
+#pragma once
+
+#include <cstdint>
+
+namespace fewshot_ext {
+
+enum class Dtype : int { float32, float64, bfloat16, float16 };
+
+enum class Reduction : int { none = 0, mean = 1, sum = 2 };
+
+// One call. `Accumulate` below is double for float64 inputs and float for every other dtype.
+struct MarginSoftmaxProblem {
+  int64_t samples = 0;     // N
+  int64_t classes = 0;     // C
+  int64_t dimensions = 0;  // D
+
+  Dtype dtype = Dtype::float32;    // of features, weight and their gradients
+  const void* features = nullptr;  // [N, D], rows features_stride elements apart
+  int64_t features_stride = 0;
+  const void* weight = nullptr;  // [C, D], rows weight_stride elements apart
+  int64_t weight_stride = 0;
+  const int64_t* target = nullptr;  // [N]
+
+  double margin = 0;
+  double scale = 1;
+  double label_smoothing = 0;
+  int64_t ignore_index = -100;
+  bool cosine = true;  // inner product otherwise
+  Reduction reduction = Reduction::mean;
+
+  // Results; a null pointer is a result nobody asked for.
+  void* loss = nullptr;           // Accumulate, [] or [N]
+  int64_t* prediction = nullptr;  // [N]
+  // Accumulate [2, N]: the log-sum-exp over the classes other than the target, and the target's margin-adjusted logit.
+  // The forward pass writes it, the backward pass reads it.
+  void* row_statistics = nullptr;
+  void* grad_features = nullptr;  // [N, D], contiguous
+  void* grad_weight = nullptr;    // [C, D], contiguous
+
+  // Upstream gradient of each row's loss, Accumulate [N]; read by the backward pass alone.
+  const void* grad_loss = nullptr;
+};
+
+}  // namespace fewshot_ext

@@ -1,0 +1,15 @@
+// Every operator schema of the package, and nothing else. Kernels register themselves beside their code; fake, autograd
+// and vmap rules are in fewshot_ext/ops/.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(fewshot_ext, m) {
+  m.def(
+      "margin_softmax(Tensor features, Tensor weight, Tensor target, float margin, float scale, "
+      "float label_smoothing, int ignore_index, bool cosine, int reduction, bool features_grad, bool weight_grad, "
+      "bool return_prediction) "
+      "-> (Tensor loss, Tensor prediction, Tensor row_statistics, Tensor grad_features, Tensor grad_weight)");
+  m.def(
+      "margin_softmax_backward(Tensor grad_loss, Tensor features, Tensor weight, Tensor target, "
+      "Tensor row_statistics, float margin, float scale, float label_smoothing, int ignore_index, bool cosine, "
+      "bool features_grad, bool weight_grad) -> (Tensor grad_features, Tensor grad_weight)");
+}

@@ -1,0 +1,168 @@
+"""Classifier heads with a signed-margin softmax loss."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fewshot_ext.ops import margin_cosine_loss, margin_softmax_loss
+
+
+class _MarginLoss(nn.Module):
+    """Owns the class weight ``[num_classes, in_features]``; a subclass chooses the similarity."""
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        margin: float,
+        scale: float,
+        *,
+        reduction: str,
+        ignore_index: int,
+        label_smoothing: float,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (("in_features", in_features, 1), ("num_classes", num_classes, 2)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        self.in_features = in_features
+        self.num_classes = num_classes
+        self.margin = margin
+        self.scale = scale
+        self.reduction = reduction
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.weight = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """kaiming_uniform with a = sqrt(5), as :class:`torch.nn.Linear` does and the paper's classifiers start."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def _options(self) -> dict[str, object]:
+        return {
+            "margin": self.margin,
+            "scale": self.scale,
+            "reduction": self.reduction,
+            "ignore_index": self.ignore_index,
+            "label_smoothing": self.label_smoothing,
+        }
+
+    def extra_repr(self) -> str:
+        sizes = f"in_features={self.in_features}, num_classes={self.num_classes}"
+        return ", ".join([sizes, *(f"{name}={value!r}" for name, value in self._options().items())])
+
+
+class MarginCosineLoss(_MarginLoss):
+    """Cosine classifier trained with :func:`fewshot_ext.margin_cosine_loss` (Neg-Cosine, paper equation 8).
+
+    Args:
+        in_features: D, the length of a feature vector.
+        num_classes: C >= 2.
+        margin, scale, reduction, ignore_index, label_smoothing: as in :func:`fewshot_ext.margin_cosine_loss`.
+        device, dtype: of the weight, ``[C, D]``, drawn by kaiming_uniform(a = sqrt 5).
+
+    Example:
+        >>> import torch, fewshot_ext
+        >>> head = fewshot_ext.MarginCosineLoss(in_features=64, num_classes=5, margin=-0.3)
+        >>> features = torch.randn(8, 64)
+        >>> loss = head(features, torch.randint(5, (8,)))
+        >>> head.scores(features).shape
+        torch.Size([8, 5])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        margin: float = -0.3,
+        scale: float = 30.0,
+        *,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            in_features,
+            num_classes,
+            margin,
+            scale,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(
+        self, features: Tensor, target: Tensor, *, return_prediction: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Loss of ``features [N, D]`` with labels ``target [N]``; see :func:`fewshot_ext.margin_cosine_loss`."""
+        return margin_cosine_loss(
+            features, self.weight, target, return_prediction=return_prediction, **self._options()
+        )
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Plain cosines ``[N, C]``, without margin and scale: what a prediction is made from."""
+        return F.linear(F.normalize(features, dim=-1), F.normalize(self.weight, dim=-1))
+
+
+class MarginSoftmaxLoss(_MarginLoss):
+    """Linear classifier without bias, trained with :func:`fewshot_ext.margin_softmax_loss` (Neg-Softmax, equation 7).
+
+    Args:
+        in_features: D, the length of a feature vector.
+        num_classes: C >= 2.
+        margin, scale, reduction, ignore_index, label_smoothing: as in :func:`fewshot_ext.margin_softmax_loss`.
+        device, dtype: of the weight, ``[C, D]``, drawn by kaiming_uniform(a = sqrt 5).
+
+    Example:
+        >>> import torch, fewshot_ext
+        >>> head = fewshot_ext.MarginSoftmaxLoss(in_features=64, num_classes=5, margin=-1.0)
+        >>> loss, prediction = head(torch.randn(8, 64), torch.randint(5, (8,)), return_prediction=True)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        margin: float = -1.0,
+        scale: float = 5.0,
+        *,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            in_features,
+            num_classes,
+            margin,
+            scale,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(
+        self, features: Tensor, target: Tensor, *, return_prediction: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Loss of ``features [N, D]`` with labels ``target [N]``; see :func:`fewshot_ext.margin_softmax_loss`."""
+        return margin_softmax_loss(
+            features, self.weight, target, return_prediction=return_prediction, **self._options()
+        )
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Plain inner products ``[N, C]``, without margin and scale: what a prediction is made from."""
+        return F.linear(features, self.weight)

@@ -1,0 +1,94 @@
+"""Argument checks that the operators share. Each error names the argument, what came and what is taken."""
+
+import math
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+from fewshot_ext import _library
+
+FLOATING_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_FLOATING_NAMES = "float32, float64, bfloat16 or float16"
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether the host may look at the tensor's values: not while tracing, not under vmap, not on another device."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def check_tensor(name: str, value: object, shape: str, dimensions: int) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
+    if value.dim() != dimensions:
+        raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
+
+
+def check_floating(name: str, value: Tensor) -> None:
+    if value.dtype not in FLOATING_DTYPES:
+        raise TypeError(f"{name}: expected dtype {_FLOATING_NAMES}, got {value.dtype}")
+
+
+def check_device(first_name: str, first: Tensor, **others: Tensor) -> None:
+    """All on the device of ``first``, and one that has kernels."""
+    for name, value in others.items():
+        if value.device != first.device:
+            raise ValueError(f"{name}: expected device {first.device} as {first_name} is on, got {value.device}")
+    kind = first.device.type
+    if kind == "cuda":
+        _library.require_cuda()
+    elif kind not in ("cpu", "meta"):
+        raise ValueError(f"{first_name}: expected a CPU or CUDA tensor, got one on {first.device}")
+
+
+def check_number(
+    name: str, value: object, *, positive: bool = False, between: tuple[float, float] | None = None
+) -> float:
+    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not -math.inf < value < math.inf:  # what math.isfinite says, in words that torch.compile can trace
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    if positive and not value > 0:
+        raise ValueError(f"{name}: expected a number above 0, got {value}")
+    if between is not None and not between[0] <= value <= between[1]:
+        raise ValueError(f"{name}: expected a number in [{between[0]}, {between[1]}], got {value}")
+    return float(value)
+
+
+def check_integer(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    return int(value)
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected one of {', '.join(choices)}, got {type(value).__name__}")
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
+
+
+def check_labels(name: str, value: Tensor, classes: int, ignore_index: int) -> None:
+    """Every label in [0, classes) or equal to ``ignore_index``; looks only where the host may look at values."""
+    if value.numel() == 0 or not has_values(value):
+        return
+    lowest, highest = torch.aminmax(value)
+    if lowest.item() >= 0 and highest.item() < classes:
+        return
+    outside = ((value < 0) | (value >= classes)) & (value != ignore_index)
+    if outside.any():
+        index = int(outside.nonzero()[0, 0])
+        raise ValueError(
+            f"{name}: expected labels in [0, {classes}) or ignore_index = {ignore_index}, "
+            f"got {int(value[index])} at index {index}"
+        )

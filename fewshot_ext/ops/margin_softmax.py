@@ -1,0 +1,375 @@
+"""Softmax losses with a margin of either sign, fused forward and backward.
+
+Operator contract: the value does not depend on whether gradients were asked for; gradients reach features and weight;
+second derivatives raise. ``features_grad`` and ``weight_grad`` are hints: with a scalar loss they let the forward pass,
+which has the logits at hand, leave the gradients behind (6NDC operations in all); without them the backward pass
+computes the logits again (8NDC).
+"""
+
+import torch
+from torch import Tensor
+
+from fewshot_ext.ops._validation import (
+    check_choice,
+    check_device,
+    check_flag,
+    check_floating,
+    check_integer,
+    check_labels,
+    check_number,
+    check_tensor,
+    has_values,
+)
+
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # the codes of csrc/margin_softmax/problem.h
+
+_forward_op = torch.ops.fewshot_ext.margin_softmax.default
+_backward_op = torch.ops.fewshot_ext.margin_softmax_backward.default
+
+
+def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("fewshot_ext::margin_softmax")
+def _(
+    features,
+    weight,
+    target,
+    margin,
+    scale,
+    label_smoothing,
+    ignore_index,
+    cosine,
+    reduction,
+    features_grad,
+    weight_grad,
+    return_prediction,
+):
+    samples = features.shape[0]
+    accumulate = _accumulate_dtype(features.dtype)
+    return (
+        features.new_empty([samples] if reduction == REDUCTIONS["none"] else [], dtype=accumulate),
+        target.new_empty([samples if return_prediction else 0]),
+        features.new_empty([2, samples], dtype=accumulate),
+        features.new_empty(features.shape if features_grad else [0]),
+        weight.new_empty(weight.shape if weight_grad else [0]),
+    )
+
+
+@torch.library.register_fake("fewshot_ext::margin_softmax_backward")
+def _(
+    grad_loss,
+    features,
+    weight,
+    target,
+    row_statistics,
+    margin,
+    scale,
+    label_smoothing,
+    ignore_index,
+    cosine,
+    features_grad,
+    weight_grad,
+):
+    return (
+        features.new_empty(features.shape if features_grad else [0]),
+        weight.new_empty(weight.shape if weight_grad else [0]),
+    )
+
+
+def _refuse_second_derivative(*unused) -> None:
+    raise RuntimeError(
+        "fewshot_ext.margin_softmax offers first derivatives only. For second derivatives use "
+        "fewshot_ext.reference.margin_cosine_loss or margin_softmax_loss."
+    )
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    features, weight, target, *settings = inputs
+    *ctx.settings, reduction, features_grad, weight_grad, _ = settings
+    _, prediction, row_statistics, grad_features, grad_weight = output
+    ctx.mark_non_differentiable(prediction, row_statistics, grad_features, grad_weight)
+    ctx.set_materialize_grads(False)
+    ctx.reduction = reduction
+    # What the forward pass left behind serves only if it covers every gradient that autograd will ask for.
+    needs_features, needs_weight, *_ = ctx.needs_input_grad
+    ctx.has_gradients = (features_grad or not needs_features) and (weight_grad or not needs_weight)
+    ctx.save_for_backward(features, weight, target, row_statistics, grad_features, grad_weight)
+
+
+def _backward(ctx, grad_loss, *unused_grads):
+    needs_features, needs_weight, *rest = ctx.needs_input_grad
+    no_grads = [None] * len(rest)
+    if grad_loss is None:
+        return None, None, *no_grads
+    features, weight, target, row_statistics, grad_features, grad_weight = ctx.saved_tensors
+    # A graph of the backward pass is wanted where grad mode is on here. The gradients of the forward pass are constants
+    # to autograd and would give silent zeros there; the backward operator refuses by name.
+    if ctx.has_gradients and not torch.is_grad_enabled():
+        return (
+            _scaled(grad_features, grad_loss) if needs_features else None,
+            _scaled(grad_weight, grad_loss) if needs_weight else None,
+            *no_grads,
+        )
+    if ctx.reduction == REDUCTIONS["mean"]:
+        ignore_index = ctx.settings[3]
+        grad_loss = grad_loss / (target != ignore_index).sum()
+    grad_features, grad_weight = _call_backward(
+        grad_loss.expand(target.shape),
+        features,
+        weight,
+        target,
+        row_statistics,
+        *ctx.settings,
+        needs_features,
+        needs_weight,
+    )
+    return grad_features if needs_features else None, grad_weight if needs_weight else None, *no_grads
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """``factor * gradient``, in the memory of ``gradient`` where this backward pass is its last reader.
+
+    With 100,000 classes the gradient of the weight is as large as all else together: a copy would cost a tenth of the
+    whole call.
+    """
+    if has_values(factor) and not _graph_is_kept():
+        return gradient if factor.item() == 1.0 else gradient.mul_(factor)
+    return gradient * factor.to(gradient.dtype)
+
+
+def _graph_is_kept() -> bool:
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+torch.library.register_autograd("fewshot_ext::margin_softmax", _backward, setup_context=_save_for_backward)
+torch.library.register_autograd("fewshot_ext::margin_softmax_backward", _refuse_second_derivative)
+
+
+def _one_by_one(op):
+    """vmap as a loop: each problem fills the machine by itself."""
+
+    def rule(info, in_dims, *args):
+        def item(arg, dim, index):
+            return arg if dim is None else arg.select(dim, index)
+
+        results = [
+            op(*(item(arg, dim, index) for arg, dim in zip(args, in_dims, strict=True)))
+            for index in range(info.batch_size)
+        ]
+        stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    return rule
+
+
+def _transformable(op, setup_context, backward):
+    """``op`` as a function that torch.func.grad, vjp and jacrev see through too; they refuse register_autograd's."""
+    rule = _one_by_one(op)
+    torch.library.register_vmap(op, rule)
+    function = type(
+        op._opname,
+        (torch.autograd.Function,),
+        {
+            "forward": staticmethod(lambda *args: op(*args)),
+            "setup_context": staticmethod(setup_context),
+            "backward": staticmethod(backward),
+            "vmap": staticmethod(rule),
+        },
+    )
+
+    def call(*args):
+        return function.apply(*args) if torch._C._are_functorch_transforms_active() else op(*args)
+
+    return call
+
+
+_call_forward = _transformable(_forward_op, _save_for_backward, _backward)
+_call_backward = _transformable(_backward_op, lambda ctx, inputs, output: None, _refuse_second_derivative)
+
+
+def _autocast(features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """One dtype for both under autocast: its own on CUDA, where it buys speed, the wider of the two on the CPU, where
+    the kernels compute in float32 whatever comes."""
+    device = features.device.type
+    if not torch.is_autocast_enabled(device) or torch.float64 in (features.dtype, weight.dtype):
+        return features, weight
+    if device == "cuda":
+        dtype = torch.get_autocast_dtype(device)
+    else:
+        dtype = torch.promote_types(features.dtype, weight.dtype)
+    return features.to(dtype), weight.to(dtype)
+
+
+def _margin_loss(
+    features: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    margin: float,
+    scale: float,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    return_prediction: bool,
+    cosine: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    check_tensor("features", features, "[N, D]", 2)
+    check_tensor("weight", weight, "[C, D]", 2)
+    check_tensor("target", target, "[N]", 1)
+    check_floating("features", features)
+    check_floating("weight", weight)
+    if target.dtype != torch.int64:
+        raise TypeError(f"target: expected dtype torch.int64, got {target.dtype}")
+    check_device("features", features, weight=weight, target=target)
+    features, weight = _autocast(features, weight)
+    if weight.dtype != features.dtype:
+        raise TypeError(f"weight: expected dtype {features.dtype} as features has, got {weight.dtype}")
+    if weight.shape[1] != features.shape[1]:
+        raise ValueError(f"weight: expected shape [C, {features.shape[1]}] to fit features, got {list(weight.shape)}")
+    if features.shape[1] == 0:
+        raise ValueError(f"features: expected at least one dimension, got shape {list(features.shape)}")
+    if weight.shape[0] < 2:
+        raise ValueError(f"weight: expected at least 2 classes, got shape {list(weight.shape)}")
+    if target.shape[0] != features.shape[0]:
+        raise ValueError(f"target: expected shape [{features.shape[0]}] to fit features, got {list(target.shape)}")
+    margin = check_number("margin", margin)
+    scale = check_number("scale", scale, positive=True)
+    label_smoothing = check_number("label_smoothing", label_smoothing, between=(0.0, 1.0))
+    ignore_index = check_integer("ignore_index", ignore_index)
+    check_choice("reduction", reduction, tuple(REDUCTIONS))
+    check_flag("return_prediction", return_prediction)
+    if reduction == "mean" and features.shape[0] == 0:
+        raise ValueError("features: got no samples (N = 0), which have no mean; use reduction='sum' or 'none'")
+    check_labels("target", target, weight.shape[0], ignore_index)
+
+    with_gradients = reduction != "none" and torch.is_grad_enabled()
+    loss, prediction, *_ = _call_forward(
+        features,
+        weight,
+        target,
+        margin,
+        scale,
+        label_smoothing,
+        ignore_index,
+        cosine,
+        REDUCTIONS[reduction],
+        with_gradients and features.requires_grad,
+        with_gradients and weight.requires_grad,
+        return_prediction,
+    )
+    return (loss, prediction) if return_prediction else loss
+
+
+def margin_cosine_loss(
+    features: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    margin: float = -0.3,
+    scale: float = 30.0,
+    *,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    return_prediction: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Cosine softmax loss with a margin of either sign (Neg-Cosine; CosFace where the margin is positive).
+
+    .. math::
+        L_i = -\log \frac{e^{\beta (\cos(z_i, W_{y_i}) - m)}}
+                         {e^{\beta (\cos(z_i, W_{y_i}) - m)} + \sum_{j \ne y_i} e^{\beta \cos(z_i, W_j)}}
+
+    Equation 8 of Liu et al., "Negative Margin Matters: Understanding Margin in Few-shot Classification", ECCV 2020.
+    The N x C logits are never stored whole. A vector of norm below 1e-12 is divided by 1e-12 instead, as
+    :func:`torch.nn.functional.normalize` does.
+
+    Args:
+        features: ``[N, D]``; float32, float64, bfloat16 or float16. Half types are accumulated in float32.
+        weight: ``[C, D]``, C >= 2, one row a class; dtype and device of ``features``. Under autocast the dtypes may
+            differ.
+        target: ``[N]`` int64, labels in [0, C) or ``ignore_index``.
+        margin: m, in units of cosine. Negative values relax the base classes for better transfer to novel ones.
+        scale: :math:`\beta` > 0, the inverse temperature.
+        reduction: "mean" over the rows that are not ignored (NaN where all are), "sum", or "none".
+        ignore_index: label of rows that count for nothing: loss 0, no gradient, not in the mean.
+        label_smoothing: in [0, 1]; as in :func:`torch.nn.functional.cross_entropy`, on the logits with margin.
+        return_prediction: also return the arg-max class of the plain cosines, for the training accuracy.
+
+    Returns:
+        The loss, ``[]`` or ``[N]`` (reduction "none"), float64 for float64 features and float32 otherwise; with
+        ``return_prediction`` a pair of it and the predictions, ``[N]`` int64, the first class where several tie.
+
+    Gradients reach ``features`` and ``weight``; second derivatives raise a RuntimeError.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: shapes that do not fit, fewer than 2 classes, labels out of range, a margin or scale that is not
+            finite, an unknown reduction, no samples with reduction "mean", tensors on different devices.
+
+    Example:
+        >>> import torch, fewshot_ext
+        >>> features = torch.randn(8, 64, requires_grad=True)
+        >>> weight = torch.randn(5, 64, requires_grad=True)
+        >>> target = torch.randint(5, (8,))
+        >>> loss = fewshot_ext.margin_cosine_loss(features, weight, target, margin=-0.3, scale=30.0)
+        >>> loss.backward()
+        >>> weight.grad.shape
+        torch.Size([5, 64])
+    """
+    return _margin_loss(
+        features,
+        weight,
+        target,
+        margin,
+        scale,
+        reduction,
+        ignore_index,
+        label_smoothing,
+        return_prediction,
+        cosine=True,
+    )
+
+
+def margin_softmax_loss(
+    features: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    margin: float = -1.0,
+    scale: float = 5.0,
+    *,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    return_prediction: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Inner-product softmax loss with a margin of either sign (Neg-Softmax).
+
+    .. math::
+        L_i = -\log \frac{e^{\beta (W_{y_i}^T z_i - m)}}
+                         {e^{\beta (W_{y_i}^T z_i - m)} + \sum_{j \ne y_i} e^{\beta W_j^T z_i}}
+
+    Equation 7 of Liu et al., "Negative Margin Matters: Understanding Margin in Few-shot Classification", ECCV 2020.
+    Arguments, results, gradients and errors are those of :func:`margin_cosine_loss`; the margin is in units of the
+    inner product.
+
+    Example:
+        >>> import torch, fewshot_ext
+        >>> features, weight = torch.randn(8, 64), torch.randn(5, 64)
+        >>> loss, prediction = fewshot_ext.margin_softmax_loss(
+        ...     features, weight, torch.randint(5, (8,)), margin=-1.0, scale=5.0, return_prediction=True
+        ... )
+        >>> prediction.shape
+        torch.Size([8])
+    """
+    return _margin_loss(
+        features,
+        weight,
+        target,
+        margin,
+        scale,
+        reduction,
+        ignore_index,
+        label_smoothing,
+        return_prediction,
+        cosine=False,
+    )
