@@ -107,11 +107,8 @@ def _backward(ctx, grad_loss, *unused_grads):
     # A graph of the backward pass is wanted where grad mode is on here. The gradients of the forward pass are constants
     # to autograd and would give silent zeros there; the backward operator refuses by name.
     if ctx.has_gradients and not torch.is_grad_enabled():
-        return (
-            _scaled(grad_features, grad_loss) if needs_features else None,
-            _scaled(grad_weight, grad_loss) if needs_weight else None,
-            *no_grads,
-        )
+        wanted = (grad_features if needs_features else None, grad_weight if needs_weight else None)
+        return *_scaled(wanted, grad_loss), *no_grads
     if ctx.reduction == REDUCTIONS["mean"]:
         ignore_index = ctx.settings[3]
         grad_loss = grad_loss / (target != ignore_index).sum()
@@ -128,23 +125,16 @@ def _backward(ctx, grad_loss, *unused_grads):
     return grad_features if needs_features else None, grad_weight if needs_weight else None, *no_grads
 
 
-def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """``factor * gradient``, in the memory of ``gradient`` where this backward pass is its last reader.
+def _scaled(gradients: tuple[Tensor | None, ...], factor: Tensor) -> tuple[Tensor | None, ...]:
+    """``factor`` times each gradient, in the gradient's own memory where this backward pass is its last reader.
 
     With 100,000 classes the gradient of the weight is as large as all else together: a copy would cost a tenth of the
     whole call.
     """
-    if has_values(factor) and not _graph_is_kept():
-        return gradient if factor.item() == 1.0 else gradient.mul_(factor)
-    return gradient * factor.to(gradient.dtype)
-
-
-def _graph_is_kept() -> bool:
-    return torch._C._autograd._get_current_graph_task_keep_graph()
-
-
-torch.library.register_autograd("fewshot_ext::margin_softmax", _backward, setup_context=_save_for_backward)
-torch.library.register_autograd("fewshot_ext::margin_softmax_backward", _refuse_second_derivative)
+    if has_values(factor) and not torch._C._autograd._get_current_graph_task_keep_graph():
+        value = factor.item()
+        return tuple(grad if grad is None or value == 1.0 else grad.mul_(value) for grad in gradients)
+    return tuple(None if grad is None else grad * factor.to(grad.dtype) for grad in gradients)
 
 
 def _one_by_one(op):
@@ -164,15 +154,23 @@ def _one_by_one(op):
     return rule
 
 
-def _transformable(op, setup_context, backward):
-    """``op`` as a function that torch.func.grad, vjp and jacrev see through too; they refuse register_autograd's."""
+def _differentiable(op, setup_context, backward):
+    """``op`` with its autograd rule on both roads: as a registered operator for the compiler, and as an
+    autograd.Function for eager calls. The function costs a third of the registered rule's overhead, which shows at
+    few-shot sizes, and torch.func.grad, vjp and jacrev, which refuse the registered rule, see through it."""
     rule = _one_by_one(op)
+    torch.library.register_autograd(op, backward, setup_context=setup_context)
     torch.library.register_vmap(op, rule)
+
+    def forward(*args):
+        with torch._C._AutoDispatchBelowAutograd():  # past the registered rule
+            return op(*args)
+
     function = type(
         op._opname,
         (torch.autograd.Function,),
         {
-            "forward": staticmethod(lambda *args: op(*args)),
+            "forward": staticmethod(forward),
             "setup_context": staticmethod(setup_context),
             "backward": staticmethod(backward),
             "vmap": staticmethod(rule),
@@ -180,13 +178,13 @@ def _transformable(op, setup_context, backward):
     )
 
     def call(*args):
-        return function.apply(*args) if torch._C._are_functorch_transforms_active() else op(*args)
+        return op(*args) if torch.compiler.is_compiling() else function.apply(*args)
 
     return call
 
 
-_call_forward = _transformable(_forward_op, _save_for_backward, _backward)
-_call_backward = _transformable(_backward_op, lambda ctx, inputs, output: None, _refuse_second_derivative)
+_call_forward = _differentiable(_forward_op, _save_for_backward, _backward)
+_call_backward = _differentiable(_backward_op, lambda ctx, inputs, output: None, _refuse_second_derivative)
 
 
 def _autocast(features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
