@@ -41,9 +41,18 @@ struct TileA {
   int64_t outer_step;
 };
 
+// And B: row k of a panel, panel_width elements, lies at k * row_step, the next panel panel_step further.
+template <class T>
+struct Panels {
+  const T* data;
+  int64_t panel_step;
+  int64_t row_step;
+};
+
 // C[row][0 .. panel_width) (+)= sum_k A(row, k) B[k][0 .. panel_width), for `inner_size` values of k.
 template <class T, int Rows, int RowStep>
-void tile_product(int64_t inner_size, TileA<T> a, const T* b, T* c, int64_t c_stride, bool accumulate) {
+void tile_product(int64_t inner_size, TileA<T> a, const T* b, int64_t b_step, T* c, int64_t c_stride,
+                  bool accumulate) {
   constexpr int lanes = Simd<T>::lanes;
   Vector<T> sum[Rows][2];
 #pragma GCC unroll 16
@@ -63,7 +72,7 @@ void tile_product(int64_t inner_size, TileA<T> a, const T* b, T* c, int64_t c_st
         sum[r][1] += b1 * broadcast;
       }
       at += a.k_step;
-      b += panel_width<T>;
+      b += b_step;
     }
     a.data += a.outer_step;
     inner_size -= steps;
@@ -75,14 +84,15 @@ void tile_product(int64_t inner_size, TileA<T> a, const T* b, T* c, int64_t c_st
   }
 }
 
-// tile_product for a height known only at run time.
+// tile_product with panel `panel` of B, for a height known only at run time.
 template <class T, int RowStep, int Rows = tile_rows>
-FEWSHOT_EXT_INLINE void tile_product(int rows, int64_t inner_size, const TileA<T>& a, const T* b, T* c,
-                                     int64_t c_stride, bool accumulate) {
+FEWSHOT_EXT_INLINE void tile_product(int rows, int64_t inner_size, const TileA<T>& a, const Panels<T>& b, int64_t panel,
+                                     T* c, int64_t c_stride, bool accumulate) {
   if constexpr (Rows > 1) {
-    if (rows != Rows) return tile_product<T, RowStep, Rows - 1>(rows, inner_size, a, b, c, c_stride, accumulate);
+    if (rows != Rows)
+      return tile_product<T, RowStep, Rows - 1>(rows, inner_size, a, b, panel, c, c_stride, accumulate);
   }
-  tile_product<T, Rows, RowStep>(inner_size, a, b, c, c_stride, accumulate);
+  tile_product<T, Rows, RowStep>(inner_size, a, b.data + panel * b.panel_step, b.row_step, c, c_stride, accumulate);
 }
 
 // Source rows [rows, columns], source_stride apart -> to[columns][width], zero beyond `rows`.
@@ -119,22 +129,30 @@ void pack_transposed(const Storage* source, int64_t source_stride, int64_t rows,
   }
 }
 
-// Source rows [rows, columns] -> panels to[column / panel_width][rows][panel_width], zero beyond `columns`.
+// Whether rows serve as operand B where they lie.
 template <class T, class Storage>
-void pack_panels(const Storage* source, int64_t source_stride, int64_t rows, int64_t columns, T* to,
-                 int64_t panel_stride) {
+constexpr bool panels_as_they_lie(int64_t columns) {
+  return std::is_same_v<T, Storage> && columns % panel_width<T> == 0;
+}
+
+// Source rows [rows, columns] as operand B: as they lie, or packed to[column / panel_width][rows][panel_width] with
+// zeros beyond `columns`.
+template <class T, class Storage>
+Panels<T> pack_panels(const Storage* source, int64_t source_stride, int64_t rows, int64_t columns, T* to) {
   constexpr int width = panel_width<T>;
+  if constexpr (std::is_same_v<T, Storage>) {
+    if (panels_as_they_lie<T, Storage>(columns)) return {source, width, source_stride};
+  }
   for (int64_t r = 0; r < rows; ++r) {
     const Storage* row = source + r * source_stride;
     for (int64_t first = 0; first < columns; first += width) {
-      T* panel = to + first / width * panel_stride + r * width;
-      if (columns - first >= width) {
-        for (int k = 0; k < width; ++k) panel[k] = to_accumulate(row[first + k]);
-      } else {
-        for (int k = 0; k < width; ++k) panel[k] = first + k < columns ? to_accumulate(row[first + k]) : T(0);
-      }
+      T* panel = to + (first * rows + r * width);
+      const int64_t count = columns - first < width ? columns - first : width;
+      for (int64_t k = 0; k < count; ++k) panel[k] = to_accumulate(row[first + k]);
+      for (int64_t k = count; k < width; ++k) panel[k] = T(0);
     }
   }
+  return {to, rows * width, width};
 }
 
 }  // namespace fewshot_ext::FEWSHOT_EXT_ISA

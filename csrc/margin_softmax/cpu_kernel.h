@@ -27,6 +27,8 @@ namespace fewshot_ext::FEWSHOT_EXT_ISA {
 constexpr int64_t logits_workspace_bytes = int64_t(12) << 20;
 // Operands of one block of classes that should stay in a core's second-level cache together.
 constexpr int64_t block_bytes = int64_t(384) << 10;
+// Features that every thread packs for itself, at most.
+constexpr int64_t own_packing_bytes = int64_t(1) << 20;
 // Work that is worth a thread of its own.
 constexpr double flops_per_thread = 2e5;
 
@@ -53,6 +55,9 @@ class MarginSoftmax {
         weight_(static_cast<const Storage*>(problem.weight)),
         grad_features_(static_cast<Storage*>(problem.grad_features)),
         grad_weight_(static_cast<Storage*>(problem.grad_weight)) {
+    // Lines that one core packs and all others read must be fetched back at the next call; small enough features are
+    // packed faster than that.
+    own_packing_ = samples_ * dimensions_ * int64_t(sizeof(T)) <= own_packing_bytes;
     const double flops = 2.0 * double(samples_) * double(classes_) * double(dimensions_);
     threads_ = std::min(available_threads(), std::min(divide_up(classes_, 4), int64_t(flops / flops_per_thread) + 1));
     const int64_t wanted = block_bytes / int64_t(sizeof(T)) / std::max(dimensions_, panels_ * width);
@@ -83,12 +88,13 @@ class MarginSoftmax {
 
   // Gradients for the upstream gradient problem.grad_loss of each row.
   void backward() {
+    backward_only_ = true;
     panels_in_place_ = panels_kept_ = 0;  // no logits were kept: pass B computes them again
     pack_features();
     const T* statistics = static_cast<const T*>(problem_.row_statistics);
     const T* upstream = static_cast<const T*>(problem_.grad_loss);
     for (int64_t i = 0; i < samples_; ++i)
-      set_coefficients(i, statistics[i], statistics[samples_ + i], upstream[i]);
+      set_coefficients(i, statistics[samples_ + i], Gap(double(statistics[i]) - statistics[samples_ + i]), upstream[i]);
     gradients();
   }
 
@@ -108,6 +114,9 @@ class MarginSoftmax {
   };
 
   struct Thread {
+    T* features_transposed;  // [panel][D][width]; the threads' own or one for all, see own_packing_
+    T* inverse_x;            // [padded N], likewise
+    Int* target;             // [padded N], likewise; -1 where the row is ignored
     T* weight_transposed;  // [tile][D][pack]
     T* weight_panels;      // [column panel][block][width]
     T* conversion;         // [lanes, D], for pack_transposed
@@ -121,18 +130,26 @@ class MarginSoftmax {
   };
 
   void lay_out(Arena& arena, int64_t padded) {
-    features_transposed_ = arena.take(panels_ * dimensions_ * width);
-    features_panels_ = grad_weight_ ? arena.take(column_panels_ * samples_ * width) : nullptr;
+    const bool packs = !panels_as_they_lie<T, Storage>(dimensions_);
+    features_packed_ = grad_weight_ && packs ? arena.take(column_panels_ * samples_ * width) : nullptr;
     kept_ = arena.take((panels_kept_ - panels_in_place_) * width * classes_);
-    for (T** row : {&inverse_x_, &log_sum_, &row_gradient_, &uniform_, &target_gradient_}) *row = arena.take(padded);
-    target_ = reinterpret_cast<Int*>(arena.take(padded));
+    for (T** row : {&log_sum_, &row_gradient_, &uniform_, &target_gradient_}) *row = arena.take(padded);
     inverse_w_ = arena.take(classes_);
     conversions_ = arena.take(std::is_same_v<T, Storage> ? 0 : threads_ * lanes * dimensions_);
     per_thread_.resize(threads_);
     const bool gradients = grad_features_ || grad_weight_;
     for (Thread& t : per_thread_) {
+      if (own_packing_ || &t == &per_thread_[0]) {
+        t.features_transposed = arena.take(panels_ * dimensions_ * width);
+        t.inverse_x = arena.take(padded);
+        t.target = reinterpret_cast<Int*>(arena.take(padded));
+      } else {
+        t.features_transposed = per_thread_[0].features_transposed;
+        t.inverse_x = per_thread_[0].inverse_x;
+        t.target = per_thread_[0].target;
+      }
       t.weight_transposed = arena.take(divide_up(block_classes_, tile_rows) * dimensions_ * pack + pack * dimensions_);
-      t.weight_panels = gradients ? arena.take(column_panels_ * block_classes_ * width) : nullptr;
+      t.weight_panels = gradients && packs ? arena.take(column_panels_ * block_classes_ * width) : nullptr;
       t.gradient = arena.take((gradients ? panels_ : 1) * std::max<int64_t>(block_classes_, tile_rows) * width);
       t.grad_features = grad_features_ ? arena.take(samples_ * column_panels_ * width) : nullptr;
       t.tile = arena.take(tile_rows * width);
@@ -168,24 +185,33 @@ class MarginSoftmax {
   T projection(T inverse) const { return problem_.cosine && inverse < T(1 / norm_floor) ? inverse * inverse : T(0); }
 
   void pack_features() {
+    if (grad_weight_)
+      features_panels_ = pack_panels(features_, problem_.features_stride, samples_, dimensions_, features_packed_);
+    std::fill(log_sum_, log_sum_ + panels_ * width, T(0));
+    for (T* row : {row_gradient_, uniform_, target_gradient_}) std::fill(row, row + panels_ * width, T(0));
+    if (own_packing_) return;
     const int64_t tasks = std::min(threads_, panels_);
     parallel_tasks(tasks, [&](int64_t task) {
-      for (int64_t panel = panels_ * task / tasks; panel < panels_ * (task + 1) / tasks; ++panel) {
-        const int64_t first = panel * width, count = panel_samples(panel);
-        const Storage* rows = features_ + first * problem_.features_stride;
-        pack_transposed(rows, problem_.features_stride, count, dimensions_, width,
-                        features_transposed_ + first * dimensions_, conversions_ + task * lanes * dimensions_);
-        if (features_panels_)
-          pack_panels(rows, problem_.features_stride, count, dimensions_, features_panels_ + first * width,
-                      samples_ * width);
-        for (int64_t i = first; i < first + width; ++i) {
-          const bool real = i < samples_;
-          inverse_x_[i] = real ? inverse_norm(features_ + i * problem_.features_stride) : T(0);
-          target_[i] = real && !ignored(i) ? static_cast<Int>(problem_.target[i]) : Int(-1);
-          log_sum_[i] = row_gradient_[i] = uniform_[i] = target_gradient_[i] = T(0);
-        }
-      }
+      for (int64_t panel = panels_ * task / tasks; panel < panels_ * (task + 1) / tasks; ++panel)
+        pack_panel(per_thread_[task], task, panel);
     });
+  }
+
+  void pack_panel(const Thread& t, int64_t thread, int64_t panel) const {
+    const int64_t first = panel * width;
+    pack_transposed(features_ + first * problem_.features_stride, problem_.features_stride, panel_samples(panel),
+                    dimensions_, width, t.features_transposed + first * dimensions_,
+                    conversions_ + thread * lanes * dimensions_);
+    for (int64_t i = first; i < first + width; ++i) {
+      const bool real = i < samples_;
+      t.inverse_x[i] = real ? inverse_norm(features_ + i * problem_.features_stride) : T(0);
+      t.target[i] = real && !ignored(i) ? static_cast<Int>(problem_.target[i]) : Int(-1);
+    }
+  }
+
+  void pack_own_features(const Thread& t, int64_t thread) const {
+    if (own_packing_)
+      for (int64_t panel = 0; panel < panels_; ++panel) pack_panel(t, thread, panel);
   }
 
   bool ignored(int64_t i) const { return problem_.target[i] == problem_.ignore_index; }
@@ -208,7 +234,7 @@ class MarginSoftmax {
   void similarities(const Thread& t, int64_t panel, int64_t tile, int rows, T* to) const {
     tile_product<T, 1>(rows, dimensions_,
                        {t.weight_transposed + tile * dimensions_ * pack, pack, dimensions_, 0},
-                       features_transposed_ + panel * width * dimensions_, to, width, false);
+                       {t.features_transposed, width * dimensions_, width}, panel, to, width, false);
   }
 
   void pass_a(int64_t thread) {
@@ -219,6 +245,7 @@ class MarginSoftmax {
     std::fill(t.best_class, t.best_class + padded, Int(-1));
     for (T* row : {t.sum_exp, t.sum_logits, t.target_logit}) std::fill(row, row + padded, T(0));
 
+    pack_own_features(t, thread);
     const int64_t end = class_begin(thread + 1);
     for (int64_t first = class_begin(thread); first < end; first += block_classes_) {
       const Tiles tiles(std::min(block_classes_, end - first));
@@ -238,8 +265,8 @@ class MarginSoftmax {
 
   // Similarities of one vector of samples with `rows` classes -> logits in place, and the running row statistics.
   FEWSHOT_EXT_INLINE void reduce_tile(Thread& t, int64_t sample, int64_t first_class, int rows, T* logits) {
-    const Vector<T> factor = load(inverse_x_ + sample) * T(problem_.scale);
-    const IntVector target = load_int<T>(target_ + sample);
+    const Vector<T> factor = load(t.inverse_x + sample) * T(problem_.scale);
+    const IntVector target = load_int<T>(t.target + sample);
     const Vector<T> excluded = splat(-std::numeric_limits<T>::infinity());
     const Vector<T> old_max = load(t.max + sample);
     Vector<T> max = old_max, target_logit = load(t.target_logit + sample);
@@ -294,7 +321,7 @@ class MarginSoftmax {
       T best = -std::numeric_limits<T>::infinity();
       Int best_class = -1;
       for (const Thread& t : per_thread_) {
-        sum_exp += double(t.sum_exp[i]) * std::exp(double(t.max[i]) - max);
+        sum_exp += t.max[i] == max ? t.sum_exp[i] : t.sum_exp[i] * std::exp(t.max[i] - max);
         sum_logits += t.sum_logits[i];
         target_logit += t.target_logit[i];  // 0 but in the thread that owns the target class
         if (t.best[i] > best) {
@@ -305,9 +332,10 @@ class MarginSoftmax {
       if (problem_.prediction) problem_.prediction[i] = std::max<Int>(best_class, 0);
       const double others = max + std::log(sum_exp);
       const double target = target_logit - problem_.scale * problem_.margin;
+      const Gap gap(others - target);
       double row = 0;
       if (!ignored(i)) {
-        row = softplus(others - target);
+        row = gap.loss;
         if (problem_.label_smoothing != 0)
           row += problem_.label_smoothing *
                  (target - (sum_logits - problem_.scale * problem_.margin) / double(classes_));
@@ -316,25 +344,32 @@ class MarginSoftmax {
       statistics[i] = T(others);
       statistics[samples_ + i] = T(target);
       if (problem_.reduction == Reduction::none) loss[i] = T(row);
-      else set_coefficients(i, T(others), T(target), T(row_weight));
+      else set_coefficients(i, target, gap, row_weight);
     }
     // The mean over no row at all is NaN, as in torch.nn.functional.cross_entropy.
     if (problem_.reduction != Reduction::none) *loss = T(mean ? total / double(counted) : total);
   }
 
-  static double softplus(double x) { return std::max(x, 0.0) + std::log1p(std::exp(-std::abs(x))); }
+  // How far the other classes' log-sum-exp lies above the target's logit, and what follows from it.
+  struct Gap {
+    double loss;        // softplus(gap) = -log p_iy
+    double off_target;  // sigmoid(gap) = 1 - p_iy
+    explicit Gap(double gap) {
+      const double tail = std::exp(-std::abs(gap));
+      loss = std::max(gap, 0.0) + std::log1p(tail);
+      off_target = (gap > 0 ? 1.0 : tail) / (1 + tail);
+    }
+  };
 
   // dL/dl_ij = g (p_ij - [j = y] (1 - eps) - eps / C). The target's entry is formed from the sigmoid itself: p_iy - 1
   // would cancel where the margin leaves a tiny loss.
-  void set_coefficients(int64_t i, T others, T target, T upstream) {
+  void set_coefficients(int64_t i, double target, const Gap& gap, double upstream) {
     if (ignored(i)) return;
-    const double smoothing = problem_.label_smoothing, gap = double(others) - double(target);
-    const double g = double(upstream) * problem_.scale, tail = std::exp(-std::abs(gap));
-    const double off_target = gap > 0 ? 1 / (1 + tail) : tail / (1 + tail);  // 1 - p_iy
-    log_sum_[i] = T(double(target) + softplus(gap));
+    const double g = upstream * problem_.scale, smoothing = problem_.label_smoothing;
+    log_sum_[i] = T(target + gap.loss);
     row_gradient_[i] = T(g);
     uniform_[i] = T(g * smoothing / double(classes_));
-    target_gradient_[i] = T(g * (smoothing - smoothing / double(classes_) - off_target));
+    target_gradient_[i] = T(g * (smoothing - smoothing / double(classes_) - gap.off_target));
   }
 
   void gradients() {
@@ -349,19 +384,20 @@ class MarginSoftmax {
   void pass_b(int64_t thread) {
     Thread& t = per_thread_[thread];
     std::fill(t.features_dot, t.features_dot + panels_ * width, T(0));
+    if (backward_only_) pack_own_features(t, thread);
     const int64_t begin = class_begin(thread), end = class_begin(thread + 1);
     for (int64_t first = begin; first < end; first += block_classes_) {
       const Tiles tiles(std::min(block_classes_, end - first));
-      if (panels_kept_ == 0)
+      if (backward_only_)
         for (int64_t j = first; j < first + tiles.n; ++j)
           inverse_w_[j] = inverse_norm(weight_ + j * problem_.weight_stride);
       if (panels_kept_ < panels_) pack_weight(t, thread, first, tiles);
       std::fill(t.weight_dot, t.weight_dot + tiles.n, T(0));
       for (int64_t panel = 0; panel < panels_; ++panel) softmax_gradient(t, panel, first, tiles);
-      pack_panels(weight_ + first * problem_.weight_stride, problem_.weight_stride, tiles.n, dimensions_,
-                  t.weight_panels, tiles.n * width);
-      if (grad_features_) accumulate_features(t, tiles.n, first != begin);
-      if (grad_weight_) write_weight(t, first, tiles);
+      const Panels<T> weight = pack_panels(weight_ + first * problem_.weight_stride, problem_.weight_stride, tiles.n,
+                                           dimensions_, t.weight_panels);
+      if (grad_features_) accumulate_features(t, weight, tiles.n, first != begin);
+      if (grad_weight_) write_weight(t, weight, first, tiles);
     }
   }
 
@@ -377,8 +413,8 @@ class MarginSoftmax {
     }
     for (int half = 0; half < width; half += lanes) {
       const int64_t sample = panel * width + half;
-      const IntVector target = load_int<T>(target_ + sample);
-      const Vector<T> inverse_x = load(inverse_x_ + sample), factor = inverse_x * T(problem_.scale);
+      const IntVector target = load_int<T>(t.target + sample);
+      const Vector<T> inverse_x = load(t.inverse_x + sample), factor = inverse_x * T(problem_.scale);
       const Vector<T> log_sum = load(log_sum_ + sample), weight = load(row_gradient_ + sample);
       const Vector<T> uniform = load(uniform_ + sample), at_target = load(target_gradient_ + sample);
       Vector<T> dot = load(t.features_dot + sample);
@@ -397,7 +433,7 @@ class MarginSoftmax {
     }
   }
 
-  void accumulate_features(Thread& t, int64_t block, bool accumulate) {
+  void accumulate_features(Thread& t, const Panels<T>& weight, int64_t block, bool accumulate) {
     const int64_t stride = column_panels_ * width;
     for (int64_t panel = 0; panel < panels_; ++panel) {
       const Tiles tiles(panel_samples(panel));
@@ -405,23 +441,23 @@ class MarginSoftmax {
         for (int64_t tile = 0; tile < tiles.count; ++tile)
           tile_product<T, 1>(tiles.rows(tile), block,
                              {t.gradient + panel * block * width + tiles.begin(tile), width, block, 0},
-                             t.weight_panels + column * block * width,
+                             weight, column,
                              t.grad_features + (panel * width + tiles.begin(tile)) * stride + column * width, stride,
                              accumulate);
     }
   }
 
-  void write_weight(Thread& t, int64_t first, const Tiles& tiles) {
+  void write_weight(Thread& t, const Panels<T>& weight, int64_t first, const Tiles& tiles) {
     for (int64_t column = 0; column < column_panels_; ++column) {
       const int64_t columns = std::min<int64_t>(width, dimensions_ - column * width);
       for (int64_t tile = 0; tile < tiles.count; ++tile) {
         tile_product<T, width>(tiles.rows(tile), samples_,
                                {t.gradient + tiles.begin(tile) * width, 1, width, tiles.n * width},
-                               features_panels_ + column * samples_ * width, t.tile, width, false);
+                               features_panels_, column, t.tile, width, false);
         for (int r = 0; r < tiles.rows(tile); ++r) {
           const int64_t j = tiles.begin(tile) + r;
           const T factor = t.weight_dot[j] / T(problem_.scale) * projection(inverse_w_[first + j]);
-          const T* raw = t.weight_panels + (column * tiles.n + j) * width;
+          const T* raw = weight.data + column * weight.panel_step + j * weight.row_step;
           Storage* out = grad_weight_ + (first + j) * dimensions_ + column * width;
           for (int64_t k = 0; k < columns; ++k)
             out[k] = from_accumulate<Storage>(t.tile[r * width + k] - factor * raw[k]);
@@ -434,16 +470,18 @@ class MarginSoftmax {
     const int64_t stride = column_panels_ * width;
     T dot = 0;
     for (const Thread& t : per_thread_) dot += t.features_dot[i];
-    const T factor = dot / T(problem_.scale) * projection(inverse_x_[i]);
-    T* sum = per_thread_[0].grad_features + i * stride;
-    for (int64_t thread = 1; thread < threads_; ++thread) {
-      const T* part = per_thread_[thread].grad_features + i * stride;
-      for (int64_t d = 0; d < dimensions_; ++d) sum[d] += part[d];
-    }
+    const T factor = dot / T(problem_.scale) * projection(per_thread_[0].inverse_x[i]);
     const Storage* raw = features_ + i * problem_.features_stride;
     Storage* out = grad_features_ + i * dimensions_;
-    for (int64_t d = 0; d < dimensions_; ++d)
-      out[d] = from_accumulate<Storage>(sum[d] - factor * T(to_accumulate(raw[d])));
+    // The parts are only read: a part written here would have to come back to its thread at the next call.
+    for (int64_t first = 0; first < dimensions_; first += width) {
+      T sum[width] = {};
+      for (const Thread& t : per_thread_)
+        for (int k = 0; k < width; ++k) sum[k] += t.grad_features[i * stride + first + k];
+      const int64_t columns = std::min<int64_t>(width, dimensions_ - first);
+      for (int64_t k = 0; k < columns; ++k)
+        out[first + k] = from_accumulate<Storage>(sum[k] - factor * T(to_accumulate(raw[first + k])));
+    }
   }
 
   const MarginSoftmaxProblem& problem_;
@@ -457,15 +495,16 @@ class MarginSoftmax {
   int64_t threads_, block_classes_;
   int64_t panels_in_place_ = 0;  // panels whose logits wait in the memory of grad_weight
   int64_t panels_kept_ = 0;      // those, and the ones in kept_
+  bool own_packing_;             // each thread packs the features for itself
+  bool backward_only_ = false;
 
   std::unique_ptr<T, Free> workspace_;
-  T* features_transposed_;  // [panel][D][width]
-  T* features_panels_;      // [column panel][N][width]
-  T* kept_;                 // [panel][C][width]
-  T* conversions_;          // [thread][lanes, D]
-  T *inverse_x_, *inverse_w_;
+  Panels<T> features_panels_;  // [N, D] as operand B
+  T* features_packed_;         // its memory, where the rows do not serve as they lie
+  T* kept_;                    // [panel][C][width]
+  T* conversions_;             // [thread][lanes, D]
+  T* inverse_w_;               // [C]
   T *log_sum_, *row_gradient_, *uniform_, *target_gradient_;  // [padded N] each
-  Int* target_;                                               // [padded N], -1 where the row is ignored
   std::vector<Thread> per_thread_;
 };
 

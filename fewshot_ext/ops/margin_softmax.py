@@ -239,10 +239,9 @@ def _margin_loss(
     check_flag("return_prediction", return_prediction)
     if reduction == "mean" and features.shape[0] == 0:
         raise ValueError("features: got no samples (N = 0), which have no mean; use reduction='sum' or 'none'")
-    check_labels("target", target, weight.shape[0], ignore_index)
 
     with_gradients = reduction != "none" and torch.is_grad_enabled()
-    loss, prediction, *_ = _call_forward(
+    arguments = (
         features,
         weight,
         target,
@@ -256,6 +255,13 @@ def _margin_loss(
         with_gradients and weight.requires_grad,
         return_prediction,
     )
+    try:
+        loss, prediction, *_ = _call_forward(*arguments)
+    except RuntimeError:
+        # The kernel looks at every label before it does anything: a look from here first would cost more than all other
+        # checks together.
+        check_labels("target", target, weight.shape[0], ignore_index)
+        raise
     return (loss, prediction) if return_prediction else loss
 
 
