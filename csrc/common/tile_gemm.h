@@ -95,11 +95,12 @@ FEWSHOT_EXT_INLINE void tile_product(int rows, int64_t inner_size, const TileA<T
   tile_product<T, Rows, RowStep>(inner_size, a, b.data + panel * b.panel_step, b.row_step, c, c_stride, accumulate);
 }
 
-// Source rows [rows, columns], source_stride apart -> to[columns][width], zero beyond `rows`.
+// Source rows [rows, columns], source_stride apart -> to[columns][width], zero beyond `rows`; and the sum of squares of
+// each row, [width], which costs nothing while the rows pass through registers.
 // `scratch` holds lanes * columns elements, used where the source needs converting.
 template <class T, class Storage>
 void pack_transposed(const Storage* source, int64_t source_stride, int64_t rows, int64_t columns, int width, T* to,
-                     T* scratch) {
+                     T* squares, T* scratch) {
   constexpr int lanes = Simd<T>::lanes;
   for (int first = 0; first < width; first += lanes) {
     const int64_t height = rows - first < lanes ? (rows > first ? rows - first : 0) : lanes;
@@ -115,17 +116,26 @@ void pack_transposed(const Storage* source, int64_t source_stride, int64_t rows,
       from = scratch;
       from_stride = columns;
     }
+    Vector<T> total{};
     int64_t column = 0;
     for (; column + lanes <= columns; column += lanes) {
       Vector<T> square[lanes];
       for (int64_t r = 0; r < lanes; ++r)
         square[r] = r < height ? load(from + r * from_stride + column) : Vector<T>{};
       Transpose<T>::run(square);
-      for (int k = 0; k < lanes; ++k) store(to + (column + k) * width + first, square[k]);
+      Vector<T> part{};  // summed in two levels, for accuracy
+      for (int k = 0; k < lanes; ++k) {
+        part += square[k] * square[k];
+        store(to + (column + k) * width + first, square[k]);
+      }
+      total += part;
     }
-    for (; column < columns; ++column)
-      for (int64_t r = 0; r < lanes; ++r)
-        to[column * width + first + r] = r < height ? from[r * from_stride + column] : T(0);
+    for (; column < columns; ++column) {
+      T* tail = to + column * width + first;
+      for (int64_t r = 0; r < lanes; ++r) tail[r] = r < height ? from[r * from_stride + column] : T(0);
+      total += load(tail) * load(tail);
+    }
+    store(squares + first, total);
   }
 }
 
@@ -135,10 +145,11 @@ constexpr bool panels_as_they_lie(int64_t columns) {
   return std::is_same_v<T, Storage> && columns % panel_width<T> == 0;
 }
 
-// Source rows [rows, columns] as operand B: as they lie, or packed to[column / panel_width][rows][panel_width] with
-// zeros beyond `columns`.
+// Source rows [rows, columns] as operand B: as they lie, or packed to[column / panel_width][rows][panel_width], panels
+// `panel_step` apart, with zeros beyond `columns`.
 template <class T, class Storage>
-Panels<T> pack_panels(const Storage* source, int64_t source_stride, int64_t rows, int64_t columns, T* to) {
+Panels<T> pack_panels(const Storage* source, int64_t source_stride, int64_t rows, int64_t columns, T* to,
+                      int64_t panel_step) {
   constexpr int width = panel_width<T>;
   if constexpr (std::is_same_v<T, Storage>) {
     if (panels_as_they_lie<T, Storage>(columns)) return {source, width, source_stride};
@@ -146,13 +157,13 @@ Panels<T> pack_panels(const Storage* source, int64_t source_stride, int64_t rows
   for (int64_t r = 0; r < rows; ++r) {
     const Storage* row = source + r * source_stride;
     for (int64_t first = 0; first < columns; first += width) {
-      T* panel = to + (first * rows + r * width);
+      T* panel = to + first / width * panel_step + r * width;
       const int64_t count = columns - first < width ? columns - first : width;
       for (int64_t k = 0; k < count; ++k) panel[k] = to_accumulate(row[first + k]);
       for (int64_t k = count; k < width; ++k) panel[k] = T(0);
     }
   }
-  return {to, rows * width, width};
+  return {to, panel_step, width};
 }
 
 }  // namespace fewshot_ext::FEWSHOT_EXT_ISA

@@ -3,14 +3,14 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <memory>
-#include <new>
+#include <optional>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "common/half.h"
 #include "common/isa.h"
+#include "common/memory.h"
 #include "common/parallel.h"
 #include "margin_softmax/problem.h"
 

@@ -15,8 +15,12 @@
 // Cosine needs no normalised copies: 1 / |w_j| and 1 / |x_i| scale the logits and G, and the projections
 // (I - xhat xhat^T) of the backward of the normalisation become one multiple of the raw row, whose factor is a sum
 // over G * s that pass B has at hand.
+//
+// Threads own classes. Each sums the features' gradient over its own classes, and the sums are added at the end; with
+// fewer classes than dimensions, G is the smaller thing to hand over, and each thread finishes samples instead.
 #pragma once
 
+#include "common/memory.h"
 #include "common/parallel.h"
 #include "common/tile_gemm.h"
 #include "margin_softmax/problem.h"
@@ -63,6 +67,9 @@ class MarginSoftmax {
     const int64_t wanted = block_bytes / int64_t(sizeof(T)) / std::max(dimensions_, panels_ * width);
     const int64_t thread_classes = divide_up(classes_, threads_);
     block_classes_ = std::min(std::max<int64_t>(wanted, 2 * tile_rows), thread_classes);
+    features_by_sample_ = grad_features_ && classes_ <= dimensions_ && thread_classes <= 2 * wanted;
+    if (features_by_sample_) block_classes_ = thread_classes;
+    gradient_step_ = (features_by_sample_ ? classes_ : block_classes_) * width;
 
     if (grad_weight_)
       panels_in_place_ = std::min<int64_t>(panels_, dimensions_ * sizeof(Storage) / (width * sizeof(T)));
@@ -73,8 +80,8 @@ class MarginSoftmax {
     const int64_t padded = panels_ * width;
     Arena sizes;
     lay_out(sizes, padded);
-    workspace_.reset(static_cast<T*>(::operator new(sizes.used * sizeof(T), std::align_val_t(64))));
-    Arena arena{workspace_.get()};
+    workspace_.emplace(sizes.used * sizeof(T));
+    Arena arena{static_cast<T*>(workspace_->data())};
     lay_out(arena, padded);
   }
 
@@ -109,10 +116,6 @@ class MarginSoftmax {
     }
   };
 
-  struct Free {
-    void operator()(T* p) const { ::operator delete(p, std::align_val_t(64)); }
-  };
-
   struct Thread {
     T* features_transposed;  // [panel][D][width]; the threads' own or one for all, see own_packing_
     T* inverse_x;            // [padded N], likewise
@@ -120,8 +123,8 @@ class MarginSoftmax {
     T* weight_transposed;  // [tile][D][pack]
     T* weight_panels;      // [column panel][block][width]
     T* conversion;         // [lanes, D], for pack_transposed
-    T* gradient;           // [panel][block][width], G, or in pass A one tile of logits nobody keeps
-    T* grad_features;      // [N, column_panels * width]
+    T* gradient;           // [panel][block][width], panels gradient_step_ apart: G, or in pass A logits nobody keeps
+    T* grad_features;      // [N, column_panels * width], unless features_by_sample_
     T* tile;               // [tile_rows, width]
     T *max, *sum_exp, *sum_logits, *target_logit, *best;  // [padded N] each
     Int* best_class;                                      // [padded N]
@@ -138,6 +141,10 @@ class MarginSoftmax {
     conversions_ = arena.take(std::is_same_v<T, Storage> ? 0 : threads_ * lanes * dimensions_);
     per_thread_.resize(threads_);
     const bool gradients = grad_features_ || grad_weight_;
+    const int64_t gradient_size = (gradients ? panels_ : 1) * gradient_step_;
+    const int64_t weight_panels_size = gradients && packs ? column_panels_ * gradient_step_ : 0;
+    T* shared_gradient = features_by_sample_ ? arena.take(gradient_size) : nullptr;
+    weight_packed_ = features_by_sample_ ? arena.take(weight_panels_size) : nullptr;
     for (Thread& t : per_thread_) {
       if (own_packing_ || &t == &per_thread_[0]) {
         t.features_transposed = arena.take(panels_ * dimensions_ * width);
@@ -149,9 +156,11 @@ class MarginSoftmax {
         t.target = per_thread_[0].target;
       }
       t.weight_transposed = arena.take(divide_up(block_classes_, tile_rows) * dimensions_ * pack + pack * dimensions_);
-      t.weight_panels = gradients && packs ? arena.take(column_panels_ * block_classes_ * width) : nullptr;
-      t.gradient = arena.take((gradients ? panels_ : 1) * std::max<int64_t>(block_classes_, tile_rows) * width);
-      t.grad_features = grad_features_ ? arena.take(samples_ * column_panels_ * width) : nullptr;
+      const int64_t own_rows = class_begin(&t - per_thread_.data()) * width;
+      t.weight_panels = features_by_sample_ ? weight_packed_ + own_rows : arena.take(weight_panels_size);
+      t.gradient = features_by_sample_ ? shared_gradient + own_rows : arena.take(gradient_size);
+      t.grad_features =
+          grad_features_ && !features_by_sample_ ? arena.take(samples_ * column_panels_ * width) : nullptr;
       t.tile = arena.take(tile_rows * width);
       for (T** row : {&t.max, &t.sum_exp, &t.sum_logits, &t.target_logit, &t.best, &t.features_dot})
         *row = arena.take(padded);
@@ -163,22 +172,8 @@ class MarginSoftmax {
   int64_t class_begin(int64_t thread) const { return classes_ * thread / threads_; }
   int64_t panel_samples(int64_t panel) const { return std::min<int64_t>(width, samples_ - panel * width); }
 
-  T inverse_norm(const Storage* row) const {
-    if (!problem_.cosine) return T(1);
-    T sums[4 * lanes] = {};
-    int64_t d = 0;
-    for (; d + 4 * lanes <= dimensions_; d += 4 * lanes)
-      for (int k = 0; k < 4 * lanes; ++k) {
-        const T x = to_accumulate(row[d + k]);
-        sums[k] += x * x;
-      }
-    for (; d < dimensions_; ++d) {
-      const T x = to_accumulate(row[d]);
-      sums[0] += x * x;
-    }
-    T total = 0;
-    for (T s : sums) total += s;
-    return T(1) / std::max(std::sqrt(total), T(norm_floor));
+  T inverse_norm(T squares) const {
+    return problem_.cosine ? T(1) / std::max(std::sqrt(squares), T(norm_floor)) : T(1);
   }
 
   // Factor of the raw row in the backward of the normalisation; a clamped norm is a constant and has none.
@@ -186,7 +181,8 @@ class MarginSoftmax {
 
   void pack_features() {
     if (grad_weight_)
-      features_panels_ = pack_panels(features_, problem_.features_stride, samples_, dimensions_, features_packed_);
+      features_panels_ = pack_panels(features_, problem_.features_stride, samples_, dimensions_, features_packed_,
+                                     samples_ * width);
     std::fill(log_sum_, log_sum_ + panels_ * width, T(0));
     for (T* row : {row_gradient_, uniform_, target_gradient_}) std::fill(row, row + panels_ * width, T(0));
     if (own_packing_) return;
@@ -199,12 +195,13 @@ class MarginSoftmax {
 
   void pack_panel(const Thread& t, int64_t thread, int64_t panel) const {
     const int64_t first = panel * width;
+    T squares[width];
     pack_transposed(features_ + first * problem_.features_stride, problem_.features_stride, panel_samples(panel),
-                    dimensions_, width, t.features_transposed + first * dimensions_,
+                    dimensions_, width, t.features_transposed + first * dimensions_, squares,
                     conversions_ + thread * lanes * dimensions_);
     for (int64_t i = first; i < first + width; ++i) {
       const bool real = i < samples_;
-      t.inverse_x[i] = real ? inverse_norm(features_ + i * problem_.features_stride) : T(0);
+      t.inverse_x[i] = real ? inverse_norm(squares[i - first]) : T(0);
       t.target[i] = real && !ignored(i) ? static_cast<Int>(problem_.target[i]) : Int(-1);
     }
   }
@@ -217,10 +214,14 @@ class MarginSoftmax {
   bool ignored(int64_t i) const { return problem_.target[i] == problem_.ignore_index; }
 
   void pack_weight(Thread& t, int64_t thread, int64_t first, const Tiles& tiles) {
-    for (int64_t tile = 0; tile < tiles.count; ++tile)
-      pack_transposed(weight_ + (first + tiles.begin(tile)) * problem_.weight_stride, problem_.weight_stride,
-                      tiles.rows(tile), dimensions_, pack, t.weight_transposed + tile * dimensions_ * pack,
+    T squares[pack];
+    for (int64_t tile = 0; tile < tiles.count; ++tile) {
+      const int64_t begin = first + tiles.begin(tile);
+      pack_transposed(weight_ + begin * problem_.weight_stride, problem_.weight_stride, tiles.rows(tile), dimensions_,
+                      pack, t.weight_transposed + tile * dimensions_ * pack, squares,
                       conversions_ + thread * lanes * dimensions_);
+      for (int r = 0; r < tiles.rows(tile); ++r) inverse_w_[begin + r] = inverse_norm(squares[r]);
+    }
   }
 
   // Where pass A leaves the logits of a panel, [class][width]; null where it keeps none.
@@ -249,7 +250,6 @@ class MarginSoftmax {
     const int64_t end = class_begin(thread + 1);
     for (int64_t first = class_begin(thread); first < end; first += block_classes_) {
       const Tiles tiles(std::min(block_classes_, end - first));
-      for (int64_t j = first; j < first + tiles.n; ++j) inverse_w_[j] = inverse_norm(weight_ + j * problem_.weight_stride);
       pack_weight(t, thread, first, tiles);
       for (int64_t panel = 0; panel < panels_; ++panel) {
         T* kept = kept_logits(panel, first, tiles.n);
@@ -375,10 +375,18 @@ class MarginSoftmax {
   void gradients() {
     parallel_tasks(threads_, [this](int64_t thread) { pass_b(thread); });
     if (!grad_features_) return;
-    const int64_t tasks = std::min(threads_, samples_);
-    parallel_tasks(tasks, [&](int64_t task) {
-      for (int64_t i = samples_ * task / tasks; i < samples_ * (task + 1) / tasks; ++i) finish_features_row(i);
-    });
+    if (features_by_sample_) {
+      const int64_t tasks = std::min(threads_, panels_);
+      parallel_tasks(tasks, [&](int64_t task) {
+        for (int64_t panel = panels_ * task / tasks; panel < panels_ * (task + 1) / tasks; ++panel)
+          write_features(per_thread_[task], panel);
+      });
+    } else {
+      const int64_t tasks = std::min(threads_, samples_);
+      parallel_tasks(tasks, [&](int64_t task) {
+        for (int64_t i = samples_ * task / tasks; i < samples_ * (task + 1) / tasks; ++i) add_features_row(i);
+      });
+    }
   }
 
   void pass_b(int64_t thread) {
@@ -388,15 +396,12 @@ class MarginSoftmax {
     const int64_t begin = class_begin(thread), end = class_begin(thread + 1);
     for (int64_t first = begin; first < end; first += block_classes_) {
       const Tiles tiles(std::min(block_classes_, end - first));
-      if (backward_only_)
-        for (int64_t j = first; j < first + tiles.n; ++j)
-          inverse_w_[j] = inverse_norm(weight_ + j * problem_.weight_stride);
       if (panels_kept_ < panels_) pack_weight(t, thread, first, tiles);
       std::fill(t.weight_dot, t.weight_dot + tiles.n, T(0));
       for (int64_t panel = 0; panel < panels_; ++panel) softmax_gradient(t, panel, first, tiles);
       const Panels<T> weight = pack_panels(weight_ + first * problem_.weight_stride, problem_.weight_stride, tiles.n,
-                                           dimensions_, t.weight_panels);
-      if (grad_features_) accumulate_features(t, weight, tiles.n, first != begin);
+                                           dimensions_, t.weight_panels, gradient_step_);
+      if (t.grad_features) accumulate_features(t, weight, tiles.n, first != begin);
       if (grad_weight_) write_weight(t, weight, first, tiles);
     }
   }
@@ -404,7 +409,7 @@ class MarginSoftmax {
   // G of one panel and one block: dL/ds / (|x_i| |w_j|), and the sums of dL/ds * logit over each row and column.
   void softmax_gradient(Thread& t, int64_t panel, int64_t first, const Tiles& tiles) {
     const T* logits = kept_logits(panel, first, tiles.n);
-    T* gradient = t.gradient + panel * tiles.n * width;
+    T* gradient = t.gradient + panel * gradient_step_;
     const bool recompute = logits == nullptr;
     if (recompute) {
       for (int64_t tile = 0; tile < tiles.count; ++tile)
@@ -440,7 +445,7 @@ class MarginSoftmax {
       for (int64_t column = 0; column < column_panels_; ++column)
         for (int64_t tile = 0; tile < tiles.count; ++tile)
           tile_product<T, 1>(tiles.rows(tile), block,
-                             {t.gradient + panel * block * width + tiles.begin(tile), width, block, 0},
+                             {t.gradient + panel * gradient_step_ + tiles.begin(tile), width, block, 0},
                              weight, column,
                              t.grad_features + (panel * width + tiles.begin(tile)) * stride + column * width, stride,
                              accumulate);
@@ -452,7 +457,7 @@ class MarginSoftmax {
       const int64_t columns = std::min<int64_t>(width, dimensions_ - column * width);
       for (int64_t tile = 0; tile < tiles.count; ++tile) {
         tile_product<T, width>(tiles.rows(tile), samples_,
-                               {t.gradient + tiles.begin(tile) * width, 1, width, tiles.n * width},
+                               {t.gradient + tiles.begin(tile) * width, 1, width, gradient_step_},
                                features_panels_, column, t.tile, width, false);
         for (int r = 0; r < tiles.rows(tile); ++r) {
           const int64_t j = tiles.begin(tile) + r;
@@ -466,22 +471,52 @@ class MarginSoftmax {
     }
   }
 
-  void finish_features_row(int64_t i) {
+  // The features' gradient of one panel of samples, over all classes at once.
+  void write_features(const Thread& t, int64_t panel) {
+    Panels<T> weight{weight_packed_, gradient_step_, width};
+    if constexpr (std::is_same_v<T, Storage>) {
+      if (panels_as_they_lie<T, Storage>(dimensions_)) weight = {weight_, width, problem_.weight_stride};
+    }
+    const T* gradient = per_thread_[0].gradient + panel * gradient_step_;
+    const Tiles tiles(panel_samples(panel));
+    for (int64_t tile = 0; tile < tiles.count; ++tile) {
+      T factors[tile_rows];
+      const int64_t first = panel * width + tiles.begin(tile);
+      for (int r = 0; r < tiles.rows(tile); ++r) factors[r] = features_factor(first + r);
+      for (int64_t column = 0; column < column_panels_; ++column) {
+        tile_product<T, 1>(tiles.rows(tile), classes_, {gradient + tiles.begin(tile), width, classes_, 0}, weight,
+                           column, t.tile, width, false);
+        for (int r = 0; r < tiles.rows(tile); ++r)
+          write_features_row(first + r, column * width, factors[r], t.tile + r * width);
+      }
+    }
+  }
+
+  // One row of the features' gradient as the sum of what the threads found. The parts are only read: a part written
+  // here would have to come back to its thread at the next call.
+  void add_features_row(int64_t i) {
     const int64_t stride = column_panels_ * width;
-    T dot = 0;
-    for (const Thread& t : per_thread_) dot += t.features_dot[i];
-    const T factor = dot / T(problem_.scale) * projection(per_thread_[0].inverse_x[i]);
-    const Storage* raw = features_ + i * problem_.features_stride;
-    Storage* out = grad_features_ + i * dimensions_;
-    // The parts are only read: a part written here would have to come back to its thread at the next call.
+    const T factor = features_factor(i);
     for (int64_t first = 0; first < dimensions_; first += width) {
       T sum[width] = {};
       for (const Thread& t : per_thread_)
         for (int k = 0; k < width; ++k) sum[k] += t.grad_features[i * stride + first + k];
-      const int64_t columns = std::min<int64_t>(width, dimensions_ - first);
-      for (int64_t k = 0; k < columns; ++k)
-        out[first + k] = from_accumulate<Storage>(sum[k] - factor * T(to_accumulate(raw[first + k])));
+      write_features_row(i, first, factor, sum);
     }
+  }
+
+  T features_factor(int64_t i) const {
+    T dot = 0;
+    for (const Thread& t : per_thread_) dot += t.features_dot[i];
+    return dot / T(problem_.scale) * projection(per_thread_[0].inverse_x[i]);
+  }
+
+  FEWSHOT_EXT_INLINE void write_features_row(int64_t i, int64_t first, T factor, const T* sum) {
+    const Storage* raw = features_ + i * problem_.features_stride + first;
+    Storage* out = grad_features_ + i * dimensions_ + first;
+    const int64_t columns = std::min<int64_t>(width, dimensions_ - first);
+    for (int64_t k = 0; k < columns; ++k)
+      out[k] = from_accumulate<Storage>(sum[k] - factor * T(to_accumulate(raw[k])));
   }
 
   const MarginSoftmaxProblem& problem_;
@@ -495,12 +530,15 @@ class MarginSoftmax {
   int64_t threads_, block_classes_;
   int64_t panels_in_place_ = 0;  // panels whose logits wait in the memory of grad_weight
   int64_t panels_kept_ = 0;      // those, and the ones in kept_
+  bool features_by_sample_;      // each thread finishes samples' gradients over all classes
+  int64_t gradient_step_;        // elements between panels of G and of the packed weight
   bool own_packing_;             // each thread packs the features for itself
   bool backward_only_ = false;
 
-  std::unique_ptr<T, Free> workspace_;
+  std::optional<Workspace> workspace_;
   Panels<T> features_panels_;  // [N, D] as operand B
   T* features_packed_;         // its memory, where the rows do not serve as they lie
+  T* weight_packed_;           // [column panel][C][width], likewise, where features_by_sample_
   T* kept_;                    // [panel][C][width]
   T* conversions_;             // [thread][lanes, D]
   T* inverse_w_;               // [C]

@@ -1,0 +1,153 @@
+"""What every benchmark shares: interleaved timing, peak memory, the machine's description, CSV and Markdown.
+
+Absolute times on a shared machine mean nothing tomorrow, so contenders of one case take turns and a figure is quoted as a
+ratio against a peer of the same run.
+"""
+
+import argparse
+import contextlib
+import csv
+import ctypes
+import gc
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds a call: the median of all turns and the 20th and 80th percentiles."""
+
+    p20: float
+    p50: float
+    p80: float
+    turns: int
+
+
+def interleaved(contenders: dict[str, Callable[[], object]], *, seconds: float, turns: int = 7) -> dict[str, Timing]:
+    """Times the contenders in turns, after two untimed calls each.
+
+    Args:
+        contenders: name -> call. A call must leave nothing behind that makes the next one faster.
+        seconds: spends about this much in all.
+        turns: at least this many calls of each, however long they take.
+    """
+    for call in contenders.values():
+        call()
+    begin = time.perf_counter()
+    for call in contenders.values():
+        call()
+    one_turn = time.perf_counter() - begin
+    turns = max(turns, min(2000, int(seconds / one_turn)))
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(turns):
+            for name, call in contenders.items():
+                begin = time.perf_counter()
+                call()
+                samples[name].append(1e3 * (time.perf_counter() - begin))
+    finally:
+        gc.enable()
+    return {name: _timing(values) for name, values in samples.items()}
+
+
+def _timing(values: list[float]) -> Timing:
+    quantiles = statistics.quantiles(values, n=10, method="inclusive")
+    return Timing(quantiles[1], statistics.median(values), quantiles[7], len(values))
+
+
+def peak_memory(call: Callable[[], object]) -> int | None:
+    """Bytes by which resident memory rises at its highest during one call; None where the system does not tell."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        before = _status("VmRSS")
+        result = call()
+        peak = _status("VmHWM") - before
+    except OSError:
+        return None
+    del result
+    return peak
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"no {field} in /proc/self/status")
+
+
+def processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def machine(*packages: str) -> dict[str, str | int]:
+    """Columns that every CSV row carries: device, capability, threads, versions."""
+    described: dict[str, str | int] = {
+        "device": processor(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+    }
+    for package in ("torch", "fewshot_ext", *packages):
+        try:
+            described[package] = version(package)
+        except PackageNotFoundError:
+            described[package] = "absent"
+    return described
+
+
+def parser(description: str, *, output: Path) -> argparse.ArgumentParser:
+    """The options that every benchmark takes."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    options.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
+    options.add_argument("--seconds", type=float, default=10.0, help="time to spend on one case, about")
+    options.add_argument("--output", type=Path, default=output, help="CSV file; a Markdown table goes beside it")
+    return options
+
+
+def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def markdown_table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    lines = [list(header), *([str(cell) for cell in row] for row in rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def command() -> str:
+    """The command line as it would be typed, for the table's caption."""
+    script = Path(sys.argv[0])
+    with contextlib.suppress(ValueError):
+        script = script.resolve().relative_to(Path(__file__).parent.parent)
+    return " ".join(["python", str(script), *sys.argv[1:]])
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """``value`` with that many significant digits and no exponent."""
+    if value == 0:
+        return "0"
+    places = digits - 1 - int(torch.tensor(abs(value)).log10().floor())
+    return f"{round(value, places):.{max(places, 0)}f}"
