@@ -70,7 +70,7 @@ def choose_cuda():
     if wanted not in ("", "0", "1"):
         raise SystemExit(f"{PACKAGE}: FEWSHOT_EXT_CUDA must be 0 or 1, got {wanted!r}")
     if wanted == "0":
-        return None, "turned off by FEWSHOT_EXT_CUDA=0 at build time"
+        return None, "turned off by FEWSHOT_EXT_CUDA=0 at build time; build again without it"
     toolkit = find_cuda_toolkit()
     if toolkit is None:
         if wanted == "1":
@@ -78,7 +78,7 @@ def choose_cuda():
                 f"{PACKAGE}: FEWSHOT_EXT_CUDA=1, but no CUDA toolkit was found; "
                 "set CUDA_HOME to its folder (the one with bin/nvcc) or put nvcc on the PATH"
             )
-        return None, "no CUDA toolkit at build time"
+        return None, "no CUDA toolkit at build time; with one, FEWSHOT_EXT_CUDA=1 pip install . builds it"
     if not sources(".cu"):
         return None, "this version has no CUDA kernels"
     return toolkit, None
