@@ -16,7 +16,7 @@ NATIVE := $(shell find csrc 2>/dev/null)
 BUILD := pyproject.toml setup.py $(wildcard build_backend/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow bench lint format wheel sanitize clean
+.PHONY: help demo test test-slow bench lint format wheel sanitize torch-requirement clean
 # Two pips must not write to one environment at a time.
 .NOTPARALLEL:
 
@@ -55,6 +55,9 @@ sanitize: $(VENV)/.dev  ## Run the operator tests under AddressSanitizer and Und
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
 		-DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DFEWSHOT_EXT_SANITIZE=ON -DFEWSHOT_EXT_CUDA=OFF
 	$(BIN)/cmake --build build/sanitize --target sanitize
+
+torch-requirement:
+	@echo '$(TORCH)'
 
 clean:  ## Remove everything that was built, the environment included
 	rm -rf .venv build dist *.egg-info demo_output .pytest_cache .ruff_cache .hypothesis compile_commands.json
