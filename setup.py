@@ -1,15 +1,17 @@
-"""Compiles csrc/ into two libraries on the LibTorch stable ABI; all else about the package stands in pyproject.toml.
+"""Compiles csrc/ into two libraries on the LibTorch stable ABI; pyproject.toml says all else.
 
     fewshot_ext/_C.abi3.so        operator schemas and CPU kernels, from csrc/**/*.cpp
     fewshot_ext/_C_cuda.abi3.so   CUDA kernels, from csrc/**/*.cu
 
-A library with CUDA kernels cannot be loaded by a CPU-only torch, hence two. Neither has a Python symbol: the package
-loads them with torch.ops.load_library, so one binary serves every CPython from 3.10 and every torch from 2.11.
+A CPU-only torch cannot load a library with CUDA kernels, hence two. Neither has a Python symbol: the package
+loads them with torch.ops.load_library, so one binary serves every CPython from 3.10 and every torch from
+2.11.
 
-    FEWSHOT_EXT_CUDA=0|1     leave the CUDA library out | fail where it cannot be built (default: built if a toolkit is found)
-    CUDA_HOME                the CUDA toolkit, where it is not found through nvcc on the PATH
-    TORCH_CUDA_ARCH_LIST     GPU architectures (default: those of the GPUs present, or 8.0, 9.0 and PTX for later ones)
-    MAX_JOBS                 parallel compile jobs
+    FEWSHOT_EXT_CUDA=0      leaves the CUDA library out
+    FEWSHOT_EXT_CUDA=1      fails without a CUDA toolkit (default: CUDA is built where there is one)
+    CUDA_HOME               the CUDA toolkit, where nvcc on the PATH does not lead to it
+    TORCH_CUDA_ARCH_LIST    GPU architectures (default: of the GPUs present, else 8.0, 9.0 and later by PTX)
+    MAX_JOBS                parallel compile jobs
 """
 
 import json
@@ -27,39 +29,37 @@ try:
     from torch.utils import cpp_extension
 except ModuleNotFoundError:
     # Source distributions and metadata need no compiler and therefore no torch.
-    cpp_extension = None
+    torch = cpp_extension = None
 
 PACKAGE = "fewshot_ext"
-TORCH_TARGET = (2, 11)
+TORCH_TARGET = "2.11"
 PORTABLE_ARCHITECTURES = "8.0;9.0+PTX"
 
 ROOT = Path(__file__).resolve().parent
 
 
 def sources(suffix):
-    # Relative, because setuptools refuses absolute paths in a source distribution; sorted for reproducible links.
+    # Relative, as setuptools wants them for source distributions; sorted, so that links are reproducible.
     return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(f"csrc/**/*{suffix}"))
 
 
 def find_cuda_toolkit():
     """The CUDA toolkit's folder, or None.
 
-    torch.utils.cpp_extension looks for one only if torch itself was built with CUDA, but the stable ABI's headers
-    suffice to compile for it, and a build machine may well have a CPU-only torch.
+    torch.utils.cpp_extension looks for one only if torch itself was built with CUDA, but the headers suffice
+    to compile against the stable ABI, and a build machine may well have a CPU-only torch.
     """
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc")
     if named:
         candidates = [Path(named)]
     else:
-        nvcc = shutil.which("nvcc")
         candidates = [Path(nvcc).resolve().parent.parent] if nvcc else []
         candidates.append(Path("/usr/local/cuda"))
     for folder in candidates:
-        # nvcc on the PATH is often a wrapper script outside the toolkit, so the folder has to prove itself.
-        headers = [folder / "include", *folder.glob("targets/*/include")]
-        if (folder / "bin" / "nvcc").is_file() and any(
-            (path / "cuda_runtime_api.h").is_file() for path in headers
-        ):
+        # nvcc on the PATH is often a wrapper outside the toolkit, so a folder has to prove itself by the
+        # headers.
+        if (folder / "bin" / "nvcc").is_file() and (folder / "include" / "cuda_runtime_api.h").is_file():
             return folder
     return None
 
@@ -70,7 +70,7 @@ def choose_cuda():
     if wanted not in ("", "0", "1"):
         raise SystemExit(f"{PACKAGE}: FEWSHOT_EXT_CUDA must be 0 or 1, got {wanted!r}")
     if wanted == "0":
-        return None, "turned off by FEWSHOT_EXT_CUDA=0 at build time"
+        return None, "turned off by FEWSHOT_EXT_CUDA=0 at build time; build again without it"
     toolkit = find_cuda_toolkit()
     if toolkit is None:
         if wanted == "1":
@@ -78,122 +78,112 @@ def choose_cuda():
                 f"{PACKAGE}: FEWSHOT_EXT_CUDA=1, but no CUDA toolkit was found; "
                 "set CUDA_HOME to its folder (the one with bin/nvcc) or put nvcc on the PATH"
             )
-        return None, "no CUDA toolkit at build time"
+        return None, "no CUDA toolkit at build time; with one, FEWSHOT_EXT_CUDA=1 pip install . builds it"
     if not sources(".cu"):
         return None, "this version has no CUDA kernels"
     return toolkit, None
 
 
 def libraries(toolkit):
-    target = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}{0:012x}"
-    # torch's headers do not pass -Wextra; a system folder keeps their warnings out of ours.
+    major, minor = map(int, TORCH_TARGET.split("."))
+    target = f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}{0:012x}"
+    # torch's headers do not pass -Wextra; as system folders they keep their warnings to themselves.
     system = [flag for folder in cpp_extension.include_paths() for flag in ("-isystem", folder)]
-    # ISO mode (-std=c++20, which torch adds) turns contraction off in g++; kernels count on fused multiply-add.
-    # -g0 undoes the -g of distributions' Python: debugging is what the CMake build is for.
+    # torch adds -std=c++20, and in ISO mode g++ contracts nothing; the kernels count on fused multiply-add.
+    # -g0 undoes the -g of a distribution's Python: debugging is what the CMake build is for.
     cxx = ["-O3", "-g0", target, "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wextra", *system]
-    include_dirs = [str(ROOT / "csrc")]
+    nvcc = ["-O3", target, "-DUSE_CUDA", "-Xcompiler", "-fvisibility=hidden,-Wall,-Wextra", *system]
 
+    # With py_limited_api torch leaves libtorch_python out and sets Py_LIMITED_API to CPython 3.10.
     built = [
         cpp_extension.CppExtension(
             f"{PACKAGE}._C",
             sources(".cpp"),
-            include_dirs=list(include_dirs),
+            include_dirs=[str(ROOT / "csrc")],
             extra_compile_args={"cxx": cxx},
             py_limited_api=True,
         )
     ]
     if toolkit is not None:
-        # CUDAExtension would link libtorch_cuda, which a CPU-only torch lacks. libtorch stands for whichever of its
-        # parts exist at load time, so it must stay among the needed libraries although nothing refers to it directly.
-        # The CUDA runtime is linked statically and hidden: torch wheels for different CUDA versions then all do.
+        # CUDAExtension would link libtorch_cuda, which a CPU-only torch lacks. libtorch brings whichever
+        # parts torch has at load time; nothing refers to it directly, so the linker has to be told to keep
+        # it. The CUDA runtime is linked statically and hidden, so that torch may have been built with another
+        # one.
         built.append(
             cpp_extension.CppExtension(
                 f"{PACKAGE}._C_cuda",
                 sources(".cu"),
-                include_dirs=[*include_dirs, str(toolkit / "include")],
+                include_dirs=[str(ROOT / "csrc"), str(toolkit / "include")],
                 library_dirs=[str(toolkit / "lib64"), str(toolkit / "lib")],
                 libraries=["cudart_static", "dl", "rt", "pthread"],
-                extra_compile_args={
-                    "cxx": [*cxx, "-DUSE_CUDA"],
-                    "nvcc": ["-O3", target, "-DUSE_CUDA", "-Xcompiler", "-fvisibility=hidden,-Wall,-Wextra"],
-                },
-                extra_link_args=["-Wl,--no-as-needed", "-Wl,--exclude-libs,libcudart_static.a"],
+                extra_compile_args={"nvcc": nvcc},
+                extra_link_args=["-Wl,--no-as-needed,-ltorch", "-Wl,--exclude-libs,libcudart_static.a"],
                 py_limited_api=True,
             )
         )
     return built
 
 
-def first_line(*command):
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+def output(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def toolkit_version(toolkit):
-    report = subprocess.run(
-        [toolkit / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True
-    ).stdout
-    return re.search(r"release (\d+\.\d+)", report).group(1)
+def build_facts(toolkit, why_no_cuda):
+    """What ``python -m fewshot_ext.env`` reports about the build."""
+    facts = {
+        "torch": str(torch.__version__),
+        "torch_target": TORCH_TARGET,
+        "compiler": output(os.environ.get("CXX", "c++"), "--version").splitlines()[0],
+        "cuda_toolkit": None,
+        "cuda_architectures": None,
+        "cuda_missing_because": why_no_cuda,
+    }
+    if toolkit is not None:
+        release = re.search(r"release (\d+\.\d+)", output(toolkit / "bin" / "nvcc", "--version"))
+        facts["cuda_toolkit"] = release.group(1)
+        facts["cuda_architectures"] = os.environ.get("TORCH_CUDA_ARCH_LIST", "the build machine's GPUs")
+    return facts
 
 
-if cpp_extension is None:
+if torch is None:
 
     class BuildLibraries(build_ext):
         def run(self):
             raise SystemExit(
-                f"{PACKAGE}: compiling needs torch>={'.'.join(map(str, TORCH_TARGET))} in the build environment; "
+                f"{PACKAGE}: compiling needs torch>={TORCH_TARGET} in the build environment; "
                 "install it first, or build without --no-build-isolation"
             )
 
-    # A name without flags: enough for source lists, and for wheels to be tagged as platform dependent.
+    # Names the sources for a source distribution, and keeps a wheel without libraries from being built.
     ext_modules = [Extension(f"{PACKAGE}._C", sources(".cpp"), py_limited_api=True)]
 else:
-    cuda_toolkit, cuda_reason = choose_cuda()
-    if cuda_toolkit is not None:
-        cpp_extension.CUDA_HOME = str(cuda_toolkit)
+    toolkit, why_no_cuda = choose_cuda()
+    if toolkit is not None:
+        cpp_extension.CUDA_HOME = str(toolkit)
         if torch.cuda.device_count() == 0:
             # torch takes the architectures of the GPUs it sees, and raises IndexError where it sees none.
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", PORTABLE_ARCHITECTURES)
 
     class BuildLibraries(cpp_extension.BuildExtension):
-        """Builds the libraries and leaves a record of how beside them, for ``python -m fewshot_ext.env``."""
+        """Builds the libraries and leaves the facts of the build beside them."""
 
         def run(self):
             if not sources(".cpp"):
-                raise SystemExit(
-                    f"{PACKAGE}: no C++ source under {ROOT / 'csrc'}; the source tree is incomplete"
-                )
+                raise SystemExit(f"{PACKAGE}: no C++ source under {ROOT / 'csrc'}; the tree is incomplete")
             super().run()
             folder = Path(self.get_ext_fullpath(f"{PACKAGE}._C")).parent
-            if cuda_toolkit is None:
-                # From an earlier build with other settings: setuptools would install it beside the new _C.
+            if toolkit is None:
+                # One left from a build with other settings would be packed or loaded beside the new _C.
                 for stale in folder.glob("_C_cuda*.so"):
                     stale.unlink()
-            self.record(folder).write_text(json.dumps(self.facts(), indent=2) + "\n")
+            facts = json.dumps(build_facts(toolkit, why_no_cuda), indent=2)
+            (folder / "_build_info.json").write_text(facts + "\n")
 
         def get_outputs(self):
             outputs = super().get_outputs()
-            return [*outputs, *{str(self.record(Path(output).parent)) for output in outputs}]
+            return [*outputs, str(Path(outputs[0]).with_name("_build_info.json"))]
 
-        @staticmethod
-        def record(folder):
-            return folder / "_build_info.json"
-
-        @staticmethod
-        def facts():
-            return {
-                "torch": str(torch.__version__),
-                "torch_target": ".".join(map(str, TORCH_TARGET)),
-                "compiler": first_line(os.environ.get("CXX", "c++"), "--version"),
-                "cuda_toolkit": toolkit_version(cuda_toolkit) if cuda_toolkit else None,
-                "cuda_architectures": os.environ.get(
-                    "TORCH_CUDA_ARCH_LIST", "of the GPUs present at build time"
-                )
-                if cuda_toolkit
-                else None,
-                "cuda_missing_because": cuda_reason,
-            }
-
-    ext_modules = libraries(cuda_toolkit)
+    ext_modules = libraries(toolkit)
 
 setup(
     ext_modules=ext_modules,

@@ -1,10 +1,11 @@
 """PEP 517 backend: setuptools, compiled against the torch that is already installed.
 
-A requirement ``torch`` in ``[build-system]`` would make pip's isolated build download a second torch, gigabytes of it,
-and compile against that one instead of the user's. Isolation hides the user's site-packages from ``sys.path`` but
-leaves ``sysconfig`` and ``site`` as they are, so a fit torch can still be found and lent to the build. Only where there
-is none is torch asked for. Frontends that isolate by a virtual environment of their own (``python -m build``, uv) show
-the backend an interpreter without torch; there ``--no-isolation`` does what pip gets by default.
+A requirement ``torch`` in ``[build-system]`` would make pip's isolated build download a second torch,
+gigabytes of it, and compile against that one instead of the user's. Isolation hides the user's site-packages
+from ``sys.path`` but leaves ``sysconfig`` and ``site`` as they are, so a fit torch can still be found and
+lent to the build. Only where there is none is torch asked for. Frontends that isolate by a virtual
+environment of their own (``python -m build``, uv) show the backend an interpreter without torch: they need
+``--no-isolation`` for the same.
 """
 
 import os
@@ -43,9 +44,8 @@ def find_torch(folders):
     """First folder whose torch is recent enough to compile against, or None."""
     for folder in folders:
         for distribution in metadata.distributions(name="torch", path=[folder]):
-            if release(distribution.version) >= MINIMUM_TORCH and os.path.isdir(
-                os.path.join(folder, "torch", "include")
-            ):
+            has_headers = os.path.isdir(os.path.join(folder, "torch", "include"))
+            if has_headers and release(distribution.version) >= MINIMUM_TORCH:
                 return folder
     return None
 
@@ -65,8 +65,9 @@ def torch_requirement():
 
 def check_setuptools():
     if release(setuptools_version) < MINIMUM_SETUPTOOLS:
+        needed = ".".join(map(str, MINIMUM_SETUPTOOLS))
         raise SystemExit(
-            f"fewshot_ext: building needs setuptools>={'.'.join(map(str, MINIMUM_SETUPTOOLS))}, found {setuptools_version}; "
+            f"fewshot_ext: building needs setuptools>={needed}, found {setuptools_version}; "
             "run pip install -U setuptools ninja, or build without --no-build-isolation"
         )
 

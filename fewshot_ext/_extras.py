@@ -4,11 +4,12 @@ from importlib.util import find_spec
 
 
 def is_installed(module: str) -> bool:
-    """Whether ``module`` could be imported, without importing it (for a dotted name its parents are imported)."""
+    """Whether ``module`` can be found; it is not imported (only the parents of a dotted name are)."""
     try:
         return find_spec(module) is not None
     except (ModuleNotFoundError, ValueError):
-        # find_spec("a.b") raises where "a" is absent or is no package, and ValueError where a stub has no __spec__.
+        # find_spec("a.b") raises the first where "a" is absent, the second where a loaded module has no
+        # __spec__.
         return False
 
 
@@ -16,7 +17,7 @@ def require(extra: str, *modules: str) -> None:
     """Raise :class:`ImportError` unless every module of an optional feature is installed.
 
     Args:
-        extra: the extra of this package that brings the modules (``"train"``, ``"test"``, ``"bench"``, ``"dev"``).
+        extra: the extra of this package that brings them (``"train"``, ``"test"``, ``"bench"``, ``"dev"``).
         modules: import names, as in ``require("train", "lightning", "sklearn")``.
 
     Raises:

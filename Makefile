@@ -1,0 +1,89 @@
+# Every target works from a fresh clone: Python 3.10 or later with venv, make and g++ are all it takes.
+#
+#   make test PYTHON=python3.12
+#   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+# Pinned here and not in the package metadata: what is installed first decides what the build compiles against.
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+PYTEST_ARGS ?=
+DEMO_ARGS ?= --output demo_output
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NATIVE := $(shell find csrc 2>/dev/null)
+BUILD := pyproject.toml setup.py $(wildcard build_backend/*.py)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow bench lint format wheel sanitize torch-requirement clean
+# Two pips must not write to one environment at a time.
+.NOTPARALLEL:
+
+help:  ## List the targets
+	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*  ## /\t/' | expand -t 14
+	@echo "Variables: PYTHON=$(PYTHON) TORCH=\"$(TORCH)\" VENV=$(VENV) PYTEST_ARGS DEMO_ARGS"
+
+demo: $(VENV)/.train  ## Pre-train with five margins on real images, evaluate few-shot accuracy, draw the figure
+	$(BIN)/fewshot-ext demo $(DEMO_ARGS)
+
+test: $(VENV)/.test  ## Run the tests
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.test  ## Run the tests marked slow
+	$(BIN)/pytest -m slow $(PYTEST_ARGS)
+
+bench: $(VENV)/.bench  ## Time the operators against their peers
+	set -e; for script in benchmarks/bench_*.py; do $(BIN)/python $$script; done
+
+lint: $(VENV)/.dev  ## Check style and format of Python, C++ and CUDA
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.cpp %.cuh %.cu,$(NATIVE))
+
+format: $(VENV)/.dev  ## Rewrite Python, C++ and CUDA in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(filter %.h %.cpp %.cuh %.cu,$(NATIVE))
+
+# A build folder left from earlier would bring modules into the wheel that have been deleted since.
+wheel: $(VENV)/.torch  ## Build the wheel into dist/
+	rm -rf build dist
+	$(PIP) wheel --no-deps --wheel-dir dist .
+
+sanitize: $(VENV)/.dev  ## Run the operator tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+		-DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DFEWSHOT_EXT_SANITIZE=ON -DFEWSHOT_EXT_CUDA=OFF
+	$(BIN)/cmake --build build/sanitize --target sanitize
+
+torch-requirement:
+	@echo '$(TORCH)'
+
+clean:  ## Remove everything that was built, the environment included
+	rm -rf .venv build dist *.egg-info demo_output .pytest_cache .ruff_cache .hypothesis compile_commands.json
+	rm -f fewshot_ext/*.so fewshot_ext/_build_info.json
+
+# The install is editable: tests then run the checkout itself, the one folder with both the sources under test and a
+# compiled library, whatever the working directory; and an edited Python file needs no reinstall. A change of native
+# code or of the build does, and the stamps notice; folders are among the prerequisites to notice a deleted file.
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.torch: $(VENV)/.created
+	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) install $(TORCH)
+	touch $@
+
+$(VENV)/.package: $(VENV)/.torch $(BUILD) $(NATIVE)
+	$(PIP) install --editable .
+	touch $@
+
+# By its name and not by ".", because that would compile again only to add requirements.
+$(VENV)/.train $(VENV)/.test $(VENV)/.bench $(VENV)/.dev: $(VENV)/.package
+	$(PIP) install 'fewshot_ext[$(EXTRAS)]'
+	touch $@
+
+$(VENV)/.train: EXTRAS := train
+$(VENV)/.test: EXTRAS := train,test
+$(VENV)/.bench: EXTRAS := bench
+$(VENV)/.dev: EXTRAS := train,test,dev

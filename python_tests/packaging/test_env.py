@@ -1,0 +1,87 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fewshot_ext
+from fewshot_ext import _library, env
+
+
+def run(*arguments, **settings):
+    return subprocess.run(
+        [sys.executable, "-m", "fewshot_ext.env", *arguments],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_json_report():
+    done = run("--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["versions"]["fewshot_ext"] == fewshot_ext.__version__
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["libraries"]["cpu"] == {"library": "_C", "error": None}
+    assert facts["devices"]["cpu"]["capability"] == torch.backends.cpu.get_cpu_capability()
+    assert facts["operators"]
+    assert all(set(on_device) == {"cpu", "cuda"} for on_device in facts["operators"].values())
+    assert any(on_device["cpu"] for on_device in facts["operators"].values())
+
+
+def test_text_report(capsys):
+    env.main([])
+    told = capsys.readouterr().out
+    for title in ("Versions", "Build", "Libraries", "Devices", "Kernels", "Extras"):
+        assert f"\n{title}\n" in f"\n{told}"
+    assert f"torch        {torch.__version__}" in told
+    assert "cpu: yes" in told
+
+
+def test_unknown_option_gets_a_usage_error(capsys):
+    with pytest.raises(SystemExit):
+        env.main(["--yaml"])
+    assert "unrecognized arguments: --yaml" in capsys.readouterr().err
+
+
+def test_missing_extra_comes_with_its_pip_line(monkeypatch):
+    monkeypatch.setattr(env.importlib.metadata, "requires", lambda name: ['no-such-thing; extra == "train"'])
+    assert env.extras_report() == {
+        "train": {"versions": {"no-such-thing": None}, "install": "pip install 'fewshot_ext[train]'"}
+    }
+    assert "no-such-thing MISSING\n      pip install 'fewshot_ext[train]'" in env.render(env.report())
+
+
+def test_missing_cuda_library_comes_with_the_reason_from_the_build(monkeypatch):
+    monkeypatch.setattr(_library, "cuda_error", "no _C_cuda library")
+    libraries = env.library_report({"cuda_missing_because": "no CUDA toolkit at build time"})
+    assert libraries["cuda"]["error"] == "not built: no CUDA toolkit at build time"
+    assert env.library_report(None)["cuda"]["error"] == "no _C_cuda library"
+
+
+def test_loaded_cuda_library_has_no_error(monkeypatch):
+    monkeypatch.setattr(_library, "cuda_error", None)
+    assert env.library_report({"cuda_missing_because": None})["cuda"]["error"] is None
+
+
+def test_report_without_the_compiled_library(tmp_path):
+    done = run(FEWSHOT_EXT_LIBRARY_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert f"no _C library in {tmp_path}" in done.stdout
+    assert "_C_cuda  not tried without _C" in done.stdout
+    assert "no operator is registered" in done.stdout
+
+
+def test_anything_else_without_the_compiled_library_is_an_import_error(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", "import fewshot_ext"],
+        env={**os.environ, "FEWSHOT_EXT_LIBRARY_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "ImportError: fewshot_ext: no _C library" in done.stderr
+    assert "pip install" in done.stderr
