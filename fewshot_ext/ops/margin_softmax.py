@@ -241,7 +241,8 @@ def _margin_loss(
         raise ValueError("features: got no samples (N = 0), which have no mean; use reduction='sum' or 'none'")
     check_labels("target", target, weight.shape[0], ignore_index)
 
-    with_gradients = reduction != "none" and torch.is_grad_enabled()
+    # In float16, small gradients must meet a loss scale before they are rounded: they wait for the backward pass.
+    with_gradients = reduction != "none" and features.dtype != torch.float16 and torch.is_grad_enabled()
     loss, prediction, *_ = _call_forward(
         features,
         weight,
