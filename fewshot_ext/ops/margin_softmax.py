@@ -240,7 +240,8 @@ def _margin_loss(
     if reduction == "mean" and features.shape[0] == 0:
         raise ValueError("features: got no samples (N = 0), which have no mean; use reduction='sum' or 'none'")
 
-    with_gradients = reduction != "none" and torch.is_grad_enabled()
+    # In float16, small gradients must meet a loss scale before they are rounded: they wait for the backward pass.
+    with_gradients = reduction != "none" and features.dtype != torch.float16 and torch.is_grad_enabled()
     arguments = (
         features,
         weight,

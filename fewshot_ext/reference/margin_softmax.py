@@ -21,7 +21,7 @@ def _margin_cross_entropy(
     return_prediction: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     is_target = target.unsqueeze(1) == torch.arange(similarity.shape[1], device=target.device)
-    logits = scale * (similarity - margin * is_target)
+    logits = scale * (similarity - margin * is_target.to(similarity.dtype))
     loss = F.cross_entropy(
         logits, target, reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing
     )

@@ -1,0 +1,193 @@
+"""The words in which an operator describes itself to the contract tests of test_contract.py."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+
+import torch
+from hypothesis.strategies import SearchStrategy
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A set of kernels. ``activate`` makes the operators use them on tensors of ``device``."""
+
+    name: str
+    device: str = "cpu"
+    activate: Callable[[], AbstractContextManager] = nullcontext
+    missing: str | None = None  # why this machine cannot run it
+
+
+@contextmanager
+def _instruction_set(name: str) -> Iterator[None]:
+    variable = "FEWSHOT_EXT_CPU_CAPABILITY"
+    before = os.environ.get(variable)
+    os.environ[variable] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
+
+
+def _cpu_backend(name: str, torch_names: Sequence[str]) -> Backend:
+    found = torch.backends.cpu.get_cpu_capability()
+    missing = None if not torch_names or found in torch_names else f"this processor has no {name}"
+    return Backend(f"cpu-{name}", activate=lambda: _instruction_set(name), missing=missing)
+
+
+# One for each device, with the kernels it prefers: for what lies above kernels (dispatch, autograd, tracing).
+DEVICES = (
+    Backend("cpu"),
+    Backend("cuda", device="cuda", missing=None if torch.cuda.is_available() else "no CUDA device"),
+)
+# Every version of every kernel: for what the kernels compute.
+BACKENDS = (
+    _cpu_backend("baseline", ()),
+    _cpu_backend("avx2", ("AVX2", "AVX512")),
+    _cpu_backend("avx512", ("AVX512",)),
+    *DEVICES[1:],
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Arguments of one call: tensors by name, and the rest by name."""
+
+    tensors: dict[str, Tensor]
+    options: dict[str, object] = field(default_factory=dict)
+
+    def _repr_pretty_(self, printer, cycle: bool) -> None:
+        # Hypothesis prints its counterexamples: thousands of random numbers say less than shapes and strides.
+        tensors = [
+            f"{name} {t.dtype} {list(t.shape)} stride {t.stride()}" for name, t in self.tensors.items()
+        ]
+        printer.text(f"Problem({', '.join(tensors)}, {self.options})")
+
+    def to(self, dtype: torch.dtype | None = None, device: str | None = None) -> "Problem":
+        """Floating tensors in ``dtype``, all on ``device``; tensors already there keep their strides."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+
+        return replace(self, tensors={name: move(tensor) for name, tensor in self.tensors.items()})
+
+    def with_grad(self, names: Sequence[str]) -> "Problem":
+        """Fresh leaves, of which those named want gradients; values, strides and memory are shared."""
+        return replace(
+            self,
+            tensors={
+                name: tensor.detach().requires_grad_(name in names) for name, tensor in self.tensors.items()
+            },
+        )
+
+    def with_options(self, **options: object) -> "Problem":
+        return replace(self, options={**self.options, **options})
+
+    def arguments(self) -> dict[str, object]:
+        return {**self.tensors, **self.options}
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How far rounding may carry results and gradients from the reference: tensors of their shapes."""
+
+    results: tuple[Tensor, ...]  # of the floating-point results
+    gradients: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class BadInput:
+    name: str
+    change: Callable[[dict[str, Tensor]], dict[str, object]]  # tensors -> the arguments that go wrong
+    error: type[Exception]
+    message: str  # text that the error contains: the argument, what came, what is taken
+
+
+@dataclass(frozen=True)
+class OperatorCase:
+    """All that the contract needs to know about an operator."""
+
+    name: str
+    function: Callable[..., Tensor | tuple[Tensor, ...]]
+    reference: Callable[..., Tensor | tuple[Tensor, ...]]
+    differentiable: tuple[str, ...]
+    # Problems of a dtype, of every shape, stride, value and option that the operator takes.
+    problems: Callable[[torch.dtype], SearchStrategy[Problem]]
+    # problem, upstream gradients of the floating-point results -> bounds
+    bounds: Callable[[Problem, Sequence[Tensor]], Bounds]
+    # Small float64 problems that together go through every path of autograd.
+    examples: tuple[Problem, ...]
+    # A float32 problem big enough for the kernels to use several threads.
+    large: Problem
+    # Legal problems without samples.
+    empty: tuple[Problem, ...]
+    # Overloads with arguments for torch.library.opcheck.
+    overloads: Callable[[Problem], list[tuple[torch._ops.OpOverload, tuple]]]
+    # By tensor, the dimensions that torch.export may leave open, each with its name.
+    dynamic: dict[str, dict[int, str]]
+    bad_inputs: tuple[BadInput, ...]
+    # What the error of a second derivative says; None where there are second derivatives.
+    no_second_derivative: str | None = None
+    # Checks results that are not floating point: rounding may turn an arg max that nearly ties.
+    check_discrete: Callable[[Problem, tuple[Tensor, ...]], None] | None = None
+    # Tensors that vmap maps over; empty where batching makes no sense.
+    batched: tuple[str, ...] = ()
+
+
+def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def floating(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The results that gradients come from."""
+    return tuple(result for result in as_tuple(results) if result.is_floating_point())
+
+
+def evaluate(
+    function: Callable,
+    problem: Problem,
+    names: Sequence[str],
+    upstream: Sequence[Tensor] | None = None,
+    retain_graph: bool = False,
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """All results, and the gradients to the tensors in ``names`` for upstream gradients (ones by default)."""
+    problem = problem.with_grad(names)
+    results = as_tuple(function(**problem.arguments()))
+    outputs = floating(results)
+    if upstream is None:
+        upstream = [torch.ones_like(output) for output in outputs]
+    upstream = [part.to(output) for part, output in zip(upstream, outputs, strict=True)]
+    leaves = [problem.tensors[name] for name in names]
+    gradients = torch.autograd.grad(outputs, leaves, upstream, retain_graph=retain_graph)
+    detached = tuple(result.detach() for result in results)
+    return detached, dict(zip(names, gradients, strict=True))
+
+
+def assert_within(actual: Tensor, expected: Tensor, bound: Tensor, what: str) -> None:
+    """|actual - expected| <= bound, elementwise; beyond the range of the actual dtype infinity is right."""
+    assert actual.shape == expected.shape, what
+    limit = torch.finfo(actual.dtype).max
+    got, expected = actual.double().cpu().clamp(-limit, limit), expected.clamp(-limit, limit)
+    assert torch.equal(got.isnan(), expected.isnan()), (
+        f"{what}: NaN where the reference has none, or the reverse"
+    )
+    excess = ((got - expected).abs() - bound).nan_to_num(nan=-1.0)
+    if excess.numel() and excess.max() > 0:
+        index = tuple(int(i) for i in torch.unravel_index(excess.argmax(), excess.shape))
+        raise AssertionError(
+            f"{what}{list(index)}: {got[index]:.9g} differs from {expected[index]:.9g} by "
+            f"{abs(got[index] - expected[index]):.3g}, bound {bound[index]:.3g}"
+        )
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    """Bitwise, NaN included."""
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], rtol=0, atol=0, equal_nan=True)

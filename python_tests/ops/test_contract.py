@@ -1,0 +1,426 @@
+"""The op contract: every operator of cases.py is held to the same list, on every backend there is."""
+
+import contextlib
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from .cases import OPERATORS
+from .contract import BACKENDS, DEVICES, DTYPES, as_tuple, assert_same, assert_within, evaluate, floating
+
+ON_BACKEND = {"argnames": "backend", "argvalues": BACKENDS, "ids": lambda backend: backend.name}
+ON_DEVICE = {**ON_BACKEND, "argvalues": DEVICES}
+
+# torch.amp.GradScaler starts at 2^16, to lift float16 gradients above the smallest number that there is.
+LOSS_SCALES = (1.0, 2.0**16)
+
+
+def each_operator(**backends):
+    """Runs a test for every operator on every backend; where one is missing the report says why."""
+
+    def decorate(test):
+        test = pytest.mark.parametrize("case", OPERATORS, ids=lambda case: case.name)(test)
+        return pytest.mark.parametrize(**backends)(test)
+
+    return decorate
+
+
+@pytest.fixture(autouse=True)
+def _only_where_available(request):
+    backend = request.node.callspec.params["backend"]
+    if backend.missing:
+        pytest.skip(backend.missing)
+
+
+def random_upstream(outputs, loss_scale):
+    """Upstream gradients that are exact in float32, as every operator of half types returns its loss."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (loss_scale * torch.randn(output.shape, generator=generator)).to(torch.float64) for output in outputs
+    ]
+
+
+def assert_equals_reference(case, backend, problem, loss_scale=1.0, retain_graph=False):
+    exact = problem.to(torch.float64)
+    upstream = random_upstream(floating(case.reference(**exact.arguments())), loss_scale)
+    expected, expected_gradients = evaluate(case.reference, exact, case.differentiable, upstream)
+    with backend.activate():
+        placed = problem.to(device=backend.device)
+        results, gradients = evaluate(case.function, placed, case.differentiable, upstream, retain_graph)
+    bounds = case.bounds(problem, upstream)
+    for result, value, bound in zip(floating(results), floating(expected), bounds.results, strict=True):
+        assert_within(result, value, bound, f"{case.name}")
+    for name, gradient in gradients.items():
+        dtype = problem.tensors[name].dtype
+        assert gradient.dtype == dtype
+        value = expected_gradients[name]
+        # A gradient is rounded to the dtype of its tensor twice: as computed, and scaled by the upstream one.
+        rounding = value.abs() * torch.finfo(dtype).eps + torch.finfo(dtype).smallest_normal
+        assert_within(gradient, value, bounds.gradients[name] + rounding, f"{case.name}: gradient of {name}")
+    if case.check_discrete is not None:
+        case.check_discrete(problem, results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@each_operator(**ON_BACKEND)
+def test_equals_float64_reference(case, backend, dtype):
+    @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+    @given(problem=case.problems(dtype), loss_scale=st.sampled_from(LOSS_SCALES), retain_graph=st.booleans())
+    def check(problem, loss_scale, retain_graph):
+        assert_equals_reference(case, backend, problem, loss_scale, retain_graph)
+
+    check()
+
+
+@pytest.mark.parametrize("retain_graph", (False, True))
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@each_operator(**ON_BACKEND)
+def test_loss_scaling_keeps_small_gradients(case, backend, dtype, retain_graph):
+    for loss_scale in LOSS_SCALES:
+        assert_equals_reference(case, backend, case.large.to(dtype), loss_scale, retain_graph)
+
+
+@each_operator(**ON_BACKEND)
+def test_empty_input(case, backend):
+    for problem in case.empty:
+        assert_equals_reference(case, backend, problem)
+
+
+@each_operator(**ON_BACKEND)
+def test_value_does_not_depend_on_gradients(case, backend):
+    with backend.activate():
+        for problem in (*case.examples, case.large):
+            problem = problem.to(device=backend.device)
+            plain = as_tuple(case.function(**problem.arguments()))
+            for names in (case.differentiable, *((name,) for name in case.differentiable)):
+                results, _ = evaluate(case.function, problem, names)
+                assert_same(dict(enumerate(plain)), dict(enumerate(results)))
+
+
+@each_operator(**ON_BACKEND)
+def test_each_gradient_by_itself(case, backend):
+    with backend.activate():
+        for problem in case.examples:
+            problem = problem.to(device=backend.device)
+            _, together = evaluate(case.function, problem, case.differentiable)
+            for name in case.differentiable:
+                _, alone = evaluate(case.function, problem, (name,))
+                torch.testing.assert_close(alone[name], together[name])
+
+
+@each_operator(**ON_BACKEND)
+def test_deterministic(case, backend):
+    with backend.activate():
+        problem = case.large.to(device=backend.device)
+        results, gradients = evaluate(case.function, problem, case.differentiable)
+        again, again_gradients = evaluate(case.function, problem, case.differentiable)
+    assert_same(dict(enumerate(results)), dict(enumerate(again)))
+    assert_same(gradients, again_gradients)
+
+
+@contextlib.contextmanager
+def threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("count", (1, 2, 3))
+@each_operator(**ON_BACKEND)
+def test_thread_count(case, backend, count):
+    with threads(count):
+        assert_equals_reference(case, backend, case.large)
+
+
+@each_operator(**ON_BACKEND)
+def test_inputs_are_not_modified(case, backend):
+    with backend.activate():
+        for problem in (*case.examples, case.large):
+            problem = problem.to(device=backend.device)
+            before = {name: tensor.clone() for name, tensor in problem.tensors.items()}
+            versions = {name: tensor._version for name, tensor in problem.tensors.items()}
+            evaluate(case.function, problem, case.differentiable)
+            assert_same(problem.tensors, before)
+            assert {name: tensor._version for name, tensor in problem.tensors.items()} == versions
+
+
+@each_operator(**ON_DEVICE)
+def test_opcheck(case, backend):
+    for names in (case.differentiable, ()):
+        problem = case.examples[0].to(torch.float32, backend.device).with_grad(names)
+        for overload, arguments in case.overloads(problem):
+            torch.library.opcheck(overload, arguments)
+
+
+def problem_function(case, problem, names=None):
+    """The operator as a function of the tensors in ``names`` alone, and these tensors as leaves."""
+    names = case.differentiable if names is None else names
+    problem = problem.with_grad(names)
+
+    def function(*tensors):
+        replaced = dict(zip(names, tensors, strict=True))
+        return case.function(**{**problem.arguments(), **replaced})
+
+    return function, [problem.tensors[name] for name in names]
+
+
+@each_operator(**ON_BACKEND)
+def test_gradcheck(case, backend):
+    with backend.activate():
+        for problem in case.examples:
+            function, inputs = problem_function(case, problem.to(device=backend.device))
+            assert torch.autograd.gradcheck(lambda *tensors: floating(function(*tensors)), inputs)  # noqa: B023
+
+
+@each_operator(**ON_DEVICE)
+def test_second_derivatives_are_right_or_refused(case, backend):
+    for problem in case.examples:
+        function, inputs = problem_function(case, problem.to(device=backend.device))
+        if case.no_second_derivative is None:
+            assert torch.autograd.gradgradcheck(lambda *tensors: floating(function(*tensors)), inputs)  # noqa: B023
+            continue
+
+        def total(*tensors):
+            return sum(output.square().sum() for output in floating(function(*tensors)))  # noqa: B023
+
+        def mixed(*tensors):
+            return total(*tensors) * sum(tensor.square().sum() for tensor in tensors)
+
+        for loss in (total, mixed):
+            gradients = torch.autograd.grad(loss(*inputs), inputs, create_graph=True)
+            for gradient in gradients:
+                with pytest.raises(RuntimeError, match=case.no_second_derivative):
+                    gradient.sum().backward(retain_graph=True)
+        assert all(tensor.grad is None for tensor in inputs)
+
+
+@each_operator(**ON_DEVICE)
+def test_forward_mode_and_functional_second_derivatives_are_refused(case, backend):
+    if case.no_second_derivative is None:
+        pytest.skip(f"{case.name} has second derivatives")
+    function, inputs = problem_function(case, case.examples[0].to(device=backend.device))
+    inputs = tuple(tensor.detach() for tensor in inputs)
+
+    def scalar(*tensors):
+        return floating(function(*tensors))[0].sum()
+
+    with pytest.raises(RuntimeError, match=case.no_second_derivative):
+        torch.func.jacrev(torch.func.grad(scalar))(*inputs)
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)forward.mode"):
+        torch.func.jvp(scalar, inputs, inputs)
+
+
+@each_operator(**ON_DEVICE)
+def test_retain_graph_accumulates(case, backend):
+    for problem in case.examples:
+        problem = problem.to(device=backend.device)
+        _, once = evaluate(case.function, problem, case.differentiable)
+        leaves = problem.with_grad(case.differentiable)
+        outputs = floating(case.function(**leaves.arguments()))
+        # Factors that are powers of 2 make every sum exact.
+        for calls, factor in enumerate((1.0, 2.0, 4.0), start=1):
+            upstream = [torch.full_like(output, factor) for output in outputs]
+            torch.autograd.backward(outputs, upstream, retain_graph=calls < 3)
+            for name, gradient in once.items():
+                torch.testing.assert_close(leaves.tensors[name].grad, (2**calls - 1) * gradient)
+
+
+@each_operator(**ON_DEVICE)
+def test_changed_gradients_do_not_reach_the_next_backward(case, backend):
+    for problem in case.examples:
+        problem = problem.to(device=backend.device)
+        _, once = evaluate(case.function, problem, case.differentiable)
+        leaves = problem.with_grad(case.differentiable)
+        outputs = floating(case.function(**leaves.arguments()))
+        for keep in (True, True, False):
+            torch.autograd.backward(
+                outputs, [torch.ones_like(output) for output in outputs], retain_graph=keep
+            )
+            for name, gradient in once.items():
+                tensor = leaves.tensors[name]
+                torch.testing.assert_close(tensor.grad, gradient)
+                tensor.grad.fill_(float("nan"))
+                tensor.grad = None
+
+
+@each_operator(**ON_DEVICE)
+def test_inputs_changed_before_backward_are_noticed(case, backend):
+    problem = case.examples[0].to(device=backend.device)
+    for name in case.differentiable:
+        leaves = problem.with_grad(case.differentiable)
+        with torch.no_grad():
+            leaves.tensors[name] = leaves.tensors[name].clone().requires_grad_()
+        outputs = floating(case.function(**leaves.arguments()))
+        with torch.no_grad():
+            leaves.tensors[name].zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            outputs[0].sum().backward()
+
+
+def trim(problem, case, samples):
+    """The first ``samples`` of every tensor that has a dimension N."""
+    tensors = {
+        name: tensor[:samples] if "N" in case.dynamic[name].values() else tensor
+        for name, tensor in problem.tensors.items()
+    }
+    return type(problem)(tensors, problem.options)
+
+
+@pytest.mark.parametrize("compiler", ("aot_eager", "inductor"))
+@each_operator(**ON_DEVICE)
+def test_compile_fullgraph_dynamic(case, backend, compiler):
+    # Inductor compiles C++ for minutes of a test run; the cheaper backend goes through all examples.
+    for problem in case.examples if compiler == "aot_eager" else case.examples[:1]:
+        torch._dynamo.reset()
+        problem = problem.to(device=backend.device)
+        compiled = torch.compile(case.function, fullgraph=True, dynamic=True, backend=compiler)
+        for samples in (5, 3):
+            part = trim(problem, case, samples)
+            results, gradients = evaluate(compiled, part, case.differentiable)
+            expected, expected_gradients = evaluate(case.function, part, case.differentiable)
+            torch.testing.assert_close(results, expected)
+            torch.testing.assert_close(gradients, expected_gradients)
+    torch._dynamo.reset()
+
+
+class _Module(torch.nn.Module):
+    def __init__(self, function, options):
+        super().__init__()
+        self.function, self.options = function, options
+
+    def forward(self, tensors):
+        return self.function(**tensors, **self.options)
+
+
+@each_operator(**ON_DEVICE)
+def test_export_dynamic(case, backend):
+    names = {name for dimensions in case.dynamic.values() for name in dimensions.values()}
+    open_sizes = {name: torch.export.Dim(name, min=2) for name in names}
+    shapes = {
+        name: {dimension: open_sizes[size] for dimension, size in dimensions.items()}
+        for name, dimensions in case.dynamic.items()
+    }
+    for problem in case.examples[:2]:
+        problem = problem.to(device=backend.device)
+        module = _Module(case.function, problem.options)
+        program = torch.export.export(module, (problem.tensors,), dynamic_shapes=(shapes,))
+        assert any("fewshot_ext" in str(node.target) for node in program.graph.nodes)
+        for samples in (5, 3):
+            part = trim(problem, case, samples)
+            torch.testing.assert_close(program.module()(part.tensors), case.function(**part.arguments()))
+
+
+def stacked(problem, names, count=3):
+    """``count`` problems in one: the tensors in ``names`` get a leading dimension."""
+    tensors = dict(problem.tensors)
+    for name in names:
+        tensor = tensors[name]
+        # Rolled rows: other problems with labels that are legal too.
+        tensors[name] = torch.stack([tensor.roll(shift, 0) for shift in range(count)])
+    return tensors
+
+
+def batched_choices(case):
+    """All batched tensors together, and each by itself."""
+    return (case.batched, *((name,) for name in case.batched))
+
+
+@each_operator(**ON_DEVICE)
+def test_vmap(case, backend):
+    if not case.batched:
+        pytest.skip(f"{case.name} takes batches itself")
+    for problem in case.examples:
+        problem = problem.to(device=backend.device)
+        for names in batched_choices(case):
+            tensors = stacked(problem, names)
+
+            def call(*arguments):
+                return case.function(**dict(zip(tensors, arguments, strict=True)), **problem.options)  # noqa: B023
+
+            dims = tuple(0 if name in names else None for name in tensors)
+            results = as_tuple(torch.func.vmap(call, in_dims=dims)(*tensors.values()))
+            for index in range(3):
+                one = [tensors[name][index] if name in names else tensors[name] for name in tensors]
+                torch.testing.assert_close(tuple(result[index] for result in results), as_tuple(call(*one)))
+
+
+@each_operator(**ON_DEVICE)
+def test_vmap_of_grad_and_grad_of_vmap(case, backend):
+    if not case.batched:
+        pytest.skip(f"{case.name} takes batches itself")
+    for problem in case.examples:
+        problem = problem.to(device=backend.device)
+        positions = tuple(list(problem.tensors).index(name) for name in case.differentiable)
+        for names in batched_choices(case):
+            tensors = stacked(problem, names)
+            dims = tuple(0 if name in names else None for name in tensors)
+
+            def scalar(*arguments):
+                result = case.function(**dict(zip(tensors, arguments, strict=True)), **problem.options)  # noqa: B023
+                return sum(output.square().sum() for output in floating(result))
+
+            gradients = torch.func.vmap(torch.func.grad(scalar, argnums=positions), in_dims=dims)(
+                *tensors.values()
+            )
+            totals = {}
+            for index in range(3):
+                one = [tensors[name][index] if name in names else tensors[name] for name in tensors]
+                leaves = [tensor.clone().requires_grad_(k in positions) for k, tensor in enumerate(one)]
+                expected = torch.autograd.grad(scalar(*leaves), [leaves[k] for k in positions])
+                torch.testing.assert_close(tuple(gradient[index] for gradient in gradients), expected)
+                totals[index] = expected
+
+            leaves = [
+                tensor.clone().requires_grad_(k in positions) for k, tensor in enumerate(tensors.values())
+            ]
+            torch.func.vmap(scalar, in_dims=dims)(*leaves).sum().backward()
+            for slot, k in enumerate(positions):
+                parts = torch.stack([totals[index][slot] for index in range(3)])
+                expected = parts if dims[k] == 0 else parts.sum(dim=0)
+                torch.testing.assert_close(leaves[k].grad, expected)
+
+
+@each_operator(**ON_DEVICE)
+def test_autocast(case, backend):
+    """Mixed dtypes give the result of one common dtype, and gradients in the dtypes that came."""
+    for problem in case.examples:
+        problem = problem.to(torch.float32, backend.device)
+        first = case.differentiable[0]
+        problem.tensors[first] = problem.tensors[first].to(torch.bfloat16)
+        with torch.autocast(backend.device, dtype=torch.bfloat16):
+            results, gradients = evaluate(case.function, problem, case.differentiable)
+        common = torch.float32 if backend.device == "cpu" else torch.bfloat16
+        expected, expected_gradients = evaluate(case.function, problem.to(common), case.differentiable)
+        torch.testing.assert_close(results, expected)
+        for name, gradient in gradients.items():
+            dtype = problem.tensors[name].dtype
+            assert gradient.dtype == dtype
+            torch.testing.assert_close(gradient, expected_gradients[name].to(dtype))
+
+
+BAD_INPUTS = [
+    pytest.param(case, bad, id=f"{case.name}-{bad.name.replace(' ', '_')}")
+    for case in OPERATORS
+    for bad in case.bad_inputs
+]
+
+
+@pytest.mark.parametrize("case, bad", BAD_INPUTS)
+@pytest.mark.parametrize(**ON_DEVICE)
+def test_bad_input_raises_and_changes_nothing(case, bad, backend):
+    problem = case.examples[0].to(device=backend.device).with_grad(case.differentiable)
+    for name in case.differentiable:
+        problem.tensors[name].grad = torch.full_like(problem.tensors[name], 7.0)
+    before = {name: tensor.detach().clone() for name, tensor in problem.tensors.items()}
+    with pytest.raises(bad.error) as raised:
+        case.function(**{**problem.arguments(), **bad.change(problem.tensors)})
+    assert type(raised.value) is bad.error
+    assert bad.message in str(raised.value)
+    for name, tensor in problem.tensors.items():
+        assert torch.equal(tensor, before[name])
+        assert tensor.grad is None or (tensor.grad == 7.0).all()
