@@ -183,7 +183,8 @@ class MarginSoftmax {
     if (grad_weight_)
       features_panels_ = pack_panels(features_, problem_.features_stride, samples_, dimensions_, features_packed_,
                                      samples_ * width);
-    std::fill(log_sum_, log_sum_ + panels_ * width, T(0));
+    // Rows that get no coefficients, the ignored ones and the padding, have probabilities e^(logit - max) = 0.
+    std::fill(log_sum_, log_sum_ + panels_ * width, std::numeric_limits<T>::max());
     for (T* row : {row_gradient_, uniform_, target_gradient_}) std::fill(row, row + panels_ * width, T(0));
     if (own_packing_) return;
     const int64_t tasks = std::min(threads_, panels_);
