@@ -5,7 +5,7 @@ import torch
 
 
 def derive_seed(*key: int) -> int:
-    """A 63-bit seed for the part of a run that `key` names, such as (seed, epoch).
+    """A 63-bit seed for the part of a run that ``key`` names, such as (seed, epoch).
 
     Sums would not do: seed 1 would repeat what seed 0 does one epoch later.
 
@@ -16,5 +16,5 @@ def derive_seed(*key: int) -> int:
 
 
 def derive_generator(*key: int) -> torch.Generator:
-    """A CPU generator seeded with `derive_seed(*key)`."""
+    """A CPU generator seeded with ``derive_seed(*key)``."""
     return torch.Generator().manual_seed(derive_seed(*key))

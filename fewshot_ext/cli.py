@@ -1,4 +1,4 @@
-"""The command line: `fewshot-ext COMMAND ...`."""
+"""The command line: ``fewshot-ext COMMAND ...``."""
 
 import argparse
 import sys
@@ -16,10 +16,10 @@ COMMANDS: dict[str, ModuleType] = {"demo": demo}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs `fewshot-ext` and returns its exit code: 0, 2 for a wrong argument, 130 after Ctrl-C.
+    """Runs ``fewshot-ext`` and returns its exit code: 0, 2 for a wrong argument, 130 after Ctrl-C.
 
     Args:
-        arguments: what follows the program's name; `sys.argv` where None.
+        arguments: what follows the program's name; ``sys.argv`` where None.
     """
     command = None
     try:

@@ -1,1 +1,1 @@
-"""One module for each command of `fewshot-ext`."""
+"""One module for each command of ``fewshot-ext``."""

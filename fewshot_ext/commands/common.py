@@ -21,7 +21,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def writable_folder(name: str) -> Path:
-    """The folder `name`, made where it is missing, after a trial that files can be written there.
+    """The folder ``name``, made where it is missing, after a trial that files can be written there.
 
     Raises:
         OSError: it cannot be made or written to; the message names the folder and the reason.

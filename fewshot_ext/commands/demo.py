@@ -33,7 +33,7 @@ PRETRAINING = PreTrainingConfig(
 
 
 def add_arguments(parser) -> None:
-    """Adds the options of `demo` to a jsonargparse parser."""
+    """Adds the options of ``demo`` to a jsonargparse parser."""
     sweep, protocol = MarginSweepConfig(), ProtocolConfig()
     run = parser.add_argument_group("run")
     run.add_argument("--output", default="demo_output", metavar="FOLDER", help="where the results go")

@@ -20,14 +20,14 @@ class Split(IntEnum):
 class ImageArchive:
     """Images of many classes, held in memory as uint8.
 
-    Indexing with an int64 tensor gives `(images, labels)` of that batch, so an archive is a `torch` dataset
-    that fetches a whole batch at a time.
+    Indexing with an int64 tensor gives ``(images, labels)`` of that batch, so an archive is a ``torch``
+    dataset that fetches a whole batch at a time.
 
     Args:
-        images: `[N, C, H, W]` uint8, N >= 1; C is 1 (grey) or 3 (RGB).
-        labels: `[N]` int64, each in `[0, classes)`.
+        images: ``[N, C, H, W]`` uint8, N >= 1; C is 1 (grey) or 3 (RGB).
+        labels: ``[N]`` int64, each in ``[0, classes)``.
         class_names: one name a class, all different.
-        class_split: `[classes]` uint8, a `Split` value a class.
+        class_split: ``[classes]`` uint8, a ``Split`` value a class.
 
     Raises:
         TypeError: a tensor of the wrong dtype, or something that is not a tensor.
@@ -92,10 +92,10 @@ class ImageArchive:
         """An archive from numpy arrays as image files give them.
 
         Args:
-            images: uint8, `[N, H, W]` (grey) or `[N, H, W, C]`.
-            labels: `[N]`, any integer dtype.
+            images: uint8, ``[N, H, W]`` (grey) or ``[N, H, W, C]``.
+            labels: ``[N]``, any integer dtype.
             class_names: one name a class.
-            class_split: `[classes]` integers, `Split` values.
+            class_split: ``[classes]`` integers, ``Split`` values.
 
         Raises:
             TypeError: images that are not uint8, labels or splits that are not integers.
@@ -153,7 +153,7 @@ class ImageArchive:
         )
 
     def hold_out(self, fraction: float, generator: torch.Generator) -> tuple["ImageArchive", "ImageArchive"]:
-        """Parts the images of every class at random into `(kept, held_out)`, the classes staying the same.
+        """Parts the images of every class at random into ``(kept, held_out)``, the classes staying the same.
 
         Args:
             fraction: the share of each class's images to hold out, rounded to whole images, in (0, 1).

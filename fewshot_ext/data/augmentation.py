@@ -48,13 +48,13 @@ class ImageInput(nn.Module):
 
     Args:
         mean, std: one number a channel, for pixels in [0, 1].
-        augmentation: applied in training mode only; see `AugmentationConfig`.
+        augmentation: applied in training mode only; see ``AugmentationConfig``.
 
     Raises:
         ImportError: an augmentation is asked for and kornia is missing.
 
     Shape:
-        `[B, C, H, W]` uint8 -> `[B, C, H, W]` float32.
+        ``[B, C, H, W]`` uint8 -> ``[B, C, H, W]`` float32.
     """
 
     def __init__(

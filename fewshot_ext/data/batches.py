@@ -11,9 +11,9 @@ from fewshot_ext.data.archive import ImageArchive
 
 
 class ShuffledBatches(Sampler[Tensor]):
-    """Yields every index of `0 .. length - 1` once an epoch, `batch_size` of them at a time, in random order.
+    """Yields every index below ``length`` once an epoch, in random order, ``batch_size`` at a time.
 
-    The order depends on `seed` and on the epoch given to `set_epoch` and on nothing else, so that a run
+    The order depends on ``seed`` and on the epoch given to ``set_epoch`` and on nothing else, so that a run
     resumed from a checkpoint sees the batches that the unbroken run would have seen.
 
     Args:
@@ -49,11 +49,11 @@ class ShuffledBatches(Sampler[Tensor]):
 
 
 def training_batches(archive: ImageArchive, batch_size: int, seed: int, epoch: int = 0) -> DataLoader:
-    """A loader of shuffled `(images [B, C, H, W] uint8, labels [B] int64)`, each one slice of the archive.
+    """A loader of shuffled ``(images [B, C, H, W] uint8, labels [B] int64)``, each one slice of the archive.
 
     Args:
         archive: the images.
-        batch_size, seed: see `ShuffledBatches`.
+        batch_size, seed: see ``ShuffledBatches``.
         epoch: the first epoch that the loader will be asked for.
     """
     sampler = ShuffledBatches(len(archive), batch_size, seed)

@@ -11,9 +11,9 @@ class Episodes:
     """Index tensors of E episodes; every index points into the image set that they were drawn from.
 
     Attributes:
-        support: `[E, way, shot]` int64, images to learn from.
-        query: `[E, way, queries]` int64, images to classify; never among the support of the same episode.
-        classes: `[E, way]` int64, the class behind each row; an episode's own label is the row, 0 .. way - 1.
+        support: ``[E, way, shot]`` int64, images to learn from.
+        query: ``[E, way, queries]`` int64, images to classify; never among the support of the same episode.
+        classes: ``[E, way]`` int64, the class behind each row. The episode's own label is the row's number.
     """
 
     support: Tensor
@@ -36,7 +36,7 @@ def sample_episodes(
     """Draws N-way K-shot episodes: classes uniformly without replacement, then images of each class likewise.
 
     Args:
-        labels: `[N]` int64 class of each image, on the CPU.
+        labels: ``[N]`` int64 class of each image, on the CPU.
         episodes: number of episodes E.
         way: classes an episode.
         shot: support images a class.
@@ -44,8 +44,8 @@ def sample_episodes(
         generator: a CPU generator; the same state gives the same episodes on every device.
 
     Raises:
-        ValueError: a count below 1, fewer classes than `way`, or a class that holds fewer than `shot +
-            queries` images (the message names the smallest class and its size).
+        ValueError: a count below 1, fewer classes than ``way``, or a class with too few images for the shots
+            and queries; the message names the smallest class and its size.
 
     Example:
         >>> labels = torch.arange(5).repeat_interleave(20)

@@ -27,27 +27,28 @@ def finetune_episodes(
 ) -> Tensor:
     """Trains a fresh linear classifier for every episode on frozen features and scores the episode's queries.
 
-    Each classifier makes `steps` passes over its support set in random order, in minibatches of `batch_size`
-    (the last one ragged), under the margin softmax of the paper's eq. 1 and SGD as `torch.optim.SGD` does it.
+    Each classifier makes ``steps`` passes over its support set in random order, in minibatches of
+    ``batch_size`` (the last one ragged), under the margin softmax of the paper's eq. 1 and SGD as
+    ``torch.optim.SGD`` does it.
     The episodes are independent, so they advance together: a step is two batched products, and the softmax
     gradient is written out rather than recorded.
 
     Args:
-        support: `[E, S, D]` float32 or float64 features.
-        support_target: `[E, S]` int64, classes 0 .. way - 1 of the episode.
-        query: `[E, Q, D]` features.
+        support: ``[E, S, D]`` float32 or float64 features.
+        support_target: ``[E, S]`` int64, classes 0 .. way - 1 of the episode.
+        query: ``[E, Q, D]`` features.
         similarity: "cosine", or "softmax" for the inner product.
         scale, margin: of the margin softmax; the protocol has 5 and 0.
         steps: passes over the support set.
         batch_size: support images a minibatch.
         lr, momentum, dampening, weight_decay: of SGD.
-        weight: `[E, way, D]` initial classifiers; drawn by kaiming_uniform(a = sqrt 5), that is uniformly in
-            +-1 / sqrt(D), where None. It is not changed.
-        order: `[E, steps, S]` int64, each row a permutation of the support; drawn where None.
-        generator: CPU generator for `weight` and `order`.
+        weight: ``[E, way, D]`` initial classifiers; drawn by kaiming_uniform(a = sqrt 5), that is uniformly
+            in +-1 / sqrt(D), where None. It is not changed.
+        order: ``[E, steps, S]`` int64, each row a permutation of the support; drawn where None.
+        generator: CPU generator for ``weight`` and ``order``.
 
     Returns:
-        `[E, Q, way]` similarities, without scale and margin.
+        ``[E, Q, way]`` similarities, without scale and margin.
 
     Raises:
         ValueError: shapes that do not fit each other, or an unknown similarity.

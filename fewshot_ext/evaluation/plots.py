@@ -28,8 +28,8 @@ def plot_accuracy_over_margin(
         ImportError: matplotlib is missing.
 
     Example:
-        >>> plot_accuracy_over_margin({"novel": {"1-shot": [(-0.3, 62.0, 0.6), (0.0, 58.0, 0.7)]}},
-        "margins.png")
+        >>> curves = {"novel": {"1-shot": [(-0.3, 62.0, 0.6), (0.0, 58.0, 0.7)]}}
+        >>> plot_accuracy_over_margin(curves, "accuracy_over_margin.png")
     """
     _extras.require("train", "matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg

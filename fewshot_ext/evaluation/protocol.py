@@ -50,8 +50,7 @@ class ProtocolConfig:
 
 @dataclass(frozen=True)
 class FineTuningConfig:
-    """Fine-tuning of the episode's classifier; the defaults are the official protocol (see
-    `finetune_episodes`).
+    """Fine-tuning of the episode's classifier, by default the official protocol; see ``finetune_episodes``.
 
     Args:
         scale: multiplies the similarities before the softmax.
@@ -91,12 +90,13 @@ def extract_features(model: nn.Module, images: Tensor, *, batch_size: int = 1024
     """Features of all images, in evaluation mode and without gradients.
 
     Args:
-        model: maps `[B, C, H, W]` uint8 to `[B, D]`, as `PreTraining` does; its training mode is restored.
-        images: `[N, C, H, W]` uint8, on any device.
+        model: maps ``[B, C, H, W]`` uint8 to ``[B, D]``, as ``PreTraining`` does; its training mode is
+            restored.
+        images: ``[N, C, H, W]`` uint8, on any device.
         batch_size: images a forward pass.
 
     Returns:
-        `[N, D]` float32 on the device of the model.
+        ``[N, D]`` float32 on the device of the model.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -120,16 +120,16 @@ def episode_accuracies(
     """Accuracy of fine-tuned classifiers on the queries of each episode.
 
     Args:
-        features: `[N, D]`, one row an image.
-        episodes: index tensors into the rows of `features`.
+        features: ``[N, D]``, one row an image.
+        episodes: index tensors into the rows of ``features``.
         similarity: that of the pre-training.
-        config: see `FineTuningConfig`.
+        config: see ``FineTuningConfig``.
         seed: decides initial classifiers and the order of the passes: two backbones evaluated with the same
             seed and episodes meet the same conditions, so their difference may be taken episode by episode.
         on_progress: called with the number of episodes done so far.
 
     Returns:
-        `[E]` float64 in [0, 1], on the CPU.
+        ``[E]`` float64 in [0, 1], on the CPU.
     """
     generator = torch.Generator().manual_seed(seed)
     way, shot = episodes.support.shape[1:]

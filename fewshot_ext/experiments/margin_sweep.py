@@ -38,9 +38,9 @@ class MarginSweepConfig:
         seed: decides everything that is random. Within a run all margins share initial weights, batches and
             episodes.
         held_out: share of each base class's images that is kept from training and measures base accuracy.
-        protocol: see `ProtocolConfig`.
-        pretraining: see `PreTrainingConfig`; its margin gives way to those of the sweep.
-        finetuning: see `FineTuningConfig`.
+        protocol: see ``ProtocolConfig``.
+        pretraining: see ``PreTrainingConfig``; its margin gives way to those of the sweep.
+        finetuning: see ``FineTuningConfig``.
 
     Raises:
         ValueError: no margins, one that is not finite or that comes twice, a negative seed.
@@ -72,17 +72,17 @@ class MarginSweep:
     Everything that can be wrong with the settings is found here, before the first training step.
 
     Args:
-        config: see `MarginSweepConfig`.
+        config: see ``MarginSweepConfig``.
         archive: images with base and novel classes.
         output: existing folder for results, checkpoints and TensorBoard logs.
         device: "cpu" or "cuda".
-        resume: keep the margins that `output` holds the results of, and go on from the last checkpoint of the
-            one that was broken off. Otherwise the sweep starts afresh and replaces them.
+        resume: keep the margins that ``output`` holds the results of, and go on from the last checkpoint of
+            the one that was broken off. Otherwise the sweep starts afresh and replaces them.
 
     Raises:
-        ImportError: a package of the extra `train` is missing.
+        ImportError: a package of the extra ``train`` is missing.
         ValueError: a class with too few images for the protocol, images too small for the backbone, or, with
-            `resume`, results of other settings or versions.
+            ``resume``, results of other settings or versions.
 
     Reference:
         Liu et al., Negative Margin Matters, ECCV 2020, Fig. 1.
@@ -128,7 +128,7 @@ class MarginSweep:
         """Runs what is not yet there, writes the files again after every margin, and returns all results.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C. The files then hold what was finished before, as `results` does.
+            KeyboardInterrupt: Ctrl-C. The files then hold what was finished before, as ``results`` does.
         """
         self.results.write(self.output)
         with _Progress(len(self)) as progress:

@@ -39,7 +39,7 @@ class Accuracy:
     queries: int
 
     def per_episode(self) -> torch.Tensor:
-        """`[episodes]` float64, in percent."""
+        """``[episodes]`` float64, in percent."""
         return torch.tensor(self.correct, dtype=torch.float64) * (100 / self.queries)
 
 
@@ -84,7 +84,7 @@ class SweepResults:
         return mean_and_interval(torch.cat([row.per_episode() for row in runs]))
 
     def differences(self, margin: float, other: float, classes: str, shot: int) -> list[float]:
-        """Accuracy at `margin` less that at `other`, in percentage points, for each run that has both.
+        """Accuracy at ``margin`` less that at ``other``, in percentage points, for each run that has both.
 
         Within a run all margins share seeds and episodes, so this is a paired comparison.
         """
@@ -134,10 +134,10 @@ class SweepResults:
         return [*lines, "Intervals cover the draw of episodes, not that of initial weights and batches."]
 
     def write(self, directory: Path) -> list[Path]:
-        """Writes `results.json`, `results.csv` and `accuracy_over_margin.png`, each whole or not at all.
+        """Writes ``results.json``, ``results.csv`` and ``accuracy_over_margin.png``, each whole or not.
 
-        Before the first accuracy there is only `results.json`, with the settings, and files
-        of an earlier sweep are removed.
+        Before the first accuracy only ``results.json`` is written, with the settings, and the other two,
+        which an earlier sweep may have left, are removed.
 
         Returns:
             The files written.
@@ -158,10 +158,10 @@ class SweepResults:
 
     @classmethod
     def read(cls, path: Path) -> "SweepResults":
-        """Reads `results.json` back.
+        """Reads ``results.json`` back.
 
         Raises:
-            ValueError: the file is not one that `write` wrote.
+            ValueError: the file is not one that ``write`` wrote.
         """
         keys = [field.name for field in fields(Accuracy)]
         try:
@@ -216,7 +216,7 @@ class SweepResults:
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes beside `path` and renames, so that a reader, or Ctrl-C, never meets half a file."""
+    """Writes beside ``path`` and renames, so that a reader, or Ctrl-C, never meets half a file."""
     handle, name = tempfile.mkstemp(suffix=path.suffix, prefix=f".{path.stem}-", dir=path.parent)
     os.close(handle)
     temporary = Path(name)

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 
 class ConvBlock(nn.Sequential):
-    """3 x 3 convolution, batch normalisation, ReLU and, where `pool` is set, 2 x 2 max-pooling."""
+    """3 x 3 convolution, batch normalisation, ReLU and, where ``pool`` is set, 2 x 2 max-pooling."""
 
     def __init__(self, in_channels: int, out_channels: int, pool: bool) -> None:
         super().__init__(
@@ -16,7 +16,7 @@ class ConvBlock(nn.Sequential):
 
 
 class ConvBackbone(nn.Module):
-    """A stack of `ConvBlock`s whose last map, flattened, is the feature vector.
+    """A stack of ``ConvBlock``s whose last map, flattened, is the feature vector.
 
     Args:
         in_channels: channels of the images.
@@ -25,12 +25,13 @@ class ConvBackbone(nn.Module):
             all four, which needs images of at least 16 x 16.
 
     Shape:
-        `[N, in_channels, H, W]` -> `[N, D]` with D = `feature_size(H, W)`.
+        ``[N, in_channels, H, W]`` -> ``[N, D]`` with D = ``feature_size(H, W)``.
 
     Raises:
         ValueError: no blocks, or more pooled blocks than blocks.
 
     Example:
+        >>> import torch
         >>> backbone = ConvBackbone(1, pooled_blocks=2)
         >>> backbone(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 256])
@@ -56,7 +57,7 @@ class ConvBackbone(nn.Module):
         )
 
     def feature_size(self, height: int, width: int) -> int:
-        """Features D of an image of `height` x `width` pixels.
+        """Features D of an image of ``height`` x ``width`` pixels.
 
         Raises:
             ValueError: the pooled blocks leave nothing of an image this small.
@@ -74,5 +75,5 @@ class ConvBackbone(nn.Module):
 
 
 def conv4(in_channels: int = 3, *, width: int = 64, pooled_blocks: int = 4) -> ConvBackbone:
-    """The four-block backbone of the field, 64 channels wide; the arguments are those of `ConvBackbone`."""
+    """The four-block backbone of the field, 64 channels wide; the arguments are those of ``ConvBackbone``."""
     return ConvBackbone(in_channels, (width,) * 4, pooled_blocks)

@@ -1,4 +1,4 @@
-"""Training of backbones. `PreTraining` and `pretrain` need the extra `train`; the typed settings do not."""
+"""Training of backbones; ``PreTraining`` and ``pretrain`` need the extra ``train``, the settings do not."""
 
 from typing import TYPE_CHECKING
 

@@ -42,12 +42,12 @@ class PreTrainingConfig:
         learning_rate: Adam's rate at the end of the warm-up.
         minimum_learning_rate: the rate that the cosine decay ends at.
         warmup: share of the steps spent in the linear warm-up (the paper: 50 of 200 epochs, 100 of 400).
-        warmup_multiplier: how many times smaller than `learning_rate` the first rate is.
+        warmup_multiplier: how many times smaller than ``learning_rate`` the first rate is.
         weight_decay: L2 penalty that Adam adds to the gradient.
         precision: Lightning's name of the arithmetic, as "32-true" or "bf16-mixed".
         checkpoint_epochs: epochs between two checkpoints; a broken run resumes at the last of them.
-        backbone: see `BackboneConfig`.
-        augmentation: see `AugmentationConfig`.
+        backbone: see ``BackboneConfig``.
+        augmentation: see ``AugmentationConfig``.
 
     Raises:
         ValueError: a value out of range; the message names it.
@@ -86,7 +86,7 @@ class PreTrainingConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "PreTrainingConfig":
-        """Rebuilds a config from `dataclasses.asdict`, as a checkpoint keeps it."""
+        """Rebuilds a config from ``dataclasses.asdict``, as a checkpoint keeps it."""
         backbone, augmentation = (
             BackboneConfig(**values["backbone"]),
             AugmentationConfig(**values["augmentation"]),

@@ -41,14 +41,14 @@ class PreTraining(pl.LightningModule):
     """Backbone and margin head over uint8 images, with Adam, linear warm-up and cosine decay.
 
     Args:
-        config: see `PreTrainingConfig`.
+        config: see ``PreTrainingConfig``.
         num_classes: base classes.
         image_size: (channels, height, width).
         mean, std: one number a channel, for pixels in [0, 1].
         seed: with the epoch's number it decides the augmentation of that epoch.
 
     Shape:
-        `[B, C, H, W]` uint8 -> features `[B, D]`.
+        ``[B, C, H, W]`` uint8 -> features ``[B, D]``.
 
     Reference:
         Liu et al., Negative Margin Matters: Understanding Margin in Few-shot Classification, ECCV 2020,
@@ -166,15 +166,15 @@ def pretrain(
     resume: bool = False,
     on_epoch: Callable[[int, float], None] | None = None,
 ) -> PreTraining:
-    """Trains a fresh backbone and margin head on all classes of `archive`.
+    """Trains a fresh backbone and margin head on all classes of ``archive``.
 
     Args:
-        config: see `PreTrainingConfig`.
+        config: see ``PreTrainingConfig``.
         archive: training images of the base classes.
-        directory: receives `last.ckpt` and the TensorBoard log.
+        directory: receives ``last.ckpt`` and the TensorBoard log.
         seed: decides initial weights, batch order and augmentation.
         device: "cpu" or "cuda".
-        resume: continue from `last.ckpt` where there is one. At an epoch's end the resumed run is in the
+        resume: continue from ``last.ckpt`` where there is one. At an epoch's end the resumed run is in the
             state that the unbroken run would have had.
         on_epoch: called with (epochs done, mean loss of the last epoch).
 
@@ -184,7 +184,7 @@ def pretrain(
     Raises:
         ImportError: Lightning, TensorBoard or kornia (where images are augmented) is missing.
         ValueError: images too small for the backbone, or fewer than two of them.
-        KeyboardInterrupt: Ctrl-C; `last.ckpt` then holds the last checkpointed epoch.
+        KeyboardInterrupt: Ctrl-C; ``last.ckpt`` then holds the last checkpointed epoch.
     """
     directory, device = Path(directory), torch.device(device)
     with torch.random.fork_rng(), _quiet_lightning():
@@ -234,7 +234,7 @@ def _epochs_done(checkpoint: Path) -> int:
 
 @contextmanager
 def _keyboard_interrupt(trainer: pl.Trainer) -> Iterator[None]:
-    """Lightning answers Ctrl-C with `sys.exit(1)` and leaves SIGINT ignored; callers want the interrupt."""
+    """Lightning answers Ctrl-C with ``sys.exit(1)`` and leaves SIGINT ignored; callers want the interrupt."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT)
     try:
@@ -249,7 +249,7 @@ def _keyboard_interrupt(trainer: pl.Trainer) -> Iterator[None]:
 
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
-    """Keeps Lightning's start-up notices (accelerators, tips) and `_EXPECTED_WARNINGS` off the terminal."""
+    """Keeps Lightning's start-up notices (accelerators, tips) and ``_EXPECTED_WARNINGS`` off the terminal."""
     notices = logging.getLogger("lightning.pytorch")
     level = notices.level
     notices.setLevel(logging.WARNING)

@@ -6,7 +6,7 @@ from fewshot_ext.data import ImageArchive, Split, load_digits
 
 
 def arrays(**changes):
-    """Arguments of a fit archive: 12 grey 4 x 4 images of three classes, one a split; `changes` spoil it."""
+    """Arguments of a fit archive: 12 grey 4 x 4 images of three classes; ``changes`` spoil it."""
     arguments = {
         "images": np.arange(12 * 16, dtype=np.uint8).reshape(12, 4, 4),
         "labels": np.arange(12) % 3,

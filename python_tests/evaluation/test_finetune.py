@@ -6,7 +6,7 @@ from fewshot_ext.evaluation import finetune_episodes
 
 
 def one_episode_by_sgd(support, target, query, weight, order, *, similarity, scale, margin, batch_size, sgd):
-    """The loop that every framework runs: one classifier, `torch.optim.SGD`, autograd."""
+    """The loop that every framework runs: one classifier, ``torch.optim.SGD``, autograd."""
     weight = torch.nn.Parameter(weight.clone())
     optimizer = torch.optim.SGD([weight], **sgd)
 
