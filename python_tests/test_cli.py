@@ -14,11 +14,8 @@ from fewshot_ext.experiments import SweepResults
 TINY = ["--epochs", "1", "--episodes", "4", "--runs", "1", "--finetuning.steps", "2"]
 
 
-@pytest.fixture(autouse=True)
-def same_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+# The command sets the number of threads of the process; the fixture sets it back.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_demo_prints_one_table_and_writes_its_files(tmp_path, capsys):

@@ -4,6 +4,8 @@ import torch.nn.functional as F
 
 from fewshot_ext.evaluation import finetune_episodes
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def one_episode_by_sgd(support, target, query, weight, order, *, similarity, scale, margin, batch_size, sgd):
     """The loop that every framework runs: one classifier, ``torch.optim.SGD``, autograd."""

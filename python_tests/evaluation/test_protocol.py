@@ -14,6 +14,8 @@ from fewshot_ext.evaluation import (
     plot_accuracy_over_margin,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class Pixels(nn.Module):
     """A backbone that hands the pixels on, and dropout that would show a forgotten evaluation mode."""

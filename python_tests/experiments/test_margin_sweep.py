@@ -10,6 +10,8 @@ from fewshot_ext.evaluation import FineTuningConfig, ProtocolConfig
 from fewshot_ext.experiments import Accuracy, MarginSweep, MarginSweepConfig, SweepResults
 from fewshot_ext.training import BackboneConfig, PreTrainingConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = MarginSweepConfig(
     margins=(-0.2, 0.0),
     runs=2,

@@ -6,6 +6,8 @@ import torch
 from fewshot_ext.data import AugmentationConfig, Split, load_digits
 from fewshot_ext.training import BackboneConfig, PreTraining, PreTrainingConfig, pretrain
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = PreTrainingConfig(
     epochs=4,
     batch_size=32,
