@@ -1,5 +1,7 @@
 """Test settings that hold everywhere."""
 
+import pytest
+import torch
 from hypothesis import settings
 
 # The same examples on every run: a gate that sometimes closes by itself stops being believed. Search for new
@@ -7,3 +9,12 @@ from hypothesis import settings
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture
+def one_thread():
+    """For tests on tensors so small that threads mostly wait for each other, and long on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

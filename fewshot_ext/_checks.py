@@ -1,0 +1,30 @@
+"""Checks that the typed configurations share, so that one mistake is worded in one way everywhere."""
+
+import math
+
+
+def check_finite(name: str, value: float) -> None:
+    """Raises ValueError unless ``value`` is a finite number."""
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_at_least(name: str, value: float, least: float) -> None:
+    """Raises ValueError unless ``value`` is finite and at least ``least``."""
+    check_finite(name, value)
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raises ValueError unless ``value`` is finite and above zero."""
+    check_finite(name, value)
+    if value <= 0:
+        raise ValueError(f"{name} must be above 0, got {value}")
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Raises ValueError unless 0 <= ``value`` < 1."""
+    check_finite(name, value)
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must lie in [0, 1), got {value}")

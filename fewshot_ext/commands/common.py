@@ -1,0 +1,36 @@
+"""What the commands share: choosing the device, preparing the output folder."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called "auto" (a GPU where there is one), "cpu" or "cuda".
+
+    Raises:
+        ValueError: another name, or "cuda" where torch sees no GPU.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ValueError(f"device cuda was asked for, but torch {torch.__version__} sees no CUDA device here")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def writable_folder(name: str) -> Path:
+    """The folder ``name``, made where it is missing, after a trial that files can be written there.
+
+    Raises:
+        OSError: it cannot be made or written to; the message names the folder and the reason.
+    """
+    folder = Path(name).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write to the output folder {str(folder)!r}: {error.strerror}") from error
+    return folder

@@ -1,0 +1,79 @@
+"""The Conv-4 backbone of the few-shot literature (Vinyals et al. 2016; Chen et al. 2019)."""
+
+from torch import Tensor, nn
+
+
+class ConvBlock(nn.Sequential):
+    """3 x 3 convolution, batch normalisation, ReLU and, where ``pool`` is set, 2 x 2 max-pooling."""
+
+    def __init__(self, in_channels: int, out_channels: int, pool: bool) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2) if pool else nn.Identity(),
+        )
+
+
+class ConvBackbone(nn.Module):
+    """A stack of ``ConvBlock``s whose last map, flattened, is the feature vector.
+
+    Args:
+        in_channels: channels of the images.
+        channels: output channels of each block.
+        pooled_blocks: how many of the blocks, from the first on, halve the image; the classic Conv-4 pools in
+            all four, which needs images of at least 16 x 16.
+
+    Shape:
+        ``[N, in_channels, H, W]`` -> ``[N, D]`` with D = ``feature_size(H, W)``.
+
+    Raises:
+        ValueError: no blocks, or more pooled blocks than blocks.
+
+    Example:
+        >>> import torch
+        >>> backbone = ConvBackbone(1, pooled_blocks=2)
+        >>> backbone(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 256])
+    """
+
+    def __init__(
+        self, in_channels: int = 3, channels: tuple[int, ...] = (64, 64, 64, 64), pooled_blocks: int = 4
+    ) -> None:
+        super().__init__()
+        if not channels or min(channels) < 1:
+            raise ValueError(
+                f"channels must name at least one block, each of at least 1 channel, got {channels}"
+            )
+        if not 0 <= pooled_blocks <= len(channels):
+            raise ValueError(f"pooled_blocks must lie in [0, {len(channels)}], got {pooled_blocks}")
+        self.channels, self.pooled_blocks = tuple(channels), pooled_blocks
+        inputs = (in_channels, *channels[:-1])
+        self.blocks = nn.Sequential(
+            *(
+                ConvBlock(i, o, pool=k < pooled_blocks)
+                for k, (i, o) in enumerate(zip(inputs, channels, strict=True))
+            )
+        )
+
+    def feature_size(self, height: int, width: int) -> int:
+        """Features D of an image of ``height`` x ``width`` pixels.
+
+        Raises:
+            ValueError: the pooled blocks leave nothing of an image this small.
+        """
+        side = 2**self.pooled_blocks
+        if min(height, width) < side:
+            raise ValueError(
+                f"{self.pooled_blocks} pooled blocks need images of at least {side} x {side}, "
+                f"got {height} x {width}"
+            )
+        return self.channels[-1] * (height // side) * (width // side)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.blocks(images).flatten(1)
+
+
+def conv4(in_channels: int = 3, *, width: int = 64, pooled_blocks: int = 4) -> ConvBackbone:
+    """The four-block backbone of the field, 64 channels wide; the arguments are those of ``ConvBackbone``."""
+    return ConvBackbone(in_channels, (width,) * 4, pooled_blocks)

@@ -1,0 +1,27 @@
+"""The learning-rate schedule of the negative-margin paper's pre-training."""
+
+import math
+
+
+def warmup_cosine(
+    step: int, *, total_steps: int, warmup_steps: int, peak: float, minimum: float, warmup_multiplier: float
+) -> float:
+    """Learning rate at ``step``: a linear warm-up to ``peak``, then half a cosine down to ``minimum``.
+
+    Args:
+        step: optimiser steps taken so far; beyond ``total_steps`` the rate stays at ``minimum``.
+        total_steps: length of the whole schedule.
+        warmup_steps: length of the linear part; 0 starts at ``peak``.
+        peak: rate at the end of the warm-up.
+        minimum: rate at ``total_steps``.
+        warmup_multiplier: the first rate is ``peak / warmup_multiplier``.
+
+    Example:
+        >>> warmup_cosine(0, total_steps=100, warmup_steps=25, peak=1.6, minimum=0.0, warmup_multiplier=16.0)
+        0.1
+    """
+    if step < warmup_steps:
+        return peak * (1 + (warmup_multiplier - 1) * step / warmup_steps) / warmup_multiplier
+    decay_steps = max(total_steps - warmup_steps, 1)
+    progress = min((step - warmup_steps) / decay_steps, 1.0)
+    return minimum + (peak - minimum) * (1 + math.cos(math.pi * progress)) / 2

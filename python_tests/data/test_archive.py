@@ -1,0 +1,113 @@
+import numpy as np
+import pytest
+import torch
+
+from fewshot_ext.data import ImageArchive, Split, load_digits
+
+
+def arrays(**changes):
+    """Arguments of a fit archive: 12 grey 4 x 4 images of three classes; ``changes`` spoil it."""
+    arguments = {
+        "images": np.arange(12 * 16, dtype=np.uint8).reshape(12, 4, 4),
+        "labels": np.arange(12) % 3,
+        "class_names": ["a", "b", "c"],
+        "class_split": np.array([0, 1, 2]),
+    }
+    return {**arguments, **changes}
+
+
+def test_from_arrays_takes_grey_and_colour_images():
+    assert ImageArchive.from_arrays(**arrays()).images.shape == (12, 1, 4, 4)
+    colour = np.random.default_rng(0).integers(0, 256, (12, 4, 5, 3), dtype=np.uint8)
+    archive = ImageArchive.from_arrays(**arrays(images=colour))
+    assert archive.images.shape == (12, 3, 4, 5)
+    assert archive.images[7, 2, 1, 4] == colour[7, 1, 4, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"images": np.zeros((12, 4, 4), np.float32)},
+            TypeError,
+            "images must be a uint8 array, got float32",
+        ),
+        ({"images": np.zeros((12, 4), np.uint8)}, ValueError, "images must be .* got shape"),
+        ({"images": np.zeros((12, 4, 4, 2), np.uint8)}, ValueError, "1 or 3 channels"),
+        (
+            {"images": np.zeros((0, 4, 4), np.uint8), "labels": np.zeros(0, int)},
+            ValueError,
+            "at least one image",
+        ),
+        ({"labels": np.zeros(12)}, TypeError, "labels must be an integer array, got float64"),
+        ({"labels": np.zeros(11, int)}, ValueError, "12 images, 11 labels"),
+        ({"labels": np.full(12, 3)}, ValueError, r"labels must lie in \[0, 3\), got 3 to 3"),
+        ({"labels": np.full(12, -1)}, ValueError, "got -1 to -1"),
+        ({"class_names": ["a", "b", "b"]}, ValueError, "class_names must all be different"),
+        ({"class_split": np.array([0, 1])}, ValueError, "3 classes, 2 values"),
+        ({"class_split": np.array([0, 1, 3])}, ValueError, "class_split must be 0 .* got 0 to 3"),
+        ({"class_split": np.array([0, -1, 2])}, ValueError, "got -1 to 2"),
+    ],
+)
+def test_bad_arrays_are_named(changes, error, message):
+    with pytest.raises(error, match=message):
+        ImageArchive.from_arrays(**arrays(**changes))
+
+
+def test_constructor_refuses_what_is_no_tensor():
+    good = ImageArchive.from_arrays(**arrays())
+    with pytest.raises(TypeError, match=r"images must be a torch\.uint8 tensor, got list"):
+        ImageArchive([], good.labels, good.class_names, good.class_split)
+    with pytest.raises(TypeError, match=r"labels must be a torch\.int64 tensor, got torch\.int32"):
+        ImageArchive(good.images, good.labels.int(), good.class_names, good.class_split)
+
+
+def test_subset_relabels_and_keeps_images():
+    archive = ImageArchive.from_arrays(**arrays(class_split=np.array([2, 0, 2])))
+    novel = archive.subset(Split.NOVEL)
+    assert novel.class_names == ("a", "c")
+    assert torch.equal(novel.images, archive.images[archive.labels != 1])
+    assert novel.labels.tolist() == [0, 1] * 4
+    with pytest.raises(ValueError, match="no validation classes"):
+        archive.subset(Split.VALIDATION)
+
+
+def test_hold_out_parts_every_class_and_is_seeded():
+    base = load_digits().subset(Split.BASE)
+    kept, held = base.hold_out(0.4, torch.Generator().manual_seed(0))
+    assert len(kept) + len(held) == len(base)
+    counts = base.labels.bincount()
+    assert torch.equal(held.labels.bincount(), (counts * 0.4).round().long())
+    together = torch.cat([kept.images, held.images]).flatten(1).tolist()
+    assert sorted(together) == sorted(base.images.flatten(1).tolist())
+    again = base.hold_out(0.4, torch.Generator().manual_seed(0))
+    assert torch.equal(again[1].images, held.images)
+    other = base.hold_out(0.4, torch.Generator().manual_seed(1))
+    assert not torch.equal(other[1].images, held.images)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, float("nan")])
+def test_hold_out_refuses_a_bad_fraction(fraction):
+    with pytest.raises(ValueError, match="fraction must lie"):
+        ImageArchive.from_arrays(**arrays()).hold_out(fraction, torch.Generator())
+
+
+def test_hold_out_refuses_classes_too_small_to_part():
+    with pytest.raises(ValueError, match=r"class 'a' has 4 images"):
+        ImageArchive.from_arrays(**arrays()).hold_out(0.01, torch.Generator())
+
+
+def test_digits_are_the_images_that_scikit_learn_ships():
+    digits = load_digits()
+    assert digits.images.shape == (1797, 1, 8, 8)
+    assert digits.images.max() == 255
+    assert digits.subset(Split.BASE).class_names == ("0", "1", "2", "3", "4")
+    assert digits.subset(Split.NOVEL).class_names == ("5", "6", "7", "8", "9")
+
+
+def test_channel_statistics_normalise_the_pixels():
+    archive = ImageArchive.from_arrays(**arrays())
+    mean, std = archive.channel_statistics()
+    pixels = archive.images.double() / 255
+    assert mean == pytest.approx([pixels.mean().item()])
+    assert std == pytest.approx([pixels.std().item()])
