@@ -23,6 +23,7 @@
 #include "common/memory.h"
 #include "common/parallel.h"
 #include "common/tile_gemm.h"
+#include "margin_softmax/cpu_rows.h"
 #include "margin_softmax/problem.h"
 
 namespace fewshot_ext::FEWSHOT_EXT_ISA {
@@ -39,7 +40,6 @@ constexpr double flops_per_thread = 2e5;
 // T accumulates, Storage is what features, weight and gradients are made of.
 template <class T, class Storage>
 class MarginSoftmax {
-  using IntVector = typename Simd<T>::IntVector;
   using Int = typename Simd<T>::Int;
   static constexpr int lanes = Simd<T>::lanes;
   static constexpr int width = panel_width<T>;
@@ -120,23 +120,22 @@ class MarginSoftmax {
     T* features_transposed;  // [panel][D][width]; the threads' own or one for all, see own_packing_
     T* inverse_x;            // [padded N], likewise
     Int* target;             // [padded N], likewise; -1 where the row is ignored
-    T* weight_transposed;  // [tile][D][pack]
-    T* weight_panels;      // [column panel][block][width]
-    T* conversion;         // [lanes, D], for pack_transposed
-    T* gradient;           // [panel][block][width], panels gradient_step_ apart: G, or in pass A logits nobody keeps
-    T* grad_features;      // [N, column_panels * width], unless features_by_sample_
-    T* tile;               // [tile_rows, width]
-    T *max, *sum_exp, *sum_logits, *target_logit, *best;  // [padded N] each
-    Int* best_class;                                      // [padded N]
-    T* features_dot;                                      // [padded N], sum_j G_ij s_ij * scale
-    T* weight_dot;                                        // [block]
+    T* weight_transposed;    // [tile][D][pack]
+    T* weight_panels;        // [column panel][block][width]
+    T* gradient;             // [panel][block][width], panels gradient_step_ apart: G, or in pass A logits nobody keeps
+    T* grad_features;        // [N, column_panels * width], unless features_by_sample_
+    T* tile;                 // [tile_rows, width]
+    RowStatistics<T> rows;
+    T* features_dot;  // [padded N], sum_j dL/ds_ij s_ij * scale
+    T* weight_dot;    // [block], sum_i likewise
   };
 
   void lay_out(Arena& arena, int64_t padded) {
     const bool packs = !panels_as_they_lie<T, Storage>(dimensions_);
     features_packed_ = grad_weight_ && packs ? arena.take(column_panels_ * samples_ * width) : nullptr;
     kept_ = arena.take((panels_kept_ - panels_in_place_) * width * classes_);
-    for (T** row : {&log_sum_, &row_gradient_, &uniform_, &target_gradient_}) *row = arena.take(padded);
+    for (T** row : {&coefficients_.log_sum, &coefficients_.probability, &coefficients_.uniform, &coefficients_.at_target})
+      *row = arena.take(padded);
     inverse_w_ = arena.take(classes_);
     conversions_ = arena.take(std::is_same_v<T, Storage> ? 0 : threads_ * lanes * dimensions_);
     per_thread_.resize(threads_);
@@ -155,16 +154,17 @@ class MarginSoftmax {
         t.inverse_x = per_thread_[0].inverse_x;
         t.target = per_thread_[0].target;
       }
-      t.weight_transposed = arena.take(divide_up(block_classes_, tile_rows) * dimensions_ * pack + pack * dimensions_);
+      t.weight_transposed = arena.take(divide_up(block_classes_, tile_rows) * dimensions_ * pack);
       const int64_t own_rows = class_begin(&t - per_thread_.data()) * width;
       t.weight_panels = features_by_sample_ ? weight_packed_ + own_rows : arena.take(weight_panels_size);
       t.gradient = features_by_sample_ ? shared_gradient + own_rows : arena.take(gradient_size);
       t.grad_features =
           grad_features_ && !features_by_sample_ ? arena.take(samples_ * column_panels_ * width) : nullptr;
       t.tile = arena.take(tile_rows * width);
-      for (T** row : {&t.max, &t.sum_exp, &t.sum_logits, &t.target_logit, &t.best, &t.features_dot})
+      RowStatistics<T>& rows = t.rows;
+      for (T** row : {&rows.max, &rows.sum_exp, &rows.sum_logits, &rows.target_logit, &rows.best, &t.features_dot})
         *row = arena.take(padded);
-      t.best_class = reinterpret_cast<Int*>(arena.take(padded));
+      rows.best_class = reinterpret_cast<Int*>(arena.take(padded));
       t.weight_dot = arena.take(block_classes_);
     }
   }
@@ -183,9 +183,7 @@ class MarginSoftmax {
     if (grad_weight_)
       features_panels_ = pack_panels(features_, problem_.features_stride, samples_, dimensions_, features_packed_,
                                      samples_ * width);
-    // Rows that get no coefficients, the ignored ones and the padding, have probabilities e^(logit - max) = 0.
-    std::fill(log_sum_, log_sum_ + panels_ * width, std::numeric_limits<T>::max());
-    for (T* row : {row_gradient_, uniform_, target_gradient_}) std::fill(row, row + panels_ * width, T(0));
+    coefficients_.reset(panels_ * width);
     if (own_packing_) return;
     const int64_t tasks = std::min(threads_, panels_);
     parallel_tasks(tasks, [&](int64_t task) {
@@ -241,12 +239,7 @@ class MarginSoftmax {
 
   void pass_a(int64_t thread) {
     Thread& t = per_thread_[thread];
-    const int64_t padded = panels_ * width;
-    std::fill(t.max, t.max + padded, std::numeric_limits<T>::lowest() / 4);
-    std::fill(t.best, t.best + padded, -std::numeric_limits<T>::infinity());
-    std::fill(t.best_class, t.best_class + padded, Int(-1));
-    for (T* row : {t.sum_exp, t.sum_logits, t.target_logit}) std::fill(row, row + padded, T(0));
-
+    t.rows.reset(panels_ * width);
     pack_own_features(t, thread);
     const int64_t end = class_begin(thread + 1);
     for (int64_t first = class_begin(thread); first < end; first += block_classes_) {
@@ -257,52 +250,14 @@ class MarginSoftmax {
         for (int64_t tile = 0; tile < tiles.count; ++tile) {
           T* logits = kept ? kept + tiles.begin(tile) * width : t.gradient;
           similarities(t, panel, tile, tiles.rows(tile), logits);
-          for (int half = 0; half < width; half += lanes)
-            reduce_tile(t, panel * width + half, first + tiles.begin(tile), tiles.rows(tile), logits + half);
+          for (int half = 0; half < width; half += lanes) {
+            const int64_t sample = panel * width + half, first_class = first + tiles.begin(tile);
+            t.rows.add_tile(sample, load(t.inverse_x + sample) * T(problem_.scale), inverse_w_ + first_class,
+                            load_int<T>(t.target + sample), first_class, tiles.rows(tile), logits + half,
+                            problem_.label_smoothing != 0, problem_.prediction != nullptr);
+          }
         }
       }
-    }
-  }
-
-  // Similarities of one vector of samples with `rows` classes -> logits in place, and the running row statistics.
-  FEWSHOT_EXT_INLINE void reduce_tile(Thread& t, int64_t sample, int64_t first_class, int rows, T* logits) {
-    const Vector<T> factor = load(t.inverse_x + sample) * T(problem_.scale);
-    const IntVector target = load_int<T>(t.target + sample);
-    const Vector<T> excluded = splat(-std::numeric_limits<T>::infinity());
-    const Vector<T> old_max = load(t.max + sample);
-    Vector<T> max = old_max, target_logit = load(t.target_logit + sample);
-    for (int r = 0; r < rows; ++r) {
-      const Vector<T> logit = load(logits + r * width) * (factor * inverse_w_[first_class + r]);
-      store(logits + r * width, logit);
-      const IntVector is_target = target == static_cast<Int>(first_class + r);
-      target_logit = is_target ? logit : target_logit;
-      const Vector<T> rest = is_target ? excluded : logit;
-      max = rest > max ? rest : max;
-    }
-    Vector<T> sum = load(t.sum_exp + sample) * exp<T>(old_max - max);
-    for (int r = 0; r < rows; ++r) {
-      const IntVector is_target = target == static_cast<Int>(first_class + r);
-      sum += exp<T>((is_target ? excluded : load(logits + r * width)) - max);
-    }
-    store(t.max + sample, max);
-    store(t.sum_exp + sample, sum);
-    store(t.target_logit + sample, target_logit);
-    if (problem_.label_smoothing != 0) {
-      Vector<T> total = load(t.sum_logits + sample);
-      for (int r = 0; r < rows; ++r) total += load(logits + r * width);
-      store(t.sum_logits + sample, total);
-    }
-    if (problem_.prediction) {
-      Vector<T> best = load(t.best + sample);
-      IntVector best_class = load_int<T>(t.best_class + sample);
-      for (int r = 0; r < rows; ++r) {
-        const Vector<T> logit = load(logits + r * width);
-        const IntVector better = logit > best;
-        best = better ? logit : best;
-        best_class = better ? IntVector{} + static_cast<Int>(first_class + r) : best_class;
-      }
-      store(t.best + sample, best);
-      store(t.best_class + sample, best_class);
     }
   }
 
@@ -316,18 +271,18 @@ class MarginSoftmax {
     const double row_weight = mean ? 1.0 / double(counted) : 1.0;
     double total = 0;
     for (int64_t i = 0; i < samples_; ++i) {
-      double max = per_thread_[0].max[i];
-      for (const Thread& t : per_thread_) max = std::max<double>(max, t.max[i]);
+      double max = per_thread_[0].rows.max[i];
+      for (const Thread& t : per_thread_) max = std::max<double>(max, t.rows.max[i]);
       double sum_exp = 0, sum_logits = 0, target_logit = 0;
       T best = -std::numeric_limits<T>::infinity();
       Int best_class = -1;
       for (const Thread& t : per_thread_) {
-        sum_exp += t.max[i] == max ? t.sum_exp[i] : t.sum_exp[i] * std::exp(t.max[i] - max);
-        sum_logits += t.sum_logits[i];
-        target_logit += t.target_logit[i];  // 0 but in the thread that owns the target class
-        if (t.best[i] > best) {
-          best = t.best[i];
-          best_class = t.best_class[i];
+        sum_exp += t.rows.max[i] == max ? t.rows.sum_exp[i] : t.rows.sum_exp[i] * std::exp(t.rows.max[i] - max);
+        sum_logits += t.rows.sum_logits[i];
+        target_logit += t.rows.target_logit[i];  // 0 but in the thread that owns the target class
+        if (t.rows.best[i] > best) {
+          best = t.rows.best[i];
+          best_class = t.rows.best_class[i];
         }
       }
       if (problem_.prediction) problem_.prediction[i] = std::max<Int>(best_class, 0);
@@ -351,26 +306,9 @@ class MarginSoftmax {
     if (problem_.reduction != Reduction::none) *loss = T(mean ? total / double(counted) : total);
   }
 
-  // How far the other classes' log-sum-exp lies above the target's logit, and what follows from it.
-  struct Gap {
-    double loss;        // softplus(gap) = -log p_iy
-    double off_target;  // sigmoid(gap) = 1 - p_iy
-    explicit Gap(double gap) {
-      const double tail = std::exp(-std::abs(gap));
-      loss = std::max(gap, 0.0) + std::log1p(tail);
-      off_target = (gap > 0 ? 1.0 : tail) / (1 + tail);
-    }
-  };
-
-  // dL/dl_ij = g (p_ij - [j = y] (1 - eps) - eps / C). The target's entry is formed from the sigmoid itself: p_iy - 1
-  // would cancel where the margin leaves a tiny loss.
   void set_coefficients(int64_t i, double target, const Gap& gap, double upstream) {
-    if (ignored(i)) return;
-    const double g = upstream * problem_.scale, smoothing = problem_.label_smoothing;
-    log_sum_[i] = T(target + gap.loss);
-    row_gradient_[i] = T(g);
-    uniform_[i] = T(g * smoothing / double(classes_));
-    target_gradient_[i] = T(g * (smoothing - smoothing / double(classes_) - gap.off_target));
+    if (!ignored(i))
+      coefficients_.set(i, target, gap, upstream * problem_.scale, problem_.label_smoothing, classes_);
   }
 
   void gradients() {
@@ -419,23 +357,15 @@ class MarginSoftmax {
     }
     for (int half = 0; half < width; half += lanes) {
       const int64_t sample = panel * width + half;
-      const IntVector target = load_int<T>(t.target + sample);
-      const Vector<T> inverse_x = load(t.inverse_x + sample), factor = inverse_x * T(problem_.scale);
-      const Vector<T> log_sum = load(log_sum_ + sample), weight = load(row_gradient_ + sample);
-      const Vector<T> uniform = load(uniform_ + sample), at_target = load(target_gradient_ + sample);
-      Vector<T> dot = load(t.features_dot + sample);
-      for (int64_t j = 0; j < tiles.n; ++j) {
-        Vector<T> logit = load(logits + j * width + half);
-        const T inverse_w = inverse_w_[first + j];
-        if (recompute) logit = logit * (factor * inverse_w);
-        Vector<T> g = weight * exp<T>(logit - log_sum) - uniform;
-        g = target == static_cast<Int>(first + j) ? at_target : g;
-        const Vector<T> product = g * logit;
-        dot += product;
-        t.weight_dot[j] += horizontal_sum<T>(product);
-        store(gradient + j * width + half, g * (inverse_x * inverse_w));
-      }
-      store(t.features_dot + sample, dot);
+      const Vector<T> inverse_x = load(t.inverse_x + sample);
+      const auto finish = [&](auto products) {
+        return coefficients_.template gradient<products>(sample, logits + half, inverse_x * T(problem_.scale),
+                                                         inverse_x, inverse_w_ + first,
+                                                         load_int<T>(t.target + sample), first, tiles.n,
+                                                         gradient + half, t.weight_dot);
+      };
+      const Vector<T> dot = recompute ? finish(std::true_type{}) : finish(std::false_type{});
+      store(t.features_dot + sample, load(t.features_dot + sample) + dot);
     }
   }
 
@@ -543,7 +473,7 @@ class MarginSoftmax {
   T* kept_;                    // [panel][C][width]
   T* conversions_;             // [thread][lanes, D]
   T* inverse_w_;               // [C]
-  T *log_sum_, *row_gradient_, *uniform_, *target_gradient_;  // [padded N] each
+  RowCoefficients<T> coefficients_;
   std::vector<Thread> per_thread_;
 };
 

@@ -1,0 +1,129 @@
+// What margin softmax does with one vector of samples at a time: the running log-sum-exp over tiles of logits, and the
+// softmax gradient. Included inside FEWSHOT_EXT_TARGET_BEGIN ... END; see common/isa.h.
+#pragma once
+
+#include "common/tile_gemm.h"
+
+namespace fewshot_ext::FEWSHOT_EXT_ISA {
+
+// One thread's statistics of every row over the classes it has seen, [padded N] each. The target's logit takes no part
+// in max and sum_exp.
+template <class T>
+struct RowStatistics {
+  using Int = typename Simd<T>::Int;
+  using IntVector = typename Simd<T>::IntVector;
+  static constexpr int width = panel_width<T>;
+
+  T *max, *sum_exp, *sum_logits, *target_logit, *best;
+  Int* best_class;
+
+  void reset(int64_t padded) const {
+    // Finite, so that a difference of two maxima is never inf - inf.
+    std::fill(max, max + padded, std::numeric_limits<T>::lowest() / 4);
+    std::fill(best, best + padded, -std::numeric_limits<T>::infinity());
+    std::fill(best_class, best_class + padded, Int(-1));
+    for (T* row : {sum_exp, sum_logits, target_logit}) std::fill(row, row + padded, T(0));
+  }
+
+  // Products [rows][width] of a vector of samples with the classes from first_class on become logits, in place, and
+  // enter the statistics at `sample`. factor is scale / |x_i|, inverse_w is 1 / |w_j| of those classes.
+  FEWSHOT_EXT_INLINE void add_tile(int64_t sample, const Vector<T>& factor, const T* inverse_w, const IntVector& target,
+                                   int64_t first_class, int rows, T* logits, bool smoothing, bool prediction) const {
+    const Vector<T> excluded = splat(-std::numeric_limits<T>::infinity());
+    const Vector<T> old_max = load(max + sample);
+    Vector<T> new_max = old_max, at_target = load(target_logit + sample);
+    for (int r = 0; r < rows; ++r) {
+      const Vector<T> logit = load(logits + r * width) * (factor * inverse_w[r]);
+      store(logits + r * width, logit);
+      const IntVector is_target = target == static_cast<Int>(first_class + r);
+      at_target = is_target ? logit : at_target;
+      const Vector<T> rest = is_target ? excluded : logit;
+      new_max = rest > new_max ? rest : new_max;
+    }
+    Vector<T> sum = load(sum_exp + sample) * exp<T>(old_max - new_max);
+    for (int r = 0; r < rows; ++r) {
+      const IntVector is_target = target == static_cast<Int>(first_class + r);
+      sum += exp<T>((is_target ? excluded : load(logits + r * width)) - new_max);
+    }
+    store(max + sample, new_max);
+    store(sum_exp + sample, sum);
+    store(target_logit + sample, at_target);
+    if (smoothing) {
+      Vector<T> total = load(sum_logits + sample);
+      for (int r = 0; r < rows; ++r) total += load(logits + r * width);
+      store(sum_logits + sample, total);
+    }
+    if (prediction) {
+      Vector<T> highest = load(best + sample);
+      IntVector highest_class = load_int<T>(best_class + sample);
+      for (int r = 0; r < rows; ++r) {
+        const Vector<T> logit = load(logits + r * width);
+        const IntVector better = logit > highest;
+        highest = better ? logit : highest;
+        highest_class = better ? IntVector{} + static_cast<Int>(first_class + r) : highest_class;
+      }
+      store(best + sample, highest);
+      store(best_class + sample, highest_class);
+    }
+  }
+};
+
+// How far the other classes' log-sum-exp lies above the target's logit, and what follows from it.
+struct Gap {
+  double loss;        // softplus(gap) = -log p_iy
+  double off_target;  // sigmoid(gap) = 1 - p_iy
+  explicit Gap(double gap) {
+    const double tail = std::exp(-std::abs(gap));
+    loss = std::max(gap, 0.0) + std::log1p(tail);
+    off_target = (gap > 0 ? 1.0 : tail) / (1 + tail);
+  }
+};
+
+// dL/dl_ij = g (p_ij - [j = y] (1 - eps) - eps / C), times the scale, in terms of each row: [padded N] each.
+template <class T>
+struct RowCoefficients {
+  using Int = typename Simd<T>::Int;
+  using IntVector = typename Simd<T>::IntVector;
+  static constexpr int width = panel_width<T>;
+
+  T *log_sum, *probability, *uniform, *at_target;
+
+  // Rows that get no coefficients, the ignored ones and the padding, have probabilities e^(logit - max) = 0.
+  void reset(int64_t padded) const {
+    std::fill(log_sum, log_sum + padded, std::numeric_limits<T>::max());
+    for (T* row : {probability, uniform, at_target}) std::fill(row, row + padded, T(0));
+  }
+
+  // g is the row's upstream gradient times the scale. The target's entry is formed from the sigmoid itself: p_iy - 1
+  // would cancel where the margin leaves a tiny loss.
+  void set(int64_t i, double target_logit, const Gap& gap, double g, double smoothing, int64_t classes) const {
+    log_sum[i] = T(target_logit + gap.loss);
+    probability[i] = T(g);
+    uniform[i] = T(g * smoothing / double(classes));
+    at_target[i] = T(g * (smoothing - smoothing / double(classes) - gap.off_target));
+  }
+
+  // Logits [classes][width] of a vector of samples, or products that become logits by factor and inverse_w, -> G =
+  // dL/ds / (|x_i| |w_j|). Adds dL/ds * logit to each row's dot, which is returned, and to each class's, class_dot.
+  template <bool products>
+  FEWSHOT_EXT_INLINE Vector<T> gradient(int64_t sample, const T* logits, const Vector<T>& factor,
+                                        const Vector<T>& inverse_x, const T* inverse_w, const IntVector& target,
+                                        int64_t first_class, int64_t classes, T* to, T* class_dot) const {
+    const Vector<T> log_sums = load(log_sum + sample), weight = load(probability + sample);
+    const Vector<T> smoothed = load(uniform + sample), target_gradient = load(at_target + sample);
+    Vector<T> dot{};
+    for (int64_t j = 0; j < classes; ++j) {
+      Vector<T> logit = load(logits + j * width);
+      if (products) logit = logit * (factor * inverse_w[j]);
+      Vector<T> g = weight * exp<T>(logit - log_sums) - smoothed;
+      g = target == static_cast<Int>(first_class + j) ? target_gradient : g;
+      const Vector<T> weighted = g * logit;
+      dot += weighted;
+      class_dot[j] += horizontal_sum<T>(weighted);
+      store(to + j * width, g * (inverse_x * inverse_w[j]));
+    }
+    return dot;
+  }
+};
+
+}  // namespace fewshot_ext::FEWSHOT_EXT_ISA
