@@ -12,6 +12,7 @@ import gc
 import platform
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -68,18 +69,25 @@ def _timing(values: list[float]) -> Timing:
 
 
 def peak_memory(call: Callable[[], object]) -> int | None:
-    """Bytes by which resident memory rises at its highest during one call; None where the system does not tell."""
-    try:
+    """Bytes by which resident memory rises at its highest during one call; None where the system does not tell.
+
+    The call runs on a thread of its own, so that scratch memory which a library keeps for the calling thread counts too.
+    """
+    peaks: list[int] = []
+
+    def measure() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         before = _status("VmRSS")
-        result = call()
-        peak = _status("VmHWM") - before
-    except OSError:
-        return None
-    del result
-    return peak
+        call()
+        peaks.append(_status("VmHWM") - before)
+
+    with contextlib.suppress(OSError):
+        thread = threading.Thread(target=measure)
+        thread.start()
+        thread.join()
+    return peaks[0] if peaks else None
 
 
 def _status(field: str) -> int:
