@@ -57,6 +57,16 @@ BACKENDS = (
 )
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def on_backends(backends: Sequence[Backend]) -> pytest.MarkDecorator:
     """Runs a test, which takes ``backend``, on each; the report says why one is missing."""
     marks = {

@@ -1,6 +1,6 @@
 """The op contract: every operator of cases.py is held to the same list, on every backend there is."""
 
-import contextlib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from .contract import (
     evaluate,
     floating,
     on_backends,
+    threads,
 )
 
 # torch.amp.GradScaler starts at 2^16, to lift float16 gradients above the smallest number that there is.
@@ -91,21 +92,27 @@ def test_deterministic(case, backend):
     assert_same(gradients, again_gradients)
 
 
-@contextlib.contextmanager
-def threads(count):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("count", (1, 2, 3))
 @each_operator(BACKENDS)
 def test_thread_count(case, backend, count):
     with threads(count):
         assert_equals_reference(case, backend, case.large)
+
+
+@each_operator(DEVICES)
+def test_concurrent_calls(case, backend):
+    """Python threads of one process share the kernels, as DataParallel and inference servers do."""
+    problems = [problem.to(device=backend.device) for problem in (*case.examples, case.large)]
+    expected = [evaluate(case.function, problem, case.differentiable) for problem in problems]
+
+    def repeat(index):
+        return [evaluate(case.function, problems[index], case.differentiable) for _ in range(20)]
+
+    with ThreadPoolExecutor(len(problems)) as pool:
+        for index, repetitions in enumerate(pool.map(repeat, range(len(problems)))):
+            for found in repetitions:
+                # Another thread may have another number of threads to sum over.
+                torch.testing.assert_close(found, expected[index])
 
 
 @each_operator(BACKENDS)

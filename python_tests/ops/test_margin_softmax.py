@@ -12,7 +12,16 @@ import torch.nn.functional as F
 import fewshot_ext
 from fewshot_ext import margin_cosine_loss, margin_softmax_loss
 
-from .contract import BACKENDS, DTYPES, Problem, assert_equals_reference, assert_within, evaluate, on_backends
+from .contract import (
+    BACKENDS,
+    DTYPES,
+    Problem,
+    assert_equals_reference,
+    assert_within,
+    evaluate,
+    on_backends,
+    threads,
+)
 from .margin_softmax_case import draw, logit_error, margin_cosine, margin_softmax
 
 LOSSES = pytest.mark.parametrize("case", (margin_cosine, margin_softmax), ids=lambda case: case.name)
@@ -166,6 +175,17 @@ def test_odd_sizes(case, backend, sizes):
     assert_equals_reference(case, backend, problem)
 
 
+@LOSSES
+@on_backends(BACKENDS)
+@pytest.mark.parametrize("count", (1, 2, 3))
+@pytest.mark.parametrize("sizes", ((600, 20, 450), (600, 500, 450), (40, 20, 2000), (40, 2000, 64)), ids=str)
+def test_divisions_of_the_work(case, backend, sizes, count):
+    """Features below and above what each thread packs for itself, fewer and more classes than dimensions."""
+    problem = draw(*sizes, dtype=torch.float32, margin=-0.3, scale=5.0, label_smoothing=0.1)
+    with threads(count):
+        assert_equals_reference(case, backend, problem)
+
+
 @functools.cache
 def _many_logits(dtype):
     """A problem of 26 MB of logits, the reference's gradients and their bounds."""
@@ -226,8 +246,8 @@ def test_reductions_agree(case):
 @on_backends(BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ignored_rows_count_for_nothing(case, backend, dtype):
-    # Logits from 0 to 2000 pass the exponent where an unguarded exponential turns infinite or NaN (88 in float32,
-    # 709 in float64), which a factor of 0 does not undo.
+    # Logits from 0 to 2000 pass the exponent where an unguarded exponential turns infinite or NaN (88 in
+    # float32, 709 in float64), which a factor of 0 does not undo.
     similarity = torch.linspace(0, 1, 8000, dtype=torch.float64)
     tensors = {
         "features": torch.tensor([[1.0, 0.0], [0.6, 0.8], [1.0, 0.0]]),
