@@ -82,6 +82,18 @@ def test_each_gradient_by_itself(case, backend):
                 torch.testing.assert_close(alone[name], together[name])
 
 
+@each_operator(DEVICES[:1])
+def test_meta_tensors_give_shapes_and_dtypes(case, backend):
+    for problem in (*case.examples, *case.empty):
+        found, gradients = evaluate(case.function, problem.to(device="meta"), case.differentiable)
+        expected, expected_gradients = evaluate(case.function, problem, case.differentiable)
+        for meta, real in zip(
+            (*found, *gradients.values()), (*expected, *expected_gradients.values()), strict=True
+        ):
+            assert meta.is_meta
+            assert (meta.shape, meta.dtype) == (real.shape, real.dtype)
+
+
 @each_operator(BACKENDS)
 def test_deterministic(case, backend):
     with backend.activate():
