@@ -191,7 +191,7 @@ def _autocast(features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """One dtype for both under autocast: its own on CUDA, where it buys speed, the wider of the two on the CPU, where
     the kernels compute in float32 whatever comes."""
     device = features.device.type
-    if not torch.is_autocast_enabled(device) or torch.float64 in (features.dtype, weight.dtype):
+    if device == "meta" or not torch.is_autocast_enabled(device) or torch.float64 in (features.dtype, weight.dtype):
         return features, weight
     if device == "cuda":
         dtype = torch.get_autocast_dtype(device)

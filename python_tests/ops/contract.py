@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
+import pytest
 import torch
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
@@ -54,6 +55,27 @@ BACKENDS = (
     _cpu_backend("avx512", ("AVX512",)),
     *DEVICES[1:],
 )
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def on_backends(backends: Sequence[Backend]) -> pytest.MarkDecorator:
+    """Runs a test, which takes ``backend``, on each; the report says why one is missing."""
+    marks = {
+        backend: pytest.mark.skipif(backend.missing is not None, reason=backend.missing or "")
+        for backend in backends
+    }
+    return pytest.mark.parametrize(
+        "backend", [pytest.param(backend, id=backend.name, marks=mark) for backend, mark in marks.items()]
+    )
 
 
 @dataclass(frozen=True)
@@ -191,3 +213,39 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     """Bitwise, NaN included."""
     for name, tensor in first.items():
         torch.testing.assert_close(tensor, second[name], rtol=0, atol=0, equal_nan=True)
+
+
+def random_upstream(outputs: Sequence[Tensor], loss_scale: float) -> list[Tensor]:
+    """Upstream gradients that are exact in float32, as every operator of half types returns its loss."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (loss_scale * torch.randn(output.shape, generator=generator)).to(torch.float64) for output in outputs
+    ]
+
+
+def assert_equals_reference(
+    case: OperatorCase,
+    backend: Backend,
+    problem: Problem,
+    loss_scale: float = 1.0,
+    retain_graph: bool = False,
+) -> None:
+    """Results and gradients on ``backend`` lie within the operator's bounds of the float64 reference's."""
+    exact = problem.to(torch.float64)
+    upstream = random_upstream(floating(case.reference(**exact.arguments())), loss_scale)
+    expected, expected_gradients = evaluate(case.reference, exact, case.differentiable, upstream)
+    with backend.activate():
+        placed = problem.to(device=backend.device)
+        results, gradients = evaluate(case.function, placed, case.differentiable, upstream, retain_graph)
+    bounds = case.bounds(problem, upstream)
+    for result, value, bound in zip(floating(results), floating(expected), bounds.results, strict=True):
+        assert_within(result, value, bound, f"{case.name}")
+    for name, gradient in gradients.items():
+        dtype = problem.tensors[name].dtype
+        assert gradient.dtype == dtype
+        value = expected_gradients[name]
+        # A gradient is rounded to the dtype of its tensor twice: as computed, and scaled by the upstream one.
+        rounding = value.abs() * torch.finfo(dtype).eps + torch.finfo(dtype).smallest_normal
+        assert_within(gradient, value, bounds.gradients[name] + rounding, f"{case.name}: gradient of {name}")
+    if case.check_discrete is not None:
+        case.check_discrete(problem, results)

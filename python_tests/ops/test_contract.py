@@ -1,6 +1,6 @@
 """The op contract: every operator of cases.py is held to the same list, on every backend there is."""
 
-import contextlib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,63 +8,35 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from .cases import OPERATORS
-from .contract import BACKENDS, DEVICES, DTYPES, as_tuple, assert_same, assert_within, evaluate, floating
-
-ON_BACKEND = {"argnames": "backend", "argvalues": BACKENDS, "ids": lambda backend: backend.name}
-ON_DEVICE = {**ON_BACKEND, "argvalues": DEVICES}
+from .contract import (
+    BACKENDS,
+    DEVICES,
+    DTYPES,
+    as_tuple,
+    assert_equals_reference,
+    assert_same,
+    evaluate,
+    floating,
+    on_backends,
+    threads,
+)
 
 # torch.amp.GradScaler starts at 2^16, to lift float16 gradients above the smallest number that there is.
 LOSS_SCALES = (1.0, 2.0**16)
 
 
-def each_operator(**backends):
-    """Runs a test for every operator on every backend; where one is missing the report says why."""
+def each_operator(backends):
+    """Runs a test for every operator on every backend."""
 
     def decorate(test):
         test = pytest.mark.parametrize("case", OPERATORS, ids=lambda case: case.name)(test)
-        return pytest.mark.parametrize(**backends)(test)
+        return on_backends(backends)(test)
 
     return decorate
 
 
-@pytest.fixture(autouse=True)
-def _only_where_available(request):
-    backend = request.node.callspec.params["backend"]
-    if backend.missing:
-        pytest.skip(backend.missing)
-
-
-def random_upstream(outputs, loss_scale):
-    """Upstream gradients that are exact in float32, as every operator of half types returns its loss."""
-    generator = torch.Generator().manual_seed(0)
-    return [
-        (loss_scale * torch.randn(output.shape, generator=generator)).to(torch.float64) for output in outputs
-    ]
-
-
-def assert_equals_reference(case, backend, problem, loss_scale=1.0, retain_graph=False):
-    exact = problem.to(torch.float64)
-    upstream = random_upstream(floating(case.reference(**exact.arguments())), loss_scale)
-    expected, expected_gradients = evaluate(case.reference, exact, case.differentiable, upstream)
-    with backend.activate():
-        placed = problem.to(device=backend.device)
-        results, gradients = evaluate(case.function, placed, case.differentiable, upstream, retain_graph)
-    bounds = case.bounds(problem, upstream)
-    for result, value, bound in zip(floating(results), floating(expected), bounds.results, strict=True):
-        assert_within(result, value, bound, f"{case.name}")
-    for name, gradient in gradients.items():
-        dtype = problem.tensors[name].dtype
-        assert gradient.dtype == dtype
-        value = expected_gradients[name]
-        # A gradient is rounded to the dtype of its tensor twice: as computed, and scaled by the upstream one.
-        rounding = value.abs() * torch.finfo(dtype).eps + torch.finfo(dtype).smallest_normal
-        assert_within(gradient, value, bounds.gradients[name] + rounding, f"{case.name}: gradient of {name}")
-    if case.check_discrete is not None:
-        case.check_discrete(problem, results)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@each_operator(**ON_BACKEND)
+@each_operator(BACKENDS)
 def test_equals_float64_reference(case, backend, dtype):
     @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
     @given(problem=case.problems(dtype), loss_scale=st.sampled_from(LOSS_SCALES), retain_graph=st.booleans())
@@ -76,19 +48,19 @@ def test_equals_float64_reference(case, backend, dtype):
 
 @pytest.mark.parametrize("retain_graph", (False, True))
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@each_operator(**ON_BACKEND)
+@each_operator(BACKENDS)
 def test_loss_scaling_keeps_small_gradients(case, backend, dtype, retain_graph):
     for loss_scale in LOSS_SCALES:
         assert_equals_reference(case, backend, case.large.to(dtype), loss_scale, retain_graph)
 
 
-@each_operator(**ON_BACKEND)
+@each_operator(BACKENDS)
 def test_empty_input(case, backend):
     for problem in case.empty:
         assert_equals_reference(case, backend, problem)
 
 
-@each_operator(**ON_BACKEND)
+@each_operator(BACKENDS)
 def test_value_does_not_depend_on_gradients(case, backend):
     with backend.activate():
         for problem in (*case.examples, case.large):
@@ -99,7 +71,7 @@ def test_value_does_not_depend_on_gradients(case, backend):
                 assert_same(dict(enumerate(plain)), dict(enumerate(results)))
 
 
-@each_operator(**ON_BACKEND)
+@each_operator(BACKENDS)
 def test_each_gradient_by_itself(case, backend):
     with backend.activate():
         for problem in case.examples:
@@ -110,7 +82,19 @@ def test_each_gradient_by_itself(case, backend):
                 torch.testing.assert_close(alone[name], together[name])
 
 
-@each_operator(**ON_BACKEND)
+@each_operator(DEVICES[:1])
+def test_meta_tensors_give_shapes_and_dtypes(case, backend):
+    for problem in (*case.examples, *case.empty):
+        found, gradients = evaluate(case.function, problem.to(device="meta"), case.differentiable)
+        expected, expected_gradients = evaluate(case.function, problem, case.differentiable)
+        for meta, real in zip(
+            (*found, *gradients.values()), (*expected, *expected_gradients.values()), strict=True
+        ):
+            assert meta.is_meta
+            assert (meta.shape, meta.dtype) == (real.shape, real.dtype)
+
+
+@each_operator(BACKENDS)
 def test_deterministic(case, backend):
     with backend.activate():
         problem = case.large.to(device=backend.device)
@@ -120,24 +104,30 @@ def test_deterministic(case, backend):
     assert_same(gradients, again_gradients)
 
 
-@contextlib.contextmanager
-def threads(count):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("count", (1, 2, 3))
-@each_operator(**ON_BACKEND)
+@each_operator(BACKENDS)
 def test_thread_count(case, backend, count):
     with threads(count):
         assert_equals_reference(case, backend, case.large)
 
 
-@each_operator(**ON_BACKEND)
+@each_operator(DEVICES)
+def test_concurrent_calls(case, backend):
+    """Python threads of one process share the kernels, as DataParallel and inference servers do."""
+    problems = [problem.to(device=backend.device) for problem in (*case.examples, case.large)]
+    expected = [evaluate(case.function, problem, case.differentiable) for problem in problems]
+
+    def repeat(index):
+        return [evaluate(case.function, problems[index], case.differentiable) for _ in range(20)]
+
+    with ThreadPoolExecutor(len(problems)) as pool:
+        for index, repetitions in enumerate(pool.map(repeat, range(len(problems)))):
+            for found in repetitions:
+                # Another thread may have another number of threads to sum over.
+                torch.testing.assert_close(found, expected[index])
+
+
+@each_operator(BACKENDS)
 def test_inputs_are_not_modified(case, backend):
     with backend.activate():
         for problem in (*case.examples, case.large):
@@ -149,7 +139,7 @@ def test_inputs_are_not_modified(case, backend):
             assert {name: tensor._version for name, tensor in problem.tensors.items()} == versions
 
 
-@each_operator(**ON_DEVICE)
+@each_operator(DEVICES)
 def test_opcheck(case, backend):
     for names in (case.differentiable, ()):
         problem = case.examples[0].to(torch.float32, backend.device).with_grad(names)
@@ -169,7 +159,7 @@ def problem_function(case, problem, names=None):
     return function, [problem.tensors[name] for name in names]
 
 
-@each_operator(**ON_BACKEND)
+@each_operator(BACKENDS)
 def test_gradcheck(case, backend):
     with backend.activate():
         for problem in case.examples:
@@ -177,7 +167,7 @@ def test_gradcheck(case, backend):
             assert torch.autograd.gradcheck(lambda *tensors: floating(function(*tensors)), inputs)  # noqa: B023
 
 
-@each_operator(**ON_DEVICE)
+@each_operator(DEVICES)
 def test_second_derivatives_are_right_or_refused(case, backend):
     for problem in case.examples:
         function, inputs = problem_function(case, problem.to(device=backend.device))
@@ -199,7 +189,7 @@ def test_second_derivatives_are_right_or_refused(case, backend):
         assert all(tensor.grad is None for tensor in inputs)
 
 
-@each_operator(**ON_DEVICE)
+@each_operator(DEVICES)
 def test_forward_mode_and_functional_second_derivatives_are_refused(case, backend):
     if case.no_second_derivative is None:
         pytest.skip(f"{case.name} has second derivatives")
@@ -215,7 +205,7 @@ def test_forward_mode_and_functional_second_derivatives_are_refused(case, backen
         torch.func.jvp(scalar, inputs, inputs)
 
 
-@each_operator(**ON_DEVICE)
+@each_operator(DEVICES)
 def test_retain_graph_accumulates(case, backend):
     for problem in case.examples:
         problem = problem.to(device=backend.device)
@@ -230,7 +220,7 @@ def test_retain_graph_accumulates(case, backend):
                 torch.testing.assert_close(leaves.tensors[name].grad, (2**calls - 1) * gradient)
 
 
-@each_operator(**ON_DEVICE)
+@each_operator(DEVICES)
 def test_changed_gradients_do_not_reach_the_next_backward(case, backend):
     for problem in case.examples:
         problem = problem.to(device=backend.device)
@@ -248,7 +238,7 @@ def test_changed_gradients_do_not_reach_the_next_backward(case, backend):
                 tensor.grad = None
 
 
-@each_operator(**ON_DEVICE)
+@each_operator(DEVICES)
 def test_inputs_changed_before_backward_are_noticed(case, backend):
     problem = case.examples[0].to(device=backend.device)
     for name in case.differentiable:
@@ -272,7 +262,7 @@ def trim(problem, case, samples):
 
 
 @pytest.mark.parametrize("compiler", ("aot_eager", "inductor"))
-@each_operator(**ON_DEVICE)
+@each_operator(DEVICES)
 def test_compile_fullgraph_dynamic(case, backend, compiler):
     # Inductor compiles C++ for minutes of a test run; the cheaper backend goes through all examples.
     for problem in case.examples if compiler == "aot_eager" else case.examples[:1]:
@@ -297,7 +287,7 @@ class _Module(torch.nn.Module):
         return self.function(**tensors, **self.options)
 
 
-@each_operator(**ON_DEVICE)
+@each_operator(DEVICES)
 def test_export_dynamic(case, backend):
     names = {name for dimensions in case.dynamic.values() for name in dimensions.values()}
     open_sizes = {name: torch.export.Dim(name, min=2) for name in names}
@@ -330,7 +320,7 @@ def batched_choices(case):
     return (case.batched, *((name,) for name in case.batched))
 
 
-@each_operator(**ON_DEVICE)
+@each_operator(DEVICES)
 def test_vmap(case, backend):
     if not case.batched:
         pytest.skip(f"{case.name} takes batches itself")
@@ -349,7 +339,7 @@ def test_vmap(case, backend):
                 torch.testing.assert_close(tuple(result[index] for result in results), as_tuple(call(*one)))
 
 
-@each_operator(**ON_DEVICE)
+@each_operator(DEVICES)
 def test_vmap_of_grad_and_grad_of_vmap(case, backend):
     if not case.batched:
         pytest.skip(f"{case.name} takes batches itself")
@@ -385,7 +375,7 @@ def test_vmap_of_grad_and_grad_of_vmap(case, backend):
                 torch.testing.assert_close(leaves[k].grad, expected)
 
 
-@each_operator(**ON_DEVICE)
+@each_operator(DEVICES)
 def test_autocast(case, backend):
     """Mixed dtypes give the result of one common dtype, and gradients in the dtypes that came."""
     for problem in case.examples:
@@ -411,7 +401,7 @@ BAD_INPUTS = [
 
 
 @pytest.mark.parametrize("case, bad", BAD_INPUTS)
-@pytest.mark.parametrize(**ON_DEVICE)
+@on_backends(DEVICES)
 def test_bad_input_raises_and_changes_nothing(case, bad, backend):
     problem = case.examples[0].to(device=backend.device).with_grad(case.differentiable)
     for name in case.differentiable:
