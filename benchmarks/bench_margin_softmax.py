@@ -55,10 +55,13 @@ class Problem:
         self.target = torch.randint(case.classes, (case.samples,), generator=generator)
 
     def step(self, loss_function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        self.features.grad = self.weight.grad = None
+        self.drop_gradients()
         loss = loss_function(self.features, self.weight, self.target)
         loss.backward()
         return loss.detach()
+
+    def drop_gradients(self) -> None:
+        self.features.grad = self.weight.grad = None
 
 
 def metric_learning_loss(case: Case) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
@@ -113,6 +116,17 @@ def check(problem: Problem, functions: dict[str, Callable]) -> dict[str, float]:
     return errors
 
 
+def memory_step(case: Case, name: str) -> Callable[[], None]:
+    """One forward + backward that starts and ends without gradients."""
+    problem, function = Problem(case), contenders(case)[name]
+
+    def step() -> None:
+        problem.step(function)
+        problem.drop_gradients()
+
+    return step
+
+
 def gemm(case: Case) -> tuple[Callable[[], Tensor], float]:
     """A product at oneDNN's rate, and how many times its arithmetic a forward + backward needs."""
     classes = min(case.classes, FLOOR_CLASSES)
@@ -135,10 +149,9 @@ def main() -> None:
         floor = timings[FLOOR].p50 * products
         gradients = 4 * case.dimensions * (case.samples + case.classes)
         memory = {}
-        for name, call in calls.items():
-            problem.features.grad = problem.weight.grad = None
-            peak = harness.peak_memory(call)
-            memory[name] = None if peak is None else max(peak - gradients, 0) / 2**20
+        for name in functions:
+            peak = harness.peak_memory(memory_step, case, name)
+            memory[name] = None if peak is None else (peak - gradients) / 2**20
         for name in functions:
             timing = timings[name]
             rows.append(

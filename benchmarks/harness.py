@@ -9,12 +9,14 @@ import contextlib
 import csv
 import ctypes
 import gc
+import multiprocessing
 import platform
 import statistics
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -68,26 +70,35 @@ def _timing(values: list[float]) -> Timing:
     return Timing(quantiles[1], statistics.median(values), quantiles[7], len(values))
 
 
-def peak_memory(call: Callable[[], object]) -> int | None:
+def peak_memory(prepare: Callable[..., Callable[[], object]], *arguments: object) -> int | None:
     """Bytes by which resident memory rises at its highest during one call; None where the system does not tell.
 
-    The call runs on a thread of its own, so that scratch memory which a library keeps for the calling thread counts too.
+    Measured in a process of its own, on the second call of ``prepare(*arguments)()`` and on a new thread: the first
+    call compiles and loads, and scratch memory that a library keeps for a calling thread must count.
     """
-    peaks: list[int] = []
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(_peak_memory, torch.get_num_threads(), prepare, *arguments).result()
+
+
+def _peak_memory(threads: int, prepare: Callable[..., Callable[[], object]], *arguments: object) -> int | None:
+    torch.set_num_threads(threads)
+    call = prepare(*arguments)
+    call()
+    rises: list[int] = []
 
     def measure() -> None:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.malloc_trim(0)
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         before = _status("VmRSS")
         call()
-        peaks.append(_status("VmHWM") - before)
+        rises.append(_status("VmHWM") - before)
 
     with contextlib.suppress(OSError):
         thread = threading.Thread(target=measure)
         thread.start()
         thread.join()
-    return peaks[0] if peaks else None
+    return rises[0] if rises else None
 
 
 def _status(field: str) -> int:
