@@ -139,20 +139,20 @@ void pack_transposed(const Storage* source, int64_t source_stride, int64_t rows,
   }
 }
 
-// Whether rows serve as operand B where they lie.
+// Whether rows can serve as operand B where they lie.
 template <class T, class Storage>
 constexpr bool panels_as_they_lie(int64_t columns) {
   return std::is_same_v<T, Storage> && columns % panel_width<T> == 0;
 }
 
-// Source rows [rows, columns] as operand B: as they lie, or packed to[column / panel_width][rows][panel_width], panels
-// `panel_step` apart, with zeros beyond `columns`.
+// Source rows [rows, columns] as operand B: packed to[column / panel_width][rows][panel_width], panels `panel_step`
+// apart, with zeros beyond `columns`; or, where `to` is null, as they lie.
 template <class T, class Storage>
 Panels<T> pack_panels(const Storage* source, int64_t source_stride, int64_t rows, int64_t columns, T* to,
                       int64_t panel_step) {
   constexpr int width = panel_width<T>;
   if constexpr (std::is_same_v<T, Storage>) {
-    if (panels_as_they_lie<T, Storage>(columns)) return {source, width, source_stride};
+    if (!to) return {source, width, source_stride};
   }
   for (int64_t r = 0; r < rows; ++r) {
     const Storage* row = source + r * source_stride;

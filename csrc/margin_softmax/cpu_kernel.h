@@ -34,6 +34,8 @@ constexpr int64_t logits_workspace_bytes = int64_t(12) << 20;
 constexpr int64_t block_bytes = int64_t(384) << 10;
 // Features that every thread packs for itself, at most.
 constexpr int64_t own_packing_bytes = int64_t(1) << 20;
+// Samples for which the weight's rows are read as they lie, at most.
+constexpr int64_t samples_reading_rows = 256;
 // Work that is worth a thread of its own.
 constexpr double flops_per_thread = 2e5;
 
@@ -69,6 +71,11 @@ class MarginSoftmax {
     block_classes_ = std::min(std::max<int64_t>(wanted, 2 * tile_rows), thread_classes);
     features_by_sample_ = grad_features_ && classes_ <= dimensions_ && thread_classes <= 2 * wanted;
     if (features_by_sample_) block_classes_ = thread_classes;
+    // Rows a power of two apart meet in few sets of a cache: panels of their own pay off once they are read often.
+    const bool as_they_lie = panels_as_they_lie<T, Storage>(dimensions_);
+    packs_features_ = grad_weight_ && !as_they_lie;
+    packs_weight_ = (grad_features_ || grad_weight_) &&
+                    !(as_they_lie && (features_by_sample_ || samples_ <= samples_reading_rows));
     gradient_step_ = (features_by_sample_ ? classes_ : block_classes_) * width;
 
     if (grad_weight_)
@@ -131,8 +138,7 @@ class MarginSoftmax {
   };
 
   void lay_out(Arena& arena, int64_t padded) {
-    const bool packs = !panels_as_they_lie<T, Storage>(dimensions_);
-    features_packed_ = grad_weight_ && packs ? arena.take(column_panels_ * samples_ * width) : nullptr;
+    features_packed_ = packs_features_ ? arena.take(column_panels_ * samples_ * width) : nullptr;
     kept_ = arena.take((panels_kept_ - panels_in_place_) * width * classes_);
     for (T** row : {&coefficients_.log_sum, &coefficients_.probability, &coefficients_.uniform, &coefficients_.at_target})
       *row = arena.take(padded);
@@ -141,9 +147,9 @@ class MarginSoftmax {
     per_thread_.resize(threads_);
     const bool gradients = grad_features_ || grad_weight_;
     const int64_t gradient_size = (gradients ? panels_ : 1) * gradient_step_;
-    const int64_t weight_panels_size = gradients && packs ? column_panels_ * gradient_step_ : 0;
+    const int64_t weight_panels_size = column_panels_ * gradient_step_;
     T* shared_gradient = features_by_sample_ ? arena.take(gradient_size) : nullptr;
-    weight_packed_ = features_by_sample_ ? arena.take(weight_panels_size) : nullptr;
+    weight_packed_ = features_by_sample_ && packs_weight_ ? arena.take(weight_panels_size) : nullptr;
     for (Thread& t : per_thread_) {
       if (own_packing_ || &t == &per_thread_[0]) {
         t.features_transposed = arena.take(panels_ * dimensions_ * width);
@@ -156,7 +162,9 @@ class MarginSoftmax {
       }
       t.weight_transposed = arena.take(divide_up(block_classes_, tile_rows) * dimensions_ * pack);
       const int64_t own_rows = class_begin(&t - per_thread_.data()) * width;
-      t.weight_panels = features_by_sample_ ? weight_packed_ + own_rows : arena.take(weight_panels_size);
+      t.weight_panels = !packs_weight_         ? nullptr
+                        : features_by_sample_ ? weight_packed_ + own_rows
+                                              : arena.take(weight_panels_size);
       t.gradient = features_by_sample_ ? shared_gradient + own_rows : arena.take(gradient_size);
       t.grad_features =
           grad_features_ && !features_by_sample_ ? arena.take(samples_ * column_panels_ * width) : nullptr;
@@ -406,7 +414,7 @@ class MarginSoftmax {
   void write_features(const Thread& t, int64_t panel) {
     Panels<T> weight{weight_packed_, gradient_step_, width};
     if constexpr (std::is_same_v<T, Storage>) {
-      if (panels_as_they_lie<T, Storage>(dimensions_)) weight = {weight_, width, problem_.weight_stride};
+      if (!packs_weight_) weight = {weight_, width, problem_.weight_stride};
     }
     const T* gradient = per_thread_[0].gradient + panel * gradient_step_;
     const Tiles tiles(panel_samples(panel));
@@ -463,6 +471,7 @@ class MarginSoftmax {
   int64_t panels_kept_ = 0;      // those, and the ones in kept_
   bool features_by_sample_;      // each thread finishes samples' gradients over all classes
   int64_t gradient_step_;        // elements between panels of G and of the packed weight
+  bool packs_features_, packs_weight_;  // as operand B; they serve as they lie otherwise
   bool own_packing_;             // each thread packs the features for itself
   bool backward_only_ = false;
 
