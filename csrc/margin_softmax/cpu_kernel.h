@@ -147,9 +147,9 @@ class MarginSoftmax {
     per_thread_.resize(threads_);
     const bool gradients = grad_features_ || grad_weight_;
     const int64_t gradient_size = (gradients ? panels_ : 1) * gradient_step_;
-    const int64_t weight_panels_size = column_panels_ * gradient_step_;
+    const int64_t weight_panels_size = packs_weight_ ? column_panels_ * gradient_step_ : 0;
     T* shared_gradient = features_by_sample_ ? arena.take(gradient_size) : nullptr;
-    weight_packed_ = features_by_sample_ && packs_weight_ ? arena.take(weight_panels_size) : nullptr;
+    weight_packed_ = features_by_sample_ ? arena.take(weight_panels_size) : nullptr;
     for (Thread& t : per_thread_) {
       if (own_packing_ || &t == &per_thread_[0]) {
         t.features_transposed = arena.take(panels_ * dimensions_ * width);
@@ -162,10 +162,8 @@ class MarginSoftmax {
       }
       t.weight_transposed = arena.take(divide_up(block_classes_, tile_rows) * dimensions_ * pack);
       const int64_t own_rows = class_begin(&t - per_thread_.data()) * width;
-      t.weight_panels = !packs_weight_         ? nullptr
-                        : features_by_sample_ ? weight_packed_ + own_rows
-                                              : arena.take(weight_panels_size);
-      t.gradient = features_by_sample_ ? shared_gradient + own_rows : arena.take(gradient_size);
+      t.weight_panels = features_by_sample_ ? offset(weight_packed_, own_rows) : arena.take(weight_panels_size);
+      t.gradient = features_by_sample_ ? offset(shared_gradient, own_rows) : arena.take(gradient_size);
       t.grad_features =
           grad_features_ && !features_by_sample_ ? arena.take(samples_ * column_panels_ * width) : nullptr;
       t.tile = arena.take(tile_rows * width);
@@ -176,6 +174,9 @@ class MarginSoftmax {
       t.weight_dot = arena.take(block_classes_);
     }
   }
+
+  // Null stays null: while sizes are added up there is no memory yet.
+  static T* offset(T* base, int64_t elements) { return base ? base + elements : nullptr; }
 
   int64_t class_begin(int64_t thread) const { return classes_ * thread / threads_; }
   int64_t panel_samples(int64_t panel) const { return std::min<int64_t>(width, samples_ - panel * width); }
@@ -347,7 +348,7 @@ class MarginSoftmax {
       std::fill(t.weight_dot, t.weight_dot + tiles.n, T(0));
       for (int64_t panel = 0; panel < panels_; ++panel) softmax_gradient(t, panel, first, tiles);
       const Panels<T> weight = pack_panels(weight_ + first * problem_.weight_stride, problem_.weight_stride, tiles.n,
-                                           dimensions_, t.weight_panels, gradient_step_);
+                                           dimensions_, packs_weight_ ? t.weight_panels : nullptr, gradient_step_);
       if (t.grad_features) accumulate_features(t, weight, tiles.n, first != begin);
       if (grad_weight_) write_weight(t, weight, first, tiles);
     }
