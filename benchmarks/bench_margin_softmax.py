@@ -11,6 +11,7 @@ resident memory during one forward + backward, less the two gradients that any m
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import harness
 import torch
@@ -144,7 +145,7 @@ def main() -> None:
         problem, functions = Problem(case), contenders(case)
         errors = check(problem, functions)
         product, products = gemm(case)
-        calls = {name: (lambda f=function: problem.step(f)) for name, function in functions.items()}
+        calls = {name: partial(problem.step, function) for name, function in functions.items()}
         timings = harness.interleaved({**calls, FLOOR: product}, seconds=options.seconds)
         floor = timings[FLOOR].p50 * products
         gradients = 4 * case.dimensions * (case.samples + case.classes)

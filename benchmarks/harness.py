@@ -1,7 +1,7 @@
 """What every benchmark shares: interleaved timing, peak memory, the machine's description, CSV and Markdown.
 
-Absolute times on a shared machine mean nothing tomorrow, so contenders of one case take turns and a figure is quoted as a
-ratio against a peer of the same run.
+Absolute times on a shared machine mean nothing tomorrow, so contenders of one case take turns and a figure is quoted as
+a ratio against a peer of the same run.
 """
 
 import argparse

@@ -87,8 +87,7 @@ def operator_report() -> dict[str, dict[str, bool]]:
     names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fewshot_ext::"))
     return {
         name.partition("::")[2]: {
-            device: torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, device.upper())
-            for device in DEVICES
+            device: torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, device.upper()) for device in DEVICES
         }
         for name in names
     }
@@ -153,9 +152,7 @@ def render(facts: dict[str, Any]) -> str:
     if cuda["toolkit_of_torch"] is None:
         gpus = "this torch is built without CUDA"
     else:
-        gpus = (
-            ", ".join(cuda["gpus"]) or f"torch is built with CUDA {cuda['toolkit_of_torch']}, but sees no GPU"
-        )
+        gpus = ", ".join(cuda["gpus"]) or f"torch is built with CUDA {cuda['toolkit_of_torch']}, but sees no GPU"
     section("Devices", {"cpu": f"{cpu['capability']}, {cpu['threads']} threads", "cuda": gpus})
 
     def kernels(on_device: dict[str, bool]) -> str:

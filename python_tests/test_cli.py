@@ -135,9 +135,7 @@ def test_output_without_permission(tmp_path, capsys):
     assert "Permission denied" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "module", ["lightning", "kornia", "matplotlib", "sklearn", "jsonargparse", "tensorboard"]
-)
+@pytest.mark.parametrize("module", ["lightning", "kornia", "matplotlib", "sklearn", "jsonargparse", "tensorboard"])
 def test_a_missing_package_names_the_pip_line(module, monkeypatch, tmp_path, capsys):
     is_installed = _extras.is_installed
     monkeypatch.setattr(_extras, "is_installed", lambda name: name != module and is_installed(name))

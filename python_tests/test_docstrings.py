@@ -2,19 +2,19 @@
 
 import doctest
 import importlib
+import pkgutil
 
 import pytest
 
 import fewshot_ext
 
-MODULES = ("fewshot_ext.ops.margin_softmax", "fewshot_ext.losses.margin_softmax")
+MODULES = [info.name for info in pkgutil.walk_packages(fewshot_ext.__path__, "fewshot_ext.") if not info.ispkg]
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_run(name):
-    failed, attempted = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
-    assert attempted > 0
-    assert failed == 0
+def test_examples_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS).failed == 0
 
 
 @pytest.mark.parametrize("name", [name for name in fewshot_ext.__all__ if not name.startswith("__")])

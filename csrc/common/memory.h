@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace fewshot_ext {
 
@@ -18,6 +19,20 @@ class Workspace {
  private:
   void* data_;
   size_t bytes_;
+};
+
+// Hands out parts of one piece of memory, each from a cache line of its own. Without a base it adds up what is needed.
+template <class T>
+struct Arena {
+  T* base = nullptr;
+  int64_t used = 0;
+
+  T* take(int64_t count) {
+    constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
+    T* at = base ? base + used : nullptr;
+    used += (count + line - 1) / line * line;
+    return at;
+  }
 };
 
 }  // namespace fewshot_ext

@@ -51,8 +51,7 @@ struct Panels {
 
 // C[row][0 .. panel_width) (+)= sum_k A(row, k) B[k][0 .. panel_width), for `inner_size` values of k.
 template <class T, int Rows, int RowStep>
-void tile_product(int64_t inner_size, TileA<T> a, const T* b, int64_t b_step, T* c, int64_t c_stride,
-                  bool accumulate) {
+void tile_product(int64_t inner_size, TileA<T> a, const T* b, int64_t b_step, T* c, int64_t c_stride, bool accumulate) {
   constexpr int lanes = Simd<T>::lanes;
   Vector<T> sum[Rows][2];
 #pragma GCC unroll 16
@@ -89,8 +88,7 @@ template <class T, int RowStep, int Rows = tile_rows>
 FEWSHOT_EXT_INLINE void tile_product(int rows, int64_t inner_size, const TileA<T>& a, const Panels<T>& b, int64_t panel,
                                      T* c, int64_t c_stride, bool accumulate) {
   if constexpr (Rows > 1) {
-    if (rows != Rows)
-      return tile_product<T, RowStep, Rows - 1>(rows, inner_size, a, b, panel, c, c_stride, accumulate);
+    if (rows != Rows) return tile_product<T, RowStep, Rows - 1>(rows, inner_size, a, b, panel, c, c_stride, accumulate);
   }
   tile_product<T, Rows, RowStep>(inner_size, a, b.data + panel * b.panel_step, b.row_step, c, c_stride, accumulate);
 }
@@ -120,8 +118,7 @@ void pack_transposed(const Storage* source, int64_t source_stride, int64_t rows,
     int64_t column = 0;
     for (; column + lanes <= columns; column += lanes) {
       Vector<T> square[lanes];
-      for (int64_t r = 0; r < lanes; ++r)
-        square[r] = r < height ? load(from + r * from_stride + column) : Vector<T>{};
+      for (int64_t r = 0; r < lanes; ++r) square[r] = r < height ? load(from + r * from_stride + column) : Vector<T>{};
       Transpose<T>::run(square);
       Vector<T> part{};  // summed in two levels, for accuracy
       for (int k = 0; k < lanes; ++k) {

@@ -109,10 +109,11 @@ Tensor gradient(const Tensor& like, bool wanted, bool zero) {
   return zero ? torch::stable::new_zeros(like, shape) : torch::stable::new_empty(like, shape);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> margin_softmax(
-    Tensor features, Tensor weight, Tensor target, double margin, double scale, double label_smoothing,
-    int64_t ignore_index, bool cosine, int64_t reduction, bool features_grad, bool weight_grad,
-    bool return_prediction) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> margin_softmax(Tensor features, Tensor weight, Tensor target,
+                                                                  double margin, double scale, double label_smoothing,
+                                                                  int64_t ignore_index, bool cosine, int64_t reduction,
+                                                                  bool features_grad, bool weight_grad,
+                                                                  bool return_prediction) {
   check(features, weight, target);
   features = with_dense_rows(features);
   weight = with_dense_rows(weight);
@@ -150,9 +151,9 @@ std::tuple<Tensor, Tensor> margin_softmax_backward(Tensor grad_loss, Tensor feat
                                                    bool features_grad, bool weight_grad) {
   check(features, weight, target);
   const ScalarType accumulate = accumulate_type(features);
-  STD_TORCH_CHECK(grad_loss.dim() == 1 && grad_loss.size(0) == features.size(0) &&
-                      grad_loss.scalar_type() == accumulate,
-                  "grad_loss: expected [N] in the accumulation dtype");
+  STD_TORCH_CHECK(
+      grad_loss.dim() == 1 && grad_loss.size(0) == features.size(0) && grad_loss.scalar_type() == accumulate,
+      "grad_loss: expected [N] in the accumulation dtype");
   STD_TORCH_CHECK(row_statistics.dim() == 2 && row_statistics.size(0) == 2 &&
                       row_statistics.size(1) == features.size(0) && row_statistics.scalar_type() == accumulate,
                   "row_statistics: expected [2, N] as the forward pass returned it");

@@ -74,8 +74,8 @@ class MarginSoftmax {
     // Rows a power of two apart meet in few sets of a cache: panels of their own pay off once they are read often.
     const bool as_they_lie = panels_as_they_lie<T, Storage>(dimensions_);
     packs_features_ = grad_weight_ && !as_they_lie;
-    packs_weight_ = (grad_features_ || grad_weight_) &&
-                    !(as_they_lie && (features_by_sample_ || samples_ <= samples_reading_rows));
+    packs_weight_ =
+        (grad_features_ || grad_weight_) && !(as_they_lie && (features_by_sample_ || samples_ <= samples_reading_rows));
     gradient_step_ = (features_by_sample_ ? classes_ : block_classes_) * width;
 
     if (grad_weight_)
@@ -85,10 +85,10 @@ class MarginSoftmax {
           panels_, panels_in_place_ + logits_workspace_bytes / (classes_ * width * int64_t(sizeof(T))));
 
     const int64_t padded = panels_ * width;
-    Arena sizes;
+    Arena<T> sizes;
     lay_out(sizes, padded);
     workspace_.emplace(sizes.used * sizeof(T));
-    Arena arena{static_cast<T*>(workspace_->data())};
+    Arena<T> arena{static_cast<T*>(workspace_->data())};
     lay_out(arena, padded);
   }
 
@@ -113,16 +113,6 @@ class MarginSoftmax {
   }
 
  private:
-  struct Arena {
-    T* base = nullptr;
-    int64_t used = 0;
-    T* take(int64_t count) {
-      T* at = base ? base + used : nullptr;
-      used += round_up(count, 64 / int64_t(sizeof(T)));
-      return at;
-    }
-  };
-
   struct Thread {
     T* features_transposed;  // [panel][D][width]; the threads' own or one for all, see own_packing_
     T* inverse_x;            // [padded N], likewise
@@ -133,14 +123,16 @@ class MarginSoftmax {
     T* grad_features;        // [N, column_panels * width], unless features_by_sample_
     T* tile;                 // [tile_rows, width]
     RowStatistics<T> rows;
-    T* features_dot;  // [padded N], sum_j dL/ds_ij s_ij * scale
-    T* weight_dot;    // [block], sum_i likewise
+    T* features_dot;   // [padded N], sum_j dL/ds_ij s_ij * scale
+    T* weight_dot;     // [block][lanes], sum_i likewise, lane by lane
+    T* weight_factor;  // [block], of the raw row in the weight's gradient
   };
 
-  void lay_out(Arena& arena, int64_t padded) {
+  void lay_out(Arena<T>& arena, int64_t padded) {
     features_packed_ = packs_features_ ? arena.take(column_panels_ * samples_ * width) : nullptr;
     kept_ = arena.take((panels_kept_ - panels_in_place_) * width * classes_);
-    for (T** row : {&coefficients_.log_sum, &coefficients_.probability, &coefficients_.uniform, &coefficients_.at_target})
+    for (T** row :
+         {&coefficients_.log_sum, &coefficients_.probability, &coefficients_.uniform, &coefficients_.at_target})
       *row = arena.take(padded);
     inverse_w_ = arena.take(classes_);
     conversions_ = arena.take(std::is_same_v<T, Storage> ? 0 : threads_ * lanes * dimensions_);
@@ -171,7 +163,8 @@ class MarginSoftmax {
       for (T** row : {&rows.max, &rows.sum_exp, &rows.sum_logits, &rows.target_logit, &rows.best, &t.features_dot})
         *row = arena.take(padded);
       rows.best_class = reinterpret_cast<Int*>(arena.take(padded));
-      t.weight_dot = arena.take(block_classes_);
+      t.weight_dot = arena.take(block_classes_ * lanes);
+      t.weight_factor = arena.take(block_classes_);
     }
   }
 
@@ -190,8 +183,8 @@ class MarginSoftmax {
 
   void pack_features() {
     if (grad_weight_)
-      features_panels_ = pack_panels(features_, problem_.features_stride, samples_, dimensions_, features_packed_,
-                                     samples_ * width);
+      features_panels_ =
+          pack_panels(features_, problem_.features_stride, samples_, dimensions_, features_packed_, samples_ * width);
     coefficients_.reset(panels_ * width);
     if (own_packing_) return;
     const int64_t tasks = std::min(threads_, panels_);
@@ -241,8 +234,7 @@ class MarginSoftmax {
   }
 
   void similarities(const Thread& t, int64_t panel, int64_t tile, int rows, T* to) const {
-    tile_product<T, 1>(rows, dimensions_,
-                       {t.weight_transposed + tile * dimensions_ * pack, pack, dimensions_, 0},
+    tile_product<T, 1>(rows, dimensions_, {t.weight_transposed + tile * dimensions_ * pack, pack, dimensions_, 0},
                        {t.features_transposed, width * dimensions_, width}, panel, to, width, false);
   }
 
@@ -302,22 +294,23 @@ class MarginSoftmax {
       if (!ignored(i)) {
         row = gap.loss;
         if (problem_.label_smoothing != 0)
-          row += problem_.label_smoothing *
-                 (target - (sum_logits - problem_.scale * problem_.margin) / double(classes_));
+          row +=
+              problem_.label_smoothing * (target - (sum_logits - problem_.scale * problem_.margin) / double(classes_));
       }
       total += row;
       statistics[i] = T(others);
       statistics[samples_ + i] = T(target);
-      if (problem_.reduction == Reduction::none) loss[i] = T(row);
-      else set_coefficients(i, target, gap, row_weight);
+      if (problem_.reduction == Reduction::none)
+        loss[i] = T(row);
+      else
+        set_coefficients(i, target, gap, row_weight);
     }
     // The mean over no row at all is NaN, as in torch.nn.functional.cross_entropy.
     if (problem_.reduction != Reduction::none) *loss = T(mean ? total / double(counted) : total);
   }
 
   void set_coefficients(int64_t i, double target, const Gap& gap, double upstream) {
-    if (!ignored(i))
-      coefficients_.set(i, target, gap, upstream * problem_.scale, problem_.label_smoothing, classes_);
+    if (!ignored(i)) coefficients_.set(i, target, gap, upstream * problem_.scale, problem_.label_smoothing, classes_);
   }
 
   void gradients() {
@@ -345,7 +338,7 @@ class MarginSoftmax {
     for (int64_t first = begin; first < end; first += block_classes_) {
       const Tiles tiles(std::min(block_classes_, end - first));
       if (panels_kept_ < panels_) pack_weight(t, thread, first, tiles);
-      std::fill(t.weight_dot, t.weight_dot + tiles.n, T(0));
+      std::fill(t.weight_dot, t.weight_dot + tiles.n * lanes, T(0));
       for (int64_t panel = 0; panel < panels_; ++panel) softmax_gradient(t, panel, first, tiles);
       const Panels<T> weight = pack_panels(weight_ + first * problem_.weight_stride, problem_.weight_stride, tiles.n,
                                            dimensions_, packs_weight_ ? t.weight_panels : nullptr, gradient_step_);
@@ -369,9 +362,8 @@ class MarginSoftmax {
       const Vector<T> inverse_x = load(t.inverse_x + sample);
       const auto finish = [&](auto products) {
         return coefficients_.template gradient<products>(sample, logits + half, inverse_x * T(problem_.scale),
-                                                         inverse_x, inverse_w_ + first,
-                                                         load_int<T>(t.target + sample), first, tiles.n,
-                                                         gradient + half, t.weight_dot);
+                                                         inverse_x, inverse_w_ + first, load_int<T>(t.target + sample),
+                                                         first, tiles.n, gradient + half, t.weight_dot);
       };
       const Vector<T> dot = recompute ? finish(std::true_type{}) : finish(std::false_type{});
       store(t.features_dot + sample, load(t.features_dot + sample) + dot);
@@ -385,27 +377,28 @@ class MarginSoftmax {
       for (int64_t column = 0; column < column_panels_; ++column)
         for (int64_t tile = 0; tile < tiles.count; ++tile)
           tile_product<T, 1>(tiles.rows(tile), block,
-                             {t.gradient + panel * gradient_step_ + tiles.begin(tile), width, block, 0},
-                             weight, column,
+                             {t.gradient + panel * gradient_step_ + tiles.begin(tile), width, block, 0}, weight, column,
                              t.grad_features + (panel * width + tiles.begin(tile)) * stride + column * width, stride,
                              accumulate);
     }
   }
 
   void write_weight(Thread& t, const Panels<T>& weight, int64_t first, const Tiles& tiles) {
+    for (int64_t j = 0; j < tiles.n; ++j)
+      t.weight_factor[j] =
+          horizontal_sum<T>(load(t.weight_dot + j * lanes)) / T(problem_.scale) * projection(inverse_w_[first + j]);
     for (int64_t column = 0; column < column_panels_; ++column) {
       const int64_t columns = std::min<int64_t>(width, dimensions_ - column * width);
       for (int64_t tile = 0; tile < tiles.count; ++tile) {
         tile_product<T, width>(tiles.rows(tile), samples_,
-                               {t.gradient + tiles.begin(tile) * width, 1, width, gradient_step_},
-                               features_panels_, column, t.tile, width, false);
+                               {t.gradient + tiles.begin(tile) * width, 1, width, gradient_step_}, features_panels_,
+                               column, t.tile, width, false);
         for (int r = 0; r < tiles.rows(tile); ++r) {
           const int64_t j = tiles.begin(tile) + r;
-          const T factor = t.weight_dot[j] / T(problem_.scale) * projection(inverse_w_[first + j]);
           const T* raw = weight.data + column * weight.panel_step + j * weight.row_step;
           Storage* out = grad_weight_ + (first + j) * dimensions_ + column * width;
           for (int64_t k = 0; k < columns; ++k)
-            out[k] = from_accumulate<Storage>(t.tile[r * width + k] - factor * raw[k]);
+            out[k] = from_accumulate<Storage>(t.tile[r * width + k] - t.weight_factor[j] * raw[k]);
         }
       }
     }
@@ -455,8 +448,7 @@ class MarginSoftmax {
     const Storage* raw = features_ + i * problem_.features_stride + first;
     Storage* out = grad_features_ + i * dimensions_ + first;
     const int64_t columns = std::min<int64_t>(width, dimensions_ - first);
-    for (int64_t k = 0; k < columns; ++k)
-      out[k] = from_accumulate<Storage>(sum[k] - factor * T(to_accumulate(raw[k])));
+    for (int64_t k = 0; k < columns; ++k) out[k] = from_accumulate<Storage>(sum[k] - factor * T(to_accumulate(raw[k])));
   }
 
   const MarginSoftmaxProblem& problem_;
@@ -468,12 +460,12 @@ class MarginSoftmax {
   Storage* const grad_features_;
   Storage* const grad_weight_;
   int64_t threads_, block_classes_;
-  int64_t panels_in_place_ = 0;  // panels whose logits wait in the memory of grad_weight
-  int64_t panels_kept_ = 0;      // those, and the ones in kept_
-  bool features_by_sample_;      // each thread finishes samples' gradients over all classes
-  int64_t gradient_step_;        // elements between panels of G and of the packed weight
+  int64_t panels_in_place_ = 0;         // panels whose logits wait in the memory of grad_weight
+  int64_t panels_kept_ = 0;             // those, and the ones in kept_
+  bool features_by_sample_;             // each thread finishes samples' gradients over all classes
+  int64_t gradient_step_;               // elements between panels of G and of the packed weight
   bool packs_features_, packs_weight_;  // as operand B; they serve as they lie otherwise
-  bool own_packing_;             // each thread packs the features for itself
+  bool own_packing_;                    // each thread packs the features for itself
   bool backward_only_ = false;
 
   std::optional<Workspace> workspace_;

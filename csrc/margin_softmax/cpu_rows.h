@@ -84,7 +84,7 @@ template <class T>
 struct RowCoefficients {
   using Int = typename Simd<T>::Int;
   using IntVector = typename Simd<T>::IntVector;
-  static constexpr int width = panel_width<T>;
+  static constexpr int lanes = Simd<T>::lanes, width = panel_width<T>;
 
   T *log_sum, *probability, *uniform, *at_target;
 
@@ -104,7 +104,8 @@ struct RowCoefficients {
   }
 
   // Logits [classes][width] of a vector of samples, or products that become logits by factor and inverse_w, -> G =
-  // dL/ds / (|x_i| |w_j|). Adds dL/ds * logit to each row's dot, which is returned, and to each class's, class_dot.
+  // dL/ds / (|x_i| |w_j|). Adds up dL/ds * logit: over the classes into the dot of each row, which is returned, over
+  // the samples, lane by lane, into class_dot [classes][lanes].
   template <bool products>
   FEWSHOT_EXT_INLINE Vector<T> gradient(int64_t sample, const T* logits, const Vector<T>& factor,
                                         const Vector<T>& inverse_x, const T* inverse_w, const IntVector& target,
@@ -119,7 +120,7 @@ struct RowCoefficients {
       g = target == static_cast<Int>(first_class + j) ? target_gradient : g;
       const Vector<T> weighted = g * logit;
       dot += weighted;
-      class_dot[j] += horizontal_sum<T>(weighted);
+      store(class_dot + j * lanes, load(class_dot + j * lanes) + weighted);
       store(to + j * width, g * (inverse_x * inverse_w[j]));
     }
     return dot;

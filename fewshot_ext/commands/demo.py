@@ -45,9 +45,7 @@ def add_arguments(parser) -> None:
         help="CPU threads; images this small gain little from more, and one gives the same numbers on any "
         "number of cores",
     )
-    run.add_argument(
-        "--seed", type=int, default=sweep.seed, help="the same seed gives the same numbers on one machine"
-    )
+    run.add_argument("--seed", type=int, default=sweep.seed, help="the same seed gives the same numbers on one machine")
     run.add_argument(
         "--resume",
         action="store_true",
@@ -65,12 +63,8 @@ def add_arguments(parser) -> None:
     sizes.add_argument(
         "--runs", type=int, default=sweep.runs, help="repetitions of the whole sweep, each with its own seed"
     )
-    sizes.add_argument(
-        "--epochs", type=int, default=PRETRAINING.epochs, help="pre-training epochs for each margin"
-    )
-    sizes.add_argument(
-        "--episodes", type=int, default=protocol.episodes, help="episodes for each number of shots"
-    )
+    sizes.add_argument("--epochs", type=int, default=PRETRAINING.epochs, help="pre-training epochs for each margin")
+    sizes.add_argument("--episodes", type=int, default=protocol.episodes, help="episodes for each number of shots")
     sizes.add_argument(
         "--shots",
         type=int,
@@ -80,9 +74,7 @@ def add_arguments(parser) -> None:
         help="support images a class",
     )
     sizes.add_argument("--queries", type=int, default=protocol.queries, help="query images a class")
-    parser.add_class_arguments(
-        PreTrainingConfig, "pretraining", skip={"margin", "epochs"}, default=PRETRAINING
-    )
+    parser.add_class_arguments(PreTrainingConfig, "pretraining", skip={"margin", "epochs"}, default=PRETRAINING)
     parser.add_class_arguments(FineTuningConfig, "finetuning")
 
 
@@ -98,9 +90,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         margins=tuple(arguments.margins),
         runs=arguments.runs,
         seed=arguments.seed,
-        protocol=ProtocolConfig(
-            episodes=arguments.episodes, shots=tuple(arguments.shots), queries=arguments.queries
-        ),
+        protocol=ProtocolConfig(episodes=arguments.episodes, shots=tuple(arguments.shots), queries=arguments.queries),
         pretraining=replace(arguments.pretraining, epochs=arguments.epochs),
         finetuning=arguments.finetuning,
     )

@@ -64,17 +64,14 @@ class ImageArchive:
         if not len(self.images):
             raise ValueError("images must hold at least one image, got none")
         if self.images.shape[1] not in (1, 3):
-            raise ValueError(
-                f"images must have 1 or 3 channels ([N, C, H, W]), got shape {tuple(self.images.shape)}"
-            )
+            raise ValueError(f"images must have 1 or 3 channels ([N, C, H, W]), got shape {tuple(self.images.shape)}")
         if len(self.labels) != len(self.images):
             raise ValueError(
                 f"labels must give one label an image: {len(self.images)} images, {len(self.labels)} labels"
             )
         if len(self.class_split) != self.num_classes:
             raise ValueError(
-                f"class_split must give one value a class: {self.num_classes} classes, "
-                f"{len(self.class_split)} values"
+                f"class_split must give one value a class: {self.num_classes} classes, {len(self.class_split)} values"
             )
         if len(set(self.class_names)) != self.num_classes:
             raise ValueError("class_names must all be different")
@@ -83,8 +80,7 @@ class ImageArchive:
             raise ValueError(f"labels must lie in [0, {self.num_classes}), got {low} to {high}")
         if self.class_split.max().item() > max(Split):
             raise ValueError(
-                "class_split must be 0 (base), 1 (validation) or 2 (novel), "
-                f"got {self.class_split.max().item()}"
+                f"class_split must be 0 (base), 1 (validation) or 2 (novel), got {self.class_split.max().item()}"
             )
 
     @classmethod

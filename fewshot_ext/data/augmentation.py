@@ -88,9 +88,7 @@ class _RandomResizedCrop(nn.Module):
 
         size = tuple(images.shape[-2:])
         if size not in self.crops:
-            self.crops[size] = K.RandomResizedCrop(
-                size, scale=(self.smallest_scale, 1.0), cropping_mode="resample"
-            )
+            self.crops[size] = K.RandomResizedCrop(size, scale=(self.smallest_scale, 1.0), cropping_mode="resample")
         return self.crops[size](images)
 
 

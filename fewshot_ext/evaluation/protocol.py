@@ -41,9 +41,7 @@ class ProtocolConfig:
         check_at_least("way", self.way, 2)
         check_at_least("queries", self.queries, 1)
         if not self.shots or len(set(self.shots)) < len(self.shots):
-            raise ValueError(
-                f"shots must name at least one number of shots, and none twice, got {list(self.shots)}"
-            )
+            raise ValueError(f"shots must name at least one number of shots, and none twice, got {list(self.shots)}")
         for shot in self.shots:
             check_at_least("shots", shot, 1)
 

@@ -105,13 +105,9 @@ class MarginSweep:
             resume,
         )
         base, novel = archive.subset(Split.BASE), archive.subset(Split.NOVEL)
-        self._runs = [
-            _Run(run, config, base, novel, derive_seed(config.seed, run)) for run in range(config.runs)
-        ]
+        self._runs = [_Run(run, config, base, novel, derive_seed(config.seed, run)) for run in range(config.runs)]
         backbone = config.pretraining.backbone
-        conv4(width=backbone.width, pooled_blocks=backbone.pooled_blocks).feature_size(
-            *archive.images.shape[2:]
-        )
+        conv4(width=backbone.width, pooled_blocks=backbone.pooled_blocks).feature_size(*archive.images.shape[2:])
         self.results = SweepResults(_plain(config, self.device), _versions(), config.protocol.way)
         if resume and (self.output / "results.json").exists():
             earlier = SweepResults.read(self.output / "results.json")
@@ -160,8 +156,7 @@ class MarginSweep:
         accuracies, done = [], 0
         with progress.stage(f"{name}: episodes", len(run.episodes) * self.config.protocol.episodes) as report:
             features = {
-                classes: extract_features(module, archive.images)
-                for classes, archive in run.test_images.items()
+                classes: extract_features(module, archive.images) for classes, archive in run.test_images.items()
             }
             for (classes, shot), episodes in run.episodes.items():
                 queries = episodes.query[0].numel()
@@ -221,9 +216,7 @@ def _versions() -> dict[str, str]:
 
 
 def _check_same_run(earlier: SweepResults, now: SweepResults, output: Path) -> None:
-    before, after = (
-        _flatten({**r.config, **r.versions, "margins": None, "runs": None}) for r in (earlier, now)
-    )
+    before, after = (_flatten({**r.config, **r.versions, "margins": None, "runs": None}) for r in (earlier, now))
     different = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
     if different:
         key = different[0]
@@ -262,9 +255,7 @@ class _Progress:
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Callable[..., None]]:
         """A bar for one stage; yields a function that takes the count so far and a remark."""
-        bar = self._bar(
-            total=total, desc=name, position=1, bar_format="{desc} |{bar}| {percentage:3.0f}%{postfix}"
-        )
+        bar = self._bar(total=total, desc=name, position=1, bar_format="{desc} |{bar}| {percentage:3.0f}%{postfix}")
 
         def report(count: int, remark: str = "") -> None:
             bar.set_postfix_str(remark, refresh=False)

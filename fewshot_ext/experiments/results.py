@@ -105,8 +105,7 @@ class SweepResults:
             "(training runs x episodes)",
             "",
             f"{'':>8}{heads}".rstrip(),
-            f"{'margin':>8}"
-            + "".join(f"{shot}-shot".rjust(width - 2) + "  " for _, shot in columns).rstrip(),
+            f"{'margin':>8}" + "".join(f"{shot}-shot".rjust(width - 2) + "  " for _, shot in columns).rstrip(),
         ]
         for margin in self.margins:
             cells = ("{:.2f} ± {:.2f}".format(*self.percent(margin, *column)) for column in columns)
@@ -207,8 +206,7 @@ class SweepResults:
     def _plot(self, path: Path) -> None:
         curves = {
             _PANELS[classes]: {
-                f"{shot}-shot": [(m, *self.percent(m, classes, shot)) for m in self.margins]
-                for shot in self.shots
+                f"{shot}-shot": [(m, *self.percent(m, classes, shot)) for m in self.margins] for shot in self.shots
             }
             for classes in CLASSES
         }

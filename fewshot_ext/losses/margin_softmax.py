@@ -106,9 +106,7 @@ class MarginCosineLoss(_MarginLoss):
         self, features: Tensor, target: Tensor, *, return_prediction: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Loss of ``features [N, D]`` with labels ``target [N]``; see :func:`fewshot_ext.margin_cosine_loss`."""
-        return margin_cosine_loss(
-            features, self.weight, target, return_prediction=return_prediction, **self._options()
-        )
+        return margin_cosine_loss(features, self.weight, target, return_prediction=return_prediction, **self._options())
 
     def scores(self, features: Tensor) -> Tensor:
         """Plain cosines ``[N, C]``, without margin and scale: what a prediction is made from."""

@@ -42,18 +42,13 @@ class ConvBackbone(nn.Module):
     ) -> None:
         super().__init__()
         if not channels or min(channels) < 1:
-            raise ValueError(
-                f"channels must name at least one block, each of at least 1 channel, got {channels}"
-            )
+            raise ValueError(f"channels must name at least one block, each of at least 1 channel, got {channels}")
         if not 0 <= pooled_blocks <= len(channels):
             raise ValueError(f"pooled_blocks must lie in [0, {len(channels)}], got {pooled_blocks}")
         self.channels, self.pooled_blocks = tuple(channels), pooled_blocks
         inputs = (in_channels, *channels[:-1])
         self.blocks = nn.Sequential(
-            *(
-                ConvBlock(i, o, pool=k < pooled_blocks)
-                for k, (i, o) in enumerate(zip(inputs, channels, strict=True))
-            )
+            *(ConvBlock(i, o, pool=k < pooled_blocks) for k, (i, o) in enumerate(zip(inputs, channels, strict=True)))
         )
 
     def feature_size(self, height: int, width: int) -> int:
@@ -65,8 +60,7 @@ class ConvBackbone(nn.Module):
         side = 2**self.pooled_blocks
         if min(height, width) < side:
             raise ValueError(
-                f"{self.pooled_blocks} pooled blocks need images of at least {side} x {side}, "
-                f"got {height} x {width}"
+                f"{self.pooled_blocks} pooled blocks need images of at least {side} x {side}, got {height} x {width}"
             )
         return self.channels[-1] * (height // side) * (width // side)
 

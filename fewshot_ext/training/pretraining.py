@@ -79,9 +79,7 @@ class PreTraining(pl.LightningModule):
         )
         channels, height, width = image_size
         self.input = ImageInput(mean, std, config.augmentation)
-        self.backbone = conv4(
-            channels, width=config.backbone.width, pooled_blocks=config.backbone.pooled_blocks
-        )
+        self.backbone = conv4(channels, width=config.backbone.width, pooled_blocks=config.backbone.pooled_blocks)
         self.head = HEADS[config.similarity](
             self.backbone.feature_size(height, width),
             num_classes,
@@ -226,9 +224,7 @@ def pretrain(
 
 
 def _epochs_done(checkpoint: Path) -> int:
-    progress = torch.load(checkpoint, map_location="cpu", weights_only=True)["loops"]["fit_loop"][
-        "epoch_progress"
-    ]
+    progress = torch.load(checkpoint, map_location="cpu", weights_only=True)["loops"]["fit_loop"]["epoch_progress"]
     return progress["current"]["processed"]
 
 

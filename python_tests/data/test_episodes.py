@@ -37,8 +37,7 @@ def test_episodes_hold_distinct_images_of_the_right_classes(task, seed):
 def test_the_seed_decides_the_episodes():
     labels = torch.arange(8).repeat_interleave(21)
     first, again, other = (
-        sample_episodes(labels, 30, shot=5, generator=torch.Generator().manual_seed(seed))
-        for seed in (3, 3, 4)
+        sample_episodes(labels, 30, shot=5, generator=torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)
     )
     assert torch.equal(first.support, again.support)
     assert torch.equal(first.query, again.query)
@@ -47,9 +46,7 @@ def test_the_seed_decides_the_episodes():
 
 def test_every_image_and_class_is_as_likely_as_any_other():
     labels = torch.arange(6).repeat_interleave(4)
-    episodes = sample_episodes(
-        labels, 6000, way=2, shot=1, queries=1, generator=torch.Generator().manual_seed(0)
-    )
+    episodes = sample_episodes(labels, 6000, way=2, shot=1, queries=1, generator=torch.Generator().manual_seed(0))
     for images in (episodes.support, episodes.query):
         counts = images.flatten().bincount(minlength=24)
         # 12000 draws of 24 images: 500 each, with a deviation of about 22.

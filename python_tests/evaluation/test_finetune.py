@@ -48,13 +48,9 @@ def test_equals_the_loop_of_torch_sgd(similarity, margin, shot, batch_size, sgd)
     target = torch.arange(way).repeat_interleave(shot).expand(episodes, -1)
     before = weight.clone()
     settings = {"similarity": similarity, "scale": 5.0, "margin": margin, "batch_size": batch_size}
-    ours = finetune_episodes(
-        support, target, query, steps=steps, weight=weight, order=order, **settings, **sgd
-    )
+    ours = finetune_episodes(support, target, query, steps=steps, weight=weight, order=order, **settings, **sgd)
     for e in range(episodes):
-        expected = one_episode_by_sgd(
-            support[e], target[e], query[e], weight[e], order[e], sgd=sgd, **settings
-        )
+        expected = one_episode_by_sgd(support[e], target[e], query[e], weight[e], order[e], sgd=sgd, **settings)
         torch.testing.assert_close(ours[e], expected, rtol=1e-9, atol=1e-10)
     assert torch.equal(weight, before)
 

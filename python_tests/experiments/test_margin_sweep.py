@@ -16,9 +16,7 @@ TINY = MarginSweepConfig(
     margins=(-0.2, 0.0),
     runs=2,
     protocol=ProtocolConfig(episodes=6, shots=(1, 2), queries=3),
-    pretraining=PreTrainingConfig(
-        epochs=1, batch_size=128, backbone=BackboneConfig(width=8, pooled_blocks=3)
-    ),
+    pretraining=PreTrainingConfig(epochs=1, batch_size=128, backbone=BackboneConfig(width=8, pooled_blocks=3)),
     finetuning=FineTuningConfig(steps=3),
 )
 

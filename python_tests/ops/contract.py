@@ -70,8 +70,7 @@ def threads(count: int) -> Iterator[None]:
 def on_backends(backends: Sequence[Backend]) -> pytest.MarkDecorator:
     """Runs a test, which takes ``backend``, on each; the report says why one is missing."""
     marks = {
-        backend: pytest.mark.skipif(backend.missing is not None, reason=backend.missing or "")
-        for backend in backends
+        backend: pytest.mark.skipif(backend.missing is not None, reason=backend.missing or "") for backend in backends
     }
     return pytest.mark.parametrize(
         "backend", [pytest.param(backend, id=backend.name, marks=mark) for backend, mark in marks.items()]
@@ -87,9 +86,7 @@ class Problem:
 
     def _repr_pretty_(self, printer, cycle: bool) -> None:
         # Hypothesis prints its counterexamples: thousands of random numbers say less than shapes and strides.
-        tensors = [
-            f"{name} {t.dtype} {list(t.shape)} stride {t.stride()}" for name, t in self.tensors.items()
-        ]
+        tensors = [f"{name} {t.dtype} {list(t.shape)} stride {t.stride()}" for name, t in self.tensors.items()]
         printer.text(f"Problem({', '.join(tensors)}, {self.options})")
 
     def to(self, dtype: torch.dtype | None = None, device: str | None = None) -> "Problem":
@@ -104,9 +101,7 @@ class Problem:
         """Fresh leaves, of which those named want gradients; values, strides and memory are shared."""
         return replace(
             self,
-            tensors={
-                name: tensor.detach().requires_grad_(name in names) for name, tensor in self.tensors.items()
-            },
+            tensors={name: tensor.detach().requires_grad_(name in names) for name, tensor in self.tensors.items()},
         )
 
     def with_options(self, **options: object) -> "Problem":
@@ -197,9 +192,7 @@ def assert_within(actual: Tensor, expected: Tensor, bound: Tensor, what: str) ->
     assert actual.shape == expected.shape, what
     limit = torch.finfo(actual.dtype).max
     got, expected = actual.double().cpu().clamp(-limit, limit), expected.clamp(-limit, limit)
-    assert torch.equal(got.isnan(), expected.isnan()), (
-        f"{what}: NaN where the reference has none, or the reverse"
-    )
+    assert torch.equal(got.isnan(), expected.isnan()), f"{what}: NaN where the reference has none, or the reverse"
     excess = ((got - expected).abs() - bound).nan_to_num(nan=-1.0)
     if excess.numel() and excess.max() > 0:
         index = tuple(int(i) for i in torch.unravel_index(excess.argmax(), excess.shape))
@@ -218,9 +211,7 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 def random_upstream(outputs: Sequence[Tensor], loss_scale: float) -> list[Tensor]:
     """Upstream gradients that are exact in float32, as every operator of half types returns its loss."""
     generator = torch.Generator().manual_seed(0)
-    return [
-        (loss_scale * torch.randn(output.shape, generator=generator)).to(torch.float64) for output in outputs
-    ]
+    return [(loss_scale * torch.randn(output.shape, generator=generator)).to(torch.float64) for output in outputs]
 
 
 def assert_equals_reference(

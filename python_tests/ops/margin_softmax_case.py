@@ -106,9 +106,7 @@ def logit_error(problem: Problem, cosine: bool) -> Tensor:
     scale, margin = problem.options.get("scale", 30.0), problem.options.get("margin", -0.3)
     logits = scale * norm_x * norm_w.max()
     classes, dimensions = weight.shape
-    return unit * (
-        logits * (4 * math.sqrt(dimensions) + 8) + 2 * scale * abs(margin) + 4 * math.sqrt(classes) + 8
-    )
+    return unit * (logits * (4 * math.sqrt(dimensions) + 8) + 2 * scale * abs(margin) + 4 * math.sqrt(classes) + 8)
 
 
 def _unit_roundoff(problem: Problem) -> float:
@@ -231,9 +229,7 @@ def _overloads(cosine: bool):
             arguments = (features, weight, target, *settings, REDUCTIONS[reduction], *hints, prediction)
             calls.append((operators.margin_softmax.default, arguments))
         constants = [tensor.detach() for tensor in (features, weight, target)]
-        *_, statistics, _, _ = operators.margin_softmax(
-            *constants, *settings, REDUCTIONS["none"], False, False, False
-        )
+        *_, statistics, _, _ = operators.margin_softmax(*constants, *settings, REDUCTIONS["none"], False, False, False)
         upstream = torch.linspace(-1, 1, len(features), dtype=statistics.dtype, device=statistics.device)
         for hints in ((True, True), (True, False), (False, True)):
             # Constants, because the backward operator refuses to be differentiated.
@@ -278,33 +274,19 @@ BAD_INPUTS = (
         "features: expected shape [N, D]",
     ),
     BadInput("features of rank 3", _replaced("features", lambda x: x[None]), ValueError, "got [1, 6, 4]"),
-    BadInput(
-        "weight of rank 1", _replaced("weight", lambda w: w[0]), ValueError, "weight: expected shape [C, D]"
-    ),
-    BadInput(
-        "target of rank 2", _replaced("target", lambda y: y[None]), ValueError, "target: expected shape [N]"
-    ),
-    BadInput(
-        "widths differ", _replaced("weight", lambda w: w[:, :3]), ValueError, "weight: expected shape [C, 4]"
-    ),
-    BadInput(
-        "lengths differ", _replaced("target", lambda y: y[:5]), ValueError, "target: expected shape [6]"
-    ),
+    BadInput("weight of rank 1", _replaced("weight", lambda w: w[0]), ValueError, "weight: expected shape [C, D]"),
+    BadInput("target of rank 2", _replaced("target", lambda y: y[None]), ValueError, "target: expected shape [N]"),
+    BadInput("widths differ", _replaced("weight", lambda w: w[:, :3]), ValueError, "weight: expected shape [C, 4]"),
+    BadInput("lengths differ", _replaced("target", lambda y: y[:5]), ValueError, "target: expected shape [6]"),
     BadInput(
         "width 0",
         lambda t: {"features": t["features"][:, :0], "weight": t["weight"][:, :0]},
         ValueError,
         "features: expected at least one dimension",
     ),
-    BadInput(
-        "one class", _replaced("weight", lambda w: w[:1]), ValueError, "weight: expected at least 2 classes"
-    ),
-    BadInput(
-        "integer features", _replaced("features", lambda x: x.long()), TypeError, "features: expected dtype"
-    ),
-    BadInput(
-        "complex weight", _replaced("weight", lambda w: w.cfloat()), TypeError, "weight: expected dtype"
-    ),
+    BadInput("one class", _replaced("weight", lambda w: w[:1]), ValueError, "weight: expected at least 2 classes"),
+    BadInput("integer features", _replaced("features", lambda x: x.long()), TypeError, "features: expected dtype"),
+    BadInput("complex weight", _replaced("weight", lambda w: w.cfloat()), TypeError, "weight: expected dtype"),
     BadInput(
         "dtypes differ",
         _replaced("weight", lambda w: w.float()),
@@ -317,9 +299,7 @@ BAD_INPUTS = (
         TypeError,
         "target: expected dtype torch.int64",
     ),
-    BadInput(
-        "devices differ", _replaced("weight", lambda w: w.to("meta")), ValueError, "weight: expected device"
-    ),
+    BadInput("devices differ", _replaced("weight", lambda w: w.to("meta")), ValueError, "weight: expected device"),
     BadInput("NaN scale", _option("scale", math.nan), ValueError, "scale: expected a finite number"),
     BadInput("zero scale", _option("scale", 0.0), ValueError, "scale: expected a number above 0"),
     BadInput("infinite margin", _option("margin", -math.inf), ValueError, "margin: expected a finite number"),

@@ -87,9 +87,7 @@ def test_meta_tensors_give_shapes_and_dtypes(case, backend):
     for problem in (*case.examples, *case.empty):
         found, gradients = evaluate(case.function, problem.to(device="meta"), case.differentiable)
         expected, expected_gradients = evaluate(case.function, problem, case.differentiable)
-        for meta, real in zip(
-            (*found, *gradients.values()), (*expected, *expected_gradients.values()), strict=True
-        ):
+        for meta, real in zip((*found, *gradients.values()), (*expected, *expected_gradients.values()), strict=True):
             assert meta.is_meta
             assert (meta.shape, meta.dtype) == (real.shape, real.dtype)
 
@@ -228,9 +226,7 @@ def test_changed_gradients_do_not_reach_the_next_backward(case, backend):
         leaves = problem.with_grad(case.differentiable)
         outputs = floating(case.function(**leaves.arguments()))
         for keep in (True, True, False):
-            torch.autograd.backward(
-                outputs, [torch.ones_like(output) for output in outputs], retain_graph=keep
-            )
+            torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs], retain_graph=keep)
             for name, gradient in once.items():
                 tensor = leaves.tensors[name]
                 torch.testing.assert_close(tensor.grad, gradient)
@@ -354,9 +350,7 @@ def test_vmap_of_grad_and_grad_of_vmap(case, backend):
                 result = case.function(**dict(zip(tensors, arguments, strict=True)), **problem.options)  # noqa: B023
                 return sum(output.square().sum() for output in floating(result))
 
-            gradients = torch.func.vmap(torch.func.grad(scalar, argnums=positions), in_dims=dims)(
-                *tensors.values()
-            )
+            gradients = torch.func.vmap(torch.func.grad(scalar, argnums=positions), in_dims=dims)(*tensors.values())
             totals = {}
             for index in range(3):
                 one = [tensors[name][index] if name in names else tensors[name] for name in tensors]
@@ -365,9 +359,7 @@ def test_vmap_of_grad_and_grad_of_vmap(case, backend):
                 torch.testing.assert_close(tuple(gradient[index] for gradient in gradients), expected)
                 totals[index] = expected
 
-            leaves = [
-                tensor.clone().requires_grad_(k in positions) for k, tensor in enumerate(tensors.values())
-            ]
+            leaves = [tensor.clone().requires_grad_(k in positions) for k, tensor in enumerate(tensors.values())]
             torch.func.vmap(scalar, in_dims=dims)(*leaves).sum().backward()
             for slot, k in enumerate(positions):
                 parts = torch.stack([totals[index][slot] for index in range(3)])

@@ -60,9 +60,7 @@ def test_gradient_pulls_to_the_target_and_pushes_from_the_others(margin):
     # With the identity as weight the gradient to the features is the one to the scores.
     features = draw(9, 6, 6).tensors["features"].requires_grad_()
     target = torch.arange(9) % 6
-    loss = margin_softmax_loss(
-        features, torch.eye(6, dtype=torch.float64), target, margin, 2.0, reduction="sum"
-    )
+    loss = margin_softmax_loss(features, torch.eye(6, dtype=torch.float64), target, margin, 2.0, reduction="sum")
     loss.backward()
     is_target = F.one_hot(target, 6).bool()
     assert (features.grad[is_target] < 0).all() and (features.grad[~is_target] > 0).all()
@@ -76,10 +74,7 @@ def test_cosine_is_invariant_to_the_length_of_vectors(backend, dtype):
     """Exactly, since powers of 2 scale without rounding; gradients shrink as vectors grow."""
     problem = draw(33, 17, 31, dtype=dtype, margin=-0.3, scale=10.0).to(device=backend.device)
     features, weight, target = problem.tensors.values()
-    factors = [
-        2.0 ** (torch.arange(len(rows), device=rows.device) % 9 - 4.0).to(dtype)
-        for rows in (features, weight)
-    ]
+    factors = [2.0 ** (torch.arange(len(rows), device=rows.device) % 9 - 4.0).to(dtype) for rows in (features, weight)]
     scaled = Problem(
         {
             "features": features * factors[0][:, None],
@@ -213,15 +208,11 @@ def test_more_logits_than_memory_for_them(backend, dtype, wanted):
 @on_backends(BACKENDS)
 def test_gradient_of_one_row_among_many(case, backend):
     """reduction="none": each row's upstream gradient reaches the gradients of this row alone."""
-    problem = draw(
-        40, 17, 31, dtype=torch.float64, margin=-0.3, scale=5.0, label_smoothing=0.1, reduction="none"
-    )
+    problem = draw(40, 17, 31, dtype=torch.float64, margin=-0.3, scale=5.0, label_smoothing=0.1, reduction="none")
     tensors = problem.to(device=backend.device).tensors
     with backend.activate():
         for row in (0, 16, 39):
-            alone = Problem(
-                {**tensors, **{name: tensors[name][row : row + 1] for name in ("features", "target")}}
-            )
+            alone = Problem({**tensors, **{name: tensors[name][row : row + 1] for name in ("features", "target")}})
             _, expected = evaluate(case.function, Problem(alone.tensors, problem.options), NAMES)
             upstream = [torch.eye(40, dtype=torch.float64)[row]]
             _, gradients = evaluate(case.function, Problem(tensors, problem.options), NAMES, upstream)
@@ -254,17 +245,11 @@ def test_ignored_rows_count_for_nothing(case, backend, dtype):
         "weight": torch.stack([similarity, (1 - similarity**2).sqrt()], dim=1),
         "target": torch.tensor([-100, 3, -100]),
     }
-    problem = Problem(tensors, {"scale": 2000.0, "margin": -0.3, "reduction": "sum"}).to(
-        dtype, backend.device
-    )
-    alone = Problem(
-        {**problem.tensors, **{name: problem.tensors[name][1:2] for name in ("features", "target")}}
-    )
+    problem = Problem(tensors, {"scale": 2000.0, "margin": -0.3, "reduction": "sum"}).to(dtype, backend.device)
+    alone = Problem({**problem.tensors, **{name: problem.tensors[name][1:2] for name in ("features", "target")}})
     with backend.activate():
         (loss,), gradients = evaluate(case.function, problem, NAMES)
-        (expected,), expected_gradients = evaluate(
-            case.function, Problem(alone.tensors, problem.options), NAMES
-        )
+        (expected,), expected_gradients = evaluate(case.function, Problem(alone.tensors, problem.options), NAMES)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradients["weight"], expected_gradients["weight"])
     torch.testing.assert_close(gradients["features"][1:2], expected_gradients["features"])

@@ -27,10 +27,7 @@ def output(*command):
 
 
 def undefined_symbols(library):
-    return [
-        line.split()[-1].partition("@")[0]
-        for line in output("nm", "-D", "--undefined-only", library).splitlines()
-    ]
+    return [line.split()[-1].partition("@")[0] for line in output("nm", "-D", "--undefined-only", library).splitlines()]
 
 
 def needed_libraries(library):

@@ -22,6 +22,4 @@ torch.testing.assert_close(loss, expected)
 torch.testing.assert_close(
     torch.autograd.grad(loss, (features, weight)), torch.autograd.grad(expected, (features, weight))
 )
-print(
-    f"{fewshot_ext.__file__}: version {fewshot_ext.__version__}, forward and backward agree with the formula"
-)
+print(f"{fewshot_ext.__file__}: version {fewshot_ext.__version__}, forward and backward agree with the formula")

@@ -17,9 +17,7 @@ def backend(monkeypatch):
     spec = importlib.util.spec_from_file_location("backend", CHECKOUT / "build_backend" / "backend.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(
-        module.build_meta, "get_requires_for_build_wheel", lambda settings=None: ["wheel-tool"]
-    )
+    monkeypatch.setattr(module.build_meta, "get_requires_for_build_wheel", lambda settings=None: ["wheel-tool"])
     monkeypatch.setattr(module.build_meta, "get_requires_for_build_editable", lambda settings=None: [])
     monkeypatch.setattr(module.sysconfig, "get_path", lambda name: "nowhere")
     monkeypatch.setattr(module.site, "getsitepackages", list)
@@ -68,9 +66,7 @@ def test_torch_is_asked_for_where_there_is_none(backend):
 
 
 @pytest.mark.parametrize(("version", "headers"), [("2.10.1", True), ("1.13.1", True), ("2.13.0", False)])
-def test_torch_is_asked_for_where_it_is_too_old_or_has_no_headers(
-    backend, monkeypatch, tmp_path, version, headers
-):
+def test_torch_is_asked_for_where_it_is_too_old_or_has_no_headers(backend, monkeypatch, tmp_path, version, headers):
     folder = install_torch(tmp_path, version, headers)
     monkeypatch.setattr(backend.sysconfig, "get_path", lambda name: folder)
     assert backend.get_requires_for_build_wheel() == ["wheel-tool", "torch>=2.11"]
@@ -78,9 +74,7 @@ def test_torch_is_asked_for_where_it_is_too_old_or_has_no_headers(
 
 def test_old_setuptools_gets_one_clear_error(backend, monkeypatch):
     monkeypatch.setattr(backend, "setuptools_version", "65.5.0")
-    with pytest.raises(
-        SystemExit, match=r"needs setuptools>=77\.0, found 65\.5\.0; run pip install -U setuptools"
-    ):
+    with pytest.raises(SystemExit, match=r"needs setuptools>=77\.0, found 65\.5\.0; run pip install -U setuptools"):
         backend.prepare_metadata_for_build_wheel("unused")
 
 

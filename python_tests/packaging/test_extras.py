@@ -20,9 +20,7 @@ def test_a_missing_module_is_named_with_the_line_that_brings_it():
 
 
 def test_all_missing_modules_are_named_at_once():
-    with pytest.raises(
-        ImportError, match=r"'nope', 'nope\.child' are missing; pip install 'fewshot_ext\[bench\]'"
-    ):
+    with pytest.raises(ImportError, match=r"'nope', 'nope\.child' are missing; pip install 'fewshot_ext\[bench\]'"):
         require("bench", "nope", "nope.child")
 
 

@@ -45,9 +45,7 @@ def test_equals_equation_1(name, margin, label_smoothing):
     options = {"ignore_index": IGNORED, "label_smoothing": label_smoothing}
     expected = {"none": rows, "sum": sum(rows), "mean": sum(rows) / sum(label != IGNORED for label in LABELS)}
     for reduction, value in expected.items():
-        found = getattr(reference, name)(
-            features, weight, target, margin, 3.0, reduction=reduction, **options
-        )
+        found = getattr(reference, name)(features, weight, target, margin, 3.0, reduction=reduction, **options)
         torch.testing.assert_close(found, torch.tensor(value, dtype=torch.float64))
 
     _, prediction = getattr(reference, name)(features, weight, target, return_prediction=True, **options)

@@ -42,9 +42,7 @@ def test_training_lowers_the_loss_and_reports_each_epoch(archive, tmp_path, simi
 
 
 def test_same_seed_same_weights(archive, tmp_path):
-    first, again, other = (
-        pretrain(TINY, archive, tmp_path / str(k), seed=seed) for k, seed in enumerate((5, 5, 6))
-    )
+    first, again, other = (pretrain(TINY, archive, tmp_path / str(k), seed=seed) for k, seed in enumerate((5, 5, 6)))
     assert torch.equal(weights(first), weights(again))
     assert not torch.equal(weights(first), weights(other))
 
