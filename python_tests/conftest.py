@@ -2,12 +2,21 @@
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # The same examples on every run: a gate that sometimes closes by itself stops being believed. Search for new
 # failures with --hypothesis-profile=explore.
-settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
-settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
+settings.register_profile(
+    "repeatable",
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize=True,
+    database=None,
+)
+settings.register_profile(
+    "explore", settings.get_profile("repeatable"), max_examples=1000, derandomize=False, print_blob=True
+)
 settings.load_profile("repeatable")
 
 

@@ -21,6 +21,7 @@ REFERENCE_UNIT = torch.finfo(torch.float64).eps / 2
 SAMPLES = (1, 2, 7, 16, 33, 129)
 CLASSES = (2, 3, 5, 14, 17, 64, 151)
 DIMENSIONS = (1, 3, 8, 31, 64, 129, 372)
+SPECIAL_ROWS = ("zero rows", "tiny rows", "large rows", "ties", "expanded")
 
 
 def draw(
@@ -42,11 +43,11 @@ def draw(
     return Problem(tensors, options)
 
 
-def _with_special_rows(matrix: Tensor, kind: str, cosine: bool) -> Tensor:
+def with_special_rows(matrix: Tensor, kind: str, cosine: bool) -> Tensor:
     if kind == "zero rows":
         matrix[:: 1 + len(matrix) // 2] = 0
-    elif kind == "tiny rows":  # below the norm's floor where the dtype reaches that far
-        matrix[::2] *= 1e-14
+    elif kind == "tiny rows":  # just below the norm's floor, where the dtype reaches that far
+        matrix[::2] *= 0.5 * NORM_FLOOR / matrix[::2].norm(dim=1, keepdim=True)
     elif kind == "large rows":
         # Within float16, and for inner products within logits that leave something to compare.
         matrix[::2] *= 1e3 if cosine else 10
@@ -58,7 +59,7 @@ def _with_special_rows(matrix: Tensor, kind: str, cosine: bool) -> Tensor:
 
 
 def _problems(cosine: bool):
-    rows = st.sampled_from(("plain", "plain", "zero rows", "tiny rows", "large rows", "ties", "expanded"))
+    rows = st.sampled_from(("plain", *SPECIAL_ROWS))
     layout = st.sampled_from(LAYOUTS)
 
     @st.composite
@@ -82,7 +83,7 @@ def _problems(cosine: bool):
         tensors = {}
         for name, tensor in problem.tensors.items():
             if tensor.is_floating_point():
-                tensor = _with_special_rows(tensor, drawn(rows), cosine).to(dtype)
+                tensor = with_special_rows(tensor, drawn(rows), cosine).to(dtype)
             # An expanded tensor keeps its row stride of 0.
             strides = drawn(layout) if 0 not in tensor.stride() else "contiguous"
             tensors[name] = tensor if strides == "contiguous" else with_layout(tensor, strides)

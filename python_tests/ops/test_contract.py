@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from .cases import OPERATORS
@@ -38,7 +38,6 @@ def each_operator(backends):
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @each_operator(BACKENDS)
 def test_equals_float64_reference(case, backend, dtype):
-    @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
     @given(problem=case.problems(dtype), loss_scale=st.sampled_from(LOSS_SCALES), retain_graph=st.booleans())
     def check(problem, loss_scale, retain_graph):
         assert_equals_reference(case, backend, problem, loss_scale, retain_graph)

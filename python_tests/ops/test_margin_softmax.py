@@ -22,7 +22,14 @@ from .contract import (
     on_backends,
     threads,
 )
-from .margin_softmax_case import draw, logit_error, margin_cosine, margin_softmax
+from .margin_softmax_case import (
+    SPECIAL_ROWS,
+    draw,
+    logit_error,
+    margin_cosine,
+    margin_softmax,
+    with_special_rows,
+)
 
 LOSSES = pytest.mark.parametrize("case", (margin_cosine, margin_softmax), ids=lambda case: case.name)
 NAMES = ("features", "weight")
@@ -172,6 +179,22 @@ def test_odd_sizes(case, backend, sizes):
 
 @LOSSES
 @on_backends(BACKENDS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize(
+    "kinds", [("plain", kind) for kind in SPECIAL_ROWS] + [("zero rows", "zero rows")], ids=str
+)
+def test_special_rows(case, backend, kinds, dtype):
+    problem = draw(33, 17, 31, margin=-0.3, scale=5.0, return_prediction=True)
+    cosine = case is margin_cosine
+    for first, second in (kinds, kinds[::-1]):
+        features = with_special_rows(problem.tensors["features"].clone(), first, cosine)
+        weight = with_special_rows(problem.tensors["weight"].clone(), second, cosine)
+        tensors = {**problem.tensors, "features": features.to(dtype), "weight": weight.to(dtype)}
+        assert_equals_reference(case, backend, Problem(tensors, problem.options))
+
+
+@LOSSES
+@on_backends(BACKENDS)
 @pytest.mark.parametrize("count", (1, 2, 3))
 @pytest.mark.parametrize("sizes", ((600, 20, 450), (600, 500, 450), (40, 20, 2000), (40, 2000, 64)), ids=str)
 def test_divisions_of_the_work(case, backend, sizes, count):
@@ -275,6 +298,19 @@ def test_result_dtypes(case, dtype):
     loss, prediction = case.function(**problem.arguments())
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert loss.shape == () and prediction.shape == (6,) and prediction.dtype == torch.int64
+
+
+@LOSSES
+@on_backends(BACKENDS)
+def test_nan_in_a_row_stays_in_the_row(case, backend):
+    problem = draw(40, 17, 31, dtype=torch.float32, margin=-0.3, scale=5.0, reduction="none")
+    problem.tensors["features"][20, 3] = math.nan
+    with backend.activate():
+        loss = row_losses(case, problem.to(device=backend.device))
+        (value,), gradients = evaluate(case.function, problem.with_options(reduction="mean"), NAMES)
+    assert loss.isnan().nonzero().tolist() == [[20]]
+    assert value.isnan() and gradients["weight"].isnan().all()
+    assert gradients["features"].isnan().any(dim=1).nonzero().tolist() == [[20]]
 
 
 def test_defaults_are_those_of_the_paper():
