@@ -180,9 +180,7 @@ def test_odd_sizes(case, backend, sizes):
 @LOSSES
 @on_backends(BACKENDS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize(
-    "kinds", [("plain", kind) for kind in SPECIAL_ROWS] + [("zero rows", "zero rows")], ids=str
-)
+@pytest.mark.parametrize("kinds", [("plain", kind) for kind in SPECIAL_ROWS] + [("zero rows", "zero rows")], ids=str)
 def test_special_rows(case, backend, kinds, dtype):
     problem = draw(33, 17, 31, margin=-0.3, scale=5.0, return_prediction=True)
     cosine = case is margin_cosine
