@@ -6,7 +6,6 @@ tensor arrives.
 """
 
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -48,11 +47,6 @@ def load() -> None:
     global cpu_error, cuda_error
     cpu_error = _load("_C")
     if cpu_error is not None:
-        # Python imports this package before "python -m fewshot_ext.env", whose task is to explain just this.
-        if sys.argv[0] == "-m" and "fewshot_ext.env" in sys.orig_argv:
-            from fewshot_ext import env
-
-            sys.exit(env.main())
         raise ImportError(f"fewshot_ext: {cpu_error}. Build it with: {REBUILD}")
     if torch.version.cuda is None:
         cuda_error = f"torch {torch.__version__} is built without CUDA"

@@ -1,8 +1,18 @@
 """The operators: one module each, with validation, fake, autograd and vmap rules, and the public functions."""
 
+import sys
+
 from fewshot_ext import _library
 
-_library.load()
+try:
+    _library.load()
+except ImportError:
+    # Python imports the package before it runs "python -m fewshot_ext.env", whose task is to explain just this.
+    if sys.argv[0] == "-m" and "fewshot_ext.env" in sys.orig_argv:
+        from fewshot_ext import env
+
+        sys.exit(env.main())
+    raise
 
 from fewshot_ext.ops.margin_softmax import margin_cosine_loss, margin_softmax_loss  # noqa: E402
 
