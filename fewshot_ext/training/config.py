@@ -13,8 +13,7 @@ class BackboneConfig:
 
     Args:
         width: channels of each of the four blocks.
-        pooled_blocks: how many of them, from the first on, halve the image: 4 for 84 x 84 images, 2 for 8 x
-            8.
+        pooled_blocks: how many of them, from the first on, halve the image: 4 for 84 x 84 images, at most 3 for 8 x 8.
     """
 
     width: int = 64
@@ -28,8 +27,9 @@ class BackboneConfig:
 
 @dataclass(frozen=True)
 class PreTrainingConfig:
-    """Pre-training on base classes with a signed-margin softmax (paper eq. 1, 7, 8; defaults: Neg-Cosine,
-    CUB).
+    """Pre-training on base classes with a signed-margin softmax (paper eq. 1, 7, 8).
+
+    The defaults are the paper's recipe for Neg-Cosine on CUB.
 
     Args:
         similarity: "cosine" (Neg-Cosine) or "softmax" (inner product, Neg-Softmax).
