@@ -137,8 +137,7 @@ class MarginSoftmax {
     inverse_w_ = arena.take(classes_);
     conversions_ = arena.take(std::is_same_v<T, Storage> ? 0 : threads_ * lanes * dimensions_);
     per_thread_.resize(threads_);
-    const bool gradients = grad_features_ || grad_weight_;
-    const int64_t gradient_size = (gradients ? panels_ : 1) * gradient_step_;
+    const int64_t gradient_size = (grad_features_ || grad_weight_ ? panels_ : 1) * gradient_step_;
     const int64_t weight_panels_size = packs_weight_ ? column_panels_ * gradient_step_ : 0;
     T* shared_gradient = features_by_sample_ ? arena.take(gradient_size) : nullptr;
     weight_packed_ = features_by_sample_ ? arena.take(weight_panels_size) : nullptr;

@@ -1,6 +1,7 @@
 """Classifier heads with a signed-margin softmax loss."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,8 @@ from fewshot_ext.ops import margin_cosine_loss, margin_softmax_loss
 
 class _MarginLoss(nn.Module):
     """Owns the class weight ``[num_classes, in_features]``; a subclass chooses the similarity."""
+
+    _loss: Callable[..., Tensor | tuple[Tensor, Tensor]]
 
     def __init__(
         self,
@@ -45,6 +48,12 @@ class _MarginLoss(nn.Module):
         """kaiming_uniform with a = sqrt(5), as :class:`torch.nn.Linear` does and the paper's classifiers start."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
+    def forward(
+        self, features: Tensor, target: Tensor, *, return_prediction: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Loss of ``features [N, D]`` with labels ``target [N]``; see the function of the same name."""
+        return self._loss(features, self.weight, target, return_prediction=return_prediction, **self._options())
+
     def _options(self) -> dict[str, object]:
         return {
             "margin": self.margin,
@@ -77,6 +86,8 @@ class MarginCosineLoss(_MarginLoss):
         torch.Size([8, 5])
     """
 
+    _loss = staticmethod(margin_cosine_loss)
+
     def __init__(
         self,
         in_features: int,
@@ -102,12 +113,6 @@ class MarginCosineLoss(_MarginLoss):
             dtype=dtype,
         )
 
-    def forward(
-        self, features: Tensor, target: Tensor, *, return_prediction: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Loss of ``features [N, D]`` with labels ``target [N]``; see :func:`fewshot_ext.margin_cosine_loss`."""
-        return margin_cosine_loss(features, self.weight, target, return_prediction=return_prediction, **self._options())
-
     def scores(self, features: Tensor) -> Tensor:
         """Plain cosines ``[N, C]``, without margin and scale: what a prediction is made from."""
         return F.linear(F.normalize(features, dim=-1), F.normalize(self.weight, dim=-1))
@@ -127,6 +132,8 @@ class MarginSoftmaxLoss(_MarginLoss):
         >>> head = fewshot_ext.MarginSoftmaxLoss(in_features=64, num_classes=5, margin=-1.0)
         >>> loss, prediction = head(torch.randn(8, 64), torch.randint(5, (8,)), return_prediction=True)
     """
+
+    _loss = staticmethod(margin_softmax_loss)
 
     def __init__(
         self,
@@ -151,14 +158,6 @@ class MarginSoftmaxLoss(_MarginLoss):
             label_smoothing=label_smoothing,
             device=device,
             dtype=dtype,
-        )
-
-    def forward(
-        self, features: Tensor, target: Tensor, *, return_prediction: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Loss of ``features [N, D]`` with labels ``target [N]``; see :func:`fewshot_ext.margin_softmax_loss`."""
-        return margin_softmax_loss(
-            features, self.weight, target, return_prediction=return_prediction, **self._options()
         )
 
     def scores(self, features: Tensor) -> Tensor:

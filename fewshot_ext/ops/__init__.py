@@ -14,6 +14,6 @@ except ImportError:
         sys.exit(env.main())
     raise
 
-from fewshot_ext.ops.margin_softmax import margin_cosine_loss, margin_softmax_loss  # noqa: E402
+from fewshot_ext.ops.margin_softmax import margin_cosine_loss, margin_softmax_loss
 
 __all__ = ["margin_cosine_loss", "margin_softmax_loss"]
