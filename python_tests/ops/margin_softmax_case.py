@@ -135,7 +135,8 @@ def _bounds(cosine: bool):
         scale, margin = problem.options["scale"], problem.options["margin"]
         smoothing = problem.options.get("label_smoothing", 0.0)
         unit = _unit_roundoff(problem)
-        tiny = torch.finfo(_accumulate_dtype(problem)).tiny
+        # Exponentials may vanish a little above the smallest normal number.
+        tiny = 2 * torch.finfo(_accumulate_dtype(problem)).tiny
         classes = weight.shape[0]
 
         inverse_x, inverse_w = (
