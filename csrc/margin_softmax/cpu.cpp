@@ -120,6 +120,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> margin_softmax(Tensor feature
   target = torch::stable::contiguous(target);
   MarginSoftmaxProblem problem =
       describe(features, weight, target, margin, scale, label_smoothing, ignore_index, cosine);
+  STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "reduction: expected 0, 1 or 2, got ", reduction);
   problem.reduction = static_cast<Reduction>(reduction);
   const bool none = problem.reduction == Reduction::none;
   STD_TORCH_CHECK(!none || (!features_grad && !weight_grad),

@@ -134,7 +134,7 @@ def _scaled(gradients: tuple[Tensor | None, ...], factor: Tensor) -> tuple[Tenso
     if has_values(factor) and not torch._C._autograd._get_current_graph_task_keep_graph():
         value = factor.item()
         return tuple(grad if grad is None or value == 1.0 else grad.mul_(value) for grad in gradients)
-    return tuple(None if grad is None else grad * factor.to(grad.dtype) for grad in gradients)
+    return tuple(None if grad is None else grad * factor for grad in gradients)
 
 
 def _one_by_one(op):
