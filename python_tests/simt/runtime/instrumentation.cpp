@@ -1,0 +1,65 @@
+// Kernels are compiled with -fsanitize=thread and linked without its runtime: g++ then calls the functions
+// below before each access to memory, and kernels use shared memory through plain pointers, as CUDA does.
+
+#include "runtime/block.h"
+
+namespace {
+
+inline void record(simt::SharedMemory::Kind kind, const void* address, size_t bytes) {
+  simt::Block& block = simt::Block::instance();
+  if (block.running() && block.shared().contains(address)) block.check(kind, address, bytes);
+}
+
+}  // namespace
+
+#define SIMT_ACCESS(bytes)                                   \
+  extern "C" void __tsan_read##bytes(void* address) {        \
+    record(simt::SharedMemory::Kind::read, address, bytes);  \
+  }                                                          \
+  extern "C" void __tsan_write##bytes(void* address) {       \
+    record(simt::SharedMemory::Kind::write, address, bytes); \
+  }
+
+SIMT_ACCESS(1)
+SIMT_ACCESS(2)
+SIMT_ACCESS(4)
+SIMT_ACCESS(8)
+SIMT_ACCESS(16)
+
+extern "C" void __tsan_read_range(void* address, size_t bytes) {
+  record(simt::SharedMemory::Kind::read, address, bytes);
+}
+extern "C" void __tsan_write_range(void* address, size_t bytes) {
+  record(simt::SharedMemory::Kind::write, address, bytes);
+}
+
+extern "C" void __tsan_init() {}
+extern "C" void __tsan_func_entry(void*) {}
+extern "C" void __tsan_func_exit() {}
+extern "C" void __tsan_vptr_update(void*, void*) {}
+extern "C" void __tsan_vptr_read(void*) {}
+
+// std::atomic and reference counts of the host code in the same file.
+#define SIMT_ATOMIC(bits)                                                                                    \
+  extern "C" uint##bits##_t __tsan_atomic##bits##_load(const volatile uint##bits##_t* address, int) {        \
+    return __atomic_load_n(address, __ATOMIC_SEQ_CST);                                                       \
+  }                                                                                                          \
+  extern "C" void __tsan_atomic##bits##_store(volatile uint##bits##_t* address, uint##bits##_t value, int) { \
+    __atomic_store_n(address, value, __ATOMIC_SEQ_CST);                                                      \
+  }                                                                                                          \
+  extern "C" uint##bits##_t __tsan_atomic##bits##_exchange(volatile uint##bits##_t* address,                 \
+                                                           uint##bits##_t value, int) {                      \
+    return __atomic_exchange_n(address, value, __ATOMIC_SEQ_CST);                                            \
+  }                                                                                                          \
+  extern "C" uint##bits##_t __tsan_atomic##bits##_fetch_add(volatile uint##bits##_t* address,                \
+                                                            uint##bits##_t value, int) {                     \
+    return __atomic_fetch_add(address, value, __ATOMIC_SEQ_CST);                                             \
+  }                                                                                                          \
+  extern "C" uint##bits##_t __tsan_atomic##bits##_fetch_sub(volatile uint##bits##_t* address,                \
+                                                            uint##bits##_t value, int) {                     \
+    return __atomic_fetch_sub(address, value, __ATOMIC_SEQ_CST);                                             \
+  }
+
+SIMT_ATOMIC(8)
+SIMT_ATOMIC(32)
+SIMT_ATOMIC(64)
