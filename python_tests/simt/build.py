@@ -28,7 +28,7 @@ KERNEL_FLAGS = (
 # ThreadSanitizer's calls, answered by runtime/instrumentation.cpp.
 TRACKED = ("-O1", "-fsanitize=thread")
 SANITIZED = ("-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize=vptr")
-SANITIZED += ("-fno-sanitize-recover=undefined",)
+SANITIZED += ("-fno-sanitize-recover=undefined", "-DSIMT_UCONTEXT")
 
 
 def sanitized():

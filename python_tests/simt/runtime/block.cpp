@@ -14,8 +14,8 @@ dim3 block_shape, grid_shape;
 namespace {
 
 constexpr unsigned most_threads = 1024;
-// So many turns at atomics without anyone getting past a barrier or to the end are taken for an endless wait.
-constexpr uint64_t patience = 20'000'000;
+// So many turns at atomics that change nothing, without anyone getting past a barrier or to the end.
+constexpr uint64_t patience = 10'000'000;
 
 std::string to_text(uint3 index) {
   return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) +
@@ -82,7 +82,7 @@ void Block::start_threads() {
   alive_ = static_cast<unsigned>(threads_.size());
   ready_lanes_ = {};
   ready_warps_ = 0;
-  idle_turns_ = 0;
+  note_progress();
   arrived_with_predicate_ = 0;
   ordering_.begin_block(alive_);
   shared_.begin_block(launch_->dynamic_shared_bytes);
@@ -99,7 +99,7 @@ void Block::run_thread() {
   block.launch_->thread();
   Thread& self = *block.current_;
   self.state = Thread::State::exited;
-  block.idle_turns_ = 0;
+  block.note_progress();
   if (--block.alive_ == 0) Fiber::leave(self.fiber, block.launcher_);
   Thread& successor = block.next();
   block.enter(successor);
@@ -205,7 +205,7 @@ bool Block::try_complete(const Thread& last, bool orders_memory) {
     make_ready(member);
   }
   if (orders_memory) ordering_.warp_barrier(last.warp(), arrived);
-  idle_turns_ = 0;
+  note_progress();
   return true;
 }
 
@@ -225,7 +225,7 @@ void Block::release_barrier() {
   barrier_count_ = arrived_with_predicate_;
   arrived_with_predicate_ = 0;
   ordering_.block_barrier();
-  idle_turns_ = 0;
+  note_progress();
   for (Thread& thread : threads_) make_ready(thread);
 }
 

@@ -59,6 +59,7 @@ class Block {
   const Lanes& exchange(const char* intrinsic, uint32_t mask, uint64_t value, Location where,
                         bool orders_memory);
   void yield();
+  void note_progress() { idle_turns_ = 0; }
 
   SharedMemory& shared() { return shared_; }
   void check(SharedMemory::Kind kind, const void* address, size_t bytes);

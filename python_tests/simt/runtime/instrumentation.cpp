@@ -12,6 +12,16 @@ inline void record(simt::SharedMemory::Kind kind, const void* address, size_t by
 
 }  // namespace
 
+void simt::before_atomic(const void* address, size_t bytes) {
+  Block::instance().yield();
+#if defined(__SANITIZE_ADDRESS__)
+  // Only the other build sees the plain writes that an atomic builds on, and here the access itself is checked.
+  static_cast<void>(address), static_cast<void>(bytes);
+#else
+  record(SharedMemory::Kind::atomic, address, bytes);
+#endif
+}
+
 #define SIMT_ACCESS(bytes)                                   \
   extern "C" void __tsan_read##bytes(void* address) {        \
     record(simt::SharedMemory::Kind::read, address, bytes);  \

@@ -28,11 +28,7 @@ uint64_t received_from(unsigned source, const Lanes& values, uint32_t mask, cons
   return values[source];
 }
 
-void before_atomic(const void* address, size_t bytes) {
-  Block& block = Block::instance();
-  block.yield();
-  if (block.shared().contains(address)) block.check(SharedMemory::Kind::atomic, address, bytes);
-}
+void atomic_changed_memory() { Block::instance().note_progress(); }
 
 void trap(Location where) { Block::instance().fail<Trap>("__trap at " + to_text(where)); }
 

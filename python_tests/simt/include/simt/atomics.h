@@ -16,7 +16,9 @@ template <class T, class Update>
 __attribute__((no_sanitize("thread"))) T atomic_update(T* address, Update update) {
   before_atomic(address, sizeof(T));
   const T old = *address;
-  *address = update(old);
+  const T updated = update(old);
+  if (updated != old) atomic_changed_memory();
+  *address = updated;
   return old;
 }
 

@@ -38,7 +38,9 @@ const Lanes& exchange(const char* intrinsic, uint32_t mask, uint64_t value, Loca
 uint64_t received_from(unsigned source, const Lanes& values, uint32_t mask, const char* intrinsic,
                        Location where);
 
+// Lets other threads go first. Atomics that change nothing for long are taken for threads that spin.
 void before_atomic(const void* address, size_t bytes);
+void atomic_changed_memory();
 [[noreturn]] void trap(Location where);
 
 void* static_shared(const void* identity, const char* name, size_t bytes, size_t element_bytes);
