@@ -65,6 +65,19 @@ Array<int> bind_warp_intrinsics(const Array<int>& x, uint64_t seed) {
   return y;
 }
 
+Array<unsigned char> bind_swap_bytes(const Array<unsigned char>& x, uint64_t seed) {
+  Array<unsigned char> y(x.shape(0));
+  simt::launch<swap_bytes>(1, static_cast<unsigned>(x.shape(0)), 0, seed, x.data(), y.mutable_data());
+  return y;
+}
+
+Array<int> bind_arrivals(int blocks, int threads, uint64_t seed) {
+  Array<int> order(blocks * threads);
+  int counter = 0;
+  simt::launch<arrivals>(blocks, threads, 0, seed, &counter, order.mutable_data());
+  return order;
+}
+
 int bind_barriers(int blocks, int threads, int count, uint64_t seed) {
   int passed = 0;
   simt::launch<barriers>(blocks, threads, 0, seed, count, &passed);
@@ -97,6 +110,8 @@ PYBIND11_MODULE(simt_kernels, module) {
   module.def("histogram", &bind_histogram);
   module.def("matmul", &bind_matmul);
   module.def("warp_intrinsics", &bind_warp_intrinsics);
+  module.def("swap_bytes", &bind_swap_bytes);
+  module.def("arrivals", &bind_arrivals);
   module.def("barriers", &bind_barriers);
 
   bind_faulty<reverse<true>>(module, "reverse");
@@ -104,6 +119,7 @@ PYBIND11_MODULE(simt_kernels, module) {
   bind_faulty<reverse_twice>(module, "reverse_twice");
   bind_faulty<reverse_in_warp<true>>(module, "reverse_in_warp");
   bind_faulty<reverse_in_warp<false>>(module, "reverse_in_warp_without_barrier");
+  bind_faulty<synchronize_half_warps>(module, "synchronize_half_warps");
   bind_faulty<mix_atomic_and_plain>(module, "mix_atomic_and_plain");
   bind_faulty<leave_before_barrier>(module, "leave_before_barrier");
   bind_faulty<wait_at_two_barriers>(module, "wait_at_two_barriers");
@@ -116,6 +132,7 @@ PYBIND11_MODULE(simt_kernels, module) {
   bind_faulty<trust_active_mask>(module, "trust_active_mask");
   bind_faulty<index_past_the_array<1>>(module, "index_past_the_array");
   bind_faulty<index_past_the_array<-3>>(module, "index_before_the_array");
+  bind_faulty<leave_the_row_of_a_tile>(module, "leave_the_row_of_a_tile");
   bind_faulty<ask_for_too_little>(module, "ask_for_too_little");
   bind_faulty<read_before_writing>(module, "read_before_writing");
   bind_faulty<keep_between_blocks>(module, "keep_between_blocks");

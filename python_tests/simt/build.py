@@ -25,8 +25,14 @@ KERNEL_FLAGS = (
     "-Wno-unknown-pragmas",
     "-Wno-unused-variable",
 )
-# ThreadSanitizer's calls, answered by runtime/instrumentation.cpp.
-TRACKED = ("-O1", "-fsanitize=thread")
+# The sanitizers' calls, answered by runtime/instrumentation.cpp. Loops that leave an array are to do so, and
+# not to be optimised as if they did not.
+TRACKED = (
+    "-O1",
+    "-fsanitize=thread,bounds",
+    "-fno-sanitize-recover=bounds",
+    "-fno-aggressive-loop-optimizations",
+)
 SANITIZED = ("-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize=vptr")
 SANITIZED += ("-fno-sanitize-recover=undefined", "-DSIMT_UCONTEXT")
 

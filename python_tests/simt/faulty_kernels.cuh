@@ -1,5 +1,4 @@
-// Kernels with one fault each, which the emulator has to find. Each takes [threads] numbers and writes
-// [threads].
+// Kernels with one fault each, which the emulator has to find. x and y are [threads] to all of them.
 #pragma once
 
 #include "common/device.h"
@@ -33,6 +32,14 @@ __global__ void reverse_in_warp(const float* x, float* y) {
   // A shuffle makes lanes wait for each other and yet orders no memory.
   const float other = __shfl_xor_sync(0xffffffffu, x[threadIdx.x], 1);
   y[threadIdx.x] = row[first + 31 - threadIdx.x % 32] + 0.0f * other;
+}
+
+__global__ void synchronize_half_warps(const float* x, float* y) {
+  FEWSHOT_EXT_SHARED(float, row, [1024]);
+  row[threadIdx.x] = x[threadIdx.x];
+  const unsigned half = threadIdx.x % 32 < 16 ? 0x0000ffffu : 0xffff0000u;
+  __syncwarp(half);
+  y[threadIdx.x] = row[threadIdx.x ^ 16];
 }
 
 __global__ void mix_atomic_and_plain(const float* x, float* y) {
@@ -99,6 +106,13 @@ __global__ void index_past_the_array(const float* x, float* y) {
   float* shifted = row + offset;
   shifted[threadIdx.x] = x[threadIdx.x];
   y[threadIdx.x] = shifted[threadIdx.x];
+}
+
+__global__ void leave_the_row_of_a_tile(const float* x, float* y) {
+  FEWSHOT_EXT_SHARED(float, tile, [8][33]);
+  for (int i = threadIdx.x; i < 8 * 33; i += blockDim.x) tile[i / 33][i % 33] = x[0];
+  __syncthreads();
+  y[threadIdx.x] = tile[0][threadIdx.x];
 }
 
 __global__ void ask_for_too_little(const float* x, float* y) {

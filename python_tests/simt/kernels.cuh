@@ -145,6 +145,25 @@ __global__ void warp_intrinsics(const int* __restrict__ x,  // [64]
   put(__reduce_max_sync(all_lanes, mine));
 }
 
+// Neighbours in one word, lanes ordered in halves of a warp and in chains of them.
+__global__ void swap_bytes(const unsigned char* __restrict__ x,  // [threads]
+                           unsigned char* __restrict__ y) {      // [threads]
+  FEWSHOT_EXT_SHARED(unsigned char, row, [1024]);
+  const unsigned lane = threadIdx.x % 32;
+  row[threadIdx.x] = x[threadIdx.x];
+  __syncwarp(0xffu << (lane & ~7u));
+  row[threadIdx.x ^ 1] = static_cast<unsigned char>(row[threadIdx.x ^ 1] + 1);
+  __syncwarp(0xffffu << (lane & ~15u));
+  __syncwarp();
+  y[threadIdx.x] = row[threadIdx.x ^ 31];
+}
+
+// Which thread came when.
+__global__ void arrivals(int* __restrict__ counter,  // []
+                         int* __restrict__ order) {  // [blocks * threads]
+  order[atomicAdd(counter, 1)] = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+}
+
 // Nothing but barriers, to time them.
 __global__ void barriers(int count, int* passed) {
   int rounds = 0;

@@ -105,6 +105,11 @@ class TestRightKernels:
         np.testing.assert_array_equal(kernels.reverse(x, seed, blocks=3), x[::-1])
         np.testing.assert_array_equal(kernels.reverse_in_warp(x, seed), x.reshape(3, 32)[:, ::-1].reshape(-1))
 
+    def test_neighbouring_bytes_and_parts_of_a_warp(self, kernels, rng, seed):
+        x = rng.integers(0, 255, 64, dtype=np.uint8)
+        expected = 1 + x.reshape(2, 32)[:, ::-1].reshape(-1)
+        np.testing.assert_array_equal(kernels.swap_bytes(x, seed), expected)
+
 
 FAULTS = {
     "leave_before_barrier": ("DivergentBarrier", "waits in __syncthreads at .* has exited"),
@@ -135,10 +140,18 @@ TRACKED_FAULTS = {
         "MissingBarrier|UninitializedShared",
         "element .* of row .* (with no __syncthreads between|has written so far)",
     ),
+    "synchronize_half_warps": (
+        "MissingBarrier|UninitializedShared",
+        "element .* of row .* (with no __syncwarp between|has written so far)",
+    ),
     "mix_atomic_and_plain": ("MissingBarrier", "element 0 of sum"),
-    "index_past_the_array": ("SharedOutOfBounds", r"writes element 64 of row \(byte 256 of 256\)"),
-    "index_before_the_array": ("SharedOutOfBounds", "writes element -[123] of row"),
-    "ask_for_too_little": ("SharedOutOfBounds", "of dynamic shared memory .byte .* of 80"),
+    "index_past_the_array": ("OutOfBounds", r"writes element 64 of row \(byte 256 of 256\)"),
+    "index_before_the_array": ("OutOfBounds", "writes element -[123] of row"),
+    "leave_the_row_of_a_tile": (
+        "OutOfBounds",
+        r"index \d+ of .*float \[33\].* at faulty_kernels.cuh:\d+, out",
+    ),
+    "ask_for_too_little": ("OutOfBounds", "of dynamic shared memory .byte .* of 80"),
     "read_before_writing": (
         "UninitializedShared",
         r"thread \(5, 0, 0\): reads element 5 of row \(byte 20 of 4096\), which no thread",
@@ -158,6 +171,17 @@ def test_a_fault_is_found_and_named(kernels, name, seed):
     assert re.fullmatch(error, caught.type.__name__)
     place = r"fewshot_ext::\w+(<.*>)?, block \(\d, 0, 0\), thread \(\d+, 0, 0\): "
     assert re.match(place, str(caught.value))
+
+
+def test_seeds_are_schedules_that_can_be_repeated(kernels):
+    orders = [kernels.arrivals(3, 70, seed) for seed in SEEDS]
+    for seed, order in zip(SEEDS, orders, strict=True):
+        np.testing.assert_array_equal(np.sort(order), np.arange(210))
+        np.testing.assert_array_equal(order, kernels.arrivals(3, 70, seed))
+    assert len({order.tobytes() for order in orders}) == len(orders)
+    # Under an odd seed one warp of a block comes before the next.
+    warps = orders[1] // 70 * 3 + orders[1] % 70 // 32
+    assert np.count_nonzero(np.diff(warps)) == 8
 
 
 def test_launches_past_the_limits_are_refused(kernels):

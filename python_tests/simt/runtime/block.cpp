@@ -41,9 +41,9 @@ unsigned any_member(uint32_t set, Random& random) {
 
 }  // namespace
 
-std::string to_text(Location where) {
-  const char* slash = std::strrchr(where.file_name(), '/');
-  return std::string(slash != nullptr ? slash + 1 : where.file_name()) + ":" + std::to_string(where.line());
+std::string file_and_line(const char* file, unsigned line) {
+  const char* slash = std::strrchr(file, '/');
+  return std::string(slash != nullptr ? slash + 1 : file) + ":" + std::to_string(line);
 }
 
 Block& Block::instance() {
@@ -174,12 +174,12 @@ const Lanes& Block::exchange(const char* intrinsic, uint32_t mask, uint64_t valu
   if ((mask >> self.lane() & 1u) == 0)
     fail<MissingLane>(activity(self) + ", whose mask leaves out this lane, " + std::to_string(self.lane()));
   self.state = Thread::State::in_exchange;
-  if (try_complete(self, orders_memory)) make_ready(self);
+  complete_if_last(self, orders_memory);
   suspend();
   return self.received;
 }
 
-bool Block::try_complete(const Thread& last, bool orders_memory) {
+void Block::complete_if_last(const Thread& last, bool orders_memory) {
   uint32_t arrived = 0;
   for (unsigned lane = 0; lane < warp_lanes; ++lane) {
     const Thread* other = at(last.warp(), lane);
@@ -193,7 +193,7 @@ bool Block::try_complete(const Thread& last, bool orders_memory) {
     }
     arrived |= 1u << lane;
   }
-  if (arrived != last.mask) return false;
+  if (arrived != last.mask) return;
 
   Lanes all{};
   for (unsigned lane = 0; lane < warp_lanes; ++lane)
@@ -206,7 +206,6 @@ bool Block::try_complete(const Thread& last, bool orders_memory) {
   }
   if (orders_memory) ordering_.warp_barrier(last.warp(), arrived);
   note_progress();
-  return true;
 }
 
 void Block::resolve_stall() {
@@ -232,14 +231,12 @@ void Block::release_barrier() {
 void Block::report_missing_lane(Thread& waiting) {
   // Whoever comes last finds the stall, and that may be the thread that is missing.
   enter(waiting);
-  unsigned lane = 0;
-  const auto missing = [&] {
+  const auto waits_too = [&](unsigned lane) {
     const Thread* other = at(waiting.warp(), lane);
-    const bool present =
-        other != nullptr && other->state == Thread::State::in_exchange && other->mask == waiting.mask;
-    return (waiting.mask >> lane & 1u) != 0 && !present;
+    return other != nullptr && other->state == Thread::State::in_exchange && other->mask == waiting.mask;
   };
-  while (!missing()) ++lane;
+  unsigned lane = std::countr_zero(waiting.mask);
+  while ((waiting.mask >> lane & 1u) == 0 || waits_too(lane)) ++lane;
   const Thread* absent = at(waiting.warp(), lane);
   fail<MissingLane>(activity(waiting) + " for lane " + std::to_string(lane) +
                     (absent != nullptr ? ", but " + name(*absent) + " " + activity(*absent)
@@ -257,7 +254,7 @@ void Block::check(SharedMemory::Kind kind, const void* address, size_t bytes) {
   if (!finding) return;
   switch (finding->fault) {
     case SharedMemory::Fault::bounds:
-      fail<SharedOutOfBounds>(finding->what + ", out of bounds");
+      fail<OutOfBounds>(finding->what + ", out of bounds");
     case SharedMemory::Fault::uninitialized:
       fail<UninitializedShared>(finding->what + ", which no thread of this block has written so far");
     case SharedMemory::Fault::race: {
@@ -285,10 +282,11 @@ std::string Block::activity(const Thread& thread) const {
     case Thread::State::exited:
       return "has exited";
     case Thread::State::at_barrier:
-      return "waits in " + std::string(thread.intrinsic) + " at " + to_text(thread.where);
+      return "waits in " + std::string(thread.intrinsic) + " at " +
+             file_and_line(thread.where.file_name(), thread.where.line());
     default:
       return "waits in " + std::string(thread.intrinsic) + "(" + to_hex(thread.mask) + ") at " +
-             to_text(thread.where);
+             file_and_line(thread.where.file_name(), thread.where.line());
   }
 }
 

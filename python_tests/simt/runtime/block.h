@@ -42,8 +42,7 @@ struct Launch {
   const std::function<void()>& thread;
 };
 
-// file:line, without the folders.
-std::string to_text(Location where);
+std::string file_and_line(const char* file, unsigned line);  // without the folders
 
 class Block {
  public:
@@ -64,8 +63,7 @@ class Block {
   SharedMemory& shared() { return shared_; }
   void check(SharedMemory::Kind kind, const void* address, size_t bytes);
 
-  // The thread gets no further: errors are found in places that no exception may leave, so the launch throws
-  // it.
+  // Errors are found where no exception may pass. So the thread stops here for good, and the launch throws.
   template <class Error>
   [[noreturn]] void fail(const std::string& what) {
     stop(std::make_exception_ptr(Error(prefix() + what)));
@@ -80,7 +78,7 @@ class Block {
   void make_ready(Thread& thread);
   void resolve_stall();
   void release_barrier();
-  bool try_complete(const Thread& last, bool orders_memory);
+  void complete_if_last(const Thread& last, bool orders_memory);
   [[noreturn]] void stop(std::exception_ptr error);
   [[noreturn]] void report_missing_lane(Thread& waiting);
   [[noreturn]] void report_divergence(Thread& waiting, const Thread& other);

@@ -1,5 +1,8 @@
-// Kernels are compiled with -fsanitize=thread and linked without its runtime: g++ then calls the functions
-// below before each access to memory, and kernels use shared memory through plain pointers, as CUDA does.
+// Kernels are compiled with -fsanitize=thread,bounds and linked without the runtimes of these: g++ calls the
+// functions below before each access to memory and for each index outside its array. So kernels use shared
+// memory through plain pointers, as CUDA does.
+
+#include <cstdlib>
 
 #include "runtime/block.h"
 
@@ -15,7 +18,7 @@ inline void record(simt::SharedMemory::Kind kind, const void* address, size_t by
 void simt::before_atomic(const void* address, size_t bytes) {
   Block::instance().yield();
 #if defined(__SANITIZE_ADDRESS__)
-  // Only the other build sees the plain writes that an atomic builds on, and here the access itself is checked.
+  // This build does not see the plain writes that an atomic builds on, and checks the access itself.
   static_cast<void>(address), static_cast<void>(bytes);
 #else
   record(SharedMemory::Kind::atomic, address, bytes);
@@ -73,3 +76,33 @@ extern "C" void __tsan_vptr_read(void*) {}
 SIMT_ATOMIC(8)
 SIMT_ATOMIC(32)
 SIMT_ATOMIC(64)
+
+#if !defined(__SANITIZE_ADDRESS__)
+
+namespace {
+
+// What g++ hands over, in the layout of its UndefinedBehaviorSanitizer.
+struct TypeDescriptor {
+  uint16_t kind, info;
+  char name[1];
+};
+struct OutOfBoundsData {
+  struct {
+    const char* file;
+    uint32_t line, column;
+  } where;
+  const TypeDescriptor* array;
+  const TypeDescriptor* index;
+};
+
+}  // namespace
+
+// An index that leaves the row of a tile and stays in the tile: the type tells, the address does not.
+extern "C" void __ubsan_handle_out_of_bounds_abort(const OutOfBoundsData* data, intptr_t index) {
+  simt::Block& block = simt::Block::instance();
+  if (!block.running()) std::abort();
+  block.fail<simt::OutOfBounds>("index " + std::to_string(index) + " of " + data->array->name + " at " +
+                                simt::file_and_line(data->where.file, data->where.line) + ", out of bounds");
+}
+
+#endif

@@ -1,7 +1,7 @@
-// Which accesses to shared memory are ordered by barriers: one vector clock a lane within the warp, one epoch
-// a block.
+// Which accesses to shared memory barriers put in order: an epoch a block, a vector clock a lane in its warp.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <vector>

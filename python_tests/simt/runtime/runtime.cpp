@@ -23,14 +23,17 @@ const Lanes& exchange(const char* intrinsic, uint32_t mask, uint64_t value, Loca
 uint64_t received_from(unsigned source, const Lanes& values, uint32_t mask, const char* intrinsic,
                        Location where) {
   if ((mask >> source & 1u) == 0)
-    Block::instance().fail<MissingLane>(std::string(intrinsic) + " at " + to_text(where) + " reads lane " +
+    Block::instance().fail<MissingLane>(std::string(intrinsic) + " at " +
+                                        file_and_line(where.file_name(), where.line()) + " reads lane " +
                                         std::to_string(source) + ", which its mask leaves out");
   return values[source];
 }
 
 void atomic_changed_memory() { Block::instance().note_progress(); }
 
-void trap(Location where) { Block::instance().fail<Trap>("__trap at " + to_text(where)); }
+void trap(Location where) {
+  Block::instance().fail<Trap>("__trap at " + file_and_line(where.file_name(), where.line()));
+}
 
 void* static_shared(const void* identity, const char* name, size_t bytes, size_t element_bytes) {
   Block& block = Block::instance();

@@ -1,5 +1,4 @@
-// Atomics, for the types that CUDA offers them for. Threads take turns at each, so that their order varies by
-// seed.
+// Atomics, for the types that CUDA has them for. Threads take turns at each, so their order varies by seed.
 #pragma once
 
 #include <type_traits>

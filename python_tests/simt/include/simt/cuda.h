@@ -1,8 +1,7 @@
 // CUDA C++ as a kernel sees it, for g++.
 #pragma once
 
-// Before the macros below, one of which (__noinline__ and the like) a standard header may use as an
-// attribute's name.
+// Before the macros below, whose names a standard header may use in its own way.
 #include <cmath>
 #include <cstdint>
 #include <cstring>

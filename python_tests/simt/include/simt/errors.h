@@ -29,7 +29,8 @@ struct MissingBarrier : KernelError {
   using KernelError::KernelError;
 };
 
-struct SharedOutOfBounds : KernelError {
+// Of shared memory, or of an array whose length the compiler knows.
+struct OutOfBounds : KernelError {
   using KernelError::KernelError;
 };
 

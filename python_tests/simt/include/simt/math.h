@@ -1,5 +1,4 @@
-// Device math. The fast intrinsics are as accurate as the C library here, so their error shows on a GPU
-// alone.
+// Device math. The fast intrinsics are as accurate as the C library here; their error shows on a GPU alone.
 #pragma once
 
 #include <bit>

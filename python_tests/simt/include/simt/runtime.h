@@ -1,5 +1,4 @@
-// The calls behind CUDA's vocabulary. The runtime is compiled apart from the kernels, because those are
-// instrumented.
+// The calls behind CUDA's vocabulary, compiled apart from the kernels because those are instrumented.
 #pragma once
 
 #include <array>
@@ -7,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <source_location>
+#include <type_traits>
 
 #include "simt/types.h"
 
@@ -29,8 +29,7 @@ int block_barrier(const char* intrinsic, bool predicate, Location where);
 // Waits for the lanes of the mask, and orders their accesses to shared memory.
 void warp_barrier(uint32_t mask, Location where);
 
-// Waits for the lanes of the mask and returns what each of them gave. Shuffles and votes do not order memory
-// accesses.
+// Waits for the lanes of the mask and returns what each gave. Shuffles and votes put no accesses in order.
 using Lanes = std::array<uint64_t, warp_lanes>;
 const Lanes& exchange(const char* intrinsic, uint32_t mask, uint64_t value, Location where);
 
