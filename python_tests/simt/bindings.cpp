@@ -85,16 +85,18 @@ int bind_barriers(int blocks, int threads, int count, uint64_t seed) {
 }
 
 template <auto kernel>
+Array<float> run_faulty(const Array<float>& x, uint64_t seed, int blocks, size_t dynamic_shared_bytes) {
+  Array<float> y(x.shape(0));
+  simt::launch<kernel>(blocks, static_cast<unsigned>(x.shape(0)), dynamic_shared_bytes, seed, x.data(),
+                       y.mutable_data());
+  return y;
+}
+
+// By pointers of one type, so that pybind11 is instantiated once for all of them.
+template <auto kernel>
 void bind_faulty(py::module_& module, const char* name) {
-  module.def(
-      name,
-      [](const Array<float>& x, uint64_t seed, int blocks, size_t dynamic_shared_bytes) {
-        Array<float> y(x.shape(0));
-        simt::launch<kernel>(blocks, static_cast<unsigned>(x.shape(0)), dynamic_shared_bytes, seed, x.data(),
-                             y.mutable_data());
-        return y;
-      },
-      py::arg("x"), py::arg("seed"), py::arg("blocks") = 1, py::arg("dynamic_shared_bytes") = 0);
+  module.def(name, &run_faulty<kernel>, py::arg("x"), py::arg("seed"), py::arg("blocks") = 1,
+             py::arg("dynamic_shared_bytes") = 0);
 }
 
 }  // namespace
