@@ -13,6 +13,7 @@ DEMO_ARGS ?= --output demo_output
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc 2>/dev/null)
+EMULATOR := $(shell find python_tests/simt 2>/dev/null)
 BUILD := pyproject.toml setup.py $(wildcard build_backend/*.py)
 
 .DEFAULT_GOAL := help
@@ -39,12 +40,12 @@ bench: $(VENV)/.bench  ## Time the operators against their peers
 lint: $(VENV)/.dev  ## Check style and format of Python, C++ and CUDA
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.cpp %.cuh %.cu,$(NATIVE))
+	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.cpp %.cuh %.cu,$(NATIVE) $(EMULATOR))
 
 format: $(VENV)/.dev  ## Rewrite Python, C++ and CUDA in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter %.h %.cpp %.cuh %.cu,$(NATIVE))
+	$(BIN)/clang-format -i $(filter %.h %.cpp %.cuh %.cu,$(NATIVE) $(EMULATOR))
 
 # A build folder left from earlier would bring modules into the wheel that have been deleted since.
 wheel: $(VENV)/.torch  ## Build the wheel into dist/
@@ -60,7 +61,7 @@ torch-requirement:
 	@echo '$(TORCH)'
 
 clean:  ## Remove everything that was built, the environment included
-	rm -rf .venv build dist *.egg-info demo_output .pytest_cache .ruff_cache .hypothesis compile_commands.json
+	rm -rf .venv .cache/simt build dist *.egg-info demo_output .pytest_cache .ruff_cache .hypothesis compile_commands.json
 	rm -f fewshot_ext/*.so fewshot_ext/_build_info.json
 
 # The install is editable: tests then run the checkout itself, the one folder with both the sources under test and a

@@ -1,0 +1,143 @@
+// The emulator's test kernels for Python. Arrays come in with the right type and shape: the tests see to it.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include "faulty_kernels.cuh"
+#include "kernels.cuh"
+#include "simt/python.h"
+
+namespace py = pybind11;
+using namespace fewshot_ext;
+
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+unsigned blocks_for(py::ssize_t items, int each) { return static_cast<unsigned>((items + each - 1) / each); }
+
+template <class T>
+Array<T> bind_sum_rows(const Array<T>& x, int threads, uint64_t seed) {
+  Array<T> sums(x.shape(0));
+  simt::launch<sum_rows<T>>(blocks_for(x.shape(0), 1), threads, 0, seed, x.data(), sums.mutable_data(),
+                            static_cast<int>(x.shape(1)));
+  return sums;
+}
+
+// Half types travel as their bits.
+template <class Storage, class T>
+Array<T> bind_softmax_rows(const Array<T>& x, uint64_t seed) {
+  Array<T> y({x.shape(0), x.shape(1)});
+  simt::launch<softmax_rows<Storage>>(
+      blocks_for(x.shape(0), 4), dim3(32, 4), 0, seed, reinterpret_cast<const Storage*>(x.data()),
+      reinterpret_cast<Storage*>(y.mutable_data()), static_cast<int>(x.shape(0)), static_cast<int>(x.shape(1)));
+  return y;
+}
+
+Array<float> bind_transpose(const Array<float>& x, uint64_t seed) {
+  Array<float> y({x.shape(1), x.shape(0)});
+  simt::launch<transpose>(dim3(blocks_for(x.shape(1), 32), blocks_for(x.shape(0), 32)), dim3(32, 8), 0, seed, x.data(),
+                          y.mutable_data(), static_cast<int>(x.shape(0)), static_cast<int>(x.shape(1)));
+  return y;
+}
+
+Array<int> bind_histogram(const Array<int>& x, int bins, uint64_t seed) {
+  Array<int> counts(bins);
+  std::fill_n(counts.mutable_data(), bins, 0);
+  simt::launch<histogram>(3, 96, bins * sizeof(int), seed, x.data(), counts.mutable_data(),
+                          static_cast<int>(x.shape(0)), bins);
+  return counts;
+}
+
+Array<float> bind_matmul(const Array<float>& a, const Array<float>& b, uint64_t seed) {
+  Array<float> c({a.shape(0), b.shape(0)});
+  simt::launch<matmul>(dim3(blocks_for(b.shape(0), 32), blocks_for(a.shape(0), 32)), 64, 0, seed, a.data(), b.data(),
+                       c.mutable_data(), static_cast<int>(a.shape(0)), static_cast<int>(b.shape(0)),
+                       static_cast<int>(a.shape(1)));
+  return c;
+}
+
+Array<int> bind_warp_intrinsics(const Array<int>& x, uint64_t seed) {
+  Array<int> y({12, 64});
+  simt::launch<warp_intrinsics>(1, 64, 0, seed, x.data(), y.mutable_data());
+  return y;
+}
+
+Array<unsigned char> bind_swap_bytes(const Array<unsigned char>& x, uint64_t seed) {
+  Array<unsigned char> y(x.shape(0));
+  simt::launch<swap_bytes>(1, static_cast<unsigned>(x.shape(0)), 0, seed, x.data(), y.mutable_data());
+  return y;
+}
+
+Array<int> bind_arrivals(int blocks, int threads, uint64_t seed) {
+  Array<int> order(blocks * threads);
+  int counter = 0;
+  simt::launch<arrivals>(blocks, threads, 0, seed, &counter, order.mutable_data());
+  return order;
+}
+
+int bind_barriers(int blocks, int threads, int count, uint64_t seed) {
+  int passed = 0;
+  simt::launch<barriers>(blocks, threads, 0, seed, count, &passed);
+  return passed;
+}
+
+template <auto kernel>
+Array<float> run_faulty(const Array<float>& x, uint64_t seed, int blocks, size_t dynamic_shared_bytes) {
+  Array<float> y(x.shape(0));
+  simt::launch<kernel>(blocks, static_cast<unsigned>(x.shape(0)), dynamic_shared_bytes, seed, x.data(),
+                       y.mutable_data());
+  return y;
+}
+
+// By pointers of one type, so that pybind11 is instantiated once for all of them.
+template <auto kernel>
+void bind_faulty(py::module_& module, const char* name) {
+  module.def(name, &run_faulty<kernel>, py::arg("x"), py::arg("seed"), py::arg("blocks") = 1,
+             py::arg("dynamic_shared_bytes") = 0);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(simt_kernels, module) {
+  simt::register_errors(module);
+  module.def("sum_rows", &bind_sum_rows<double>);
+  module.def("sum_rows", &bind_sum_rows<float>);
+  module.def("softmax_float32", &bind_softmax_rows<float, float>);
+  module.def("softmax_bfloat16", &bind_softmax_rows<BFloat16, uint16_t>);
+  module.def("softmax_float16", &bind_softmax_rows<Float16, uint16_t>);
+  module.def("transpose", &bind_transpose);
+  module.def("histogram", &bind_histogram);
+  module.def("matmul", &bind_matmul);
+  module.def("warp_intrinsics", &bind_warp_intrinsics);
+  module.def("swap_bytes", &bind_swap_bytes);
+  module.def("arrivals", &bind_arrivals);
+  module.def("barriers", &bind_barriers);
+
+  bind_faulty<reverse<true>>(module, "reverse");
+  bind_faulty<reverse<false>>(module, "reverse_without_barrier");
+  bind_faulty<reverse_twice>(module, "reverse_twice");
+  bind_faulty<reverse_in_warp<true>>(module, "reverse_in_warp");
+  bind_faulty<reverse_in_warp<false>>(module, "reverse_in_warp_without_barrier");
+  bind_faulty<synchronize_half_warps>(module, "synchronize_half_warps");
+  bind_faulty<mix_atomic_and_plain>(module, "mix_atomic_and_plain");
+  bind_faulty<leave_before_barrier>(module, "leave_before_barrier");
+  bind_faulty<wait_at_two_barriers>(module, "wait_at_two_barriers");
+  bind_faulty<leave_before_shuffle>(module, "leave_before_shuffle");
+  bind_faulty<wait_elsewhere_than_the_shuffle>(module, "wait_elsewhere_than_the_shuffle");
+  bind_faulty<differ_in_masks>(module, "differ_in_masks");
+  bind_faulty<differ_in_intrinsics>(module, "differ_in_intrinsics");
+  bind_faulty<leave_oneself_out>(module, "leave_oneself_out");
+  bind_faulty<read_outside_the_mask>(module, "read_outside_the_mask");
+  bind_faulty<trust_active_mask>(module, "trust_active_mask");
+  bind_faulty<index_past_the_array<1>>(module, "index_past_the_array");
+  bind_faulty<index_past_the_array<-3>>(module, "index_before_the_array");
+  bind_faulty<leave_the_row_of_a_tile>(module, "leave_the_row_of_a_tile");
+  bind_faulty<ask_for_too_little>(module, "ask_for_too_little");
+  bind_faulty<read_before_writing>(module, "read_before_writing");
+  bind_faulty<keep_between_blocks>(module, "keep_between_blocks");
+  bind_faulty<wait_for_nobody>(module, "wait_for_nobody");
+  bind_faulty<give_up>(module, "give_up");
+  bind_faulty<declare_too_much>(module, "declare_too_much");
+  bind_faulty<write_past_global_memory>(module, "write_past_global_memory");
+}

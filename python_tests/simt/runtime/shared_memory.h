@@ -1,0 +1,76 @@
+// The shared memory of a block, and who touched each byte of it.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "runtime/ordering.h"
+
+namespace simt {
+
+class SharedMemory {
+ public:
+  static constexpr size_t static_limit = 48 << 10;
+  static constexpr size_t total_limit = 227 << 10;
+
+  enum class Kind { read, write, atomic };
+  enum class Fault { bounds, uninitialized, race };
+  struct Finding {
+    Fault fault;
+    std::string what;                           // as the thread at fault does it
+    std::optional<unsigned> other_thread = {};  // the other thread of a race
+  };
+
+  SharedMemory(const SharedMemory&) = delete;
+  SharedMemory();
+  ~SharedMemory();
+
+  void begin_block(size_t dynamic_bytes);
+  void* dynamic();
+  // The same storage for each thread of the block; null where that exceeds the limit.
+  void* variable(const void* identity, const char* name, size_t bytes, size_t element_bytes);
+
+  bool contains(const void* address) const {
+    return static_cast<size_t>(static_cast<const std::byte*>(address) - reserved_) < reserved_bytes;
+  }
+  std::optional<Finding> access(Kind kind, const void* address, size_t bytes, unsigned thread,
+                                const Ordering& ordering);
+
+ private:
+  // Far more address space than memory, so that a wild index still lands in it and not in somebody's data.
+  static constexpr size_t reserved_bytes = size_t{1} << 30;
+  static constexpr size_t usable_bytes = size_t{1} << 20;
+  static constexpr size_t gap_bytes = 1 << 10;  // between two variables
+
+  struct Variable {
+    const void* identity;
+    std::string name;
+    size_t begin, bytes, element_bytes;
+  };
+
+  // Of the readers since the last write two suffice: if any two threads, or any two warps, read, it keeps two
+  // such, and a later writer differs from one of them.
+  struct Byte {
+    Access write;
+    std::array<Access, 2> reads;
+  };
+
+  void* place(const void* identity, const char* name, size_t bytes, size_t element_bytes);
+  const Variable* find(size_t begin, size_t bytes) const;
+  std::string describe(Kind kind, size_t begin, size_t bytes) const;
+  static void remember_read(Byte& byte, const Access& access, const Ordering& ordering);
+
+  std::byte* reserved_;
+  std::byte* usable_;
+  std::vector<Byte> history_;
+  std::vector<Variable> variables_;
+  size_t used_ = 0;
+  size_t static_bytes_ = 0;
+  size_t dynamic_bytes_ = 0;
+};
+
+}  // namespace simt
