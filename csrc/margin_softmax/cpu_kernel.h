@@ -50,8 +50,9 @@ class MarginSoftmax {
   static constexpr double norm_floor = 1e-12;
 
  public:
-  explicit MarginSoftmax(const MarginSoftmaxProblem& problem)
+  MarginSoftmax(const MarginSoftmaxProblem& problem, bool backward)
       : problem_(problem),
+        backward_only_(backward),
         samples_(problem.samples),
         classes_(problem.classes),
         dimensions_(problem.dimensions),
@@ -78,9 +79,10 @@ class MarginSoftmax {
         (grad_features_ || grad_weight_) && !(as_they_lie && (features_by_sample_ || samples_ <= samples_reading_rows));
     gradient_step_ = (features_by_sample_ ? classes_ : block_classes_) * width;
 
-    if (grad_weight_)
+    // The backward pass by itself finds no logits: pass B computes them again.
+    if (!backward && grad_weight_)
       panels_in_place_ = std::min<int64_t>(panels_, dimensions_ * sizeof(Storage) / (width * sizeof(T)));
-    if (grad_features_ || grad_weight_)
+    if (!backward && (grad_features_ || grad_weight_))
       panels_kept_ = std::min<int64_t>(
           panels_, panels_in_place_ + logits_workspace_bytes / (classes_ * width * int64_t(sizeof(T))));
 
@@ -102,8 +104,6 @@ class MarginSoftmax {
 
   // Gradients for the upstream gradient problem.grad_loss of each row.
   void backward() {
-    backward_only_ = true;
-    panels_in_place_ = panels_kept_ = 0;  // no logits were kept: pass B computes them again
     pack_features();
     const T* statistics = static_cast<const T*>(problem_.row_statistics);
     const T* upstream = static_cast<const T*>(problem_.grad_loss);
@@ -139,11 +139,17 @@ class MarginSoftmax {
     per_thread_.resize(threads_);
     const int64_t gradient_size = (grad_features_ || grad_weight_ ? panels_ : 1) * gradient_step_;
     const int64_t weight_panels_size = packs_weight_ ? column_panels_ * gradient_step_ : 0;
+    const int64_t grad_features_size = grad_features_ && !features_by_sample_ ? samples_ * column_panels_ * width : 0;
+    // What pass A packed is of no use to pass B where all logits are kept. Results of pass B in its place are warm in
+    // the cache, and less memory is touched.
+    const bool reuse = panels_kept_ == panels_;
+    const bool reuse_features = reuse && own_packing_, reuse_weight = reuse && !features_by_sample_;
     T* shared_gradient = features_by_sample_ ? arena.take(gradient_size) : nullptr;
     weight_packed_ = features_by_sample_ ? arena.take(weight_panels_size) : nullptr;
     for (Thread& t : per_thread_) {
       if (own_packing_ || &t == &per_thread_[0]) {
-        t.features_transposed = arena.take(panels_ * dimensions_ * width);
+        t.features_transposed =
+            arena.take(std::max(panels_ * dimensions_ * width, reuse_features ? grad_features_size : 0));
         t.inverse_x = arena.take(padded);
         t.target = reinterpret_cast<Int*>(arena.take(padded));
       } else {
@@ -151,12 +157,16 @@ class MarginSoftmax {
         t.inverse_x = per_thread_[0].inverse_x;
         t.target = per_thread_[0].target;
       }
-      t.weight_transposed = arena.take(divide_up(block_classes_, tile_rows) * dimensions_ * pack);
+      t.grad_features = !grad_features_size ? nullptr
+                        : reuse_features    ? t.features_transposed
+                                            : arena.take(grad_features_size);
+      t.weight_transposed = arena.take(
+          std::max(divide_up(block_classes_, tile_rows) * dimensions_ * pack, reuse_weight ? gradient_size : 0));
       const int64_t own_rows = class_begin(&t - per_thread_.data()) * width;
       t.weight_panels = features_by_sample_ ? offset(weight_packed_, own_rows) : arena.take(weight_panels_size);
-      t.gradient = features_by_sample_ ? offset(shared_gradient, own_rows) : arena.take(gradient_size);
-      t.grad_features =
-          grad_features_ && !features_by_sample_ ? arena.take(samples_ * column_panels_ * width) : nullptr;
+      t.gradient = features_by_sample_ ? offset(shared_gradient, own_rows)
+                   : reuse_weight      ? t.weight_transposed
+                                       : arena.take(gradient_size);
       t.tile = arena.take(tile_rows * width);
       RowStatistics<T>& rows = t.rows;
       for (T** row : {&rows.max, &rows.sum_exp, &rows.sum_logits, &rows.target_logit, &rows.best, &t.features_dot})
@@ -271,30 +281,18 @@ class MarginSoftmax {
     const double row_weight = mean ? 1.0 / double(counted) : 1.0;
     double total = 0;
     for (int64_t i = 0; i < samples_; ++i) {
-      double max = per_thread_[0].rows.max[i];
-      for (const Thread& t : per_thread_) max = std::max<double>(max, t.rows.max[i]);
-      double sum_exp = 0, sum_logits = 0, target_logit = 0;
-      T best = -std::numeric_limits<T>::infinity();
-      Int best_class = -1;
-      for (const Thread& t : per_thread_) {
-        sum_exp += t.rows.max[i] == max ? t.rows.sum_exp[i] : t.rows.sum_exp[i] * std::exp(t.rows.max[i] - max);
-        sum_logits += t.rows.sum_logits[i];
-        target_logit += t.rows.target_logit[i];  // 0 but in the thread that owns the target class
-        if (t.rows.best[i] > best) {
-          best = t.rows.best[i];
-          best_class = t.rows.best_class[i];
-        }
-      }
-      if (problem_.prediction) problem_.prediction[i] = std::max<Int>(best_class, 0);
-      const double others = max + std::log(sum_exp);
-      const double target = target_logit - problem_.scale * problem_.margin;
+      JoinedRow<T> joined;
+      for (const Thread& t : per_thread_) joined.add(t.rows, i);
+      if (problem_.prediction) problem_.prediction[i] = std::max<Int>(joined.best_class, 0);
+      const double others = joined.log_sum_exp();
+      const double target = joined.target_logit - problem_.scale * problem_.margin;
       const Gap gap(others - target);
       double row = 0;
       if (!ignored(i)) {
         row = gap.loss;
         if (problem_.label_smoothing != 0)
-          row +=
-              problem_.label_smoothing * (target - (sum_logits - problem_.scale * problem_.margin) / double(classes_));
+          row += problem_.label_smoothing *
+                 (target - (joined.sum_logits - problem_.scale * problem_.margin) / double(classes_));
       }
       total += row;
       statistics[i] = T(others);
@@ -451,6 +449,7 @@ class MarginSoftmax {
   }
 
   const MarginSoftmaxProblem& problem_;
+  const bool backward_only_;
   const int64_t samples_, classes_, dimensions_;
   const int64_t panels_;         // of samples
   const int64_t column_panels_;  // of dimensions
@@ -465,7 +464,6 @@ class MarginSoftmax {
   int64_t gradient_step_;               // elements between panels of G and of the packed weight
   bool packs_features_, packs_weight_;  // as operand B; they serve as they lie otherwise
   bool own_packing_;                    // each thread packs the features for itself
-  bool backward_only_ = false;
 
   std::optional<Workspace> workspace_;
   Panels<T> features_panels_;  // [N, D] as operand B
@@ -480,7 +478,7 @@ class MarginSoftmax {
 
 template <class T, class Storage>
 void run_margin_softmax(const MarginSoftmaxProblem& problem, bool backward) {
-  MarginSoftmax<T, Storage> run(problem);
+  MarginSoftmax<T, Storage> run(problem, backward);
   backward ? run.backward() : run.forward();
 }
 

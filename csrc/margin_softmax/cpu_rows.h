@@ -68,6 +68,31 @@ struct RowStatistics {
   }
 };
 
+// A row over all classes, from what the threads found in theirs.
+template <class T>
+struct JoinedRow {
+  double max = std::numeric_limits<T>::lowest(), sum_exp = 0, sum_logits = 0, target_logit = 0;
+  T best = -std::numeric_limits<T>::infinity();
+  typename Simd<T>::Int best_class = -1;
+
+  void add(const RowStatistics<T>& part, int64_t i) {
+    const double part_max = part.max[i];
+    if (part_max > max) {
+      sum_exp *= std::exp(max - part_max);
+      max = part_max;
+    }
+    sum_exp += part_max == max ? part.sum_exp[i] : part.sum_exp[i] * std::exp(part_max - max);
+    sum_logits += part.sum_logits[i];
+    target_logit += part.target_logit[i];  // 0 but in the thread that owns the target class
+    if (part.best[i] > best) {
+      best = part.best[i];
+      best_class = part.best_class[i];
+    }
+  }
+
+  double log_sum_exp() const { return max + std::log(sum_exp); }
+};
+
 // How far the other classes' log-sum-exp lies above the target's logit, and what follows from it.
 struct Gap {
   double loss;        // softplus(gap) = -log p_iy
