@@ -23,6 +23,8 @@ from pathlib import Path
 
 import torch
 
+import fewshot_ext
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -124,7 +126,8 @@ def machine(*packages: str) -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
     }
-    for package in ("torch", "fewshot_ext", *packages):
+    described["fewshot_ext"] = fewshot_ext.__version__
+    for package in ("torch", *packages):
         try:
             described[package] = version(package)
         except PackageNotFoundError:
