@@ -2,6 +2,9 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <vector>
+
+#include "cooperative_kernels.cuh"
 #include "faulty_kernels.cuh"
 #include "kernels.cuh"
 #include "simt/python.h"
@@ -69,10 +72,19 @@ Array<unsigned char> bind_swap_bytes(const Array<unsigned char>& x, uint64_t see
   return y;
 }
 
-Array<int> bind_arrivals(int blocks, int threads, uint64_t seed) {
+// By launch or launch_cooperative, which take the same arguments.
+template <auto kernel, class... Arguments>
+void launch_either(bool cooperative, Arguments... arguments) {
+  if (cooperative)
+    simt::launch_cooperative<kernel>(arguments...);
+  else
+    simt::launch<kernel>(arguments...);
+}
+
+Array<int> bind_arrivals(int blocks, int threads, uint64_t seed, bool cooperative) {
   Array<int> order(blocks * threads);
   int counter = 0;
-  simt::launch<arrivals>(blocks, threads, 0, seed, &counter, order.mutable_data());
+  launch_either<arrivals>(cooperative, blocks, threads, 0, seed, &counter, order.mutable_data());
   return order;
 }
 
@@ -80,6 +92,60 @@ int bind_barriers(int blocks, int threads, int count, uint64_t seed) {
   int passed = 0;
   simt::launch<barriers>(blocks, threads, 0, seed, count, &passed);
   return passed;
+}
+
+template <bool synchronized>
+Array<float> bind_sum_over_grid(const Array<float>& x, uint64_t seed, bool cooperative) {
+  const int blocks = static_cast<int>(x.shape(0)) / 32;
+  Array<float> sums(blocks);
+  std::vector<float> partial(blocks, NAN);
+  launch_either<sum_over_grid<synchronized>>(cooperative, blocks, 32, 0, seed, x.data(), partial.data(),
+                                             sums.mutable_data());
+  return sums;
+}
+
+template <bool synchronized>
+Array<int> bind_scan_grid(const Array<int>& x, int threads, uint64_t seed) {
+  Array<int> sums(x.shape(0));
+  std::copy_n(x.data(), x.shape(0), sums.mutable_data());
+  simt::launch_cooperative<scan_grid<synchronized>>(blocks_for(x.shape(0), threads), threads, 0, seed,
+                                                    sums.mutable_data());
+  return sums;
+}
+
+Array<float> bind_keep_shared_memory(const Array<float>& x, int blocks, uint64_t seed) {
+  Array<float> y(x.shape(0));
+  const auto threads = static_cast<unsigned>(x.shape(0)) / blocks;
+  simt::launch_cooperative<keep_shared_memory>(blocks, threads, threads * sizeof(float), seed, x.data(),
+                                               y.mutable_data());
+  return y;
+}
+
+Array<int> bind_wait_for_all_blocks(int blocks, int threads, uint64_t seed, bool cooperative) {
+  Array<int> seen(blocks);
+  int arrived = 0;
+  launch_either<wait_for_all_blocks>(cooperative, blocks, threads, 0, seed, &arrived, seen.mutable_data());
+  return seen;
+}
+
+Array<int> bind_order_of_blocks(int blocks, int phases, uint64_t seed) {
+  Array<int> order({phases, blocks});
+  int counter = 0;
+  simt::launch_cooperative<order_of_blocks>(blocks, 32, 0, seed, &counter, order.mutable_data(), phases);
+  return order;
+}
+
+void bind_point_into_another_block(uint64_t seed) {
+  std::vector<float*> rows(2);
+  simt::launch_cooperative<point_into_another_block>(2, 64, 0, seed, rows.data());
+}
+
+template <auto kernel>
+Array<float> run_faulty_together(const Array<float>& x, uint64_t seed, int blocks, size_t dynamic_shared_bytes) {
+  Array<float> y(x.shape(0));
+  simt::launch_cooperative<kernel>(blocks, static_cast<unsigned>(x.shape(0)), dynamic_shared_bytes, seed, x.data(),
+                                   y.mutable_data());
+  return y;
 }
 
 template <auto kernel>
@@ -91,10 +157,19 @@ Array<float> run_faulty(const Array<float>& x, uint64_t seed, int blocks, size_t
 }
 
 // By pointers of one type, so that pybind11 is instantiated once for all of them.
+void bind_faulty(py::module_& module, const char* name,
+                 Array<float> (*run)(const Array<float>&, uint64_t, int, size_t)) {
+  module.def(name, run, py::arg("x"), py::arg("seed"), py::arg("blocks") = 1, py::arg("dynamic_shared_bytes") = 0);
+}
+
 template <auto kernel>
 void bind_faulty(py::module_& module, const char* name) {
-  module.def(name, &run_faulty<kernel>, py::arg("x"), py::arg("seed"), py::arg("blocks") = 1,
-             py::arg("dynamic_shared_bytes") = 0);
+  bind_faulty(module, name, &run_faulty<kernel>);
+}
+
+template <auto kernel>
+void bind_faulty_together(py::module_& module, const char* name) {
+  bind_faulty(module, name, &run_faulty_together<kernel>);
 }
 
 }  // namespace
@@ -111,8 +186,18 @@ PYBIND11_MODULE(simt_kernels, module) {
   module.def("matmul", &bind_matmul);
   module.def("warp_intrinsics", &bind_warp_intrinsics);
   module.def("swap_bytes", &bind_swap_bytes);
-  module.def("arrivals", &bind_arrivals);
+  module.def("arrivals", &bind_arrivals, py::arg("blocks"), py::arg("threads"), py::arg("seed"),
+             py::arg("cooperative") = false);
   module.def("barriers", &bind_barriers);
+  module.def("sum_over_grid", &bind_sum_over_grid<true>, py::arg("x"), py::arg("seed"), py::arg("cooperative") = true);
+  module.def("sum_over_grid_without_barrier", &bind_sum_over_grid<false>, py::arg("x"), py::arg("seed"),
+             py::arg("cooperative") = true);
+  module.def("scan_grid", &bind_scan_grid<true>);
+  module.def("scan_grid_with_one_barrier", &bind_scan_grid<false>);
+  module.def("keep_shared_memory", &bind_keep_shared_memory);
+  module.def("order_of_blocks", &bind_order_of_blocks);
+  module.def("wait_for_all_blocks", &bind_wait_for_all_blocks, py::arg("blocks"), py::arg("threads"), py::arg("seed"),
+             py::arg("cooperative") = true);
 
   bind_faulty<reverse<true>>(module, "reverse");
   bind_faulty<reverse<false>>(module, "reverse_without_barrier");
@@ -140,4 +225,17 @@ PYBIND11_MODULE(simt_kernels, module) {
   bind_faulty<give_up>(module, "give_up");
   bind_faulty<declare_too_much>(module, "declare_too_much");
   bind_faulty<write_past_global_memory>(module, "write_past_global_memory");
+
+  bind_faulty<overwrite_behind_grid_barrier>(module, "wait_for_grid_in_a_plain_launch");
+  bind_faulty_together<leave_before_grid_barrier>(module, "leave_before_grid_barrier");
+  bind_faulty_together<leave_between_grid_barriers>(module, "leave_between_grid_barriers");
+  bind_faulty_together<leave_block_before_grid_barrier>(module, "leave_block_before_grid_barrier");
+  bind_faulty_together<wait_for_grid_and_for_block>(module, "wait_for_grid_and_for_block");
+  bind_faulty_together<wait_at_two_grid_barriers>(module, "wait_at_two_grid_barriers");
+  bind_faulty_together<shuffle_with_lanes_at_grid_barrier>(module, "shuffle_with_lanes_at_grid_barrier");
+  bind_faulty_together<spin_while_others_wait>(module, "spin_while_others_wait");
+  bind_faulty_together<trust_shared_memory_of_another_block>(module, "trust_shared_memory_of_another_block");
+  bind_faulty_together<overwrite_behind_grid_barrier>(module, "overwrite_behind_grid_barrier");
+  bind_faulty_together<reverse<true>>(module, "reverse_together");
+  module.def("point_into_another_block", &bind_point_into_another_block);
 }

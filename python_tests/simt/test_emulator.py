@@ -15,16 +15,6 @@ SANITIZED = build.sanitized()
 SEEDS = range(2 if SANITIZED else 6)
 
 
-@pytest.fixture(scope="module")
-def kernels():
-    return build.load("simt_kernels", build.HERE / "bindings.cpp")
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
 def bfloat16_bits(x):
     return (x.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
@@ -208,7 +198,7 @@ def test_barriers_are_cheap(kernels, seed):
     assert time.process_time() - begin < 1
 
 
-@pytest.mark.skipif(SANITIZED, reason="it runs this file once more")
+@pytest.mark.skipif(SANITIZED, reason="it runs the tests of this folder once more")
 @pytest.mark.slow
 def test_under_address_and_undefined_behaviour_sanitizers():
     command = [
@@ -220,7 +210,7 @@ def test_under_address_and_undefined_behaviour_sanitizers():
         "no:cacheprovider",
         "--confcutdir",
         build.HERE,
-        __file__,
+        build.HERE,
     ]
     done = subprocess.run(
         command, cwd=build.CHECKOUT, env=build.sanitizer_environment(), capture_output=True, text=True

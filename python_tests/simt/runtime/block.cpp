@@ -13,9 +13,12 @@ dim3 block_shape, grid_shape;
 
 namespace {
 
-constexpr unsigned most_threads = 1024;
 // So many turns at atomics that change nothing, without anyone getting past a barrier or to the end.
 constexpr uint64_t patience = 10'000'000;
+// So often those that spin let others go first.
+constexpr uint64_t turns_of_a_spin = 64;
+// One in so many turns is the last before another block goes on, where blocks interleave.
+constexpr uint64_t turns_of_a_block = 32;
 
 std::string to_text(uint3 index) {
   return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")";
@@ -45,69 +48,63 @@ std::string file_and_line(const char* file, unsigned line) {
   return std::string(slash != nullptr ? slash + 1 : file) + ":" + std::to_string(line);
 }
 
-Block& Block::instance() {
-  static Block block;
-  return block;
-}
+std::string file_and_line(Location where) { return file_and_line(where.file_name(), where.line()); }
 
-void Block::run(const Launch& launch, uint3 index, bool skewed, Random& random) {
+void Block::start(Launch& launch, uint3 index, Fibers& fibers, size_t first_fiber) {
   launch_ = &launch;
-  random_ = &random;
-  block_index = index;
+  index_ = index;
   error_ = nullptr;
-  const unsigned count = launch.block.x * launch.block.y * launch.block.z;
-  if (!stacks_) stacks_ = std::make_unique<Stacks>(most_threads);
-  while (threads_.size() < count) {
-    const auto rank = static_cast<unsigned>(threads_.size());
-    threads_.push_back({stacks_->fiber(rank), {}, rank});
-  }
-  threads_.erase(threads_.begin() + count, threads_.end());
-
-  rank_of_warps_.clear();
-  if (skewed) {
-    for (unsigned warp = 0; warp * warp_lanes < count; ++warp) rank_of_warps_.push_back(warp);
-    random.shuffle(rank_of_warps_);
-  }
-  start_threads();
-  Thread& first = next();
-  enter(first);
-  Fiber::switch_to(launcher_, first.fiber);
-  current_ = nullptr;
-  if (error_) std::rethrow_exception(error_);
-}
-
-void Block::start_threads() {
-  const dim3 shape = launch_->block;
-  alive_ = static_cast<unsigned>(threads_.size());
+  const dim3 shape = launch.block;
+  alive_ = shape.x * shape.y * shape.z;
+  threads_.resize(alive_);
   ready_lanes_ = {};
   ready_warps_ = 0;
-  note_progress();
   arrived_with_predicate_ = 0;
+  rank_of_warps_.clear();
+  if (launch.skewed) {
+    for (unsigned warp = 0; warp * warp_lanes < alive_; ++warp) rank_of_warps_.push_back(warp);
+    launch.random.shuffle(rank_of_warps_);
+  }
+  note_progress();
   ordering_.begin_block(alive_);
-  shared_.begin_block(launch_->dynamic_shared_bytes);
-  for (Thread& thread : threads_) {
-    thread.index = {thread.rank % shape.x, thread.rank / shape.x % shape.y, thread.rank / shape.x / shape.y};
-    thread.fiber.prepare(run_thread);
+  shared_.begin_block(launch.dynamic_shared_bytes);
+  for (unsigned rank = 0; rank < alive_; ++rank) {
+    Thread& thread = threads_[rank];
+    thread.fiber = &fibers[first_fiber + rank];
+    thread.fiber->prepare(run_thread);
+    thread.rank = rank;
+    thread.index = {rank % shape.x, rank / shape.x % shape.y, rank / shape.x / shape.y};
     make_ready(thread);
   }
 }
 
+void Block::resume() {
+  running_ = this;
+  block_index = index_;
+  Fiber::switch_to(launcher_, next_thread());
+  running_ = nullptr;
+  if (error_) std::rethrow_exception(error_);
+}
+
+Block::State Block::state() const {
+  if (alive_ == 0) return State::exited;
+  return ready_warps_ == 0 ? State::at_grid_barrier : State::ready;
+}
+
 void Block::run_thread() {
   Fiber::arrived();
-  Block& block = instance();
-  block.launch_->thread();
+  running_->launch_->thread();
+  Block& block = *running_;
   Thread& self = *block.current_;
   self.state = Thread::State::exited;
+  --block.alive_;
   block.note_progress();
-  if (--block.alive_ == 0) Fiber::leave(self.fiber, block.launcher_);
-  Thread& successor = block.next();
-  block.enter(successor);
-  Fiber::leave(self.fiber, successor.fiber);
+  Fiber::leave(*self.fiber, block.next());
 }
 
 void Block::stop(std::exception_ptr error) {
   error_ = std::move(error);
-  Fiber::leave(current_->fiber, launcher_);
+  Fiber::leave(*current_->fiber, launcher_);
 }
 
 void Block::enter(Thread& thread) {
@@ -121,33 +118,44 @@ void Block::make_ready(Thread& thread) {
   ready_warps_ |= 1u << thread.warp();
 }
 
-Thread& Block::next() {
-  if (ready_warps_ == 0) resolve_stall();
+Fiber& Block::next_thread() {
   unsigned warp;
   if (rank_of_warps_.empty()) {
-    warp = any_member(ready_warps_, *random_);
+    warp = any_member(ready_warps_, launch_->random);
   } else {
     const auto ready = [this](unsigned candidate) { return (ready_warps_ >> candidate & 1u) != 0; };
     warp = *std::ranges::find_if(rank_of_warps_, ready);
   }
-  const unsigned lane = any_member(ready_lanes_[warp], *random_);
+  const unsigned lane = any_member(ready_lanes_[warp], launch_->random);
   ready_lanes_[warp] &= ~(1u << lane);
   if (ready_lanes_[warp] == 0) ready_warps_ &= ~(1u << warp);
-  return threads_[warp * warp_lanes + lane];
+  Thread& thread = threads_[warp * warp_lanes + lane];
+  enter(thread);
+  return *thread.fiber;
+}
+
+Fiber& Block::next() {
+  if (ready_warps_ == 0) resolve_stall();
+  if (ready_warps_ == 0 || gives_way()) return launcher_;
+  return next_thread();
 }
 
 void Block::suspend() {
-  Thread& self = *current_;
-  Thread& successor = next();
-  if (&successor == &self) return;
-  enter(successor);
-  Fiber::switch_to(self.fiber, successor.fiber);
+  Fiber& self = *current_->fiber;
+  Fiber& successor = next();
+  if (&successor != &self) Fiber::switch_to(self, successor);
+}
+
+bool Block::gives_way() {
+  if (!launch_->cooperative()) return false;
+  const bool spins = launch_->idle_turns % turns_of_a_spin == turns_of_a_spin - 1;
+  return spins || (launch_->interleaved && launch_->random.below(turns_of_a_block) == 0);
 }
 
 void Block::yield() {
-  if (++idle_turns_ > patience) fail<Deadlock>("the block has made no progress for a long time; threads spin");
+  if (++launch_->idle_turns > patience) fail<Deadlock>("there has been no progress for a long time; threads spin");
   // A warp ahead of the others would spin for ever on what they have to do first.
-  if (!rank_of_warps_.empty() && idle_turns_ % 64 == 0) random_->shuffle(rank_of_warps_);
+  if (!rank_of_warps_.empty() && launch_->idle_turns % turns_of_a_spin == 0) launch_->random.shuffle(rank_of_warps_);
   make_ready(*current_);
   suspend();
 }
@@ -160,6 +168,17 @@ int Block::barrier(const char* intrinsic, bool predicate, Location where) {
   arrived_with_predicate_ += predicate;
   suspend();
   return barrier_count_;
+}
+
+void Block::grid_barrier(const char* intrinsic, Location where) {
+  Thread& self = *current_;
+  self.intrinsic = intrinsic;
+  self.where = where;
+  if (!launch_->cooperative())
+    fail<LaunchError>(std::string(intrinsic) + " at " + file_and_line(where) +
+                      " needs all blocks at once, and this launch is not cooperative");
+  self.state = Thread::State::at_grid_barrier;
+  suspend();
 }
 
 const Lanes& Block::exchange(const char* intrinsic, uint32_t mask, uint64_t value, Location where, bool orders_memory) {
@@ -204,15 +223,24 @@ void Block::complete_if_last(const Thread& last, bool orders_memory) {
 }
 
 void Block::resolve_stall() {
-  Thread* at_barrier = nullptr;
+  if (alive_ == 0) return;
+  Thread* waiting = nullptr;
   for (Thread& thread : threads_) {
     if (thread.state == Thread::State::in_exchange) report_missing_lane(thread);
-    if (thread.state == Thread::State::at_barrier && at_barrier == nullptr) at_barrier = &thread;
+    if (thread.state != Thread::State::exited && waiting == nullptr) waiting = &thread;
   }
   for (const Thread& thread : threads_)
-    if (thread.state == Thread::State::exited || !same_call(thread, *at_barrier))
-      report_divergence(*at_barrier, thread);
-  release_barrier();
+    if (thread.state == Thread::State::exited || !same_call(thread, *waiting)) report_divergence(*waiting, thread);
+  // The other barrier is the grid's to release.
+  if (waiting->state == Thread::State::at_barrier) release_barrier();
+}
+
+void Block::check_grid_barrier(const Block& other) const {
+  // Where a block waits for others, all its threads wait in the same place.
+  const Thread &mine = threads_.front(), &theirs = other.threads_.front();
+  if (other.state() == State::at_grid_barrier && same_call(mine, theirs)) return;
+  throw DivergentBarrier(prefix(mine) + activity(mine) + " for all threads of the grid, but block " +
+                         to_text(other.index_) + " " + activity(theirs));
 }
 
 void Block::release_barrier() {
@@ -240,7 +268,8 @@ void Block::report_missing_lane(Thread& waiting) {
 
 void Block::report_divergence(Thread& waiting, const Thread& other) {
   enter(waiting);
-  fail<DivergentBarrier>(activity(waiting) + " for all threads of the block, but " + name(other) + " " +
+  const char* whom = waiting.state == Thread::State::at_grid_barrier ? "grid" : "block";
+  fail<DivergentBarrier>(activity(waiting) + " for all threads of the " + whom + ", but " + name(other) + " " +
                          activity(other));
 }
 
@@ -266,8 +295,8 @@ Thread* Block::at(unsigned warp, unsigned lane) {
   return rank < threads_.size() ? &threads_[rank] : nullptr;
 }
 
-std::string Block::prefix() const {
-  return std::string(launch_->kernel) + ", block " + to_text(block_index) + ", " + name(*current_) + ": ";
+std::string Block::prefix(const Thread& thread) const {
+  return std::string(launch_->kernel) + ", block " + to_text(index_) + ", " + name(thread) + ": ";
 }
 
 std::string Block::name(const Thread& thread) const { return "thread " + to_text(thread.index); }
@@ -277,11 +306,11 @@ std::string Block::activity(const Thread& thread) const {
     case Thread::State::exited:
       return "has exited";
     case Thread::State::at_barrier:
-      return "waits in " + std::string(thread.intrinsic) + " at " +
-             file_and_line(thread.where.file_name(), thread.where.line());
+    case Thread::State::at_grid_barrier:
+      return "waits in " + std::string(thread.intrinsic) + " at " + file_and_line(thread.where);
     default:
       return "waits in " + std::string(thread.intrinsic) + "(" + to_hex(thread.mask) + ") at " +
-             file_and_line(thread.where.file_name(), thread.where.line());
+             file_and_line(thread.where);
   }
 }
 

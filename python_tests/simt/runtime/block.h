@@ -1,9 +1,8 @@
-// One block at a time: its threads, whose turn it is, and what they wait for.
+// A block: its threads, whose turn it is, and what they wait for.
 #pragma once
 
 #include <exception>
 #include <functional>
-#include <memory>
 #include <string>
 #include <vector>
 
@@ -17,9 +16,9 @@
 namespace simt {
 
 struct Thread {
-  enum class State { ready, at_barrier, in_exchange, exited };
+  enum class State { ready, at_barrier, at_grid_barrier, in_exchange, exited };
 
-  Fiber fiber;
+  Fiber* fiber;
   uint3 index;
   unsigned rank;  // within the block
   State state = State::ready;
@@ -35,29 +34,48 @@ struct Thread {
   unsigned lane() const { return rank % warp_lanes; }
 };
 
+// What all blocks of a grid share.
 struct Launch {
   const char* kernel;
   dim3 grid, block;
   size_t dynamic_shared_bytes;
   const std::function<void()>& thread;
+  LaunchKind kind;
+  bool skewed;       // some warps of a block run ahead
+  bool interleaved;  // blocks take turns also before they have to
+  Random random;
+  uint64_t idle_turns = 0;
+
+  bool cooperative() const { return kind == LaunchKind::cooperative; }
 };
 
 std::string file_and_line(const char* file, unsigned line);  // without the folders
+std::string file_and_line(Location where);
 
 class Block {
  public:
-  // One serves all launches, because stacks are dear to make. Launches come one at a time.
-  static Block& instance();
+  enum class State { ready, at_grid_barrier, exited };
 
-  // Null between launches, when host code of an instrumented file runs.
-  bool running() const { return current_ != nullptr; }
-  void run(const Launch& launch, uint3 index, bool skewed, Random& random);
+  // Whose thread runs. Null between launches, when host code of an instrumented file runs.
+  static Block* running() { return running_; }
+
+  Block(Fiber& launcher, SharedSpace& space, size_t slot) : launcher_(launcher), shared_(space, slot) {}
+
+  // The fibers are one for each thread, from the first on.
+  void start(Launch& launch, uint3 index, Fibers& fibers, size_t first_fiber);
+  // Goes on until all its threads have exited or wait for other blocks, or it gives way to these.
+  void resume();
+  State state() const;
+  // Of a block at the grid barrier: throws if the other one, which is not ready either, does not wait in the same.
+  void check_grid_barrier(const Block& other) const;
+  void release_barrier();
 
   const Thread& current() const { return *current_; }
   int barrier(const char* intrinsic, bool predicate, Location where);
+  void grid_barrier(const char* intrinsic, Location where);
   const Lanes& exchange(const char* intrinsic, uint32_t mask, uint64_t value, Location where, bool orders_memory);
   void yield();
-  void note_progress() { idle_turns_ = 0; }
+  void note_progress() { launch_->idle_turns = 0; }
 
   SharedMemory& shared() { return shared_; }
   void check(SharedMemory::Kind kind, const void* address, size_t bytes);
@@ -65,32 +83,33 @@ class Block {
   // Errors are found where no exception may pass. So the thread stops here for good, and the launch throws.
   template <class Error>
   [[noreturn]] void fail(const std::string& what) {
-    stop(std::make_exception_ptr(Error(prefix() + what)));
+    stop(std::make_exception_ptr(Error(prefix(*current_) + what)));
   }
 
  private:
   static void run_thread();
-  void start_threads();
   void enter(Thread& thread);
-  Thread& next();
+  Fiber& next_thread();
+  Fiber& next();
   void suspend();
+  bool gives_way();
   void make_ready(Thread& thread);
   void resolve_stall();
-  void release_barrier();
   void complete_if_last(const Thread& last, bool orders_memory);
   [[noreturn]] void stop(std::exception_ptr error);
   [[noreturn]] void report_missing_lane(Thread& waiting);
   [[noreturn]] void report_divergence(Thread& waiting, const Thread& other);
 
   Thread* at(unsigned warp, unsigned lane);
-  std::string prefix() const;
+  std::string prefix(const Thread& thread) const;
   std::string name(const Thread& thread) const;
   std::string activity(const Thread& thread) const;
 
-  const Launch* launch_ = nullptr;
-  Random* random_ = nullptr;
-  Fiber launcher_ = Fiber::of_this_thread();
-  std::unique_ptr<Stacks> stacks_;
+  static inline Block* running_ = nullptr;
+
+  Fiber& launcher_;
+  Launch* launch_ = nullptr;
+  uint3 index_ = {};
   std::vector<Thread> threads_;
   Thread* current_ = nullptr;
   unsigned alive_ = 0;
@@ -100,7 +119,6 @@ class Block {
   std::array<uint32_t, warp_lanes> ready_lanes_ = {};
   uint32_t ready_warps_ = 0;
   std::vector<unsigned> rank_of_warps_;  // who goes first; empty where all advance alike
-  uint64_t idle_turns_ = 0;
 
   int arrived_with_predicate_ = 0;
   int barrier_count_ = 0;

@@ -118,7 +118,11 @@ Stacks::Stacks(size_t count) : count_(count) {
       mmap(nullptr, count * pitch, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   memory_ = static_cast<std::byte*>(memory);
-  for (size_t i = 0; i < count; ++i) mprotect(memory_ + i * pitch, guard_bytes, PROT_NONE);
+  for (size_t i = 0; i < count; ++i) {
+    if (mprotect(memory_ + i * pitch, guard_bytes, PROT_NONE) == 0) continue;
+    munmap(memory_, count * pitch);
+    throw std::bad_alloc();
+  }
 }
 
 Stacks::~Stacks() { munmap(memory_, count_ * pitch); }
@@ -127,6 +131,13 @@ Fiber Stacks::fiber(size_t index) const {
   // Stacks a power of two apart would meet in the same few lines of the cache.
   const size_t shift = index % 64 * 512;
   return Fiber(memory_ + index * pitch + guard_bytes, bytes - shift);
+}
+
+void Fibers::reserve(size_t count) {
+  while (fibers_.size() < count) {
+    const Stacks& stacks = stacks_.emplace_back(at_once);
+    for (size_t i = 0; i < at_once; ++i) fibers_.push_back(stacks.fiber(i));
+  }
 }
 
 }  // namespace simt

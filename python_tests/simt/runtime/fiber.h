@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <deque>
 #include <memory>
 
 #if !defined(__x86_64__) || defined(SIMT_UCONTEXT)
@@ -52,6 +53,19 @@ class Stacks {
  private:
   std::byte* memory_;
   size_t count_;
+};
+
+// As many as any launch has needed so far, because stacks are dear to make.
+class Fibers {
+ public:
+  void reserve(size_t count);
+  Fiber& operator[](size_t index) { return fibers_[index]; }
+
+ private:
+  static constexpr size_t at_once = 256;
+
+  std::deque<Stacks> stacks_;
+  std::deque<Fiber> fibers_;
 };
 
 }  // namespace simt

@@ -9,14 +9,14 @@
 namespace {
 
 inline void record(simt::SharedMemory::Kind kind, const void* address, size_t bytes) {
-  simt::Block& block = simt::Block::instance();
-  if (block.running() && block.shared().contains(address)) block.check(kind, address, bytes);
+  simt::Block* block = simt::Block::running();
+  if (block != nullptr && block->shared().is_shared(address)) block->check(kind, address, bytes);
 }
 
 }  // namespace
 
 void simt::before_atomic(const void* address, size_t bytes) {
-  Block::instance().yield();
+  Block::running()->yield();
 #if defined(__SANITIZE_ADDRESS__)
   // This build does not see the plain writes that an atomic builds on, and checks the access itself.
   static_cast<void>(address), static_cast<void>(bytes);
@@ -95,10 +95,10 @@ struct OutOfBoundsData {
 
 // An index that leaves the row of a tile and stays in the tile: the type tells, the address does not.
 extern "C" void __ubsan_handle_out_of_bounds_abort(const OutOfBoundsData* data, intptr_t index) {
-  simt::Block& block = simt::Block::instance();
-  if (!block.running()) std::abort();
-  block.fail<simt::OutOfBounds>("index " + std::to_string(index) + " of " + data->array->name + " at " +
-                                simt::file_and_line(data->where.file, data->where.line) + ", out of bounds");
+  simt::Block* block = simt::Block::running();
+  if (block == nullptr) std::abort();
+  block->fail<simt::OutOfBounds>("index " + std::to_string(index) + " of " + data->array->name + " at " +
+                                 simt::file_and_line(data->where.file, data->where.line) + ", out of bounds");
 }
 
 #endif

@@ -20,18 +20,22 @@ namespace {
 constexpr int poison = 0xff;
 }  // namespace
 
-SharedMemory::SharedMemory() : history_(usable_bytes) {
+SharedSpace::SharedSpace() {
   void* memory = mmap(nullptr, reserved_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   reserved_ = static_cast<std::byte*>(memory);
-  usable_ = reserved_ + reserved_bytes / 2;
-  if (mprotect(usable_, usable_bytes, PROT_READ | PROT_WRITE) != 0) throw std::bad_alloc();
 }
 
-SharedMemory::~SharedMemory() { munmap(reserved_, reserved_bytes); }
+SharedSpace::~SharedSpace() { munmap(reserved_, reserved_bytes); }
+
+std::byte* SharedSpace::open_slot(size_t slot) {
+  std::byte* memory = reserved_ + margin_bytes + slot * slot_bytes;
+  if (mprotect(memory, slot_bytes, PROT_READ | PROT_WRITE) != 0) throw std::bad_alloc();
+  return memory;
+}
 
 void SharedMemory::begin_block(size_t dynamic_bytes) {
-  ASAN_POISON_MEMORY_REGION(usable_, usable_bytes);
+  ASAN_POISON_MEMORY_REGION(usable_, SharedSpace::slot_bytes);
   variables_.clear();
   used_ = gap_bytes;
   static_bytes_ = 0;
@@ -53,6 +57,7 @@ void* SharedMemory::place(const void* identity, const char* name, size_t bytes, 
   const size_t begin = used_;
   variables_.push_back({identity, name, begin, bytes, element_bytes});
   used_ = (begin + bytes + 2 * gap_bytes - 1) / gap_bytes * gap_bytes;
+  if (history_.size() < used_) history_.resize(used_);
   ASAN_UNPOISON_MEMORY_REGION(usable_ + begin, bytes);
   std::memset(usable_ + begin, poison, bytes);
   return usable_ + begin;

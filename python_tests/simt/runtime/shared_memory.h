@@ -12,6 +12,25 @@
 
 namespace simt {
 
+// Room for the shared memory of many blocks side by side, so that one comparison tells any of it from global memory.
+class SharedSpace {
+ public:
+  // Far more address space than memory, so that a wild index still lands in it and not in somebody's data.
+  static constexpr size_t margin_bytes = size_t{512} << 20;
+  static constexpr size_t slot_bytes = size_t{1} << 20;
+  static constexpr size_t slots = 132 * 32;
+  static constexpr size_t reserved_bytes = 2 * margin_bytes + slots * slot_bytes;
+
+  SharedSpace(const SharedSpace&) = delete;
+  SharedSpace();
+  ~SharedSpace();
+  std::byte* begin() const { return reserved_; }
+  std::byte* open_slot(size_t slot);
+
+ private:
+  std::byte* reserved_;
+};
+
 class SharedMemory {
  public:
   static constexpr size_t static_limit = 48 << 10;
@@ -26,24 +45,21 @@ class SharedMemory {
   };
 
   SharedMemory(const SharedMemory&) = delete;
-  SharedMemory();
-  ~SharedMemory();
+  SharedMemory(SharedSpace& space, size_t slot) : space_(space.begin()), usable_(space.open_slot(slot)) {}
 
   void begin_block(size_t dynamic_bytes);
   void* dynamic();
   // The same storage for each thread of the block; null where that exceeds the limit.
   void* variable(const void* identity, const char* name, size_t bytes, size_t element_bytes);
 
-  bool contains(const void* address) const {
-    return static_cast<size_t>(static_cast<const std::byte*>(address) - reserved_) < reserved_bytes;
+  // Also what belongs to other blocks.
+  bool is_shared(const void* address) const {
+    return static_cast<size_t>(static_cast<const std::byte*>(address) - space_) < SharedSpace::reserved_bytes;
   }
   std::optional<Finding> access(Kind kind, const void* address, size_t bytes, unsigned thread,
                                 const Ordering& ordering);
 
  private:
-  // Far more address space than memory, so that a wild index still lands in it and not in somebody's data.
-  static constexpr size_t reserved_bytes = size_t{1} << 30;
-  static constexpr size_t usable_bytes = size_t{1} << 20;
   static constexpr size_t gap_bytes = 1 << 10;  // between two variables
 
   struct Variable {
@@ -64,7 +80,7 @@ class SharedMemory {
   std::string describe(Kind kind, size_t begin, size_t bytes) const;
   static void remember_read(Byte& byte, const Access& access, const Ordering& ordering);
 
-  std::byte* reserved_;
+  std::byte* space_;
   std::byte* usable_;
   std::vector<Byte> history_;
   std::vector<Variable> variables_;

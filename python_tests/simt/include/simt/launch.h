@@ -1,4 +1,5 @@
-// Runs a kernel: simt::launch<kernel<float>>(grid, block, dynamic_shared_bytes, seed, arguments...).
+// Runs a kernel: simt::launch<kernel<float>>(grid, block, dynamic_shared_bytes, seed, arguments...), or with
+// simt::launch_cooperative one whose blocks wait for each other.
 #pragma once
 
 #include <cstring>
@@ -21,7 +22,17 @@ std::string name_of() {
 // from KernelError.
 template <auto kernel, class... Arguments>
 void launch(dim3 grid, dim3 block, size_t dynamic_shared_bytes, uint64_t seed, const Arguments&... arguments) {
-  launch(name_of<kernel>().c_str(), grid, block, dynamic_shared_bytes, seed, [&] { kernel(arguments...); });
+  launch(LaunchKind::plain, name_of<kernel>().c_str(), grid, block, dynamic_shared_bytes, seed,
+         [&] { kernel(arguments...); });
+}
+
+// All blocks at once, as cudaLaunchCooperativeKernel does it. The seed decides which block goes on: one until it waits
+// for others, or under every other pair of seeds (2 and 3 of 4) also any other one in between.
+template <auto kernel, class... Arguments>
+void launch_cooperative(dim3 grid, dim3 block, size_t dynamic_shared_bytes, uint64_t seed,
+                        const Arguments&... arguments) {
+  launch(LaunchKind::cooperative, name_of<kernel>().c_str(), grid, block, dynamic_shared_bytes, seed,
+         [&] { kernel(arguments...); });
 }
 
 }  // namespace simt

@@ -26,6 +26,9 @@ unsigned lane();
 // Waits for all threads of the block; returns for how many of them the predicate holds.
 int block_barrier(const char* intrinsic, bool predicate, Location where);
 
+// Waits for all threads of the grid.
+void grid_barrier(Location where = Location::current());
+
 // Waits for the lanes of the mask, and orders their accesses to shared memory.
 void warp_barrier(uint32_t mask, Location where);
 
@@ -49,7 +52,9 @@ T& static_shared(const void* identity, const char* name) {
   return *static_cast<T*>(static_shared(identity, name, sizeof(T), sizeof(std::remove_all_extents_t<T>)));
 }
 
-void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes, uint64_t seed,
+enum class LaunchKind { plain, cooperative };
+
+void launch(LaunchKind kind, const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes, uint64_t seed,
             const std::function<void()>& thread);
 
 }  // namespace simt
