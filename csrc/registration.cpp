@@ -12,4 +12,5 @@ STABLE_TORCH_LIBRARY(fewshot_ext, m) {
       "margin_softmax_backward(Tensor grad_loss, Tensor features, Tensor weight, Tensor target, "
       "Tensor row_statistics, float margin, float scale, float label_smoothing, int ignore_index, bool cosine, "
       "bool features_grad, bool weight_grad) -> (Tensor grad_features, Tensor grad_weight)");
+  m.def("scale_gradients_(Tensor(a!) first, Tensor(b!) second, Tensor factor) -> ()");
 }

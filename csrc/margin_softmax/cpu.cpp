@@ -1,14 +1,8 @@
-// Binding of the CPU kernels: tensors in, MarginSoftmaxProblem out, the version for this processor called.
+// Margin softmax on the CPU: the labels looked at, and the version for this processor called.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <cstdint>
-#include <tuple>
 
 #include "common/isa.h"
-#include "margin_softmax/problem.h"
+#include "margin_softmax/tensors.h"
 
 namespace fewshot_ext {
 
@@ -24,164 +18,37 @@ void margin_softmax(const MarginSoftmaxProblem& problem, bool backward);
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-void run(const MarginSoftmaxProblem& problem, bool backward) {
-#if defined(__x86_64__)
-  switch (cpu_capability()) {
-    case CpuCapability::avx512:
-      return avx512::margin_softmax(problem, backward);
-    case CpuCapability::avx2:
-      return avx2::margin_softmax(problem, backward);
-    case CpuCapability::baseline:
-      break;
-  }
-#endif
-  baseline::margin_softmax(problem, backward);
-}
-
-Dtype dtype_of(const Tensor& features) {
-  switch (features.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::float32;
-    case ScalarType::Double:
-      return Dtype::float64;
-    case ScalarType::BFloat16:
-      return Dtype::bfloat16;
-    case ScalarType::Half:
-      return Dtype::float16;
-    default:
-      STD_TORCH_CHECK(false, "features: expected float32, float64, bfloat16 or float16");
-  }
-}
-
-ScalarType accumulate_type(const Tensor& features) {
-  return features.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// Kernels read rows of neighbouring elements, whatever the distance between rows.
-Tensor with_dense_rows(const Tensor& matrix) {
-  return matrix.size(1) <= 1 || matrix.stride(1) == 1 ? matrix : torch::stable::contiguous(matrix);
-}
-
-// fewshot_ext/ops raises the errors that name arguments; these keep a direct call from reading foreign memory.
-void check(const Tensor& features, const Tensor& weight, const Tensor& target) {
-  STD_TORCH_CHECK(features.dim() == 2 && weight.dim() == 2 && target.dim() == 1,
-                  "expected features [N, D], weight [C, D], target [N]");
-  STD_TORCH_CHECK(features.size(1) == weight.size(1) && features.size(0) == target.size(0),
-                  "features, weight and target do not fit together");
-  STD_TORCH_CHECK(features.scalar_type() == weight.scalar_type(), "features and weight differ in dtype");
-  STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long, "target: expected int64");
-  STD_TORCH_CHECK(weight.size(0) >= 2 && weight.size(0) < (int64_t(1) << 31) && weight.size(1) >= 1,
-                  "weight: expected [C, D] with 2 <= C < 2^31 and D >= 1");
-}
-
-MarginSoftmaxProblem describe(const Tensor& features, const Tensor& weight, const Tensor& target, double margin,
-                              double scale, double label_smoothing, int64_t ignore_index, bool cosine) {
-  MarginSoftmaxProblem problem;
-  problem.samples = features.size(0);
-  problem.classes = weight.size(0);
-  problem.dimensions = features.size(1);
-  problem.dtype = dtype_of(features);
-  problem.features = features.const_data_ptr();
-  problem.features_stride = features.stride(0);
-  problem.weight = weight.const_data_ptr();
-  problem.weight_stride = weight.stride(0);
-  problem.target = static_cast<const int64_t*>(target.const_data_ptr());
-  problem.margin = margin;
-  problem.scale = scale;
-  problem.label_smoothing = label_smoothing;
-  problem.ignore_index = ignore_index;
-  problem.cosine = cosine;
+void check_labels(const MarginSoftmaxProblem& problem) {
   for (int64_t i = 0; i < problem.samples; ++i) {
     const int64_t label = problem.target[i];
-    STD_TORCH_CHECK(label == ignore_index || (label >= 0 && label < problem.classes), "target: label ", label,
+    STD_TORCH_CHECK(label == problem.ignore_index || (label >= 0 && label < problem.classes), "target: label ", label,
                     " at index ", i, " is outside [0, ", problem.classes, ")");
   }
-  return problem;
 }
 
-// A gradient of `like`'s shape, zero where there is no sample to give one; an empty tensor where nobody asked.
-Tensor gradient(const Tensor& like, bool wanted, bool zero) {
-  if (!wanted) return torch::stable::new_empty(like, {0});
-  const int64_t shape[] = {like.size(0), like.size(1)};
-  return zero ? torch::stable::new_zeros(like, shape) : torch::stable::new_empty(like, shape);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> margin_softmax(Tensor features, Tensor weight, Tensor target,
-                                                                  double margin, double scale, double label_smoothing,
-                                                                  int64_t ignore_index, bool cosine, int64_t reduction,
-                                                                  bool features_grad, bool weight_grad,
-                                                                  bool return_prediction) {
-  check(features, weight, target);
-  features = with_dense_rows(features);
-  weight = with_dense_rows(weight);
-  target = torch::stable::contiguous(target);
-  MarginSoftmaxProblem problem =
-      describe(features, weight, target, margin, scale, label_smoothing, ignore_index, cosine);
-  STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "reduction: expected 0, 1 or 2, got ", reduction);
-  problem.reduction = static_cast<Reduction>(reduction);
-  const bool none = problem.reduction == Reduction::none;
-  STD_TORCH_CHECK(!none || (!features_grad && !weight_grad),
-                  "gradients come with the forward pass only where the loss is a scalar");
-
-  const ScalarType accumulate = accumulate_type(features);
-  const int64_t samples = problem.samples;
-  const bool empty = samples == 0;
-  Tensor loss = none ? torch::stable::new_empty(features, {samples}, accumulate)
-                     : torch::stable::new_zeros(features, {}, accumulate);
-  Tensor prediction = torch::stable::new_empty(features, {return_prediction ? samples : 0}, ScalarType::Long);
-  Tensor statistics = torch::stable::new_empty(features, {2, samples}, accumulate);
-  Tensor grad_features = gradient(features, features_grad, empty);
-  Tensor grad_weight = gradient(weight, weight_grad, empty);
-  if (!empty) {
-    problem.loss = loss.mutable_data_ptr();
-    problem.row_statistics = statistics.mutable_data_ptr();
-    if (return_prediction) problem.prediction = static_cast<int64_t*>(prediction.mutable_data_ptr());
-    if (features_grad) problem.grad_features = grad_features.mutable_data_ptr();
-    if (weight_grad) problem.grad_weight = grad_weight.mutable_data_ptr();
-    run(problem, false);
+struct CpuKernels {
+  static void run(const MarginSoftmaxProblem& problem, const torch::stable::Tensor&) {
+    check_labels(problem);
+    const bool backward = problem.grad_loss != nullptr;
+#if defined(__x86_64__)
+    switch (cpu_capability()) {
+      case CpuCapability::avx512:
+        return avx512::margin_softmax(problem, backward);
+      case CpuCapability::avx2:
+        return avx2::margin_softmax(problem, backward);
+      case CpuCapability::baseline:
+        break;
+    }
+#endif
+    baseline::margin_softmax(problem, backward);
   }
-  return {loss, prediction, statistics, grad_features, grad_weight};
-}
-
-std::tuple<Tensor, Tensor> margin_softmax_backward(Tensor grad_loss, Tensor features, Tensor weight, Tensor target,
-                                                   Tensor row_statistics, double margin, double scale,
-                                                   double label_smoothing, int64_t ignore_index, bool cosine,
-                                                   bool features_grad, bool weight_grad) {
-  check(features, weight, target);
-  const ScalarType accumulate = accumulate_type(features);
-  STD_TORCH_CHECK(
-      grad_loss.dim() == 1 && grad_loss.size(0) == features.size(0) && grad_loss.scalar_type() == accumulate,
-      "grad_loss: expected [N] in the accumulation dtype");
-  STD_TORCH_CHECK(row_statistics.dim() == 2 && row_statistics.size(0) == 2 &&
-                      row_statistics.size(1) == features.size(0) && row_statistics.scalar_type() == accumulate,
-                  "row_statistics: expected [2, N] as the forward pass returned it");
-  features = with_dense_rows(features);
-  weight = with_dense_rows(weight);
-  target = torch::stable::contiguous(target);
-  grad_loss = torch::stable::contiguous(grad_loss);
-  row_statistics = torch::stable::contiguous(row_statistics);
-  MarginSoftmaxProblem problem =
-      describe(features, weight, target, margin, scale, label_smoothing, ignore_index, cosine);
-  const bool empty = problem.samples == 0;
-  Tensor grad_features = gradient(features, features_grad, empty);
-  Tensor grad_weight = gradient(weight, weight_grad, empty);
-  if (!empty) {
-    problem.grad_loss = grad_loss.const_data_ptr();
-    problem.row_statistics = row_statistics.mutable_data_ptr();
-    if (features_grad) problem.grad_features = grad_features.mutable_data_ptr();
-    if (weight_grad) problem.grad_weight = grad_weight.mutable_data_ptr();
-    run(problem, true);
-  }
-  return {grad_features, grad_weight};
-}
+};
 
 }  // namespace
 }  // namespace fewshot_ext
 
 STABLE_TORCH_LIBRARY_IMPL(fewshot_ext, CPU, m) {
-  m.impl("margin_softmax", TORCH_BOX(&fewshot_ext::margin_softmax));
-  m.impl("margin_softmax_backward", TORCH_BOX(&fewshot_ext::margin_softmax_backward));
+  using namespace fewshot_ext;
+  m.impl("margin_softmax", TORCH_BOX(&margin_softmax_tensors::forward<CpuKernels>));
+  m.impl("margin_softmax_backward", TORCH_BOX(&margin_softmax_tensors::backward<CpuKernels>));
 }

@@ -13,6 +13,7 @@
 #include "common/memory.h"
 #include "common/parallel.h"
 #include "margin_softmax/problem.h"
+#include "margin_softmax/row_math.h"
 
 #if defined(__x86_64__)
 #define FEWSHOT_EXT_ISA avx2

@@ -13,6 +13,7 @@
 #include "common/memory.h"
 #include "common/parallel.h"
 #include "margin_softmax/problem.h"
+#include "margin_softmax/row_math.h"
 
 #define FEWSHOT_EXT_ISA baseline
 #define FEWSHOT_EXT_VECTOR_BYTES 16

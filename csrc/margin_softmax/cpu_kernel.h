@@ -47,7 +47,6 @@ class MarginSoftmax {
   static constexpr int width = panel_width<T>;
   static constexpr int pack = packed_rows<T>;
   // The eps of torch.nn.functional.normalize.
-  static constexpr double norm_floor = 1e-12;
 
  public:
   MarginSoftmax(const MarginSoftmaxProblem& problem, bool backward)
@@ -108,7 +107,8 @@ class MarginSoftmax {
     const T* statistics = static_cast<const T*>(problem_.row_statistics);
     const T* upstream = static_cast<const T*>(problem_.grad_loss);
     for (int64_t i = 0; i < samples_; ++i)
-      set_coefficients(i, statistics[samples_ + i], Gap(double(statistics[i]) - statistics[samples_ + i]), upstream[i]);
+      set_coefficients(i, statistics[samples_ + i], Gap<double>(double(statistics[i]) - statistics[samples_ + i]),
+                       upstream[i]);
     gradients();
   }
 
@@ -286,13 +286,11 @@ class MarginSoftmax {
       if (problem_.prediction) problem_.prediction[i] = std::max<Int>(joined.best_class, 0);
       const double others = joined.log_sum_exp();
       const double target = joined.target_logit - problem_.scale * problem_.margin;
-      const Gap gap(others - target);
+      const Gap<double> gap(others - target);
       double row = 0;
       if (!ignored(i)) {
-        row = gap.loss;
-        if (problem_.label_smoothing != 0)
-          row += problem_.label_smoothing *
-                 (target - (joined.sum_logits - problem_.scale * problem_.margin) / double(classes_));
+        const double mean_logit = (joined.sum_logits - problem_.scale * problem_.margin) / double(classes_);
+        row = row_loss(gap, target, mean_logit, problem_.label_smoothing);
       }
       total += row;
       statistics[i] = T(others);
@@ -306,8 +304,10 @@ class MarginSoftmax {
     if (problem_.reduction != Reduction::none) *loss = T(mean ? total / double(counted) : total);
   }
 
-  void set_coefficients(int64_t i, double target, const Gap& gap, double upstream) {
-    if (!ignored(i)) coefficients_.set(i, target, gap, upstream * problem_.scale, problem_.label_smoothing, classes_);
+  void set_coefficients(int64_t i, double target, const Gap<double>& gap, double upstream) {
+    if (ignored(i)) return;
+    coefficients_.set(i, GradientCoefficients<double>::of(gap, target, upstream * problem_.scale,
+                                                          problem_.label_smoothing, classes_));
   }
 
   void gradients() {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/tile_gemm.h"
+#include "margin_softmax/row_math.h"
 
 namespace fewshot_ext::FEWSHOT_EXT_ISA {
 
@@ -93,18 +94,7 @@ struct JoinedRow {
   double log_sum_exp() const { return max + std::log(sum_exp); }
 };
 
-// How far the other classes' log-sum-exp lies above the target's logit, and what follows from it.
-struct Gap {
-  double loss;        // softplus(gap) = -log p_iy
-  double off_target;  // sigmoid(gap) = 1 - p_iy
-  explicit Gap(double gap) {
-    const double tail = std::exp(-std::abs(gap));
-    loss = std::max(gap, 0.0) + std::log1p(tail);
-    off_target = (gap > 0 ? 1.0 : tail) / (1 + tail);
-  }
-};
-
-// dL/dl_ij = g (p_ij - [j = y] (1 - eps) - eps / C), times the scale, in terms of each row: [padded N] each.
+// GradientCoefficients of every row, [padded N] each.
 template <class T>
 struct RowCoefficients {
   using Int = typename Simd<T>::Int;
@@ -119,13 +109,11 @@ struct RowCoefficients {
     for (T* row : {probability, uniform, at_target}) std::fill(row, row + padded, T(0));
   }
 
-  // g is the row's upstream gradient times the scale. The target's entry is formed from the sigmoid itself: p_iy - 1
-  // would cancel where the margin leaves a tiny loss.
-  void set(int64_t i, double target_logit, const Gap& gap, double g, double smoothing, int64_t classes) const {
-    log_sum[i] = T(target_logit + gap.loss);
-    probability[i] = T(g);
-    uniform[i] = T(g * smoothing / double(classes));
-    at_target[i] = T(g * (smoothing - smoothing / double(classes) - gap.off_target));
+  void set(int64_t i, const GradientCoefficients<double>& of) const {
+    log_sum[i] = T(of.log_sum);
+    probability[i] = T(of.probability);
+    uniform[i] = T(of.uniform);
+    at_target[i] = T(of.at_target);
   }
 
   // Logits [classes][width] of a vector of samples, or products that become logits by factor and inverse_w, -> G =

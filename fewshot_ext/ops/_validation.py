@@ -12,13 +12,12 @@ FLOATING_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _FLOATING_NAMES = "float32, float64, bfloat16 or float16"
 
 
-def has_values(tensor: Tensor) -> bool:
-    """Whether the host may look at the tensor's values: not while tracing, not under vmap, not on another device."""
+def is_traced(tensor: Tensor) -> bool:
+    """Whether the tensor stands for others: while compiling or exporting, under vmap, as another type."""
     return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        type(tensor) not in (Tensor, torch.nn.Parameter)
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
     )
 
 
@@ -83,7 +82,7 @@ def check_flag(name: str, value: object) -> None:
 
 def check_labels(name: str, value: Tensor, classes: int, ignore_index: int) -> None:
     """Every label in [0, classes) or equal to ``ignore_index``; looks only where the host may look at values."""
-    if value.numel() == 0 or not has_values(value):
+    if value.numel() == 0 or value.device.type != "cpu" or is_traced(value):
         return
     lowest, highest = torch.aminmax(value)
     if lowest.item() >= 0 and highest.item() < classes:

@@ -18,8 +18,8 @@ from fewshot_ext.ops._validation import (
     check_labels,
     check_number,
     check_tensor,
-    has_values,
 )
+from fewshot_ext.ops.scale_gradients import scaled
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # the codes of csrc/margin_softmax/problem.h
 
@@ -108,7 +108,7 @@ def _backward(ctx, grad_loss, *unused_grads):
     # to autograd and would give silent zeros there; the backward operator refuses by name.
     if ctx.has_gradients and not torch.is_grad_enabled():
         wanted = (grad_features if needs_features else None, grad_weight if needs_weight else None)
-        return *_scaled(wanted, grad_loss), *no_grads
+        return *scaled(*wanted, grad_loss), *no_grads
     if ctx.reduction == REDUCTIONS["mean"]:
         ignore_index = ctx.settings[3]
         grad_loss = grad_loss / (target != ignore_index).sum()
@@ -123,18 +123,6 @@ def _backward(ctx, grad_loss, *unused_grads):
         needs_weight,
     )
     return grad_features if needs_features else None, grad_weight if needs_weight else None, *no_grads
-
-
-def _scaled(gradients: tuple[Tensor | None, ...], factor: Tensor) -> tuple[Tensor | None, ...]:
-    """``factor`` times each gradient, in the gradient's own memory where this backward pass is its last reader.
-
-    With 100,000 classes the gradient of the weight is as large as all else together: a copy would cost a tenth of the
-    whole call.
-    """
-    if has_values(factor) and not torch._C._autograd._get_current_graph_task_keep_graph():
-        value = factor.item()
-        return tuple(grad if grad is None or value == 1.0 else grad.mul_(value) for grad in gradients)
-    return tuple(None if grad is None else grad * factor for grad in gradients)
 
 
 def _one_by_one(op):

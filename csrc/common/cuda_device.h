@@ -1,0 +1,122 @@
+// The GPU of a call: its current stream, memory from torch's allocator, and matrix products by torch. Nothing here
+// waits for the GPU, and all of it can be captured into a CUDA graph.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "common/half.h"
+#include "common/matrix.h"
+
+namespace fewshot_ext {
+
+class CudaDevice {
+ public:
+  using Tensor = torch::stable::Tensor;
+
+  // The device of `like`, for as long as this lives.
+  explicit CudaDevice(const Tensor& like) : like_(like), index_(like.get_device_index()), guard_(index_) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  template <auto kernel, class... Arguments>
+  void launch(dim3 grid, dim3 block, const Arguments&... arguments) {
+    start(kernel, {grid, block, 0, stream_, nullptr, 0}, arguments...);
+  }
+
+  // All blocks at once, so that they can wait for each other: `most_blocks`, or as many as the GPU holds.
+  template <auto kernel, class... Arguments>
+  void launch_cooperative(int64_t most_blocks, int threads, const Arguments&... arguments) {
+    const auto blocks = static_cast<unsigned>(std::min<int64_t>(most_blocks, resident_blocks<kernel>(threads)));
+    cudaLaunchAttribute cooperative{};
+    cooperative.id = cudaLaunchAttributeCooperative;
+    cooperative.val.cooperative = 1;
+    start(kernel, {blocks, static_cast<unsigned>(threads), 0, stream_, &cooperative, 1}, arguments...);
+  }
+
+  // Kept until the call ends; torch's allocator then hands it out again in the order of the stream.
+  std::byte* allocate(int64_t bytes) {
+    memory_.push_back(torch::stable::new_empty(like_, {bytes}, torch::headeronly::ScalarType::Byte));
+    return static_cast<std::byte*>(memory_.back().mutable_data_ptr());
+  }
+
+  // out = a b, by cuBLAS: in TF32 where torch is told so, summed in float32 for half types.
+  template <class Out, class Element>
+  void multiply(const Matrix<Out>& out, const Matrix<const Element>& a, const Matrix<const Element>& b) {
+    using torch::stable::detail::from;
+    if constexpr (std::is_same_v<Out, Element>) {
+      std::array<StableIValue, 3> stack{from(tensor(a)), from(tensor(b)), from(tensor(out))};
+      call("aten::mm", "out", stack.data());
+    } else {
+      std::array<StableIValue, 4> stack{from(tensor(a)), from(tensor(b)), from(scalar_type<Out>()), from(tensor(out))};
+      call("aten::mm", "dtype_out", stack.data());
+    }
+  }
+
+ private:
+  template <class... Parameters>
+  static void start(void (*kernel)(Parameters...), const cudaLaunchConfig_t& config,
+                    std::type_identity_t<Parameters>... arguments) {
+    void* pointers[] = {&arguments...};
+    STD_CUDA_CHECK(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers));
+  }
+
+  template <auto kernel>
+  int resident_blocks(int threads) const {
+    // Asking takes microseconds, as long as a small call.
+    static std::array<std::atomic<int>, 64> known{};
+    std::atomic<int>* remembered = index_ < static_cast<int>(known.size()) ? &known[index_] : nullptr;
+    if (remembered != nullptr && remembered->load(std::memory_order_relaxed) > 0) return remembered->load();
+    int of_one = 0, processors = 0;
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_one, kernel, threads, 0));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index_));
+    const int blocks = of_one * processors;
+    if (remembered != nullptr) remembered->store(blocks, std::memory_order_relaxed);
+    return blocks;
+  }
+
+  template <class Element>
+  static constexpr torch::headeronly::ScalarType scalar_type() {
+    using torch::headeronly::ScalarType;
+    if constexpr (std::is_same_v<Element, double>) return ScalarType::Double;
+    if constexpr (std::is_same_v<Element, BFloat16>) return ScalarType::BFloat16;
+    if constexpr (std::is_same_v<Element, Float16>) return ScalarType::Half;
+    return ScalarType::Float;
+  }
+
+  template <class Element>
+  Tensor tensor(const Matrix<Element>& matrix) const {
+    const int64_t sizes[] = {matrix.rows, matrix.columns}, strides[] = {matrix.row_stride, matrix.column_stride};
+    using Plain = std::remove_const_t<Element>;
+    return torch::stable::from_blob(const_cast<Plain*>(matrix.data), sizes, strides, like_.device(),
+                                    scalar_type<Plain>());
+  }
+
+  static void call(const char* name, const char* overload, StableIValue* stack) {
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION));
+    torch::stable::detail::to<Tensor>(stack[0]);  // owns the result, another handle of `out`
+  }
+
+  Tensor like_;
+  int32_t index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+  std::vector<Tensor> memory_;
+};
+
+}  // namespace fewshot_ext

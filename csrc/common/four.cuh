@@ -1,0 +1,61 @@
+// Four neighbouring elements at a time: 16-byte accesses for float, 8-byte ones for half types.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "common/device.h"
+#include "common/half.h"
+
+namespace fewshot_ext {
+
+// What a dtype is computed in on a GPU: double for double, float for the rest.
+template <class Storage>
+using Accumulate = std::conditional_t<std::is_same_v<Storage, double>, double, float>;
+
+template <class T>
+struct alignas(4 * sizeof(T)) Four {
+  T at[4];
+};
+
+// Whether rows of `columns` elements, `stride` apart, can be read and written in fours throughout.
+template <class T>
+bool in_fours(const void* rows, int64_t stride, int64_t columns) {
+  return reinterpret_cast<uintptr_t>(rows) % alignof(Four<T>) == 0 && stride % 4 == 0 && columns % 4 == 0;
+}
+
+// Elements 0..3 of which the first `count` exist; zero for the others. In fours, either all exist or none.
+template <class Storage, class T = Accumulate<Storage>>
+__device__ __forceinline__ Four<T> load_four(const Storage* from, int64_t count, bool fours) {
+  Four<T> values{};
+  if (fours) {
+    if (count > 0) {
+      const Four<Storage> read = *reinterpret_cast<const Four<Storage>*>(from);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) values.at[i] = to_accumulate(read.at[i]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (i < count) values.at[i] = to_accumulate(from[i]);
+  }
+  return values;
+}
+
+template <class Storage, class T>
+__device__ __forceinline__ void store_four(Storage* to, const Four<T>& values, int64_t count, bool fours) {
+  if (fours) {
+    if (count > 0) {
+      Four<Storage> written;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) written.at[i] = from_accumulate<Storage>(values.at[i]);
+      *reinterpret_cast<Four<Storage>*>(to) = written;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (i < count) to[i] = from_accumulate<Storage>(values.at[i]);
+  }
+}
+
+}  // namespace fewshot_ext

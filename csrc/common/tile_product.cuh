@@ -1,0 +1,124 @@
+// Products of 32 x 32 tiles by one block, in plain fused multiply-adds: for matrices too small to fill a GPU, where the
+// time goes into latency and every launch counts. The factors come from functors, so that they can be formed on the
+// way.
+#pragma once
+
+#include "common/device.h"
+#include "common/four.cuh"
+
+namespace fewshot_ext {
+
+// The block's 256 threads form four groups. Each takes a quarter of every slab of the inner dimension and computes all
+// of the tile, 4 x 4 results a thread; the quarters are added up at the end. With one tile a multiprocessor this keeps
+// four times as many warps busy as a thread for each 4 x 4 results would.
+struct TileProduct {
+  static constexpr int tile = 32, slab = 32, threads = 256;
+  static constexpr int groups = 4, group_threads = threads / groups;
+
+  template <class T>
+  struct Memory {
+    T at[2 * 2 * slab * tile];  // two stages of both factors; at the end the groups' sums
+  };
+
+  // A slab lies in shared memory with its inner dimension k outermost. Fours of columns are permuted within each row k,
+  // by which neither rows nor columns written in fours, nor reads of one k, meet in a bank.
+  __device__ static __forceinline__ int place(int k, int column) {
+    return k * tile + (((column / 4) ^ (k / 4)) % 8) * 4 + column % 4;
+  }
+
+  // The thread's place when it loads four elements of a factor, and in the result.
+  __device__ static __forceinline__ int line() { return threadIdx.x / 8; }
+  __device__ static __forceinline__ int first() { return threadIdx.x % 8 * 4; }
+
+  // sum over k < depth of a[m][k] b[k][n]; the thread gets row line() and columns first()..first() + 3.
+  //
+  // A loader is called once for each slab of 32 with its first k, by all threads together, and returns four elements,
+  // zeros beyond depth. With Loader::along_k they are those of column line() for k + first()...; otherwise those of
+  // k + line() for columns first()....
+  template <class T, class LoadA, class LoadB>
+  __device__ static Four<T> multiply(int depth, LoadA&& load_a, LoadB&& load_b, T* memory) {
+    const int group = threadIdx.x / group_threads, in_group = threadIdx.x % group_threads;
+    const int row = in_group % 8 * 4, column = in_group / 8 * 4;
+    T sum[4][4] = {};
+
+    Four<T> a = load_a(0), b = load_b(0);
+    put<LoadA>(memory, a);
+    put<LoadB>(memory + slab * tile, b);
+    __syncthreads();
+    int stage = 0;
+    for (int k = 0; k < depth; k += slab) {
+      const bool more = k + slab < depth;
+      if (more) {
+        a = load_a(k + slab);
+        b = load_b(k + slab);
+      }
+      const T* in_a = memory + stage * 2 * slab * tile;
+      const T* in_b = in_a + slab * tile;
+#pragma unroll
+      for (int i = 0; i < slab / groups; ++i) {
+        const int inner = group * (slab / groups) + i;
+        const Four<T> left = *reinterpret_cast<const Four<T>*>(in_a + place(inner, row));
+        const Four<T> right = *reinterpret_cast<const Four<T>*>(in_b + place(inner, column));
+#pragma unroll
+        for (int r = 0; r < 4; ++r)
+#pragma unroll
+          for (int c = 0; c < 4; ++c) sum[r][c] += left.at[r] * right.at[c];
+      }
+      stage ^= 1;
+      if (more) {
+        put<LoadA>(memory + stage * 2 * slab * tile, a);
+        put<LoadB>(memory + stage * 2 * slab * tile + slab * tile, b);
+      }
+      __syncthreads();
+    }
+
+#pragma unroll
+    for (int r = 0; r < 4; ++r)
+      *reinterpret_cast<Four<T>*>(memory + group * tile * tile + place(row + r, column)) =
+          Four<T>{{sum[r][0], sum[r][1], sum[r][2], sum[r][3]}};
+    __syncthreads();
+    Four<T> result{};
+#pragma unroll
+    for (int g = 0; g < groups; ++g) {
+      const Four<T> part = *reinterpret_cast<const Four<T>*>(memory + g * tile * tile + place(line(), first()));
+#pragma unroll
+      for (int c = 0; c < 4; ++c) result.at[c] += part.at[c];
+    }
+    __syncthreads();
+    return result;
+  }
+
+ private:
+  template <class Loader, class T>
+  __device__ static __forceinline__ void put(T* memory, const Four<T>& values) {
+    if constexpr (std::remove_reference_t<Loader>::along_k) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) memory[place(first() + i, line())] = values.at[i];
+    } else {
+      *reinterpret_cast<Four<T>*>(memory + place(line(), first())) = values;
+    }
+  }
+};
+
+// Loader of a factor that lies in global memory as rows of `columns` elements.
+template <class Storage, bool along>
+struct LoadMatrix {
+  static constexpr bool along_k = along;
+  using T = Accumulate<Storage>;
+
+  const Storage* matrix;  // [rows, columns], rows `stride` elements apart
+  int64_t stride;
+  int rows, columns;
+  int first_row, first_column;  // of the tile, in the dimension that is not k
+  bool fours;
+
+  // along_k: the tile's columns m or n are rows of the matrix. Otherwise the matrix has k as its rows.
+  __device__ __forceinline__ Four<T> operator()(int k) const {
+    const int row = (along ? first_row : k) + TileProduct::line();
+    const int column = (along ? k : first_column) + TileProduct::first();
+    const int count = row < rows ? columns - column : 0;
+    return load_four(matrix + row * stride + column, count, fours);
+  }
+};
+
+}  // namespace fewshot_ext

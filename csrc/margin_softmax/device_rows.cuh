@@ -1,0 +1,172 @@
+// What the CUDA kernels of margin softmax know about a row: what was found over its classes, and what follows for its
+// loss and gradient.
+#pragma once
+
+#include <limits>
+
+#include "common/four.cuh"
+#include "common/reduce.cuh"
+#include "margin_softmax/problem.h"
+#include "margin_softmax/row_math.h"
+
+namespace fewshot_ext {
+
+// Some of a row's logits, in the order of their classes. The target's takes no part in max and sum_exp.
+template <class T>
+struct PartOfRow {
+  // Finite, so that a difference of two maxima is never inf - inf.
+  static constexpr T lowest = std::numeric_limits<T>::lowest() / 4;
+  static constexpr T infinity = std::numeric_limits<T>::infinity();
+  static constexpr int no_class = std::numeric_limits<int>::max();
+
+  T max;
+  T sum_exp;  // of e^(logit - max)
+  T sum_logits;
+  T best;
+  int best_class;  // the first of those that tie
+
+  __device__ static PartOfRow empty() { return {lowest, T(0), T(0), -infinity, no_class}; }
+
+  // Logits of the classes from j on, of which the first `count` exist.
+  __device__ __forceinline__ void add(const Four<T>& logits, int64_t j, int64_t count, int64_t target) {
+    T top = max;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      if (c >= count) continue;
+      const T logit = logits.at[c];
+      sum_logits += logit;
+      if (logit > best) {
+        best = logit;
+        best_class = static_cast<int>(j + c);
+      }
+      if (j + c != target && logit > top) top = logit;
+    }
+    sum_exp *= std::exp(max - top);
+    max = top;
+#pragma unroll
+    for (int c = 0; c < 4; ++c)
+      if (c < count && j + c != target) sum_exp += std::exp(logits.at[c] - top);
+  }
+
+  __device__ __forceinline__ void add(const PartOfRow& other) {
+    sum_logits += other.sum_logits;
+    if (other.best > best || (other.best == best && other.best_class < best_class)) {
+      best = other.best;
+      best_class = other.best_class;
+    }
+    const T joined = other.max > max ? other.max : max;
+    sum_exp = sum_exp * std::exp(max - joined) + other.sum_exp * std::exp(other.max - joined);
+    max = joined;
+  }
+
+  // Adds up the parts of `width` neighbouring lanes. The first lane's result counts: where the compiler contracts to
+  // fused multiply-adds, those of the others may differ in the last bit.
+  template <int width>
+  __device__ __forceinline__ void add_lanes() {
+#pragma unroll
+    for (int distance = width / 2; distance > 0; distance /= 2) {
+      PartOfRow other;
+      other.max = __shfl_xor_sync(all_lanes, max, distance);
+      other.sum_exp = __shfl_xor_sync(all_lanes, sum_exp, distance);
+      other.sum_logits = __shfl_xor_sync(all_lanes, sum_logits, distance);
+      other.best = __shfl_xor_sync(all_lanes, best, distance);
+      other.best_class = __shfl_xor_sync(all_lanes, best_class, distance);
+      add(other);
+    }
+  }
+};
+
+enum class Label { counted, ignored, invalid };
+
+// Labels, settings and results of a call's rows.
+template <class T>
+struct Rows {
+  const int64_t* target;  // [N]
+  int64_t ignore_index;
+  int64_t samples, classes;
+  T margin, scale, smoothing;
+  Reduction reduction;
+  T* statistics;        // [2, N]
+  const T* upstream;    // [N]; null in the forward pass
+  T* loss;              // [] or [N]
+  int64_t* prediction;  // [N] or null
+
+  static Rows of(const MarginSoftmaxProblem& problem) {
+    return {problem.target,
+            problem.ignore_index,
+            problem.samples,
+            problem.classes,
+            T(problem.margin),
+            T(problem.scale),
+            T(problem.label_smoothing),
+            problem.reduction,
+            static_cast<T*>(problem.row_statistics),
+            static_cast<const T*>(problem.grad_loss),
+            static_cast<T*>(problem.loss),
+            problem.prediction};
+  }
+
+  __device__ __forceinline__ Label label(int64_t i) const {
+    const int64_t label = target[i];
+    if (label == ignore_index) return Label::ignored;
+    return label >= 0 && label < classes ? Label::counted : Label::invalid;
+  }
+
+  // -1 unless the row counts.
+  __device__ __forceinline__ int target_class(int64_t i) const {
+    return label(i) == Label::counted ? static_cast<int>(target[i]) : -1;
+  }
+
+  // How many rows the mean is over. Every thread of the block of `threads` has to call it.
+  template <int threads>
+  __device__ int64_t count() const {
+    long long counted = 0;
+    for (int64_t i = threadIdx.x; i < samples; i += threads) counted += target[i] != ignore_index;
+    return block_sum<threads>(counted);
+  }
+
+  // Writes the row's statistics, prediction and, without a reduction, loss; returns the loss. A label out of range has
+  // a loss that is not a number: no kernel can raise an error without making the host wait.
+  __device__ T finish(int64_t i, const PartOfRow<T>& row, T target_logit) const {
+    const Label kind = label(i);
+    T others = row.max + std::log(row.sum_exp);
+    T at_target = target_logit - scale * margin;
+    if (kind == Label::invalid) others = at_target = PartOfRow<T>::infinity - PartOfRow<T>::infinity;
+    statistics[i] = others;
+    statistics[samples + i] = at_target;
+    if (prediction != nullptr) prediction[i] = row.best_class == PartOfRow<T>::no_class ? 0 : row.best_class;
+    const T mean_logit = (row.sum_logits - scale * margin) / T(classes);
+    const T value =
+        kind == Label::ignored ? T(0) : row_loss(Gap<T>(others - at_target), at_target, mean_logit, smoothing);
+    if (reduction == Reduction::none) loss[i] = value;
+    return value;
+  }
+
+  // What the row's gradient is made of; `others` and `at_target` as in the statistics, `weight` the derivative of the
+  // result by the row's loss.
+  __device__ GradientCoefficients<T> coefficients(int64_t i, T others, T at_target, T weight) const {
+    if (label(i) == Label::ignored) return GradientCoefficients<T>::none(-4 * PartOfRow<T>::lowest);
+    return GradientCoefficients<T>::of(Gap<T>(others - at_target), at_target, weight * scale, smoothing, classes);
+  }
+};
+
+// dL/dl_ij.
+template <class T>
+__device__ __forceinline__ T gradient_entry(const GradientCoefficients<T>& row, T logit, bool is_target) {
+  return is_target ? row.at_target : row.probability * std::exp(logit - row.log_sum) - row.uniform;
+}
+
+// 1 / |x|, as torch.nn.functional.normalize has it, from |x|^2.
+template <class T>
+__device__ __forceinline__ T inverse_norm(T squares) {
+  const T norm = std::sqrt(squares);
+  return T(1) / (norm > T(norm_floor) ? norm : T(norm_floor));
+}
+
+// dL/dx = raw - projection * (dL/ds . s) x, where raw treats |x| as a constant. Below the floor of the norm it is one.
+template <class T>
+__device__ __forceinline__ T projection(T inverse) {
+  return inverse < T(1 / norm_floor) ? inverse * inverse : T(0);
+}
+
+}  // namespace fewshot_ext
