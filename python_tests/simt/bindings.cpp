@@ -66,6 +66,33 @@ Array<int> bind_warp_intrinsics(const Array<int>& x, uint64_t seed) {
   return y;
 }
 
+Array<double> bind_math_functions(const Array<float>& x, uint64_t seed) {
+  Array<double> y({20, 32});
+  simt::launch<math_functions>(1, 32, 0, seed, x.data(), y.mutable_data());
+  return y;
+}
+
+template <class T>
+Array<T> bind_warp_intrinsics_of(const Array<T>& x, uint64_t seed) {
+  Array<T> y({4, 32});
+  simt::launch<warp_intrinsics_of<T>>(1, 32, 0, seed, x.data(), y.mutable_data());
+  return y;
+}
+
+Array<float> bind_vectors(const Array<float>& x, uint64_t seed) {
+  Array<float> y(x.shape(0));
+  simt::launch<vectors>(1, static_cast<unsigned>(x.shape(0) / 4), 0, seed, reinterpret_cast<const float4*>(x.data()),
+                        reinterpret_cast<float4*>(y.mutable_data()));
+  return y;
+}
+
+Array<unsigned> bind_counters(int threads, uint64_t seed) {
+  Array<unsigned> counts(4);
+  std::fill_n(counts.mutable_data(), 4, 0);
+  simt::launch<counters>(2, threads, 0, seed, counts.mutable_data());
+  return counts;
+}
+
 Array<unsigned char> bind_swap_bytes(const Array<unsigned char>& x, uint64_t seed) {
   Array<unsigned char> y(x.shape(0));
   simt::launch<swap_bytes>(1, static_cast<unsigned>(x.shape(0)), 0, seed, x.data(), y.mutable_data());
@@ -186,6 +213,14 @@ PYBIND11_MODULE(simt_kernels, module) {
   module.def("matmul", &bind_matmul);
   module.def("warp_intrinsics", &bind_warp_intrinsics);
   module.def("swap_bytes", &bind_swap_bytes);
+  module.def("math_functions", &bind_math_functions);
+  module.def("warp_intrinsics_float", &bind_warp_intrinsics_of<float>);
+  module.def("warp_intrinsics_double", &bind_warp_intrinsics_of<double>);
+  module.def("warp_intrinsics_int", &bind_warp_intrinsics_of<int>);
+  module.def("warp_intrinsics_long", &bind_warp_intrinsics_of<long>);
+  module.def("warp_intrinsics_long_long", &bind_warp_intrinsics_of<long long>);
+  module.def("vectors", &bind_vectors);
+  module.def("counters", &bind_counters);
   module.def("arrivals", &bind_arrivals, py::arg("blocks"), py::arg("threads"), py::arg("seed"),
              py::arg("cooperative") = false);
   module.def("barriers", &bind_barriers);
@@ -223,6 +258,7 @@ PYBIND11_MODULE(simt_kernels, module) {
   bind_faulty<keep_between_blocks>(module, "keep_between_blocks");
   bind_faulty<wait_for_nobody>(module, "wait_for_nobody");
   bind_faulty<give_up>(module, "give_up");
+  bind_faulty<break_an_assertion>(module, "break_an_assertion");
   bind_faulty<declare_too_much>(module, "declare_too_much");
   bind_faulty<write_past_global_memory>(module, "write_past_global_memory");
 

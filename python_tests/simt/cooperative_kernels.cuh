@@ -1,4 +1,4 @@
-// Kernels whose blocks wait for each other, right ones and such with one fault each.
+// Kernels for cooperative launches: right ones, and such with one fault each, which the emulator has to find.
 #pragma once
 
 #include <cstdint>
@@ -50,13 +50,13 @@ __global__ void keep_shared_memory(const float* __restrict__ x,  // [blocks * th
 // A barrier by hand.
 __global__ void wait_for_all_blocks(int* arrived,  // []
                                     int* seen) {   // [blocks]
-  __syncthreads();
   if (threadIdx.x == 0) {
     atomicAdd(arrived, 1);
     while (atomicAdd(arrived, 0) < static_cast<int>(gridDim.x)) {
     }
-    seen[blockIdx.x] = *arrived;
   }
+  __syncthreads();
+  if (threadIdx.x == 0) seen[blockIdx.x] = atomicAdd(arrived, 0);
 }
 
 // Which block comes when, between one barrier and the next.

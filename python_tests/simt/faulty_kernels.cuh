@@ -1,6 +1,8 @@
 // Kernels with one fault each, which the emulator has to find. x and y are [threads] to all of them.
 #pragma once
 
+#include <cassert>
+
 #include "common/device.h"
 
 namespace fewshot_ext {
@@ -148,6 +150,11 @@ __global__ void wait_for_nobody(const float* x, float* y) {
 __global__ void give_up(const float* x, float* y) {
   y[threadIdx.x] = x[threadIdx.x];
   if (threadIdx.x == 3) __trap();
+}
+
+__global__ void break_an_assertion(const float* x, float* y) {
+  assert(x[threadIdx.x] == 1 && threadIdx.x != 5);
+  y[threadIdx.x] = x[threadIdx.x];
 }
 
 __global__ void declare_too_much(const float* x, float* y) {

@@ -143,6 +143,67 @@ __global__ void warp_intrinsics(const int* __restrict__ x,  // [64]
   put(__reduce_max_sync(all_lanes, mine));
 }
 
+// Shuffles of one type.
+template <class T>
+__global__ void warp_intrinsics_of(const T* __restrict__ x,  // [32]
+                                   T* __restrict__ y) {      // [4, 32]
+  const int i = threadIdx.x;
+  y[i] = __shfl_sync(all_lanes, x[i], 5);
+  y[32 + i] = __shfl_up_sync(all_lanes, x[i], 2);
+  y[64 + i] = __shfl_down_sync(all_lanes, x[i], 3);
+  y[96 + i] = __shfl_xor_sync(all_lanes, x[i], 1);
+}
+
+// What each function gives. Those of both types are overloads, as a template needs them.
+__global__ void math_functions(const float* __restrict__ x,  // [32]
+                               double* __restrict__ y) {     // [20, 32]
+  const int i = threadIdx.x;
+  const float a = __ldg(&x[i]);
+  const double b = static_cast<double>(a);
+  int row = 0;
+  const auto put = [&](double value) { y[32 * row++ + i] = value; };
+  const auto both = [&](auto same, auto value) {
+    static_assert(std::is_same_v<decltype(same), decltype(value)>);
+    put(static_cast<double>(value));
+  };
+  both(a, exp(a));
+  both(b, exp(b));
+  both(a, log1p(a));
+  both(b, log1p(b));
+  both(a, fma(a, a, 1.0f));
+  both(b, fma(b, b, 1.0));
+  both(a, rsqrt(a));
+  both(b, rsqrt(b));
+  both(a, min(a, 1.0f));
+  both(b, max(b, 1.0f));
+  put(static_cast<double>(expf(a) + __expf(a)));
+  put(static_cast<double>(log1pf(a)));
+  put(static_cast<double>(fmaf(a, 2.0f, 1.0f)));
+  put(static_cast<double>(rsqrtf(a) * sqrtf(a)));
+  put(static_cast<double>(fmaxf(a, NAN)));
+  put(isnan(sqrtf(-1.0f - a)) && !isfinite(a + INFINITY) && isfinite(b) ? 1.0 : 0.0);
+  put(static_cast<double>(__uint_as_float(__float_as_uint(a) ^ 0x80000000u)));
+  put(static_cast<double>(__int_as_float(__float_as_int(a) & 0x7fffffff)));
+  both(0u, min(3u, 2));
+  both(0ULL, max(5ULL, 7LL));
+}
+
+// Four numbers in one word of memory, turned round.
+__global__ void vectors(const float4* __restrict__ x,  // [threads]
+                        float4* __restrict__ y) {      // [threads]
+  static_assert(alignof(float4) == 16 && sizeof(float3) == 12 && alignof(double2) == 16 && alignof(uint4) == 16);
+  const float4 in = __ldcg(&x[threadIdx.x]);
+  const float3 tail = make_float3(in.w, in.z, in.y);
+  __stcs(&y[threadIdx.x], make_float4(tail.x, tail.y, tail.z, in.x));
+}
+
+__global__ void counters(unsigned* counts) {  // [4]
+  atomicAdd(&counts[0], 1u);
+  atomicInc(&counts[1], 9);
+  atomicXor(&counts[2], threadIdx.x);
+  atomicMax(&counts[3], threadIdx.x);
+}
+
 // Neighbours in one word, lanes ordered in halves of a warp and in chains of them.
 __global__ void swap_bytes(const unsigned char* __restrict__ x,  // [threads]
                            unsigned char* __restrict__ y) {      // [threads]

@@ -90,6 +90,28 @@ class TestRightKernels:
             ]
             np.testing.assert_array_equal(result[:, warp], expected)
 
+    @pytest.mark.parametrize("name", ["float", "double", "int", "long", "long_long"])
+    def test_shuffles_of_every_type(self, kernels, seed, name):
+        dtype = {"float": np.float32, "double": np.float64, "int": np.int32}.get(name, np.int64)
+        # Wider than 32 bits where the type is.
+        x = (np.arange(32) * (2.0**40 + 1 if np.dtype(dtype).itemsize == 8 else 3)).astype(dtype)
+        lanes = np.arange(32)
+        sources = [
+            np.full(32, 5),
+            np.where(lanes < 2, lanes, lanes - 2),
+            np.where(lanes < 29, lanes + 3, lanes),
+            lanes ^ 1,
+        ]
+        result = getattr(kernels, f"warp_intrinsics_{name}")(x, seed)
+        np.testing.assert_array_equal(result, x[np.array(sources)])
+
+    def test_vector_types(self, kernels, rng, seed):
+        x = rng.standard_normal(4 * 40).astype(np.float32)
+        np.testing.assert_array_equal(kernels.vectors(x, seed).reshape(-1, 4), x.reshape(-1, 4)[:, ::-1])
+
+    def test_counters(self, kernels, seed):
+        np.testing.assert_array_equal(kernels.counters(57, seed), [114, 114 % 10, 0, 56])
+
     def test_synchronized_exchange_through_shared_memory(self, kernels, rng, seed):
         x = rng.standard_normal(96).astype(np.float32)
         np.testing.assert_array_equal(kernels.reverse(x, seed, blocks=3), x[::-1])
@@ -99,6 +121,37 @@ class TestRightKernels:
         x = rng.integers(0, 255, 64, dtype=np.uint8)
         expected = 1 + x.reshape(2, 32)[:, ::-1].reshape(-1)
         np.testing.assert_array_equal(kernels.swap_bytes(x, seed), expected)
+
+
+def test_math_functions(kernels, rng):
+    x = rng.uniform(0.1, 3, 32).astype(np.float32)
+    wide = x.astype(np.float64)
+
+    def in_both_types(function):
+        return [function(x), function(wide)]
+
+    one = np.float32(1)
+    expected = [
+        *in_both_types(np.exp),
+        *in_both_types(np.log1p),
+        *in_both_types(lambda x: x * x + 1),
+        *in_both_types(lambda x: 1 / np.sqrt(x)),
+        np.minimum(x, one),
+        np.maximum(wide, 1),
+        2 * np.exp(x),
+        np.log1p(x),
+        2 * x + one,
+        np.ones(32, np.float32),
+        x,
+        np.ones(32),
+        -x,
+        x,
+        np.full(32, 2),
+        np.full(32, 7),
+    ]
+    for row, (mine, theirs) in enumerate(zip(kernels.math_functions(x, 0), expected, strict=True)):
+        tolerance = 1e-6 if theirs.dtype == np.float32 else 1e-14
+        np.testing.assert_allclose(mine, theirs, rtol=tolerance, err_msg=f"row {row}")
 
 
 FAULTS = {
@@ -116,6 +169,10 @@ FAULTS = {
     "trust_active_mask": ("MissingLane", "its mask leaves out"),
     "wait_for_nobody": ("Deadlock", "no progress"),
     "give_up": ("Trap", r"thread \(3, 0, 0\): __trap at faulty_kernels.cuh"),
+    "break_an_assertion": (
+        "Trap",
+        r"thread \(5, 0, 0\): assert\(x\[threadIdx.x\] == 1 && threadIdx.x != 5\) at faulty_kernels.cuh:\d+",
+    ),
     "declare_too_much": ("LaunchError", "row takes the block past its limits"),
 }
 

@@ -67,7 +67,7 @@ void Block::start(Launch& launch, uint3 index, Fibers& fibers, size_t first_fibe
   }
   note_progress();
   ordering_.begin_block(alive_);
-  shared_.begin_block(launch.dynamic_shared_bytes);
+  shared_.begin_block(launch.dynamic_shared_bytes, launch.shared_limit);
   for (unsigned rank = 0; rank < alive_; ++rank) {
     Thread& thread = threads_[rank];
     thread.fiber = &fibers[first_fiber + rank];

@@ -44,6 +44,7 @@ struct Launch {
   bool skewed;       // some warps of a block run ahead
   bool interleaved;  // blocks take turns also before they have to
   Random random;
+  size_t shared_limit = SharedMemory::total_limit;  // of a block
   uint64_t idle_turns = 0;
 
   bool cooperative() const { return kind == LaunchKind::cooperative; }

@@ -29,36 +29,36 @@ uint3 unflatten(uint64_t i, dim3 shape) {
           static_cast<unsigned>(i / shape.x / shape.y)};
 }
 
-// Counting the shared memory asked for at launch; what the kernel declares shows when it runs.
-uint64_t most_resident_blocks(uint64_t threads, uint64_t dynamic_shared_bytes) {
-  const uint64_t whole_warps = (threads + warp_lanes - 1) / warp_lanes * warp_lanes;
-  return device::multiprocessors *
-         std::min({device::blocks, device::threads / whole_warps,
-                   device::shared_bytes / (device::reserved_shared_bytes + dynamic_shared_bytes)});
+[[noreturn]] void refuse(const Launch& launch, const std::string& what) {
+  throw LaunchError(std::string(launch.kernel) + ": " + what);
 }
 
-void check_launch(const Launch& launch) {
-  const auto refuse = [&](const std::string& what) { throw LaunchError(std::string(launch.kernel) + ": " + what); };
+void check_shape(const Launch& launch) {
   const dim3 grid = launch.grid;
   const uint64_t threads = volume(launch.block);
   if (threads == 0 || threads > 1024 || launch.block.z > 64)
-    refuse("a block has 1 to 1024 threads, at most 64 of them in z");
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) refuse("the grid is empty");
+    refuse(launch, "a block has 1 to 1024 threads, at most 64 of them in z");
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) refuse(launch, "the grid is empty");
   if (grid.x > 0x7fffffffu || grid.y > 0xffffu || grid.z > 0xffffu)
-    refuse("a grid has at most 2^31 - 1 blocks in x and 65535 in y and z");
-  if (launch.dynamic_shared_bytes > SharedMemory::total_limit) refuse("more than 227 KiB of dynamic shared memory");
-  if (Block::running() != nullptr) refuse("launched from a kernel");
-  if (!launch.cooperative()) return;
+    refuse(launch, "a grid has at most 2^31 - 1 blocks in x and 65535 in y and z");
+}
 
-  const uint64_t blocks = volume(grid);
-  const uint64_t resident = most_resident_blocks(threads, launch.dynamic_shared_bytes);
+void check_residency(const Launch& launch) {
+  const uint64_t blocks = volume(launch.grid), threads = volume(launch.block);
+  const uint64_t whole_warps = (threads + warp_lanes - 1) / warp_lanes * warp_lanes;
+  const uint64_t resident = device::multiprocessors * std::min(device::blocks, device::threads / whole_warps);
   if (blocks > resident)
-    refuse("a cooperative grid of " + std::to_string(blocks) + " blocks, but at most " + std::to_string(resident) +
-           " of " + std::to_string(threads) + " threads and " + std::to_string(launch.dynamic_shared_bytes) +
-           " bytes of dynamic shared memory are resident at once");
+    refuse(launch, "a cooperative grid of " + std::to_string(blocks) + " blocks, but at most " +
+                       std::to_string(resident) + " of " + std::to_string(threads) + " threads are resident at once");
   if (blocks * threads > most_live_threads)
-    refuse("a cooperative grid of " + std::to_string(blocks * threads) + " threads, but the emulator takes at most " +
-           std::to_string(most_live_threads));
+    refuse(launch, "a cooperative grid of " + std::to_string(blocks * threads) +
+                       " threads, but the emulator takes at most " + std::to_string(most_live_threads));
+}
+
+// What is left to each of the blocks that have to share a multiprocessor.
+size_t shared_limit_of_resident(uint64_t blocks) {
+  const uint64_t sharing = (blocks + device::multiprocessors - 1) / device::multiprocessors;
+  return device::shared_bytes / sharing - device::reserved_shared_bytes;
 }
 
 using Blocks = std::span<const std::unique_ptr<Block>>;
@@ -129,7 +129,15 @@ void launch(LaunchKind kind, const char* kernel, dim3 grid, dim3 block, size_t d
                    .skewed = seed % 2 != 0,
                    .interleaved = seed / 2 % 2 != 0,
                    .random = Random(seed)};
-  check_launch(launch);
+  if (Block::running() != nullptr) refuse(launch, "launched from a kernel");
+  check_shape(launch);
+  if (launch.cooperative()) {
+    check_residency(launch);
+    launch.shared_limit = shared_limit_of_resident(volume(grid));
+  }
+  if (dynamic_shared_bytes > launch.shared_limit)
+    refuse(launch, std::to_string(dynamic_shared_bytes) + " bytes of dynamic shared memory, but a block gets at most " +
+                       std::to_string(launch.shared_limit) + (launch.cooperative() ? " in so large a grid" : ""));
   grid_shape = grid;
   block_shape = block;
   if (launch.cooperative())

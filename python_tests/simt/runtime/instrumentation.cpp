@@ -2,7 +2,9 @@
 // functions below before each access to memory and for each index outside its array. So kernels use shared
 // memory through plain pointers, as CUDA does.
 
+#include <cstdio>
 #include <cstdlib>
+#include <string>
 
 #include "runtime/block.h"
 
@@ -47,6 +49,15 @@ extern "C" void __tsan_func_entry(void*) {}
 extern "C" void __tsan_func_exit() {}
 extern "C" void __tsan_vptr_update(void*, void*) {}
 extern "C" void __tsan_vptr_read(void*) {}
+
+// What assert calls. The one of the C library would end the process.
+extern "C" [[noreturn]] void __assert_fail(const char* condition, const char* file, unsigned line,
+                                           const char*) noexcept {
+  const std::string what = std::string("assert(") + condition + ") at " + simt::file_and_line(file, line);
+  if (simt::Block* block = simt::Block::running()) block->fail<simt::Trap>(what);
+  std::fprintf(stderr, "%s\n", what.c_str());
+  std::abort();
+}
 
 // std::atomic and reference counts of the host code in the same file.
 #define SIMT_ATOMIC(bits)                                                                                           \

@@ -33,9 +33,9 @@ void* static_shared(const void* identity, const char* name, size_t bytes, size_t
   Block& block = *Block::running();
   void* memory = block.shared().variable(identity, name, bytes, element_bytes);
   if (memory == nullptr)
-    block.fail<LaunchError>(std::string(name) +
-                            " takes the block past its limits of shared memory: 48 KiB declared "
-                            "statically, 227 KiB in all");
+    block.fail<LaunchError>(std::string(name) + " takes the block past its limits of shared memory: " +
+                            std::to_string(SharedMemory::static_limit) + " bytes declared statically, " +
+                            std::to_string(block.shared().limit()) + " in all");
   return memory;
 }
 

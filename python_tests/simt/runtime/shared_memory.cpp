@@ -34,12 +34,13 @@ std::byte* SharedSpace::open_slot(size_t slot) {
   return memory;
 }
 
-void SharedMemory::begin_block(size_t dynamic_bytes) {
+void SharedMemory::begin_block(size_t dynamic_bytes, size_t limit) {
   ASAN_POISON_MEMORY_REGION(usable_, SharedSpace::slot_bytes);
   variables_.clear();
   used_ = gap_bytes;
   static_bytes_ = 0;
   dynamic_bytes_ = dynamic_bytes;
+  limit_ = limit;
   place(nullptr, "dynamic shared memory", dynamic_bytes, 0);
 }
 
@@ -49,7 +50,7 @@ void* SharedMemory::variable(const void* identity, const char* name, size_t byte
   for (const Variable& known : variables_)
     if (known.identity == identity) return usable_ + known.begin;
   static_bytes_ += bytes;
-  if (static_bytes_ > static_limit || static_bytes_ + dynamic_bytes_ > total_limit) return nullptr;
+  if (static_bytes_ > static_limit || static_bytes_ + dynamic_bytes_ > limit_) return nullptr;
   return place(identity, name, bytes, element_bytes);
 }
 
@@ -57,7 +58,6 @@ void* SharedMemory::place(const void* identity, const char* name, size_t bytes, 
   const size_t begin = used_;
   variables_.push_back({identity, name, begin, bytes, element_bytes});
   used_ = (begin + bytes + 2 * gap_bytes - 1) / gap_bytes * gap_bytes;
-  if (history_.size() < used_) history_.resize(used_);
   ASAN_UNPOISON_MEMORY_REGION(usable_ + begin, bytes);
   std::memset(usable_ + begin, poison, bytes);
   return usable_ + begin;
@@ -100,6 +100,7 @@ std::optional<SharedMemory::Finding> SharedMemory::access(Kind kind, const void*
   const size_t begin = static_cast<size_t>(static_cast<const std::byte*>(address) - usable_);
   if (find(begin, bytes) == nullptr) return Finding{Fault::bounds, describe(kind, begin, bytes)};
 
+  if (history_.size() < begin + bytes) history_.resize(used_);
   const Access access = ordering.now(thread, kind == Kind::atomic);
   for (size_t i = begin; i < begin + bytes; ++i) {
     Byte& byte = history_[i];

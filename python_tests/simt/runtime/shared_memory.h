@@ -47,7 +47,8 @@ class SharedMemory {
   SharedMemory(const SharedMemory&) = delete;
   SharedMemory(SharedSpace& space, size_t slot) : space_(space.begin()), usable_(space.open_slot(slot)) {}
 
-  void begin_block(size_t dynamic_bytes);
+  void begin_block(size_t dynamic_bytes, size_t limit);
+  size_t limit() const { return limit_; }  // in all
   void* dynamic();
   // The same storage for each thread of the block; null where that exceeds the limit.
   void* variable(const void* identity, const char* name, size_t bytes, size_t element_bytes);
@@ -82,11 +83,12 @@ class SharedMemory {
 
   std::byte* space_;
   std::byte* usable_;
-  std::vector<Byte> history_;
+  std::vector<Byte> history_;  // as far as anyone has come
   std::vector<Variable> variables_;
   size_t used_ = 0;
   size_t static_bytes_ = 0;
   size_t dynamic_bytes_ = 0;
+  size_t limit_ = total_limit;
 };
 
 }  // namespace simt

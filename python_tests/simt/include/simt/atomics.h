@@ -59,6 +59,16 @@ T atomicOr(T* address, std::type_identity_t<T> value) {
   return simt::atomic_update(address, [=](T old) { return old | value; });
 }
 
+template <simt::one_of<int, unsigned, unsigned long long> T>
+T atomicXor(T* address, std::type_identity_t<T> value) {
+  return simt::atomic_update(address, [=](T old) { return old ^ value; });
+}
+
+template <simt::one_of<unsigned> T>
+T atomicInc(T* address, std::type_identity_t<T> last) {
+  return simt::atomic_update(address, [=](T old) { return old >= last ? 0 : old + 1; });
+}
+
 template <simt::one_of<int, unsigned, unsigned long long, float> T>
 T atomicExch(T* address, std::type_identity_t<T> value) {
   return simt::atomic_update(address, [=](T) { return value; });

@@ -2,7 +2,6 @@
 #pragma once
 
 // Before the macros below, whose names a standard header may use in its own way.
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -60,6 +59,10 @@ T __ldg(const T* address) {
 }
 template <class T>
 T __ldcg(const T* address) {
+  return *address;
+}
+template <class T>
+T __ldca(const T* address) {
   return *address;
 }
 template <class T>

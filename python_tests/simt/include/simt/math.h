@@ -1,14 +1,16 @@
 // Device math. The fast intrinsics are as accurate as the C library here; their error shows on a GPU alone.
 #pragma once
 
+// Not <cmath>, so that exp(float) outside of std is the overload for float, and isnan is there at all.
+#include <math.h>
+
 #include <bit>
-#include <cmath>
 #include <cstdint>
 
 namespace simt {
 
-inline float rsqrt_float(float x) { return 1.0f / std::sqrt(x); }
-inline double rsqrt_double(double x) { return 1.0 / std::sqrt(x); }
+inline float reciprocal_root(float x) { return 1.0f / std::sqrt(x); }
+inline double reciprocal_root(double x) { return 1.0 / std::sqrt(x); }
 inline float exp10_float(float x) { return std::pow(10.0f, x); }
 inline void sincos_float(float x, float* sine, float* cosine) {
   *sine = std::sin(x);
@@ -18,8 +20,8 @@ inline void sincos_float(float x, float* sine, float* cosine) {
 }  // namespace simt
 
 // Macros, because C libraries declare some of these names for themselves.
-#define rsqrtf(x) ::simt::rsqrt_float(x)
-#define rsqrt(x) ::simt::rsqrt_double(x)
+#define rsqrtf(x) ::simt::reciprocal_root(static_cast<float>(x))
+#define rsqrt(x) ::simt::reciprocal_root(x)
 #define __expf(x) ::expf(x)
 #define __exp10f(x) ::simt::exp10_float(x)
 #define __logf(x) ::logf(x)
@@ -61,21 +63,38 @@ inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 inline long long __double_as_longlong(double x) { return std::bit_cast<long long>(x); }
 inline double __longlong_as_double(long long x) { return std::bit_cast<double>(x); }
 
-#define SIMT_MIN_MAX(type)                                     \
-  constexpr type min(type a, type b) { return b < a ? b : a; } \
-  constexpr type max(type a, type b) { return a < b ? b : a; }
+// Signed integers become unsigned where they meet such.
+#define SIMT_MIN_MAX(result, first, second)                              \
+  constexpr result min(first a, second b) {                              \
+    const result x = static_cast<result>(a), y = static_cast<result>(b); \
+    return y < x ? y : x;                                                \
+  }                                                                      \
+  constexpr result max(first a, second b) {                              \
+    const result x = static_cast<result>(a), y = static_cast<result>(b); \
+    return x < y ? y : x;                                                \
+  }
 
-SIMT_MIN_MAX(int)
-SIMT_MIN_MAX(unsigned)
-SIMT_MIN_MAX(long)
-SIMT_MIN_MAX(unsigned long)
-SIMT_MIN_MAX(long long)
-SIMT_MIN_MAX(unsigned long long)
+#define SIMT_MIN_MAX_INTEGERS(type)                         \
+  SIMT_MIN_MAX(type, type, type)                            \
+  SIMT_MIN_MAX(unsigned type, unsigned type, unsigned type) \
+  SIMT_MIN_MAX(unsigned type, unsigned type, type)          \
+  SIMT_MIN_MAX(unsigned type, type, unsigned type)
 
+SIMT_MIN_MAX_INTEGERS(int)
+SIMT_MIN_MAX_INTEGERS(long)
+SIMT_MIN_MAX_INTEGERS(long long)
+
+#undef SIMT_MIN_MAX_INTEGERS
 #undef SIMT_MIN_MAX
 
 // A NaN loses against a number, as on a GPU.
-inline float min(float a, float b) { return std::fmin(a, b); }
-inline float max(float a, float b) { return std::fmax(a, b); }
-inline double min(double a, double b) { return std::fmin(a, b); }
-inline double max(double a, double b) { return std::fmax(a, b); }
+#define SIMT_MIN_MAX(result, first, second)                        \
+  inline result min(first a, second b) { return std::fmin(a, b); } \
+  inline result max(first a, second b) { return std::fmax(a, b); }
+
+SIMT_MIN_MAX(float, float, float)
+SIMT_MIN_MAX(double, double, double)
+SIMT_MIN_MAX(double, float, double)
+SIMT_MIN_MAX(double, double, float)
+
+#undef SIMT_MIN_MAX
