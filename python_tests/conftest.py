@@ -1,5 +1,7 @@
 """Test settings that hold everywhere."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -27,3 +29,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many tests ran the CUDA kernels, and on what: a green run without any would look the same."""
+    outcomes = {outcome: terminalreporter.getreports(outcome) for outcome in ("passed", "failed")}
+    for backend, meaning in (("simt", "CUDA kernels on the CPU, by the emulator"), ("cuda", "CUDA kernels on a GPU")):
+        named = re.compile(rf"test_{backend}\.py|\[.*\b{backend}\b")
+        counts = {
+            name: sum(bool(named.search(report.nodeid)) for report in reports) for name, reports in outcomes.items()
+        }
+        told = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+        terminalreporter.write_line(f"backend {backend} ({meaning}): {told or 'no test ran'}")

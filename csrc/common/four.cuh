@@ -16,6 +16,36 @@ using Accumulate = std::conditional_t<std::is_same_v<Storage, double>, double, f
 template <class T>
 struct alignas(4 * sizeof(T)) Four {
   T at[4];
+
+  using Wide = std::conditional_t<sizeof(T) == 2, uint2, uint4>;
+  static constexpr int wides = static_cast<int>(4 * sizeof(T) / sizeof(Wide));
+
+  __device__ static __forceinline__ Four read(const T* from) {
+    Wide words[wides];
+#pragma unroll
+    for (int i = 0; i < wides; ++i) words[i] = reinterpret_cast<const Wide*>(from)[i];
+    return bit_cast<Four>(words);
+  }
+
+  __device__ __forceinline__ void write(T* to) const {
+    each_word([to](int i, const Wide& word) { reinterpret_cast<Wide*>(to)[i] = word; });
+  }
+
+  // By the intrinsic: the compiler may take a plain store apart to merge the parts with those of another branch.
+  __device__ __forceinline__ void write_global(T* to) const {
+    each_word([to](int i, const Wide& word) { __stwb(reinterpret_cast<Wide*>(to) + i, word); });
+  }
+
+ private:
+  template <class Visit>
+  __device__ __forceinline__ void each_word(Visit visit) const {
+    struct Words {
+      Wide at[wides];
+    };
+    const Words words = bit_cast<Words>(*this);
+#pragma unroll
+    for (int i = 0; i < wides; ++i) visit(i, words.at[i]);
+  }
 };
 
 // Whether rows of `columns` elements, `stride` apart, can be read and written in fours throughout.
@@ -24,13 +54,14 @@ bool in_fours(const void* rows, int64_t stride, int64_t columns) {
   return reinterpret_cast<uintptr_t>(rows) % alignof(Four<T>) == 0 && stride % 4 == 0 && columns % 4 == 0;
 }
 
-// Elements 0..3 of which the first `count` exist; zero for the others. In fours, either all exist or none.
+// Elements 0..3 in global memory, of which the first `count` exist; zero for the others. In fours, either all exist or
+// none.
 template <class Storage, class T = Accumulate<Storage>>
 __device__ __forceinline__ Four<T> load_four(const Storage* from, int64_t count, bool fours) {
   Four<T> values{};
   if (fours) {
     if (count > 0) {
-      const Four<Storage> read = *reinterpret_cast<const Four<Storage>*>(from);
+      const Four<Storage> read = Four<Storage>::read(from);
 #pragma unroll
       for (int i = 0; i < 4; ++i) values.at[i] = to_accumulate(read.at[i]);
     }
@@ -49,7 +80,7 @@ __device__ __forceinline__ void store_four(Storage* to, const Four<T>& values, i
       Four<Storage> written;
 #pragma unroll
       for (int i = 0; i < 4; ++i) written.at[i] = from_accumulate<Storage>(values.at[i]);
-      *reinterpret_cast<Four<Storage>*>(to) = written;
+      written.write_global(to);
     }
   } else {
 #pragma unroll

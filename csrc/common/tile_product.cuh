@@ -57,8 +57,8 @@ struct TileProduct {
 #pragma unroll
       for (int i = 0; i < slab / groups; ++i) {
         const int inner = group * (slab / groups) + i;
-        const Four<T> left = *reinterpret_cast<const Four<T>*>(in_a + place(inner, row));
-        const Four<T> right = *reinterpret_cast<const Four<T>*>(in_b + place(inner, column));
+        const Four<T> left = Four<T>::read(in_a + place(inner, row));
+        const Four<T> right = Four<T>::read(in_b + place(inner, column));
 #pragma unroll
         for (int r = 0; r < 4; ++r)
 #pragma unroll
@@ -74,13 +74,13 @@ struct TileProduct {
 
 #pragma unroll
     for (int r = 0; r < 4; ++r)
-      *reinterpret_cast<Four<T>*>(memory + group * tile * tile + place(row + r, column)) =
-          Four<T>{{sum[r][0], sum[r][1], sum[r][2], sum[r][3]}};
+      Four<T>{{sum[r][0], sum[r][1], sum[r][2], sum[r][3]}}.write(memory + group * tile * tile +
+                                                                  place(row + r, column));
     __syncthreads();
     Four<T> result{};
 #pragma unroll
     for (int g = 0; g < groups; ++g) {
-      const Four<T> part = *reinterpret_cast<const Four<T>*>(memory + g * tile * tile + place(line(), first()));
+      const Four<T> part = Four<T>::read(memory + g * tile * tile + place(line(), first()));
 #pragma unroll
       for (int c = 0; c < 4; ++c) result.at[c] += part.at[c];
     }
@@ -95,7 +95,7 @@ struct TileProduct {
 #pragma unroll
       for (int i = 0; i < 4; ++i) memory[place(first() + i, line())] = values.at[i];
     } else {
-      *reinterpret_cast<Four<T>*>(memory + place(line(), first())) = values;
+      values.write(memory + place(line(), first()));
     }
   }
 };

@@ -61,13 +61,17 @@ struct Chunk {
   const T* inverse_features;  // [N]
   const T* inverse_weight;    // [C]
 
-  // Logits of sample i for the classes from j on, both counted within the chunk.
-  __device__ __forceinline__ Four<T> logits(int64_t i, int64_t j) const {
+  // The classes from j on; samples and classes are counted within the chunk.
+  __device__ __forceinline__ Four<T> inverse_of_classes(int64_t j) const {
+    return load_four(inverse_weight + first_class + j, classes - j, classes % 4 == 0 && first_class % 4 == 0);
+  }
+
+  // Logits of sample i, zero beyond the last class.
+  __device__ __forceinline__ Four<T> logits(int64_t i, int64_t j, const Four<T>& inverse) const {
     Four<T> values = load_four(products + i * classes + j, classes - j, classes % 4 == 0);
     const T factor = rows.scale * inverse_features[first_sample + i];
 #pragma unroll
-    for (int c = 0; c < 4; ++c)
-      if (j + c < classes) values.at[c] *= factor * inverse_weight[first_class + j + c];
+    for (int c = 0; c < 4; ++c) values.at[c] *= factor * inverse.at[c];
     return values;
   }
 };
@@ -87,7 +91,7 @@ __global__ void __launch_bounds__(chunked::threads) margin_softmax_row_statistic
   const int64_t target = p.chunk.rows.target_class(row);
   PartOfRow<T> part = PartOfRow<T>::empty();
   for (int64_t j = 4 * threadIdx.x; j < p.chunk.classes; j += 4 * chunked::threads) {
-    const Four<T> logits = p.chunk.logits(i, j);
+    const Four<T> logits = p.chunk.logits(i, j, p.chunk.inverse_of_classes(j));
     part.add(logits, p.chunk.first_class + j, p.chunk.classes - j, target);
 #pragma unroll
     for (int c = 0; c < 4; ++c)
@@ -162,12 +166,12 @@ __global__ void __launch_bounds__(chunked::threads) margin_softmax_gradient(Soft
   const GradientCoefficients<T> coefficients = p.coefficients[row];
   const int64_t target = p.chunk.rows.target_class(row) - p.chunk.first_class;
   const T factor = p.operand_scale != nullptr ? *p.operand_scale : p.chunk.inverse_features[row];
-  Four<T> entries = p.chunk.logits(i, j);
+  const Four<T> inverse = p.chunk.inverse_of_classes(j);
+  Four<T> entries = p.chunk.logits(i, j, inverse);
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
-    if (j + c >= p.chunk.classes) continue;
     entries.at[c] = factor * gradient_entry(coefficients, entries.at[c], j + c == target);
-    if (p.operand_scale == nullptr) entries.at[c] *= p.chunk.inverse_weight[p.chunk.first_class + j + c];
+    if (p.operand_scale == nullptr) entries.at[c] *= inverse.at[c];
   }
   store_four(p.gradient + i * p.chunk.classes + j, entries, p.chunk.classes - j, p.chunk.classes % 4 == 0);
 }

@@ -27,25 +27,23 @@ struct PartOfRow {
 
   __device__ static PartOfRow empty() { return {lowest, T(0), T(0), -infinity, no_class}; }
 
-  // Logits of the classes from j on, of which the first `count` exist.
+  // Logits of the classes from j on, of which the first `count` exist. Without branches, so that the loads of several
+  // calls can be under way together.
   __device__ __forceinline__ void add(const Four<T>& logits, int64_t j, int64_t count, int64_t target) {
-    T top = max;
+    T others[4], top = max;
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      if (c >= count) continue;
-      const T logit = logits.at[c];
-      sum_logits += logit;
-      if (logit > best) {
-        best = logit;
-        best_class = static_cast<int>(j + c);
-      }
-      if (j + c != target && logit > top) top = logit;
+      const T logit = c < count ? logits.at[c] : -infinity;
+      sum_logits += c < count ? logit : T(0);
+      best_class = logit > best ? static_cast<int>(j + c) : best_class;
+      best = logit > best ? logit : best;
+      others[c] = j + c == target ? -infinity : logit;
+      top = others[c] > top ? others[c] : top;
     }
     sum_exp *= std::exp(max - top);
     max = top;
 #pragma unroll
-    for (int c = 0; c < 4; ++c)
-      if (c < count && j + c != target) sum_exp += std::exp(logits.at[c] - top);
+    for (int c = 0; c < 4; ++c) sum_exp += std::exp(others[c] - top);
   }
 
   __device__ __forceinline__ void add(const PartOfRow& other) {
@@ -153,7 +151,8 @@ struct Rows {
 // dL/dl_ij.
 template <class T>
 __device__ __forceinline__ T gradient_entry(const GradientCoefficients<T>& row, T logit, bool is_target) {
-  return is_target ? row.at_target : row.probability * std::exp(logit - row.log_sum) - row.uniform;
+  const T other = row.probability * std::exp(logit - row.log_sum) - row.uniform;
+  return is_target ? row.at_target : other;
 }
 
 // 1 / |x|, as torch.nn.functional.normalize has it, from |x|^2.

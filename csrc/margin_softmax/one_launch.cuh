@@ -162,13 +162,14 @@ struct LoadForFeatures {
   __device__ __forceinline__ Four<T> operator()(int k) {
     const int j = k + TileProduct::first();
     const int count = i < p.samples ? p.classes - j : 0;
-    Four<T> entries = load_four(p.logits + int64_t(i) * p.classes + j, count, p.classes % 4 == 0);
+    const bool fours = p.classes % 4 == 0;
+    Four<T> entries = load_four(p.logits + int64_t(i) * p.classes + j, count, fours);
+    const Four<T> inverse = load_four(p.inverse_weight + j, count, fours);
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      if (c >= count) continue;
       const T g = gradient_entry(sample.row, entries.at[c], j + c == sample.target);
-      dot += g * entries.at[c];
-      entries.at[c] = g * (sample.inverse * p.inverse_weight[j + c]);
+      dot += c < count ? g * entries.at[c] : T(0);
+      entries.at[c] = c < count ? g * (sample.inverse * inverse.at[c]) : T(0);
     }
     return entries;
   }
@@ -200,10 +201,9 @@ struct LoadForWeight {
     const Sample<T>& of = samples[i % p.threads];
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      if (c >= count) continue;
       const T g = gradient_entry(of.row, entries.at[c], j + c == of.target);
-      dot.at[c] += g * entries.at[c];
-      entries.at[c] = g * (of.inverse * inverse.at[c]);
+      dot.at[c] += c < count ? g * entries.at[c] : T(0);
+      entries.at[c] = c < count ? g * (of.inverse * inverse.at[c]) : T(0);
     }
     return entries;
   }
@@ -211,13 +211,13 @@ struct LoadForWeight {
 
 // raw - factor * vector, for the four elements of the thread.
 template <class Storage, class T = Accumulate<Storage>>
-__device__ void store_gradient(const OneLaunch<Storage>& p, Four<T> raw, const Storage* vector, bool fours, T factor,
-                               Storage* gradient, int dimension) {
+__device__ void store_gradient(const OneLaunch<Storage>& p, const Four<T>& raw, const Storage* vector, bool fours,
+                               T factor, Storage* gradient, int dimension) {
   const int count = p.dimensions - dimension;
-  const Four<T> values = load_four(vector + dimension, count, fours);
+  Four<T> values = load_four(vector + dimension, count, fours);
 #pragma unroll
-  for (int c = 0; c < 4; ++c) raw.at[c] -= factor * values.at[c];
-  store_four(gradient + dimension, raw, count, p.dimensions % 4 == 0);
+  for (int c = 0; c < 4; ++c) values.at[c] = raw.at[c] - factor * values.at[c];
+  store_four(gradient + dimension, values, count, p.dimensions % 4 == 0);
 }
 
 template <class Storage, class T = Accumulate<Storage>>

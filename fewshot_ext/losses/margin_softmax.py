@@ -25,6 +25,7 @@ class _MarginLoss(nn.Module):
         reduction: str,
         ignore_index: int,
         label_smoothing: float,
+        check: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -41,6 +42,7 @@ class _MarginLoss(nn.Module):
         self.reduction = reduction
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
+        self.check = check
         self.weight = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -61,6 +63,7 @@ class _MarginLoss(nn.Module):
             "reduction": self.reduction,
             "ignore_index": self.ignore_index,
             "label_smoothing": self.label_smoothing,
+            "check": self.check,
         }
 
     def extra_repr(self) -> str:
@@ -74,7 +77,7 @@ class MarginCosineLoss(_MarginLoss):
     Args:
         in_features: D, the length of a feature vector.
         num_classes: C >= 2.
-        margin, scale, reduction, ignore_index, label_smoothing: as in :func:`fewshot_ext.margin_cosine_loss`.
+        margin, scale, reduction, ignore_index, label_smoothing, check: as in :func:`fewshot_ext.margin_cosine_loss`.
         device, dtype: of the weight, ``[C, D]``, drawn by kaiming_uniform(a = sqrt 5).
 
     Example:
@@ -98,6 +101,7 @@ class MarginCosineLoss(_MarginLoss):
         reduction: str = "mean",
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
+        check: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -109,6 +113,7 @@ class MarginCosineLoss(_MarginLoss):
             reduction=reduction,
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
+            check=check,
             device=device,
             dtype=dtype,
         )
@@ -124,7 +129,7 @@ class MarginSoftmaxLoss(_MarginLoss):
     Args:
         in_features: D, the length of a feature vector.
         num_classes: C >= 2.
-        margin, scale, reduction, ignore_index, label_smoothing: as in :func:`fewshot_ext.margin_softmax_loss`.
+        margin, scale, reduction, ignore_index, label_smoothing, check: as in :func:`fewshot_ext.margin_softmax_loss`.
         device, dtype: of the weight, ``[C, D]``, drawn by kaiming_uniform(a = sqrt 5).
 
     Example:
@@ -145,6 +150,7 @@ class MarginSoftmaxLoss(_MarginLoss):
         reduction: str = "mean",
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
+        check: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -156,6 +162,7 @@ class MarginSoftmaxLoss(_MarginLoss):
             reduction=reduction,
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
+            check=check,
             device=device,
             dtype=dtype,
         )

@@ -81,8 +81,9 @@ def check_flag(name: str, value: object) -> None:
 
 
 def check_labels(name: str, value: Tensor, classes: int, ignore_index: int) -> None:
-    """Every label in [0, classes) or equal to ``ignore_index``; looks only where the host may look at values."""
-    if value.numel() == 0 or value.device.type != "cpu" or is_traced(value):
+    """Every label in [0, classes) or equal to ``ignore_index``; waits for the device. Looks at nothing while
+    tracing."""
+    if value.numel() == 0 or value.is_meta or is_traced(value):
         return
     lowest, highest = torch.aminmax(value)
     if lowest.item() >= 0 and highest.item() < classes:

@@ -198,6 +198,7 @@ def _margin_loss(
     ignore_index: int,
     label_smoothing: float,
     return_prediction: bool,
+    check: bool,
     cosine: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     check_tensor("features", features, "[N, D]", 2)
@@ -225,8 +226,12 @@ def _margin_loss(
     ignore_index = check_integer("ignore_index", ignore_index)
     check_choice("reduction", reduction, tuple(REDUCTIONS))
     check_flag("return_prediction", return_prediction)
+    check_flag("check", check)
     if reduction == "mean" and features.shape[0] == 0:
         raise ValueError("features: got no samples (N = 0), which have no mean; use reduction='sum' or 'none'")
+
+    if check:
+        check_labels("target", target, weight.shape[0], ignore_index)
 
     # In float16, small gradients must meet a loss scale before they are rounded: they wait for the backward pass.
     with_gradients = reduction != "none" and features.dtype != torch.float16 and torch.is_grad_enabled()
@@ -247,9 +252,10 @@ def _margin_loss(
     try:
         loss, prediction, *_ = _call_forward(*arguments)
     except RuntimeError:
-        # The kernel looks at every label before it does anything: a look from here first would cost more than all other
-        # checks together.
-        check_labels("target", target, weight.shape[0], ignore_index)
+        # On the CPU the kernel looks at every label before it does anything: a look from here first would cost more
+        # than all other checks together.
+        if target.device.type == "cpu":
+            check_labels("target", target, weight.shape[0], ignore_index)
         raise
     return (loss, prediction) if return_prediction else loss
 
@@ -265,6 +271,7 @@ def margin_cosine_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     return_prediction: bool = False,
+    check: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Cosine softmax loss with a margin of either sign (Neg-Cosine; CosFace where the margin is positive).
 
@@ -287,6 +294,8 @@ def margin_cosine_loss(
         ignore_index: label of rows that count for nothing: loss 0, no gradient, not in the mean.
         label_smoothing: in [0, 1]; as in :func:`torch.nn.functional.cross_entropy`, on the logits with margin.
         return_prediction: also return the arg-max class of the plain cosines, for the training accuracy.
+        check: look at the labels on every device. A label out of range raises on the CPU anyway; on a GPU, where a look
+            would make the host wait, the loss and the gradients of its row are NaN unless this is set.
 
     Returns:
         The loss, ``[]`` or ``[N]`` (reduction "none"), float64 for float64 features and float32 otherwise; with
@@ -296,8 +305,9 @@ def margin_cosine_loss(
 
     Raises:
         TypeError: a wrong type or dtype.
-        ValueError: shapes that do not fit, fewer than 2 classes, labels out of range, a margin or scale that is not
-            finite, an unknown reduction, no samples with reduction "mean", tensors on different devices.
+        ValueError: shapes that do not fit, fewer than 2 classes, labels out of range (see ``check``), a margin or scale
+            that is not finite, an unknown reduction, no samples with reduction "mean", tensors on different devices.
+        RuntimeError: CUDA tensors where the package has no kernels for the GPU.
 
     Example:
         >>> import torch, fewshot_ext
@@ -319,6 +329,7 @@ def margin_cosine_loss(
         ignore_index,
         label_smoothing,
         return_prediction,
+        check,
         cosine=True,
     )
 
@@ -334,6 +345,7 @@ def margin_softmax_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     return_prediction: bool = False,
+    check: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Inner-product softmax loss with a margin of either sign (Neg-Softmax).
 
@@ -364,5 +376,6 @@ def margin_softmax_loss(
         ignore_index,
         label_smoothing,
         return_prediction,
+        check,
         cosine=False,
     )

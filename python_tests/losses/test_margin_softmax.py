@@ -85,7 +85,7 @@ def test_repr_shows_every_setting(head_class, loss):
     head = head_class(6, 5, margin=-0.25, scale=12.0, reduction="sum", ignore_index=7, label_smoothing=0.1)
     assert repr(head) == (
         f"{head_class.__name__}(in_features=6, num_classes=5, margin=-0.25, scale=12.0, reduction='sum', "
-        "ignore_index=7, label_smoothing=0.1)"
+        "ignore_index=7, label_smoothing=0.1, check=False)"
     )
 
 

@@ -1,16 +1,29 @@
 """The words in which an operator describes itself to the contract tests of test_contract.py."""
 
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from hypothesis import settings
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
+from ..simt import build
+from .simt_backend import emulated
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+# How far products with factors in half types may be off: cuBLAS takes the softmax gradient in the type of the features.
+# float16 has no range for gradients of vectors of any length, so there the vectors are normalised and rounded too.
+HALF_OPERANDS = {
+    torch.bfloat16: torch.finfo(torch.bfloat16).eps / 2,
+    torch.float16: 3 * torch.finfo(torch.float16).eps / 2,
+}
 
 
 @dataclass(frozen=True)
@@ -21,13 +34,16 @@ class Backend:
     device: str = "cpu"
     activate: Callable[[], AbstractContextManager] = nullcontext
     missing: str | None = None  # why this machine cannot run it
+    # Relative error of what enters the products that give the gradients, for dtypes where there is any.
+    operand_errors: dict[torch.dtype, float] = field(default_factory=dict, hash=False)
+    max_examples: int = settings().max_examples  # of property tests
+    takes_large: bool = True  # problems of many logits
 
 
 @contextmanager
-def _instruction_set(name: str) -> Iterator[None]:
-    variable = "FEWSHOT_EXT_CPU_CAPABILITY"
+def _environment(variable: str, value: str) -> Iterator[None]:
     before = os.environ.get(variable)
-    os.environ[variable] = name
+    os.environ[variable] = value
     try:
         yield
     finally:
@@ -40,21 +56,44 @@ def _instruction_set(name: str) -> Iterator[None]:
 def _cpu_backend(name: str, torch_names: Sequence[str]) -> Backend:
     found = torch.backends.cpu.get_cpu_capability()
     missing = None if not torch_names or found in torch_names else f"this processor has no {name}"
-    return Backend(f"cpu-{name}", activate=lambda: _instruction_set(name), missing=missing)
+    return Backend(f"cpu-{name}", activate=lambda: _environment("FEWSHOT_EXT_CPU_CAPABILITY", name), missing=missing)
+
+
+def _cuda_backend(kernel: str | None = None, **facts: object) -> Backend:
+    return Backend(
+        "cuda" if kernel is None else f"cuda-{kernel}",
+        device="cuda",
+        activate=lambda: nullcontext() if kernel is None else _environment("FEWSHOT_EXT_MARGIN_SOFTMAX_KERNEL", kernel),
+        missing=None if torch.cuda.is_available() else "no CUDA device",
+        **facts,
+    )
+
+
+def _simt_backend(kernel: str, **facts: object) -> Backend:
+    missing = None if shutil.which(build.CXX) else f"no compiler {build.CXX} for the emulator"
+    return Backend(
+        f"simt-{kernel}",
+        activate=lambda: emulated(kernel),
+        missing=missing,
+        max_examples=12,
+        takes_large=False,
+        **facts,
+    )
 
 
 # One for each device, with the kernels it prefers: for what lies above kernels (dispatch, autograd, tracing).
-DEVICES = (
-    Backend("cpu"),
-    Backend("cuda", device="cuda", missing=None if torch.cuda.is_available() else "no CUDA device"),
-)
+DEVICES = (Backend("cpu"), _cuda_backend())
 # Every version of every kernel: for what the kernels compute.
 BACKENDS = (
     _cpu_backend("baseline", ()),
     _cpu_backend("avx2", ("AVX2", "AVX512")),
     _cpu_backend("avx512", ("AVX512",)),
-    *DEVICES[1:],
+    _simt_backend("one_launch"),
+    _simt_backend("chunked", operand_errors=HALF_OPERANDS),
+    _cuda_backend("one_launch", takes_large=False),
+    _cuda_backend("chunked", operand_errors=HALF_OPERANDS),
 )
+LARGE_BACKENDS = tuple(backend for backend in BACKENDS if backend.takes_large)
 
 
 @contextmanager
@@ -125,6 +164,7 @@ class BadInput:
     change: Callable[[dict[str, Tensor]], dict[str, object]]  # tensors -> the arguments that go wrong
     error: type[Exception]
     message: str  # text that the error contains: the argument, what came, what is taken
+    reads_values: bool = False  # of tensors, which goes without waiting on the CPU alone
 
 
 @dataclass(frozen=True)
@@ -137,8 +177,8 @@ class OperatorCase:
     differentiable: tuple[str, ...]
     # Problems of a dtype, of every shape, stride, value and option that the operator takes.
     problems: Callable[[torch.dtype], SearchStrategy[Problem]]
-    # problem, upstream gradients of the floating-point results -> bounds
-    bounds: Callable[[Problem, Sequence[Tensor]], Bounds]
+    # problem, upstream gradients of the floating-point results, Backend.operand_errors of the dtype -> bounds
+    bounds: Callable[[Problem, Sequence[Tensor], float], Bounds]
     # Small float64 problems that together go through every path of autograd.
     examples: tuple[Problem, ...]
     # A float32 problem big enough for the kernels to use several threads.
@@ -228,7 +268,8 @@ def assert_equals_reference(
     with backend.activate():
         placed = problem.to(device=backend.device)
         results, gradients = evaluate(case.function, placed, case.differentiable, upstream, retain_graph)
-    bounds = case.bounds(problem, upstream)
+    operand_error = backend.operand_errors.get(problem.tensors[case.differentiable[0]].dtype, 0.0)
+    bounds = case.bounds(problem, upstream, operand_error)
     for result, value, bound in zip(floating(results), floating(expected), bounds.results, strict=True):
         assert_within(result, value, bound, f"{case.name}")
     for name, gradient in gradients.items():

@@ -128,7 +128,7 @@ def row_upstream(problem: Problem, upstream: Tensor) -> Tensor:
 
 
 def _bounds(cosine: bool):
-    def bounds(problem: Problem, upstream: Sequence[Tensor]) -> Bounds:
+    def bounds(problem: Problem, upstream: Sequence[Tensor], operand_error: float = 0.0) -> Bounds:
         """First-order error analysis of the loss and its gradients, started by the errors of the logits."""
         features, weight = (problem.tensors[name].double() for name in ("features", "weight"))
         target = problem.tensors["target"]
@@ -166,6 +166,7 @@ def _bounds(cosine: bool):
         share = torch.where(is_target, off_target[:, None], logits.softmax(dim=1))
         magnitude = share + smoothing * torch.where(is_target, 1.0, 1 / classes)
         spread = (share * error[:, None].expm1()).clamp_max(1) + is_target * cancellation[:, None] + tiny
+        spread = spread + operand_error * magnitude
         factor = (scale * row_upstream(problem, upstream[0]).abs())[:, None]
         magnitude, spread = factor * magnitude, factor * spread
 
@@ -261,8 +262,15 @@ def _option(name: str, value: object):
 
 # For a float64 problem of 6 samples, 5 classes and 4 dimensions.
 BAD_INPUTS = (
-    BadInput("label too high", _label(5), ValueError, "target: expected labels in [0, 5)"),
-    BadInput("label negative", _label(-1), ValueError, "got -1 at index 2"),
+    BadInput("label too high", _label(5), ValueError, "target: expected labels in [0, 5)", reads_values=True),
+    BadInput("label negative", _label(-1), ValueError, "got -1 at index 2", reads_values=True),
+    BadInput(
+        "label too high, looked for",
+        lambda t: {**_label(5)(t), "check": True},
+        ValueError,
+        "target: expected labels in [0, 5)",
+    ),
+    BadInput("check a number", _option("check", 1), TypeError, "check: expected True or False"),
     BadInput(
         "features a list",
         lambda t: {"features": t["features"].tolist()},

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from .cases import OPERATORS
@@ -38,6 +38,7 @@ def each_operator(backends):
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @each_operator(BACKENDS)
 def test_equals_float64_reference(case, backend, dtype):
+    @settings(max_examples=min(backend.max_examples, settings().max_examples))
     @given(problem=case.problems(dtype), loss_scale=st.sampled_from(LOSS_SCALES), retain_graph=st.booleans())
     def check(problem, loss_scale, retain_graph):
         assert_equals_reference(case, backend, problem, loss_scale, retain_graph)
@@ -394,6 +395,8 @@ BAD_INPUTS = [
 @pytest.mark.parametrize("case, bad", BAD_INPUTS)
 @on_backends(DEVICES)
 def test_bad_input_raises_and_changes_nothing(case, bad, backend):
+    if bad.reads_values and backend.device != "cpu":
+        pytest.skip("found without waiting on the CPU alone")
     problem = case.examples[0].to(device=backend.device).with_grad(case.differentiable)
     for name in case.differentiable:
         problem.tensors[name].grad = torch.full_like(problem.tensors[name], 7.0)

@@ -70,6 +70,10 @@ T __ldcs(const T* address) {
   return *address;
 }
 template <class T>
+void __stwb(T* address, std::type_identity_t<T> value) {
+  *address = value;
+}
+template <class T>
 void __stcg(T* address, T value) {
   *address = value;
 }

@@ -1,0 +1,178 @@
+"""The operators on the emulator: CPU tensors go through the CUDA kernels, compiled by g++."""
+
+import functools
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..simt import build
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # the codes of csrc/margin_softmax/problem.h
+_one_at_a_time = threading.Lock()  # autograd may run a backward pass on another thread
+
+
+@functools.cache
+def _build():
+    try:
+        return build.load("simt_kernels_of_fewshot_ext", Path(__file__).with_name("simt_kernels.cpp")), None
+    except RuntimeError as error:  # kept, or every test would compile again to fail
+        return None, error
+
+
+def kernels():
+    """The compiled module."""
+    module, error = _build()
+    if error is not None:
+        raise error
+    return module
+
+
+@contextmanager
+def emulated(kernel: str, *, blocks: int = 3, chunk_samples: int = 48, chunk_products: int = 1 << 12) -> Iterator[None]:
+    """Operators on CPU tensors run ``kernel`` ("one_launch" or "chunked") on the emulator.
+
+    Sizes are far below those of a GPU, so that small problems have several blocks and chunks too.
+    """
+    plan = (kernel, blocks, chunk_samples, chunk_products)
+    operators = {
+        "margin_softmax": functools.partial(_margin_softmax, plan),
+        "margin_softmax_backward": functools.partial(_margin_softmax_backward, plan),
+        "scale_gradients_": _scale_gradients,
+    }
+    with torch.library._scoped_library("fewshot_ext", "IMPL") as library:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
+            for name, function in operators.items():
+                library.impl(name, function, "CPU", allow_override=True)
+        yield
+
+
+def _address(tensor: Tensor | None) -> int:
+    return tensor.data_ptr() if tensor is not None and tensor.numel() else 0
+
+
+def _run(plan, features, weight, target, margin, scale, label_smoothing, ignore_index, cosine, **others) -> None:
+    """``others``: the reduction's code, and tensors or None by the names of MarginSoftmaxProblem."""
+    features, weight = (x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous() for x in (features, weight))
+    target = target.contiguous()
+    fields = {
+        "samples": features.shape[0],
+        "classes": weight.shape[0],
+        "dimensions": features.shape[1],
+        "dtype": DTYPES.index(features.dtype),
+        "features": _address(features),
+        "features_stride": features.stride(0),
+        "weight": _address(weight),
+        "weight_stride": weight.stride(0),
+        "target": _address(target),
+        "margin": margin,
+        "scale": scale,
+        "label_smoothing": label_smoothing,
+        "ignore_index": ignore_index,
+        "cosine": cosine,
+        "reduction": others.pop("reduction", 0),
+        **{name: _address(tensor) for name, tensor in others.items()},
+    }
+    with _one_at_a_time:
+        kernels().margin_softmax(fields, *plan)
+
+
+def _poison(shape, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """What a kernel forgets to write shows."""
+    dtype = dtype or like.dtype
+    return torch.full(shape, float("nan") if dtype.is_floating_point else -(2**40), dtype=dtype)
+
+
+def _margin_softmax(
+    plan,
+    features,
+    weight,
+    target,
+    margin,
+    scale,
+    label_smoothing,
+    ignore_index,
+    cosine,
+    reduction,
+    features_grad,
+    weight_grad,
+    return_prediction,
+):
+    samples = features.shape[0]
+    accumulate = torch.float64 if features.dtype == torch.float64 else torch.float32
+    loss = _poison([samples] if reduction == 0 else [], features, accumulate)
+    prediction = _poison([samples if return_prediction else 0], target)
+    statistics = _poison([2, samples], features, accumulate)
+    grad_features = _poison(features.shape if features_grad else [0], features)
+    grad_weight = _poison(weight.shape if weight_grad else [0], weight)
+    if samples == 0:
+        return loss.zero_(), prediction, statistics, grad_features, grad_weight.zero_()
+    _run(
+        plan,
+        features,
+        weight,
+        target,
+        margin,
+        scale,
+        label_smoothing,
+        ignore_index,
+        cosine,
+        reduction=reduction,
+        loss=loss,
+        prediction=prediction,
+        row_statistics=statistics,
+        grad_features=grad_features,
+        grad_weight=grad_weight,
+        grad_loss=None,
+    )
+    return loss, prediction, statistics, grad_features, grad_weight
+
+
+def _margin_softmax_backward(
+    plan,
+    grad_loss,
+    features,
+    weight,
+    target,
+    row_statistics,
+    margin,
+    scale,
+    label_smoothing,
+    ignore_index,
+    cosine,
+    features_grad,
+    weight_grad,
+):
+    grad_features = _poison(features.shape if features_grad else [0], features)
+    grad_weight = _poison(weight.shape if weight_grad else [0], weight)
+    if features.shape[0] == 0:
+        return grad_features, grad_weight.zero_()
+    _run(
+        plan,
+        features,
+        weight,
+        target,
+        margin,
+        scale,
+        label_smoothing,
+        ignore_index,
+        cosine,
+        loss=None,
+        prediction=None,
+        row_statistics=row_statistics.contiguous(),
+        grad_features=grad_features,
+        grad_weight=grad_weight,
+        grad_loss=grad_loss.contiguous(),
+    )
+    return grad_features, grad_weight
+
+
+def _scale_gradients(first, second, factor):
+    gradients = [(_address(gradient), gradient.numel()) for gradient in (first, second)]
+    with _one_at_a_time:
+        kernels().scale_gradients(DTYPES.index(first.dtype), gradients, _address(factor))

@@ -1,0 +1,155 @@
+"""What only the CUDA kernels have, on the emulator: schedules, sizes around their tiles, labels nobody looked at."""
+
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewshot_ext import margin_cosine_loss
+
+from ..simt import build
+from .contract import BACKENDS, Backend, assert_equals_reference, assert_same, evaluate, on_backends
+from .margin_softmax_case import draw, margin_cosine, margin_softmax
+from .simt_backend import emulated, kernels
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+SIMT = tuple(backend for backend in BACKENDS if backend.name.startswith("simt-"))
+ON_A_GPU = tuple(backend for backend in BACKENDS if not backend.name.startswith("cpu"))
+NAMES = ("features", "weight")
+REDUCTIONS = ("none", "mean", "sum")
+
+
+@pytest.mark.parametrize("seed", range(6))
+@on_backends(SIMT)
+def test_schedules_give_the_same_bits(backend, seed):
+    """Even seeds let all threads advance alike, odd ones some warps far ahead; blocks come in another order each."""
+    for reduction in REDUCTIONS:
+        problem = draw(70, 70, 40, dtype=torch.float32, margin=-0.3, scale=10.0, reduction=reduction)
+        found = []
+        with backend.activate():
+            for start in (0, 1000 + seed):
+                kernels().set_seed(start)
+                results, gradients = evaluate(margin_cosine_loss, problem, NAMES)
+                found.append({**dict(enumerate(results)), **gradients})
+        assert_same(*found)
+
+
+@pytest.mark.parametrize("blocks", (1, 2, 7))
+def test_any_number_of_blocks_gives_the_same_bits(blocks):
+    problem = draw(70, 40, 50, dtype=torch.float32, margin=-0.3, scale=10.0)
+    found = []
+    for count in (blocks, 4):
+        with emulated("one_launch", blocks=count):
+            results, gradients = evaluate(margin_cosine_loss, problem, NAMES)
+        found.append({**dict(enumerate(results)), **gradients})
+    assert_same(*found)
+
+
+# One less and one more than a tile of 32, than 256 rows that share a pass of coefficients, than four elements.
+@pytest.mark.parametrize(
+    "sizes", ((31, 33, 65), (32, 32, 32), (33, 31, 4), (1, 2, 1), (257, 5, 8), (8, 260, 36), (300, 40, 33)), ids=str
+)
+@on_backends(SIMT)
+def test_sizes_around_tiles(backend, sizes):
+    for case, dtype in ((margin_cosine, torch.float32), (margin_softmax, torch.bfloat16)):
+        for reduction in ("mean", "none"):
+            problem = draw(*sizes, dtype=dtype, margin=-0.3, scale=5.0, label_smoothing=0.1, reduction=reduction)
+            assert_equals_reference(case, backend, problem)
+
+
+# (chunk_samples, chunk_products): all in one chunk; several chunks of classes whose products wait in the weight's
+# gradient or, with more samples than dimensions, are computed again; several of samples; several of both.
+@pytest.mark.parametrize("chunks", ((4096, 1 << 22), (4096, 1), (13, 1 << 22), (13, 1)), ids=str)
+@pytest.mark.parametrize("sizes", ((40, 150, 50), (40, 150, 20)), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16, torch.float16), ids=str)
+def test_chunks(dtype, sizes, chunks):
+    samples, products = chunks
+    chunked = next(backend for backend in SIMT if backend.name == "simt-chunked")
+    backend = Backend(
+        "simt-chunked",
+        activate=lambda: emulated("chunked", chunk_samples=samples, chunk_products=products),
+        operand_errors=chunked.operand_errors,
+    )
+    for case in (margin_cosine, margin_softmax):
+        for reduction in ("mean", "none"):
+            problem = draw(*sizes, dtype=dtype, margin=-0.3, scale=5.0, label_smoothing=0.1, reduction=reduction)
+            assert_equals_reference(case, backend, problem)
+
+
+@pytest.mark.parametrize("label", (-1, 5, 2**40, -(2**40)))
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@on_backends(ON_A_GPU)
+def test_label_out_of_range_poisons_its_row(backend, reduction, label):
+    """No host looks at the labels of a GPU unless asked to; what depends on a wrong one is not a number."""
+    problem = draw(40, 5, 9, dtype=torch.float32, reduction=reduction, label_smoothing=0.1, return_prediction=True)
+    problem.tensors["target"][17] = label
+    with backend.activate():
+        (loss, prediction), gradients = evaluate(margin_cosine_loss, problem.to(device=backend.device), NAMES)
+    if reduction == "none":
+        assert loss.isnan().nonzero().tolist() == [[17]]
+    else:
+        assert loss.isnan()
+    assert gradients["features"].isnan().any(dim=1).nonzero().tolist() == [[17]]
+    assert gradients["weight"].isnan().all()
+    assert ((prediction >= 0) & (prediction < 5)).all()
+
+
+@on_backends(ON_A_GPU)
+def test_label_out_of_range_is_found_where_asked_for(backend):
+    tensors = draw(40, 5, 9).to(device=backend.device).tensors
+    tensors["target"][17] = 5
+    with backend.activate(), pytest.raises(ValueError, match=r"target: expected labels in \[0, 5\).*got 5 at index 17"):
+        margin_cosine_loss(**tensors, check=True)
+
+
+@on_backends(ON_A_GPU)
+def test_rows_ignored_by_a_label_out_of_range_count_for_nothing(backend):
+    problem = draw(40, 5, 9, dtype=torch.float32, ignore_index=2**40, margin=-0.3, scale=5.0)
+    problem.tensors["target"][::3] = 2**40
+    with backend.activate():
+        (loss,), gradients = evaluate(margin_cosine_loss, problem.to(device=backend.device), NAMES)
+    assert math.isfinite(loss) and gradients["weight"].isfinite().all()
+    assert (gradients["features"][::3] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("factor", (1.0, -0.5, math.inf))
+@pytest.mark.parametrize("device", ("cpu", "simt"))
+def test_scale_gradients(device, factor, dtype):
+    backend = Backend("cpu") if device == "cpu" else SIMT[0]
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    scale = torch.ops.fewshot_ext.scale_gradients_
+    for sizes in ((0, 7), (5, 0), (2051, 4096)):
+        # From an odd element on, so that not all are aligned for wide accesses.
+        first, second = (torch.randn(size + 1, dtype=torch.float64).to(dtype)[1:] for size in sizes)
+        expected = [(x.to(accumulate) * factor).to(dtype) for x in (first, second)]
+        with backend.activate():
+            scale(first, second, torch.tensor(factor, dtype=accumulate))
+        torch.testing.assert_close([first, second], expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_every_kernel_has_run():
+    """On a problem for each: a kernel that nothing here launches would count as tested on the emulator."""
+    declared = set()
+    for source in (CHECKOUT / "csrc").rglob("*.cuh"):
+        declared |= set(re.findall(r"__global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(", source.read_text()))
+    for backend in SIMT:
+        with backend.activate():  # with several chunks of samples and of classes
+            loss = margin_cosine_loss(**draw(70, 70, 20, dtype=torch.float32).with_grad(NAMES).tensors)
+            (2 * loss).backward()
+    launched = {name.rpartition("::")[2] for name in (name.partition("<")[0] for name in kernels().launches())}
+    assert declared and launched == declared
+
+
+@pytest.mark.slow
+def test_sanitizers_find_nothing():
+    """The emulator's tests of this folder under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    selection = ["-k", "simt and not sanitizers and not gradcheck", "-p", "no:cacheprovider", "-q", "-x"]
+    command = [sys.executable, "-m", "pytest", str(Path(__file__).parent), *selection]
+    done = subprocess.run(command, cwd=CHECKOUT, env=build.sanitizer_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
