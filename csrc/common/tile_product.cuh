@@ -10,14 +10,18 @@ namespace fewshot_ext {
 
 // The block's 256 threads form four groups. Each takes a quarter of every slab of the inner dimension and computes all
 // of the tile, 4 x 4 results a thread; the quarters are added up at the end. With one tile a multiprocessor this keeps
-// four times as many warps busy as a thread for each 4 x 4 results would.
+// four times as many warps busy as a thread for each 4 x 4 results would. A stage of several slabs is on its way from
+// memory while the one before is computed: the memory answers after about as long as two slabs take.
 struct TileProduct {
   static constexpr int tile = 32, slab = 32, threads = 256;
   static constexpr int groups = 4, group_threads = threads / groups;
 
   template <class T>
+  static constexpr int slabs = sizeof(T) == 4 ? 2 : 1;  // of a stage; 48 KiB of shared memory hold no more
+
+  template <class T>
   struct Memory {
-    T at[2 * 2 * slab * tile];  // two stages of both factors; at the end the groups' sums
+    T at[2 * 2 * slabs<T> * slab * tile];  // two stages of both factors; at the end the groups' sums
   };
 
   // A slab lies in shared memory with its inner dimension k outermost. Fours of columns are permuted within each row k,
@@ -32,43 +36,56 @@ struct TileProduct {
 
   // sum over k < depth of a[m][k] b[k][n]; the thread gets row line() and columns first()..first() + 3.
   //
-  // A loader is called once for each slab of 32 with its first k, by all threads together, and returns four elements,
-  // zeros beyond depth. With Loader::along_k they are those of column line() for k + first()...; otherwise those of
-  // k + line() for columns first()....
+  // A loader is called for each slab of 32 in order, with its first k, by all threads together. It returns four
+  // elements, zeros beyond depth, where a last call may lie as a whole. With Loader::along_k they are those of column
+  // line() for k + first()...; otherwise those of k + line() for columns first()....
   template <class T, class LoadA, class LoadB>
   __device__ static Four<T> multiply(int depth, LoadA&& load_a, LoadB&& load_b, T* memory) {
     const int group = threadIdx.x / group_threads, in_group = threadIdx.x % group_threads;
     const int row = in_group % 8 * 4, column = in_group / 8 * 4;
     T sum[4][4] = {};
 
-    Four<T> a = load_a(0), b = load_b(0);
-    put<LoadA>(memory, a);
-    put<LoadB>(memory + slab * tile, b);
+    constexpr int stage_slabs = slabs<T>, stage_depth = stage_slabs * slab, factor = stage_slabs * slab * tile;
+    Four<T> a[stage_slabs], b[stage_slabs];
+    const auto load = [&](int k) {
+#pragma unroll
+      for (int s = 0; s < stage_slabs; ++s) {
+        a[s] = load_a(k + s * slab);
+        b[s] = load_b(k + s * slab);
+      }
+    };
+    const auto put_stage = [&](T* to) {
+#pragma unroll
+      for (int s = 0; s < stage_slabs; ++s) {
+        put<LoadA>(to + s * slab * tile, a[s]);
+        put<LoadB>(to + factor + s * slab * tile, b[s]);
+      }
+    };
+
+    load(0);
+    put_stage(memory);
     __syncthreads();
     int stage = 0;
-    for (int k = 0; k < depth; k += slab) {
-      const bool more = k + slab < depth;
-      if (more) {
-        a = load_a(k + slab);
-        b = load_b(k + slab);
-      }
-      const T* in_a = memory + stage * 2 * slab * tile;
-      const T* in_b = in_a + slab * tile;
+    for (int k = 0; k < depth; k += stage_depth) {
+      const bool more = k + stage_depth < depth;
+      if (more) load(k + stage_depth);
+      const T* in_a = memory + stage * 2 * factor;
+      const T* in_b = in_a + factor;
 #pragma unroll
-      for (int i = 0; i < slab / groups; ++i) {
-        const int inner = group * (slab / groups) + i;
-        const Four<T> left = Four<T>::read(in_a + place(inner, row));
-        const Four<T> right = Four<T>::read(in_b + place(inner, column));
+      for (int s = 0; s < stage_slabs; ++s) {
 #pragma unroll
-        for (int r = 0; r < 4; ++r)
+        for (int i = 0; i < slab / groups; ++i) {
+          const int inner = group * (slab / groups) + i;
+          const Four<T> left = Four<T>::read(in_a + s * slab * tile + place(inner, row));
+          const Four<T> right = Four<T>::read(in_b + s * slab * tile + place(inner, column));
 #pragma unroll
-          for (int c = 0; c < 4; ++c) sum[r][c] += left.at[r] * right.at[c];
+          for (int r = 0; r < 4; ++r)
+#pragma unroll
+            for (int c = 0; c < 4; ++c) sum[r][c] += left.at[r] * right.at[c];
+        }
       }
       stage ^= 1;
-      if (more) {
-        put<LoadA>(memory + stage * 2 * slab * tile, a);
-        put<LoadB>(memory + stage * 2 * slab * tile + slab * tile, b);
-      }
+      if (more) put_stage(memory + stage * 2 * factor);
       __syncthreads();
     }
 
