@@ -6,7 +6,10 @@
 PYTHON ?= python3
 # Pinned here and not in the package metadata: what is installed first decides what the build compiles against.
 TORCH ?= torch==2.13.0
+# Three equals signs take the build without a local label, on PyPI the one with CUDA, whoever offers a +cpu beside it.
+CUDA_TORCH ?= torch===2.13.0
 VENV ?= .venv
+CUDA_VENV ?= .venv-cuda
 PYTEST_ARGS ?=
 DEMO_ARGS ?= --output demo_output
 
@@ -17,13 +20,14 @@ EMULATOR := $(shell find python_tests/simt 2>/dev/null)
 BUILD := pyproject.toml setup.py $(wildcard build_backend/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow bench lint format wheel sanitize torch-requirement clean
+.PHONY: help demo test test-slow bench lint format wheel wheel-cuda check-cuda sanitize torch-requirement clean
 # Two pips must not write to one environment at a time.
 .NOTPARALLEL:
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*  ## /\t/' | expand -t 14
 	@echo "Variables: PYTHON=$(PYTHON) TORCH=\"$(TORCH)\" VENV=$(VENV) PYTEST_ARGS DEMO_ARGS"
+	@echo "           CUDA_TORCH=\"$(CUDA_TORCH)\" CUDA_VENV=$(CUDA_VENV) TORCH_CUDA_ARCH_LIST MAX_JOBS"
 
 demo: $(VENV)/.train  ## Pre-train with five margins on real images, evaluate few-shot accuracy, draw the figure
 	$(BIN)/fewshot-ext demo $(DEMO_ARGS)
@@ -52,6 +56,23 @@ wheel: $(VENV)/.torch  ## Build the wheel into dist/
 	rm -rf build dist
 	$(PIP) wheel --no-deps --wheel-dir dist .
 
+# The verbose log is where ptxas reports what each kernel takes.
+wheel-cuda: $(VENV)/.torch  ## Build the wheel with the CUDA library, show what each kernel takes, and check both
+	rm -rf build dist
+	mkdir dist
+	FEWSHOT_EXT_CUDA=1 $(PIP) wheel --verbose --no-deps --wheel-dir dist . > dist/build.log 2>&1 \
+		|| (cat dist/build.log; exit 1)
+	@grep -o 'fewshot_ext: built .*' dist/build.log
+	$(BIN)/python python_tests/packaging/kernel_resources.py dist/build.log
+	$(BIN)/python python_tests/packaging/check_wheel.py --require-cuda dist/*.whl
+
+# Not part of continuous integration, because a torch with CUDA takes 5 GB.
+check-cuda: wheel-cuda  ## Show, without a GPU, that a CUDA torch finds a kernel for every operator (downloads 3 GB)
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes fewshot_ext
+	$(CUDA_VENV)/bin/python -m pip --disable-pip-version-check install $(CUDA_TORCH) dist/*.whl
+	$(CUDA_VENV)/bin/python -I python_tests/packaging/check_cuda.py
+
 sanitize: $(VENV)/.dev  ## Run the operator tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
 		-DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DFEWSHOT_EXT_SANITIZE=ON -DFEWSHOT_EXT_CUDA=OFF
@@ -61,7 +82,7 @@ torch-requirement:
 	@echo '$(TORCH)'
 
 clean:  ## Remove everything that was built, the environment included
-	rm -rf .venv .cache/simt build dist *.egg-info demo_output .pytest_cache .ruff_cache .hypothesis compile_commands.json
+	rm -rf .venv .venv-cuda .cache/simt build dist *.egg-info demo_output .pytest_cache .ruff_cache .hypothesis compile_commands.json
 	rm -f fewshot_ext/*.so fewshot_ext/_build_info.json
 
 # The install is editable: tests then run the checkout itself, the one folder with both the sources under test and a
@@ -75,8 +96,10 @@ $(VENV)/.torch: $(VENV)/.created
 	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) install $(TORCH)
 	touch $@
 
+# Without a GPU the CUDA library would take minutes to compile and be loaded by nothing.
 $(VENV)/.package: $(VENV)/.torch $(BUILD) $(NATIVE)
-	$(PIP) install --editable .
+	cuda=$$($(BIN)/python -c "import torch; print('' if torch.cuda.is_available() else 0)"); \
+		FEWSHOT_EXT_CUDA=$${FEWSHOT_EXT_CUDA-$$cuda} $(PIP) install --editable .
 	touch $@
 
 # By its name and not by ".", because that would compile again only to add requirements.

@@ -11,7 +11,7 @@ loads them with torch.ops.load_library, so one binary serves every CPython from 
     FEWSHOT_EXT_CUDA=1      fails without a CUDA toolkit (default: CUDA is built where there is one)
     CUDA_HOME               the CUDA toolkit, where nvcc on the PATH does not lead to it
     TORCH_CUDA_ARCH_LIST    GPU architectures (default: of the GPUs present, else 8.0, 9.0 and later by PTX)
-    MAX_JOBS                parallel compile jobs
+    MAX_JOBS                parallel compile jobs (default: one a core, fewer where memory is short)
 """
 
 import json
@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -34,6 +35,8 @@ except ModuleNotFoundError:
 PACKAGE = "fewshot_ext"
 TORCH_TARGET = "2.11"
 PORTABLE_ARCHITECTURES = "8.0;9.0+PTX"
+NVCC_THREADS = 2  # one for each of the portable architectures
+GIB_PER_JOB = 2  # a thread of nvcc takes 0.5, g++ 0.3, and kernels grow
 
 ROOT = Path(__file__).resolve().parent
 
@@ -80,11 +83,53 @@ def choose_cuda():
             )
         return None, "no CUDA toolkit at build time; with one, FEWSHOT_EXT_CUDA=1 pip install . builds it"
     if not sources(".cu"):
+        if wanted == "1":
+            raise SystemExit(f"{PACKAGE}: FEWSHOT_EXT_CUDA=1, but no CUDA source under {ROOT / 'csrc'}")
         return None, "this version has no CUDA kernels"
     return toolkit, None
 
 
-def libraries(toolkit):
+def memory_available():
+    """Bytes to be had without swapping, in a container no more than its share."""
+    available = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text()).group(1))
+    limit = Path("/sys/fs/cgroup/memory.max")
+    share = limit.read_text().strip() if limit.is_file() else "max"
+    return available if share == "max" else min(available, int(share))
+
+
+def default_jobs():
+    return max(1, min(len(os.sched_getaffinity(0)), memory_available() // (GIB_PER_JOB << 30)))
+
+
+def architecture_flags():
+    """nvcc's flags for TORCH_CUDA_ARCH_LIST.
+
+    torch would add them, but not to flags in which it reads "arch", be it in the name of a folder.
+    """
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if torch.cuda.device_count() == 0:
+        # torch takes the architectures of the GPUs it sees, and raises IndexError where it sees none.
+        if wanted == "native":
+            raise SystemExit(f"{PACKAGE}: TORCH_CUDA_ARCH_LIST=native, but torch {torch.__version__} sees no GPU")
+        os.environ["TORCH_CUDA_ARCH_LIST"] = wanted or PORTABLE_ARCHITECTURES
+    try:
+        return cpp_extension._get_cuda_arch_flags()
+    except ValueError as error:
+        raise SystemExit(f"{PACKAGE}: TORCH_CUDA_ARCH_LIST={wanted!r}: {error}") from None
+
+
+def architecture_list(flags):
+    """The architectures of nvcc's flags, in the words of TORCH_CUDA_ARCH_LIST."""
+    targets = re.findall(r"code=(sm|compute)_(\d+)(\d)(a?)", " ".join(flags))
+    later = {target[1:] for target in targets if target[0] == "compute"}
+    binaries = sorted((int(major), int(minor), letter) for kind, major, minor, letter in targets if kind == "sm")
+    return ";".join(
+        f"{major}.{minor}{letter}" + "+PTX" * ((str(major), str(minor), letter) in later)
+        for major, minor, letter in binaries
+    )
+
+
+def libraries(toolkit, architectures):
     major, minor = map(int, TORCH_TARGET.split("."))
     target = f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}{0:012x}"
     # torch's headers do not pass -Wextra; as system folders they keep their warnings to themselves.
@@ -92,7 +137,9 @@ def libraries(toolkit):
     # torch adds -std=c++20, and in ISO mode g++ contracts nothing; the kernels count on fused multiply-add.
     # -g0 undoes the -g of a distribution's Python: debugging is what the CMake build is for.
     cxx = ["-O3", "-g0", target, "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wextra", *system]
-    nvcc = ["-O3", target, "-DUSE_CUDA", "-Xcompiler", "-fvisibility=hidden,-Wall,-Wextra", *system]
+    nvcc = ["-O3", "-DNDEBUG", target, "-DUSE_CUDA", "-Xcompiler", "-fvisibility=hidden,-Wall,-Wextra", *system]
+    # Profilers show source lines, and python_tests/packaging/kernel_resources.py reads the log of the build.
+    nvcc += ["-lineinfo", "--resource-usage", f"--threads={NVCC_THREADS}", *architectures]
 
     # With py_limited_api torch leaves libtorch_python out and sets Py_LIMITED_API to CPython 3.10.
     built = [
@@ -128,7 +175,7 @@ def output(*command):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def build_facts(toolkit, why_no_cuda):
+def build_facts(toolkit, architectures, why_no_cuda):
     """What ``python -m fewshot_ext.env`` reports about the build."""
     facts = {
         "torch": str(torch.__version__),
@@ -141,7 +188,7 @@ def build_facts(toolkit, why_no_cuda):
     if toolkit is not None:
         release = re.search(r"release (\d+\.\d+)", output(toolkit / "bin" / "nvcc", "--version"))
         facts["cuda_toolkit"] = release.group(1)
-        facts["cuda_architectures"] = os.environ.get("TORCH_CUDA_ARCH_LIST", "the build machine's GPUs")
+        facts["cuda_architectures"] = architecture_list(architectures)
     return facts
 
 
@@ -158,11 +205,11 @@ if torch is None:
     ext_modules = [Extension(f"{PACKAGE}._C", sources(".cpp"), py_limited_api=True)]
 else:
     toolkit, why_no_cuda = choose_cuda()
+    architectures = []
     if toolkit is not None:
         cpp_extension.CUDA_HOME = str(toolkit)
-        if torch.cuda.device_count() == 0:
-            # torch takes the architectures of the GPUs it sees, and raises IndexError where it sees none.
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", PORTABLE_ARCHITECTURES)
+        architectures = architecture_flags()
+    os.environ.setdefault("MAX_JOBS", str(default_jobs()))
 
     class BuildLibraries(cpp_extension.BuildExtension):
         """Builds the libraries and leaves the facts of the build beside them."""
@@ -170,20 +217,30 @@ else:
         def run(self):
             if not sources(".cpp"):
                 raise SystemExit(f"{PACKAGE}: no C++ source under {ROOT / 'csrc'}; the tree is incomplete")
+            # torch tells ninja of no header that nvcc read unless torch itself has CUDA, and distutils of none at
+            # all: a build on top of an earlier one would keep what a changed header makes wrong.
+            shutil.rmtree(self.build_temp, ignore_errors=True)
+            self.force = True
             super().run()
             folder = Path(self.get_ext_fullpath(f"{PACKAGE}._C")).parent
             if toolkit is None:
                 # One left from a build with other settings would be packed or loaded beside the new _C.
                 for stale in folder.glob("_C_cuda*.so"):
                     stale.unlink()
-            facts = json.dumps(build_facts(toolkit, why_no_cuda), indent=2)
+            facts = json.dumps(build_facts(toolkit, architectures, why_no_cuda), indent=2)
             (folder / "_build_info.json").write_text(facts + "\n")
+
+        def build_extension(self, extension):
+            start = time.monotonic()
+            super().build_extension(extension)
+            seconds, jobs = time.monotonic() - start, os.environ["MAX_JOBS"]
+            print(f"{PACKAGE}: built {extension.name} in {seconds:.0f} s with MAX_JOBS={jobs}", flush=True)
 
         def get_outputs(self):
             outputs = super().get_outputs()
             return [*outputs, str(Path(outputs[0]).with_name("_build_info.json"))]
 
-    ext_modules = libraries(toolkit)
+    ext_modules = libraries(toolkit, architectures)
 
 setup(
     ext_modules=ext_modules,

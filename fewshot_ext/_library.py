@@ -5,10 +5,14 @@
 tensor arrives.
 """
 
+import json
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 LIBRARY_DIR_VARIABLE = "FEWSHOT_EXT_LIBRARY_DIR"  # another build of the libraries, such as the sanitizers' one
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
@@ -16,10 +20,22 @@ REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 cpu_error: str | None = None  # why _C is missing; None once it is loaded
 cuda_error: str | None = None  # why _C_cuda is missing; None once it is loaded
 _loaded: set[Path] = set()
+_served: set[torch.device] = set()  # GPUs that the kernels are known to run on
+
+_ARCHITECTURE = re.compile(r"(\d+)\.(\d)(a?)(\+PTX)?")
 
 
 def library_dir() -> Path:
     return Path(os.environ.get(LIBRARY_DIR_VARIABLE) or Path(__file__).parent)
+
+
+def build_record() -> dict[str, Any] | None:
+    """What setup.py recorded beside the libraries; None for libraries that came about in another way."""
+    record = library_dir() / "_build_info.json"
+    if not record.is_file():
+        return None
+    facts: dict[str, Any] = json.loads(record.read_text())
+    return facts
 
 
 def _load(name: str) -> str | None:
@@ -54,9 +70,53 @@ def load() -> None:
         cuda_error = _load("_C_cuda")
 
 
-def require_cuda() -> None:
-    """Raises RuntimeError, with the reason and the mend, where CUDA tensors have no kernels to go to."""
+def serve(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether kernels built for ``architectures``, as TORCH_CUDA_ARCH_LIST lists them, run on such a GPU.
+
+    A binary runs on GPUs of its major version from its minor version on, PTX on all later ones too; what is
+    built for an architecture with an "a" runs on no other. A name of another kind counts as one that runs.
+    """
+    for name in architectures.split(";"):
+        known = _ARCHITECTURE.fullmatch(name)
+        if known is None:
+            return True
+        major, minor, own_features, ptx = known.groups()
+        built = int(major), int(minor)
+        if own_features:
+            runs = built == capability
+        else:
+            runs = built <= capability and (built[0] == capability[0] or ptx is not None)
+        if runs:
+            return True
+    return False
+
+
+def gpu_error(device: torch.device | int) -> str | None:
+    """Why the CUDA kernels do not run on this GPU; None where they do, or where nobody recorded what they are for."""
+    architectures = (build_record() or {}).get("cuda_architectures")
+    capability = torch.cuda.get_device_capability(device)
+    if architectures is None or serve(architectures, capability):
+        return None
+    version = ".".join(map(str, capability))
+    return (
+        f"the CUDA kernels are built for {architectures}, and {torch.cuda.get_device_name(device)} has compute "
+        f'capability {version}. Build them with: TORCH_CUDA_ARCH_LIST="{version}" FEWSHOT_EXT_CUDA=1 {REBUILD}'
+    )
+
+
+def require_cuda(device: torch.device) -> None:
+    """Raises RuntimeError, with the reason and the mend, where tensors on ``device`` have no kernels to go to."""
     if cuda_error is not None:
         raise RuntimeError(
             f"fewshot_ext has no CUDA kernels here: {cuda_error}. Build them with: FEWSHOT_EXT_CUDA=1 {REBUILD}"
         )
+    # Traced code asks nothing: what it learned would become a guard, and its first run in eager mode a recompilation.
+    if is_dynamo_compiling() or device in _served:
+        return
+    # Without a GPU the tensor is a fake one, and there is no device to ask.
+    if not torch.cuda.is_available():
+        return
+    error = gpu_error(device)
+    if error is not None:
+        raise RuntimeError(f"fewshot_ext does not run on {device}: {error}")
+    _served.add(device)

@@ -7,10 +7,8 @@ works without the compiled library too, and then says why that is missing.
 import argparse
 import importlib.metadata
 import json
-import os
 import platform
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,13 +57,16 @@ def extras_report() -> dict[str, dict[str, Any]]:
     return report
 
 
-def build_report() -> dict[str, Any] | None:
-    """What setup.py recorded beside the libraries; None for libraries that came about in another way."""
-    record = Path(__file__).with_name("_build_info.json")
-    if os.environ.get("FEWSHOT_EXT_LIBRARY_DIR") or not record.is_file():
-        return None
-    facts: dict[str, Any] = json.loads(record.read_text())
-    return facts
+def gpu_report() -> list[dict[str, Any]]:
+    """Per GPU what it is, and why the CUDA kernels do not run on it, if they do not."""
+    return [
+        {
+            "name": torch.cuda.get_device_name(gpu),
+            "capability": ".".join(map(str, torch.cuda.get_device_capability(gpu))),
+            "error": _library.gpu_error(gpu) if _library.cuda_error is None else "the CUDA library is not loaded",
+        }
+        for gpu in range(torch.cuda.device_count())
+    ]
 
 
 def library_report(build: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
@@ -95,8 +96,7 @@ def operator_report() -> dict[str, dict[str, bool]]:
 
 def report() -> dict[str, Any]:
     """Everything ``python -m fewshot_ext.env`` prints, as JSON types."""
-    build = build_report()
-    gpus = range(torch.cuda.device_count())
+    build = _library.build_record()
     return {
         "versions": {
             "fewshot_ext": __version__,
@@ -115,7 +115,7 @@ def report() -> dict[str, Any]:
             },
             "cuda": {
                 "toolkit_of_torch": torch.version.cuda,
-                "gpus": [torch.cuda.get_device_name(gpu) for gpu in gpus],
+                "gpus": gpu_report(),
             },
         },
         "operators": operator_report(),
@@ -149,11 +149,15 @@ def render(facts: dict[str, Any]) -> str:
     section("Libraries", {entry["library"]: entry["error"] or "loaded" for entry in libraries})
 
     cpu, cuda = facts["devices"]["cpu"], facts["devices"]["cuda"]
+    rows = {"cpu": f"{cpu['capability']}, {cpu['threads']} threads"}
+    for index, gpu in enumerate(cuda["gpus"]):
+        runs = "kernels run" if gpu["error"] is None else gpu["error"]
+        rows[f"cuda:{index}"] = f"{gpu['name']}, compute capability {gpu['capability']}: {runs}"
     if cuda["toolkit_of_torch"] is None:
-        gpus = "this torch is built without CUDA"
-    else:
-        gpus = ", ".join(cuda["gpus"]) or f"torch is built with CUDA {cuda['toolkit_of_torch']}, but sees no GPU"
-    section("Devices", {"cpu": f"{cpu['capability']}, {cpu['threads']} threads", "cuda": gpus})
+        rows["cuda"] = "this torch is built without CUDA"
+    elif not cuda["gpus"]:
+        rows["cuda"] = f"torch is built with CUDA {cuda['toolkit_of_torch']}, but sees no GPU"
+    section("Devices", rows)
 
     def kernels(on_device: dict[str, bool]) -> str:
         return ", ".join(f"{device}: {'yes' if there else 'no'}" for device, there in on_device.items())

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fewshot_ext
 from fewshot_ext import _library
@@ -48,19 +49,135 @@ def test_library_is_loaded_once():
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built with CUDA")
 def test_missing_cuda_library_says_why_and_how():
     with pytest.raises(RuntimeError) as raised:
-        _library.require_cuda()
+        _library.require_cuda(torch.device("cuda", 0))
     assert str(raised.value) == (
         f"fewshot_ext has no CUDA kernels here: torch {torch.__version__} is built without CUDA. "
         f"Build them with: FEWSHOT_EXT_CUDA=1 {BUILD}"
     )
 
 
+def arguments(device):
+    return (
+        torch.ones(4, 3, device=device),
+        torch.ones(2, 3, device=device),
+        torch.zeros(4, dtype=torch.int64, device=device),
+    )
+
+
 def test_cuda_is_asked_for_only_by_cuda_tensors(monkeypatch):
     monkeypatch.setattr(_library, "cuda_error", "no _C_cuda library in /nowhere")
-    features, weight, target = torch.randn(4, 3), torch.randn(2, 3), torch.zeros(4, dtype=torch.int64)
-    assert fewshot_ext.margin_cosine_loss(features, weight, target).isfinite()
+    assert fewshot_ext.margin_cosine_loss(*arguments("cpu")).isfinite()
+    with FakeTensorMode():
+        on_gpu = arguments("cuda")
+        with pytest.raises(RuntimeError, match="no _C_cuda library in /nowhere"):
+            fewshot_ext.margin_cosine_loss(*on_gpu)
+
+
+@pytest.mark.parametrize(("index", "name"), [(1, "weight"), (2, "target")])
+def test_tensors_on_two_devices_are_named(index, name):
+    with FakeTensorMode():
+        mixed = list(arguments("cuda"))
+        mixed[index] = arguments("cpu")[index]
+        with pytest.raises(ValueError, match=f"^{name}: expected device cuda:0 as features is on, got cpu$"):
+            fewshot_ext.margin_cosine_loss(*mixed)
+
+
+class FakeGpus:
+    """A machine with these GPUs, and a CUDA library built for ``architectures``."""
+
+    def __init__(self, monkeypatch, architectures, *capabilities):
+        self.capabilities = capabilities
+        self.asked = []
+        monkeypatch.setattr(_library, "cuda_error", None)
+        monkeypatch.setattr(_library, "_served", set())
+        monkeypatch.setattr(_library, "build_record", lambda: architectures and {"cuda_architectures": architectures})
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", self.capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA T4")
+
+    def capability(self, device):
+        self.asked.append(device)
+        return self.capabilities[device.index]
+
+
+@pytest.mark.parametrize(
+    ("architectures", "runs_on", "not_on"),
+    [
+        ("8.0;9.0+PTX", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 1)], [(7, 5), (6, 1)]),
+        ("8.6", [(8, 6), (8, 9)], [(8, 0), (9, 0), (7, 5)]),
+        ("8.0+PTX", [(8, 0), (8, 6), (9, 0), (12, 0)], [(7, 5)]),
+        ("9.0a", [(9, 0)], [(8, 0), (10, 0)]),
+        ("9.0a+PTX", [(9, 0)], [(10, 0), (9, 1)]),
+        ("7.5;12.0", [(7, 5), (12, 0), (12, 1)], [(8, 0), (7, 0), (10, 0)]),
+        ("Hopper", [(7, 5), (9, 0)], []),
+        ("8.0;the build machine's GPUs", [(7, 5)], []),
+    ],
+)
+def test_kernels_run_where_a_binary_or_ptx_fits(architectures, runs_on, not_on):
+    assert [capability for capability in runs_on if not _library.serve(architectures, capability)] == []
+    assert [capability for capability in not_on if _library.serve(architectures, capability)] == []
+
+
+def test_gpu_without_kernels_names_itself_what_was_built_and_the_command(monkeypatch):
+    gpus = FakeGpus(monkeypatch, "8.0;9.0+PTX", (9, 0), (7, 5))
+    _library.require_cuda(torch.device("cuda", 0))
+    for _ in range(2):
+        with pytest.raises(RuntimeError) as raised:
+            _library.require_cuda(torch.device("cuda", 1))
+        assert str(raised.value) == (
+            "fewshot_ext does not run on cuda:1: the CUDA kernels are built for 8.0;9.0+PTX, and NVIDIA T4 has "
+            f'compute capability 7.5. Build them with: TORCH_CUDA_ARCH_LIST="7.5" FEWSHOT_EXT_CUDA=1 {BUILD}'
+        )
+    assert [device.index for device in gpus.asked] == [0, 1, 1]
+
+
+def test_operators_ask_for_the_gpu_of_their_tensors(monkeypatch):
+    with FakeTensorMode():
+        on_gpu = arguments("cuda")
+        FakeGpus(monkeypatch, "8.0;9.0+PTX", (7, 5))
+        with pytest.raises(RuntimeError, match=r"^fewshot_ext does not run on cuda:0: .* compute capability 7\.5"):
+            fewshot_ext.margin_cosine_loss(*on_gpu)
+
+
+def test_gpu_with_kernels_is_asked_once(monkeypatch):
+    gpus = FakeGpus(monkeypatch, "8.0", (8, 6))
+    for _ in range(3):
+        _library.require_cuda(torch.device("cuda", 0))
+    assert len(gpus.asked) == 1
+
+
+def test_unrecorded_build_and_fake_tensors_pass(monkeypatch):
+    FakeGpus(monkeypatch, None, (5, 2))
+    _library.require_cuda(torch.device("cuda", 0))
+    gpus = FakeGpus(monkeypatch, "8.0")
+    _library.require_cuda(torch.device("cuda", 0))
+    assert gpus.asked == []
+
+
+def test_traced_check_does_not_depend_on_the_gpus_seen_in_eager_mode(monkeypatch):
+    monkeypatch.setattr(_library, "cuda_error", None)
+    monkeypatch.setattr(_library, "_served", set())
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def checked(x):
+        _library.require_cuda(x.device)
+        return x + 1
+
+    zeros = torch.zeros(2)
+    assert torch.equal(checked(zeros), torch.ones(2))
+    _library._served.add(zeros.device)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert torch.equal(checked(zeros), torch.ones(2))
+    monkeypatch.setattr(_library, "cuda_error", "no _C_cuda library in /nowhere")
     with pytest.raises(RuntimeError, match="no _C_cuda library in /nowhere"):
-        _library.require_cuda()
+        checked(zeros)
+
+
+def test_build_record_lies_beside_the_libraries(monkeypatch, tmp_path):
+    monkeypatch.setenv("FEWSHOT_EXT_LIBRARY_DIR", str(tmp_path))
+    assert _library.build_record() is None
+    (tmp_path / "_build_info.json").write_text('{"cuda_architectures": "8.0"}')
+    assert _library.build_record() == {"cuda_architectures": "8.0"}
 
 
 def test_import_brings_torch_and_numpy_alone():

@@ -40,7 +40,7 @@ def check_device(first_name: str, first: Tensor, **others: Tensor) -> None:
             raise ValueError(f"{name}: expected device {first.device} as {first_name} is on, got {value.device}")
     kind = first.device.type
     if kind == "cuda":
-        _library.require_cuda()
+        _library.require_cuda(first.device)
     elif kind not in ("cpu", "meta"):
         raise ValueError(f"{first_name}: expected a CPU or CUDA tensor, got one on {first.device}")
 

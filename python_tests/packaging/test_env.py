@@ -9,6 +9,15 @@ import torch
 import fewshot_ext
 from fewshot_ext import _library, env
 
+RECORD = {
+    "torch": "2.13.0",
+    "torch_target": "2.11",
+    "compiler": "c++ 12.2.0",
+    "cuda_toolkit": "13.0",
+    "cuda_architectures": "8.0;9.0+PTX",
+    "cuda_missing_because": None,
+}
+
 
 def run(*arguments, **settings):
     return subprocess.run(
@@ -65,6 +74,29 @@ def test_missing_cuda_library_comes_with_the_reason_from_the_build(monkeypatch):
 def test_loaded_cuda_library_has_no_error(monkeypatch):
     monkeypatch.setattr(_library, "cuda_error", None)
     assert env.library_report({"cuda_missing_because": None})["cuda"]["error"] is None
+
+
+def test_each_gpu_comes_with_its_capability_and_whether_it_has_kernels(monkeypatch):
+    monkeypatch.setattr(_library, "cuda_error", None)
+    monkeypatch.setattr(_library, "build_record", lambda: RECORD)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: ["NVIDIA H100", "NVIDIA T4"][gpu])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: [(9, 0), (7, 5)][gpu])
+    facts = env.report()
+    served, unserved = facts["devices"]["cuda"]["gpus"]
+    assert served == {"name": "NVIDIA H100", "capability": "9.0", "error": None}
+    assert unserved["capability"] == "7.5"
+    assert "built for 8.0;9.0+PTX" in unserved["error"]
+    told = env.render(facts)
+    assert "cuda:0  NVIDIA H100, compute capability 9.0: kernels run" in told
+    assert "cuda:1  NVIDIA T4, compute capability 7.5: the CUDA kernels are built for 8.0;9.0+PTX, and" in told
+    assert "toolkit 13.0, architectures 8.0;9.0+PTX" in told
+
+    monkeypatch.setattr(_library, "cuda_error", "no _C_cuda library")
+    assert {gpu["error"] for gpu in env.gpu_report()} == {"the CUDA library is not loaded"}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert "torch is built with CUDA 13.0, but sees no GPU" in env.render(env.report())
 
 
 def test_report_without_the_compiled_library(tmp_path):
