@@ -21,7 +21,7 @@ struct TileProduct {
 
   template <class T>
   struct Memory {
-    T at[2 * 2 * slabs<T> * slab * tile];  // two stages of both factors; at the end the groups' sums
+    alignas(Four<T>) T at[2 * 2 * slabs<T> * slab * tile];  // two stages of both factors; at the end the groups' sums
   };
 
   // A slab lies in shared memory with its inner dimension k outermost. Fours of columns are permuted within each row k,

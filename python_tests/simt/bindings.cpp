@@ -254,6 +254,8 @@ PYBIND11_MODULE(simt_kernels, module) {
   bind_faulty<index_past_the_array<-3>>(module, "index_before_the_array");
   bind_faulty<leave_the_row_of_a_tile>(module, "leave_the_row_of_a_tile");
   bind_faulty<ask_for_too_little>(module, "ask_for_too_little");
+  bind_faulty<read_fours_of_floats>(module, "read_fours_of_floats");
+  bind_faulty<read_fours_from_the_next_float_on>(module, "read_fours_from_the_next_float_on");
   bind_faulty<read_before_writing>(module, "read_before_writing");
   bind_faulty<keep_between_blocks>(module, "keep_between_blocks");
   bind_faulty<wait_for_nobody>(module, "wait_for_nobody");

@@ -29,8 +29,8 @@ KERNEL_FLAGS = (
 # not to be optimised as if they did not.
 TRACKED = (
     "-O1",
-    "-fsanitize=thread,bounds",
-    "-fno-sanitize-recover=bounds",
+    "-fsanitize=thread,bounds,alignment",
+    "-fno-sanitize-recover=bounds,alignment",
     "-fno-aggressive-loop-optimizations",
 )
 SANITIZED = ("-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize=vptr")

@@ -165,4 +165,19 @@ __global__ void declare_too_much(const float* x, float* y) {
 
 __global__ void write_past_global_memory(const float* x, float* y) { y[threadIdx.x + 1] = x[threadIdx.x]; }
 
+// Fours of floats, from an array that is aligned as one float.
+__global__ void read_fours_of_floats(const float* x, float* y) {
+  FEWSHOT_EXT_SHARED(float, row, [64]);
+  row[threadIdx.x] = x[threadIdx.x];
+  __syncthreads();
+  const float4 four = reinterpret_cast<const float4*>(row)[threadIdx.x / 4];
+  y[threadIdx.x] = four.x + four.y + four.z + four.w;
+}
+
+// The same in global memory, one element too far.
+__global__ void read_fours_from_the_next_float_on(const float* x, float* y) {
+  const float4 four = *reinterpret_cast<const float4*>(x + threadIdx.x % 2);
+  y[threadIdx.x] = four.x + four.y + four.z + four.w;
+}
+
 }  // namespace fewshot_ext

@@ -198,6 +198,11 @@ TRACKED_FAULTS = {
         "OutOfBounds",
         r"index \d+ of .*float \[33\].* at faulty_kernels.cuh:\d+, out",
     ),
+    "read_fours_of_floats": ("Misaligned", r"access to .*float4.* at faulty_kernels.cuh:\d+, 4 bytes off"),
+    "read_fours_from_the_next_float_on": (
+        "Misaligned",
+        r"access to .*float4.* at faulty_kernels.cuh:\d+, \d+ bytes off",
+    ),
     "ask_for_too_little": ("OutOfBounds", "of dynamic shared memory .byte .* of 80"),
     "read_before_writing": (
         "UninitializedShared",

@@ -1,4 +1,4 @@
-// Kernels are compiled with -fsanitize=thread,bounds and linked without the runtimes of these: g++ calls the
+// Kernels are compiled with -fsanitize=thread,bounds,alignment and linked without the runtimes of these: g++ calls the
 // functions below before each access to memory and for each index outside its array. So kernels use shared
 // memory through plain pointers, as CUDA does.
 
@@ -93,13 +93,19 @@ struct TypeDescriptor {
   uint16_t kind, info;
   char name[1];
 };
+struct Where {
+  const char* file;
+  uint32_t line, column;
+};
 struct OutOfBoundsData {
-  struct {
-    const char* file;
-    uint32_t line, column;
-  } where;
+  Where where;
   const TypeDescriptor* array;
   const TypeDescriptor* index;
+};
+struct TypeMismatchData {
+  Where where;
+  const TypeDescriptor* type;
+  unsigned char log_alignment, kind;
 };
 
 }  // namespace
@@ -110,6 +116,15 @@ extern "C" void __ubsan_handle_out_of_bounds_abort(const OutOfBoundsData* data, 
   if (block == nullptr) std::abort();
   block->fail<simt::OutOfBounds>("index " + std::to_string(index) + " of " + data->array->name + " at " +
                                  simt::file_and_line(data->where.file, data->where.line) + ", out of bounds");
+}
+
+// Of float4 and its kin, which the CPU would load from anywhere.
+extern "C" void __ubsan_handle_type_mismatch_v1_abort(const TypeMismatchData* data, uintptr_t address) {
+  simt::Block* block = simt::Block::running();
+  if (block == nullptr) std::abort();
+  block->fail<simt::Misaligned>(
+      "access to " + std::string(data->type->name) + " at " + simt::file_and_line(data->where.file, data->where.line) +
+      ", " + std::to_string(address % (uintptr_t{1} << data->log_alignment)) + " bytes off its alignment");
 }
 
 #endif

@@ -29,9 +29,9 @@ void atomic_changed_memory() { Block::running()->note_progress(); }
 
 void trap(Location where) { Block::running()->fail<Trap>("__trap at " + file_and_line(where)); }
 
-void* static_shared(const void* identity, const char* name, size_t bytes, size_t element_bytes) {
+void* static_shared(const void* identity, const char* name, size_t bytes, size_t element_bytes, size_t alignment) {
   Block& block = *Block::running();
-  void* memory = block.shared().variable(identity, name, bytes, element_bytes);
+  void* memory = block.shared().variable(identity, name, bytes, element_bytes, alignment);
   if (memory == nullptr)
     block.fail<LaunchError>(std::string(name) + " takes the block past its limits of shared memory: " +
                             std::to_string(SharedMemory::static_limit) + " bytes declared statically, " +

@@ -18,6 +18,7 @@ namespace simt {
 namespace {
 // NaN in every floating type, and an index that leads out of every array.
 constexpr int poison = 0xff;
+constexpr size_t widest_access = 16;
 }  // namespace
 
 SharedSpace::SharedSpace() {
@@ -41,21 +42,24 @@ void SharedMemory::begin_block(size_t dynamic_bytes, size_t limit) {
   static_bytes_ = 0;
   dynamic_bytes_ = dynamic_bytes;
   limit_ = limit;
-  place(nullptr, "dynamic shared memory", dynamic_bytes, 0);
+  place(nullptr, "dynamic shared memory", dynamic_bytes, 0, widest_access);
 }
 
 void* SharedMemory::dynamic() { return usable_ + variables_.front().begin; }
 
-void* SharedMemory::variable(const void* identity, const char* name, size_t bytes, size_t element_bytes) {
+void* SharedMemory::variable(const void* identity, const char* name, size_t bytes, size_t element_bytes,
+                             size_t alignment) {
   for (const Variable& known : variables_)
     if (known.identity == identity) return usable_ + known.begin;
   static_bytes_ += bytes;
   if (static_bytes_ > static_limit || static_bytes_ + dynamic_bytes_ > limit_) return nullptr;
-  return place(identity, name, bytes, element_bytes);
+  return place(identity, name, bytes, element_bytes, alignment);
 }
 
-void* SharedMemory::place(const void* identity, const char* name, size_t bytes, size_t element_bytes) {
-  const size_t begin = used_;
+void* SharedMemory::place(const void* identity, const char* name, size_t bytes, size_t element_bytes,
+                          size_t alignment) {
+  // Aligned as its type asks for and no better: wide accesses that count on more are to fail.
+  const size_t begin = used_ + (alignment < widest_access ? alignment : 0);
   variables_.push_back({identity, name, begin, bytes, element_bytes});
   used_ = (begin + bytes + 2 * gap_bytes - 1) / gap_bytes * gap_bytes;
   ASAN_UNPOISON_MEMORY_REGION(usable_ + begin, bytes);

@@ -51,7 +51,7 @@ class SharedMemory {
   size_t limit() const { return limit_; }  // in all
   void* dynamic();
   // The same storage for each thread of the block; null where that exceeds the limit.
-  void* variable(const void* identity, const char* name, size_t bytes, size_t element_bytes);
+  void* variable(const void* identity, const char* name, size_t bytes, size_t element_bytes, size_t alignment);
 
   // Also what belongs to other blocks.
   bool is_shared(const void* address) const {
@@ -76,7 +76,7 @@ class SharedMemory {
     std::array<Access, 2> reads;
   };
 
-  void* place(const void* identity, const char* name, size_t bytes, size_t element_bytes);
+  void* place(const void* identity, const char* name, size_t bytes, size_t element_bytes, size_t alignment);
   const Variable* find(size_t begin, size_t bytes) const;
   std::string describe(Kind kind, size_t begin, size_t bytes) const;
   static void remember_read(Byte& byte, const Access& access, const Ordering& ordering);

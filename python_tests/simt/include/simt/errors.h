@@ -34,6 +34,11 @@ struct OutOfBounds : KernelError {
   using KernelError::KernelError;
 };
 
+// An access at an address that its type, such as float4, does not allow.
+struct Misaligned : KernelError {
+  using KernelError::KernelError;
+};
+
 // Shared memory is read that no thread of this block has written.
 struct UninitializedShared : KernelError {
   using KernelError::KernelError;

@@ -16,6 +16,7 @@ inline void register_errors(pybind11::module_& module) {
   pybind11::register_local_exception<MissingLane>(module, "MissingLane", parent);
   pybind11::register_local_exception<MissingBarrier>(module, "MissingBarrier", parent);
   pybind11::register_local_exception<OutOfBounds>(module, "OutOfBounds", parent);
+  pybind11::register_local_exception<Misaligned>(module, "Misaligned", parent);
   pybind11::register_local_exception<UninitializedShared>(module, "UninitializedShared", parent);
   pybind11::register_local_exception<Deadlock>(module, "Deadlock", parent);
   pybind11::register_local_exception<Trap>(module, "Trap", parent);

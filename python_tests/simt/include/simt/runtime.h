@@ -44,12 +44,12 @@ void before_atomic(const void* address, size_t bytes);
 void atomic_changed_memory();
 [[noreturn]] void trap(Location where);
 
-void* static_shared(const void* identity, const char* name, size_t bytes, size_t element_bytes);
+void* static_shared(const void* identity, const char* name, size_t bytes, size_t element_bytes, size_t alignment);
 void* dynamic_shared();
 
 template <class T>
 T& static_shared(const void* identity, const char* name) {
-  return *static_cast<T*>(static_shared(identity, name, sizeof(T), sizeof(std::remove_all_extents_t<T>)));
+  return *static_cast<T*>(static_shared(identity, name, sizeof(T), sizeof(std::remove_all_extents_t<T>), alignof(T)));
 }
 
 enum class LaunchKind { plain, cooperative };
