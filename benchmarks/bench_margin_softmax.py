@@ -194,7 +194,7 @@ def main() -> None:
         "float32, forward + backward, median in ms, memory in MiB beyond the gradients.\n\n"
     )
     text = caption + harness.markdown_table(HEADER, table)
-    options.output.with_suffix(".md").write_text(text)
+    harness.write_text(options.output.with_suffix(".md"), text)
     print(text)
 
 

@@ -9,6 +9,7 @@ import contextlib
 import csv
 import ctypes
 import gc
+import io
 import multiprocessing
 import platform
 import statistics
@@ -37,31 +38,44 @@ class Timing:
     p80: float
     turns: int
 
+    def divided_by(self, calls: int) -> "Timing":
+        """Of one call, where a turn made several."""
+        return Timing(self.p20 / calls, self.p50 / calls, self.p80 / calls, self.turns)
 
-def interleaved(contenders: dict[str, Callable[[], object]], *, seconds: float, turns: int = 7) -> dict[str, Timing]:
+
+def wall_clock(call: Callable[[], object]) -> float:
+    """Milliseconds of a call that has done its work when it returns."""
+    begin = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def interleaved(
+    contenders: dict[str, Callable[[], object]],
+    *,
+    seconds: float,
+    turns: int = 7,
+    measure: Callable[[Callable[[], object]], float] = wall_clock,
+) -> dict[str, Timing]:
     """Times the contenders in turns, after two untimed calls each.
 
     Args:
         contenders: name -> call. A call must leave nothing behind that makes the next one faster.
         seconds: spends about this much in all.
         turns: at least this many calls of each, however long they take.
+        measure: milliseconds of a call.
     """
     for call in contenders.values():
-        call()
-    begin = time.perf_counter()
-    for call in contenders.values():
-        call()
-    one_turn = time.perf_counter() - begin
-    turns = max(turns, min(2000, int(seconds / one_turn)))
+        measure(call)
+    one_turn = sum(measure(call) for call in contenders.values())
+    turns = max(turns, min(2000, int(1e3 * seconds / one_turn)))
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     gc.collect()
     gc.disable()
     try:
         for _ in range(turns):
             for name, call in contenders.items():
-                begin = time.perf_counter()
-                call()
-                samples[name].append(1e3 * (time.perf_counter() - begin))
+                samples[name].append(measure(call))
     finally:
         gc.enable()
     return {name: _timing(values) for name, values in samples.items()}
@@ -124,15 +138,19 @@ def machine(*packages: str) -> dict[str, str | int]:
         "device": processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
     }
-    described["fewshot_ext"] = fewshot_ext.__version__
-    for package in ("torch", *packages):
+    return {**described, **versions("torch", *packages)}
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Columns for Python, this package and others."""
+    found = {"python": platform.python_version(), "fewshot_ext": fewshot_ext.__version__}
+    for package in packages:
         try:
-            described[package] = version(package)
+            found[package] = version(package)
         except PackageNotFoundError:
-            described[package] = "absent"
-    return described
+            found[package] = "absent"
+    return found
 
 
 def parser(description: str, *, output: Path) -> argparse.ArgumentParser:
@@ -145,12 +163,20 @@ def parser(description: str, *, output: Path) -> argparse.ArgumentParser:
 
 
 def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all: who is stopped while writing leaves the earlier file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
 
 
 def markdown_table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
