@@ -21,10 +21,11 @@ def test_core_dependencies_are_torch_and_numpy_alone():
 
 def test_extras():
     extras = declared_extras(requirements())
-    assert set(extras) == {"train", "test", "bench", "dev"}
+    assert set(extras) == {"train", "test", "bench", "bench-cuda", "dev"}
     assert {"lightning", "jsonargparse", "kornia", "matplotlib", "tensorboard", "scikit-learn"} <= set(extras["train"])
     assert {"pytest", "hypothesis"} <= set(extras["test"])
     assert "pytorch-metric-learning" in extras["bench"]
+    assert {"cut-cross-entropy", "liger-kernel"} == set(extras["bench-cuda"])
     assert {"ruff", "clang-format"} <= set(extras["dev"])
 
 
