@@ -65,6 +65,8 @@ def interleaved(
         turns: at least this many calls of each, however long they take.
         measure: milliseconds of a call.
     """
+    if not contenders:
+        return {}
     for call in contenders.values():
         measure(call)
     one_turn = sum(measure(call) for call in contenders.values())

@@ -1,0 +1,337 @@
+"""Margin softmax on a GPU, forward + backward, against its peers; run by gpu_report.py.
+
+Every contender gets features and weight that both require gradients, and leaves both gradients freshly allocated. Peers
+that take no margin are fed normalised features times the scale and normalised weights inside the timed call, since the
+operator normalises too; they are named "no margin" and compared with the reference without one.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+
+import gpu_timing
+import harness
+import torch
+import torch.nn.functional as F
+from bench_margin_softmax import CASES, COMPILED, EAGER, MARGIN, OURS, SCALE, Case
+from gpu_comparison import Comparison, Contender, Outcome
+from gpu_document import Goal, table
+from gpu_worker import one_line
+from torch import Tensor
+
+import fewshot_ext
+from fewshot_ext import reference
+
+NAME = "margin_softmax"
+ONE_LAUNCH, CHUNKED = f"{OURS} (one launch)", f"{OURS} (chunked)"
+TORCH_LINEAR = "torch linear_cross_entropy (no margin)"
+CCE = "cut-cross-entropy (no margin)"
+LIGER, LIGER_16 = "liger-kernel (no margin)", "liger-kernel, chunk_mem_const=16 (no margin)"
+
+# Largest relative error, in norm, of the loss and of both gradients. Twice or more of what eager shows at any of the
+# cases: it rounds its logits to the dtype, and with few classes a negative margin leaves gradients that are small
+# differences.
+TOLERANCE = {"float32": 1e-4, "tf32": 5e-3, "bfloat16": 1e-1, "float16": 2e-2}
+SMALL = 1000  # classes, up to which both kernels are timed and one launch is what the operator chooses
+
+GOALS_FIRST = ("256,512,64,float32", "256,640,351,float32", "512,512,100000,bfloat16")
+LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def jobs(quick: bool) -> list[str]:
+    """N,D,C,dtype: those with goals first, then dtype by dtype."""
+    cases = [case for case in CASES if not quick or case.classes in (64, 1000)]
+    every = [f"{c.samples},{c.dimensions},{c.classes},{dtype}" for dtype in gpu_timing.DTYPES for c in cases]
+    return sorted(every, key=lambda job: job not in GOALS_FIRST)
+
+
+def title(job: str) -> str:
+    *sizes, dtype = job.split(",")
+    return f"{', '.join(sizes)} in {dtype}"
+
+
+def parse(job: str) -> tuple[Case, str]:
+    *sizes, dtype = job.split(",")
+    return Case(*map(int, sizes)), dtype
+
+
+class Inputs:
+    def __init__(self, case: Case, dtype: torch.dtype, device, generator: torch.Generator) -> None:
+        def normal(rows: int) -> Tensor:
+            return torch.randn(rows, case.dimensions, generator=generator, device=device).to(dtype).requires_grad_()
+
+        self.features, self.weight = normal(case.samples), normal(case.classes)
+        self.target = torch.randint(case.classes, (case.samples,), generator=generator, device=device)
+
+    def run(self, function: LossFunction) -> tuple[Tensor, Tensor, Tensor]:
+        return forward_backward(function, self.features, self.weight, self.target)
+
+    def exact(self, margin: float) -> tuple[Tensor, Tensor, Tensor]:
+        features, weight = (tensor.detach().double().requires_grad_() for tensor in (self.features, self.weight))
+        loss = partial(reference.margin_cosine_loss, margin=margin, scale=SCALE)
+        return forward_backward(loss, features, weight, self.target)
+
+
+def forward_backward(function: LossFunction, features: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    loss = function(features, weight, target)
+    loss.backward()
+    results = loss.detach(), features.grad, weight.grad
+    features.grad = weight.grad = None
+    return results
+
+
+def without_margin(linear_cross_entropy: LossFunction) -> LossFunction:
+    def loss(features: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return linear_cross_entropy(SCALE * F.normalize(features, dim=1), F.normalize(weight, dim=1), target)
+
+    return loss
+
+
+def torch_linear_cross_entropy() -> Contender:
+    if not hasattr(F, "linear_cross_entropy"):
+        return Contender(TORCH_LINEAR, missing=f"torch {torch.__version__} has none, 2.13 is the first")
+    # Without options it is eager by another name: the logits are stored.
+    function = partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
+    return Contender(TORCH_LINEAR, without_margin(function), variant=0.0)
+
+
+def cut_cross_entropy(dtype: str) -> Contender:
+    if dtype not in ("bfloat16", "float16"):
+        return Contender(CCE, missing="its backward pass takes bfloat16 and float16 alone")
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+    except Exception as error:
+        return Contender(CCE, missing=one_line(error))
+    return Contender(CCE, without_margin(linear_cross_entropy), variant=0.0, waits="it counts its targets on the host")
+
+
+def liger(name: str, **settings: object) -> Contender:
+    """Its default chunk holds as many logits as the features hold numbers: 4 rows of 100,000 classes."""
+    try:
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Function
+    except Exception as error:
+        return Contender(name, missing=one_line(error))
+    # Functions of autograd take arguments by position alone, and this one has gained some in every release.
+    _, _, _, _, *optional = inspect.signature(Function.forward).parameters.values()
+    unknown = settings.keys() - {parameter.name for parameter in optional}
+    if unknown:
+        return Contender(name, missing=f"this version takes no {', '.join(unknown)}")
+    arguments = [settings.get(parameter.name, parameter.default) for parameter in optional]
+
+    def linear_cross_entropy(features: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return Function.apply(features, weight, target, *arguments)[0]
+
+    return Contender(name, without_margin(linear_cross_entropy), variant=0.0, waits="it counts its targets on the host")
+
+
+def ours(features: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return fewshot_ext.margin_cosine_loss(features, weight, target, MARGIN, SCALE)
+
+
+def eager(features: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return reference.margin_cosine_loss(features, weight, target, MARGIN, SCALE)
+
+
+def contenders(case: Case, dtype: str, device: str) -> list[Contender]:
+    """The operator's own kernels first: if one hangs, the report has the reason before the time is spent."""
+    small = case.classes <= SMALL
+    found = []
+    if small and device == "cuda":
+        for name, value in ((ONE_LAUNCH, "one_launch"), (CHUNKED, "chunked")):
+            forced = {"FEWSHOT_EXT_MARGIN_SOFTMAX_KERNEL": value}
+            found.append(Contender(name, ours, variant=MARGIN, kernel=f"{NAME} {value}", environment=forced))
+    found.append(Contender(OURS, ours, variant=MARGIN, kernel=f"{NAME} {'one_launch' if small else 'chunked'}"))
+    found.append(Contender(EAGER, eager, variant=MARGIN))
+    torch.compiler.reset()  # else the cases would count towards torch's limit of recompilations
+    found.append(
+        Contender(COMPILED, torch.compile(eager, fullgraph=True, dynamic=False), variant=MARGIN, compiles=True)
+    )
+    peers = [torch_linear_cross_entropy(), cut_cross_entropy(dtype), liger(LIGER)]
+    if case.classes > case.dimensions:
+        peers.append(liger(LIGER_16, chunk_mem_const=16))
+    return found + peers
+
+
+def products(case: Case, sets: list[Inputs], generator: torch.Generator) -> dict[str, list[gpu_timing.Call]]:
+    """The three matrix products that nobody gets around, with the logits stored by rows and by columns."""
+    x, w = sets[-1].features, sets[-1].weight
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, generator=generator, device=x.device).to(x.dtype)
+
+    by_rows, by_columns = matrix(case.samples, case.classes), matrix(case.classes, case.samples)
+    logits, logits_t, grad_x, grad_w = (torch.empty_like(like.detach()) for like in (by_rows, by_columns, x, w))
+    vectors = [(inputs.features.detach(), inputs.weight.detach()) for inputs in sets]
+    mm = torch.mm
+    return {
+        "logits, rows": [partial(mm, x, w.t(), out=logits) for x, w in vectors],
+        "logits, columns": [partial(mm, w, x.t(), out=logits_t) for x, w in vectors],
+        "features, rows": [partial(mm, by_rows, w, out=grad_x) for _, w in vectors],
+        "features, columns": [partial(mm, by_columns.t(), w, out=grad_x) for _, w in vectors],
+        "weight, rows": [partial(mm, by_rows.t(), x, out=grad_w) for x, _ in vectors],
+        "weight, columns": [partial(mm, by_columns, x, out=grad_w) for x, _ in vectors],
+    }
+
+
+def time_of_products(timings: Mapping[str, harness.Timing]) -> float:
+    """Milliseconds of the three, each in the better layout."""
+    best: dict[str, float] = {}
+    for name, timing in timings.items():
+        product = name.partition(",")[0]
+        best[product] = min(timing.p50, best.get(product, math.inf))
+    return sum(best.values())
+
+
+def measure(job: str, bench) -> list[dict]:
+    case, name = parse(job)
+    dtype, generator = gpu_timing.DTYPES[name][0], gpu_timing.generator(bench.device)
+    count = gpu_timing.input_sets(bench.device, (case.samples + case.classes) * case.dimensions * dtype.itemsize)
+    with gpu_timing.precision(name):
+        sets = [Inputs(case, dtype, bench.device.device, generator) for _ in range(count)]
+        comparison = Comparison(bench, sets, TOLERANCE[name])
+        outcomes = [comparison.prepare(contender) for contender in contenders(case, name, bench.device.name)]
+        gemm = time_of_products(comparison.time(outcomes, products(case, sets, generator)))
+    common = {
+        "case": title(job),
+        "samples": case.samples,
+        "dimensions": case.dimensions,
+        "classes": case.classes,
+        "dtype": name,
+        "input_sets": count,
+    }
+    floors = floor_columns(case, name, gemm, bench.rates)
+    ours = next(outcome.timings for outcome in outcomes if outcome.name == OURS)
+    return [{**common, **row} for outcome in outcomes for row in rows(outcome, floors, ours)]
+
+
+def floor_columns(case: Case, dtype: str, gemm: float, rates: Mapping[str, float]) -> dict[str, float]:
+    """Least milliseconds by arithmetic and by traffic: every input read once, both gradients written once."""
+    floors = {"gemm_ms": gemm}
+    if rates:
+        vectors = (case.samples + case.classes) * case.dimensions * gpu_timing.DTYPES[dtype][0].itemsize
+        operations = 6 * case.samples * case.dimensions * case.classes
+        floors["square_gemm_ms"] = operations / rates[f"{dtype}_tflop_per_s"] / 1e9
+        floors["copy_ms"] = (2 * vectors + 8 * case.samples) / rates["copy_gb_per_s"] / 1e6
+    return {**floors, "floor_ms": max(gemm, floors.get("copy_ms", 0.0))}
+
+
+def rows(outcome: Outcome, floors: dict[str, float], ours: dict[str, harness.Timing]) -> Iterator[dict]:
+    """One for each kind of timing, and one without times for a contender that was not timed."""
+    for kind in outcome.timings or [""]:
+        timing = outcome.timings.get(kind)
+        times = dict.fromkeys(("p20_ms", "p50_ms", "p80_ms", "turns", "times_floor", "times_fewshot_ext"), "")
+        if timing is not None:
+            times.update({f"{name}_ms": f"{getattr(timing, name):.5f}" for name in ("p20", "p50", "p80")})
+            times["turns"] = timing.turns
+            times["times_floor"] = f"{timing.p50 / floors['floor_ms']:.3f}"
+            times["times_fewshot_ext"] = f"{timing.p50 / ours[kind].p50:.3f}" if kind in ours else ""
+        yield {
+            "contender": outcome.name,
+            "margin": outcome.contender.variant,
+            "timing": kind,
+            **times,
+            **{name: f"{value:.5f}" for name, value in floors.items()},
+            "extra_memory_mib": "" if outcome.memory is None else f"{outcome.memory / 2**20:.1f}",
+            "relative_error": "" if outcome.error is None else f"{outcome.error:.1e}",
+            "note": "; ".join(outcome.notes),
+        }
+
+
+HEADER = [
+    "contender",
+    "graph, us",
+    "p20 - p80",
+    "times the floor",
+    "stream, us",
+    "p20 - p80",
+    "memory, MiB",
+    "error",
+    "",
+]
+TABLES_TEXT = """N, D, C; medians of one forward + backward. "graph": in a CUDA graph, the device's time alone;
+"stream": plain calls from idle to idle, the host included. The floor is the larger of the products and the traffic.
+Memory is the peak beyond inputs and gradients; the error is the largest of loss and gradients, in norm, against
+float64.
+
+"""
+
+
+def tables(rows: list[dict]) -> str:
+    """One for each case and dtype."""
+    jobs: dict[str, list[dict]] = {}
+    for row in rows:
+        jobs.setdefault(row["case"], []).append(row)
+    return TABLES_TEXT + "\n".join(job_table(job, found) for job, found in jobs.items())
+
+
+def job_table(job: str, rows: list[dict]) -> str:
+    gemm, square, copy = (row_us(rows[0], f"{name}_ms") or "not measured" for name in ("gemm", "square_gemm", "copy"))
+    caption = (
+        f"### {job}\n\n"
+        f"Floors in us: its three matrix products {gemm}; their arithmetic at the rate of a large square product "
+        f"{square}; its least traffic {copy}. {rows[0]['input_sets']} sets of inputs.\n\n"
+    )
+    by_contender: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        by_contender.setdefault(row["contender"], {})[row["timing"]] = row
+    lines = []
+    for contender, kinds in by_contender.items():
+        anyhow, graph, stream = next(iter(kinds.values())), kinds.get("graph", {}), kinds.get("stream", {})
+        lines.append(
+            [
+                contender,
+                row_us(graph, "p50_ms"),
+                spread(graph),
+                graph.get("times_floor", ""),
+                row_us(stream, "p50_ms"),
+                spread(stream),
+                anyhow["extra_memory_mib"],
+                anyhow["relative_error"],
+                anyhow["note"],
+            ]
+        )
+    return caption + table(HEADER, lines)
+
+
+def row_us(row: dict, column: str) -> str:
+    return harness.significant(1e3 * float(row[column])) if row.get(column) else ""
+
+
+def spread(row: dict) -> str:
+    return f"{row_us(row, 'p20_ms')} - {row_us(row, 'p80_ms')}" if row.get("p20_ms") else ""
+
+
+def goals(rows: list[dict]) -> list[Goal]:
+    """For an H100: the device's time at few-shot sizes, the floor and the peers at 100,000 classes."""
+    found = {(row["case"], row["contender"], row["timing"]): row for row in rows}
+
+    def number(job: str, contender: str, timing: str, column: str) -> float | None:
+        text = found.get((title(job), contender, timing), {}).get(column)
+        return float(text) if text else None
+
+    *small, large = GOALS_FIRST
+    result = []
+    for job in small:
+        time = number(job, OURS, "graph", "p50_ms")
+        measured = "" if time is None else f"{1e3 * time:.1f} us"
+        goal = f"{title(job)}: at most 25 us in a CUDA graph"
+        result.append(Goal(NAME, goal, measured, None if time is None else time <= 0.025))
+    ratio = number(large, OURS, "graph", "times_floor")
+    measured = ""
+    if ratio is not None:
+        measured = f"{ratio:.2f} times"
+        if square := number(large, OURS, "graph", "square_gemm_ms"):
+            of_square = number(large, OURS, "graph", "p50_ms") / square
+            measured += f"; {of_square:.2f} times the arithmetic at the rate of a large square product"
+    goal = f"{title(large)}: at most 2 times the floor in a CUDA graph"
+    result.append(Goal(NAME, goal, measured, None if ratio is None else ratio <= 2))
+    # Some peers wait for the host, so no graph holds them: the plain calls are what can be compared.
+    ours = number(large, OURS, "stream", "p50_ms")
+    for peers in ((CCE,), (LIGER, LIGER_16), (TORCH_LINEAR,)):
+        times = [time for peer in peers if (time := number(large, peer, "stream", "p50_ms")) is not None]
+        known = bool(times) and ours is not None
+        measured = f"{1e3 * ours:.0f} us against {1e3 * min(times):.0f} us" if known else ""
+        goal = f"{title(large)}: ahead of {peers[0]} in plain calls"
+        result.append(Goal(NAME, goal, measured, ours < min(times) if known else None))
+    return result

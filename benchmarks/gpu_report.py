@@ -1,0 +1,104 @@
+"""Tests and times the package on this machine's GPU: the first thing to run where there is one.
+
+    python benchmarks/gpu_report.py
+
+Runs the CUDA half of the test suite, measures the copy and the matrix-product rates of the machine, then times every
+operator against its peers, and writes a Markdown report and one CSV an operator into benchmarks/results. It builds
+nothing and installs nothing; what cannot be imported is listed in the report and left out.
+"""
+
+import argparse
+import ctypes
+import sys
+from pathlib import Path
+
+EPILOG = """
+It takes the given minutes at most. The files are written anew after every case, so that a run that is stopped leaves
+what it had; the last lines it prints say how far it got. Exit code: 0 for a report, also an incomplete one; 1 where
+tests failed, a sanitizer found errors or an operator's result was wrong; 2 where there is no GPU to run on; 128 + n
+after signal n.
+"""
+OPERATORS = ("margin_softmax",)  # each has a module gpu_<name>, see benchmarks/README.md
+SECTIONS = ("tests", *OPERATORS)
+
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(
+        prog="gpu_report.py",
+        description=__doc__.partition("\n\n")[0] + " " + __doc__.rpartition("\n\n")[2],
+        epilog=EPILOG,
+    )
+    options.add_argument("--minutes", type=float, default=8.0, help="time for everything (default: 8)")
+    options.add_argument(
+        "--only",
+        nargs="+",
+        choices=SECTIONS,
+        metavar="SECTION",
+        help=f"of the sections {', '.join(SECTIONS)} run these alone",
+    )
+    options.add_argument("--skip-tests", action="store_true", help="leave out the test suite")
+    options.add_argument(
+        "--sanitize",
+        action="store_true",
+        help="instead of tests and timings, run small CUDA tests under the four tools of compute-sanitizer",
+    )
+    options.add_argument(
+        "--quick", action="store_true", help="small cases and few repetitions, to try the script itself"
+    )
+    options.add_argument(
+        "--seconds", type=float, help="time for the turns of one case and kind of timing, about (default: 1.5)"
+    )
+    options.add_argument("--output-dir", type=Path, help="folder for the files (default: benchmarks/results)")
+    # A rehearsal of the script where there is no GPU; its times mean nothing.
+    options.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)
+    return options
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    options_parser = parser()
+    options = options_parser.parse_args(arguments)
+    for name in ("minutes", "seconds"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < float("inf"):
+            options_parser.error(f"--{name}: expected a positive number, got {value}")
+    if options.sanitize and (options.only or options.skip_tests):
+        options_parser.error("--sanitize: expected without --only and --skip-tests, because it replaces all sections")
+    if options.skip_tests and options.only and "tests" in options.only:
+        options_parser.error("--skip-tests: expected without --only tests")
+    if options.seconds is None:
+        options.seconds = 0.05 if options.quick else 1.5
+    wanted = options.only or SECTIONS
+    options.sections = [name for name in SECTIONS if name in wanted and not (name == "tests" and options.skip_tests)]
+    return options
+
+
+def why_no_gpu() -> str | None:
+    """Asks the driver, because importing torch for the answer takes seconds."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "no CUDA device: this machine has no NVIDIA driver (libcuda.so.1)"
+    error = driver.cuInit(0)
+    if error:
+        return f"no CUDA device: the NVIDIA driver answers with error {error}"
+    count = ctypes.c_int()
+    driver.cuDeviceGetCount(ctypes.byref(count))
+    return None if count.value else "no CUDA device: the NVIDIA driver shows none; is CUDA_VISIBLE_DEVICES empty?"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    reason = why_no_gpu() if options.device == "cuda" else None
+    if reason is None:
+        try:
+            import gpu_sections
+        except ImportError as error:
+            reason = f"cannot import what it measures: {error}"
+    if reason is not None:
+        print(f"gpu_report: {reason}", file=sys.stderr)
+        return 2
+    return gpu_sections.run(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

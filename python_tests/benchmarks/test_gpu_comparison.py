@@ -1,0 +1,222 @@
+"""Checking, capturing and timing of contenders, on a device that stands in for a GPU."""
+
+import os
+
+import gpu_timing
+import pytest
+import torch
+from gpu_comparison import Comparison, Contender
+
+
+class FaultError(BaseException):
+    """The worker would have ended here."""
+
+
+class Device(gpu_timing.RehearsalOnCpu):
+    """Graphs that make their calls again, and memory that is asked for in fakes."""
+
+    kinds = ("graph", "stream")
+    healthy = True
+
+    def capture(self, calls):
+        def replay():
+            for call in calls:
+                call()
+
+        replay()
+        return replay
+
+    def peak_memory(self, call):
+        call()
+        return 100
+
+    def is_healthy(self):
+        return self.healthy
+
+
+class Inputs:
+    """Doubles a vector; results lie in fixed memory, as they do where a graph is replayed."""
+
+    def __init__(self, seed):
+        self.values = torch.randn(4, generator=torch.Generator().manual_seed(seed))
+        self.result = torch.empty(4)
+
+    def run(self, function):
+        return (self.result.copy_(function(self.values)),)
+
+    def exact(self, variant):
+        return (variant * self.values.double(),)
+
+
+class Bench:
+    quick, seconds = True, 0.0
+
+    def __init__(self, device=None, left_out=(), remaining=1000.0):
+        self.device = device or Device()
+        self.phases = []
+        self._left_out, self._remaining = left_out, remaining
+
+    def begin(self, phase, contender="", kernel="", patience=60.0):
+        self.phases.append((phase, contender, kernel))
+
+    def left_out(self, contender, phase, kernel=""):
+        return "it hung" if (contender, phase) in self._left_out else None
+
+    def remaining(self):
+        return self._remaining
+
+    def fault(self, reason):
+        raise FaultError(reason)
+
+
+def double(values):
+    return 2 * values
+
+
+def compare(bench, *contenders):
+    comparison = Comparison(bench, [Inputs(0), Inputs(1), Inputs(2)], tolerance=1e-4)
+    outcomes = [comparison.prepare(contender) for contender in contenders]
+    others = comparison.time(outcomes, {"product": [lambda: None] * 3})
+    assert list(others) == ["product"]
+    return outcomes
+
+
+def test_what_is_right_is_measured_captured_and_timed():
+    bench = Bench()
+    (outcome,) = compare(bench, Contender("ours", double, variant=2, kernel="doubling"))
+    assert outcome.notes == []
+    assert outcome.error < 1e-6
+    assert outcome.memory == 100 - 16  # less the result
+    assert outcome.timings.keys() == {"graph", "stream"}
+    assert bench.phases == [
+        ("check", "ours", "doubling"),
+        ("capture", "ours", "doubling"),
+        ("graph timing", "", ""),
+        ("stream timing", "", ""),
+    ]
+
+
+def test_each_variant_is_compared_with_its_own_reference():
+    outcomes = compare(Bench(), Contender("a", double, variant=2), Contender("b", lambda values: 3 * values, variant=3))
+    assert all(outcome.timings for outcome in outcomes)
+
+
+@pytest.mark.parametrize("function", (lambda x: 2.01 * x, lambda x: x * torch.nan), ids=("off", "nan"))
+def test_what_is_wrong_is_said_and_not_timed(function):
+    (outcome,) = compare(Bench(), Contender("wrong", function, variant=2))
+    assert outcome.notes == ["wrong, not timed: allowed is 1e-04"]
+    assert not outcome.error <= 1e-4
+    assert not outcome.timings
+
+
+def test_unwritten_results_do_not_pass_for_right():
+    class Lazy(Inputs):
+        written = False
+
+        def run(self, function):  # only the first call writes
+            if not self.written:
+                self.written = True
+                return super().run(function)
+            return (self.result,)
+
+    comparison = Comparison(Bench(), [Lazy(0)], tolerance=1e-4)
+    assert "wrong" in comparison.prepare(Contender("lazy", double, variant=2)).notes[0]
+
+
+def test_a_graph_whose_replay_computes_nothing_is_not_timed():
+    class Dead(Device):
+        def capture(self, calls):
+            for call in calls:
+                call()
+            return lambda: None
+
+    comparison = Comparison(Bench(Dead()), [Inputs(0)], tolerance=1e-4)
+    outcome = comparison.prepare(Contender("ours", double, variant=2))
+    assert outcome.notes == ["no graph: its replay is wrong by nan"]
+    assert outcome.graph is None and outcome.calls
+
+
+def test_an_exception_is_a_note():
+    def refuse(values):
+        raise RuntimeError("one_launch does not take 512 samples\nand a backtrace")
+
+    outcomes = compare(Bench(), Contender("forced", refuse, variant=2), Contender("ours", double, variant=2))
+    assert outcomes[0].notes == ["RuntimeError: one_launch does not take 512 samples"]
+    assert not outcomes[0].timings
+    assert outcomes[1].timings
+
+
+def test_an_exception_that_breaks_the_device_ends_the_worker():
+    class Broken(Device):
+        healthy = False
+
+    def crash(values):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(FaultError, match="illegal memory access"):
+        compare(Bench(Broken()), Contender("ours", crash, variant=2))
+
+
+def test_a_capture_that_fails_ends_the_worker_and_the_next_one_does_without():
+    class Uncapturable(Device):
+        def capture(self, calls):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    contender = Contender("ours", double, variant=2)
+    with pytest.raises(FaultError, match="cannot be captured: RuntimeError: operation not permitted"):
+        Comparison(Bench(Uncapturable()), [Inputs(0)], 1e-4).prepare(contender)
+    (outcome,) = compare(Bench(left_out=[("ours", "capture")]), contender)
+    assert outcome.notes == ["no graph: it hung"]
+    assert outcome.timings.keys() == {"stream"}
+
+
+def test_what_waits_for_the_host_is_never_captured():
+    (outcome,) = compare(Bench(), Contender("peer", double, variant=2, waits="it asks for a number"))
+    assert outcome.notes == ["no graph: it asks for a number"]
+    assert outcome.timings.keys() == {"stream"}
+
+
+def test_what_killed_an_earlier_worker_is_left_out():
+    bench = Bench(left_out=[("ours", "check")])
+    (outcome,) = compare(bench, Contender("ours", double, variant=2))
+    assert outcome.notes == ["it hung"]
+    assert ("check", "ours", "ours") not in bench.phases
+
+
+def test_what_is_missing_is_listed():
+    (outcome,) = compare(Bench(), Contender("peer", missing="ImportError: no module named peer"))
+    assert outcome.notes == ["ImportError: no module named peer"]
+
+
+def test_nothing_is_compiled_when_time_runs_out(monkeypatch):
+    monkeypatch.setattr(Comparison, "longest_compile", 0.0)
+    contender = Contender("compiled", double, variant=2, compiles=True)
+    for remaining, compiled in ((50.0, False), (500.0, True)):
+        (outcome,) = compare(Bench(remaining=remaining), contender)
+        assert bool(outcome.timings) is compiled
+        assert (outcome.notes == ["not compiled: no time left"]) is not compiled
+
+
+def test_a_forced_kernel_runs_in_its_environment_which_is_put_back(monkeypatch):
+    monkeypatch.setenv("KERNEL", "before")
+    monkeypatch.delenv("OTHER", raising=False)
+    seen = []
+
+    def spy(values):
+        seen.append((os.environ["KERNEL"], os.environ["OTHER"]))
+        return 2 * values
+
+    forced = Contender("forced", spy, variant=2, environment={"KERNEL": "chunked", "OTHER": "1"})
+    comparison = Comparison(Bench(), [Inputs(0)], 1e-4)
+    outcome = comparison.prepare(forced)
+    assert set(seen) == {("chunked", "1")}
+    assert os.environ["KERNEL"] == "before" and "OTHER" not in os.environ
+    assert outcome.graph and not outcome.calls
+
+
+def test_a_device_without_graphs_times_the_others_on_the_stream():
+    comparison = Comparison(Bench(gpu_timing.RehearsalOnCpu()), [Inputs(0)], 1e-4)
+    outcome = comparison.prepare(Contender("ours", double, variant=2))
+    others = comparison.time([outcome], {"product": [lambda: None]})
+    assert outcome.timings.keys() == {"stream"} and outcome.memory is None
+    assert isinstance(others["product"].p50, float)
