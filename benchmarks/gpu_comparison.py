@@ -96,9 +96,8 @@ class Comparison:
             with contender.active():
                 self.check(outcome)
         except Exception as error:
+            self.bench.survive(error)
             outcome.notes.append(one_line(error))
-            if not self.device.is_healthy():
-                self.bench.fault(one_line(error))
         return outcome
 
     def time_to_compile(self) -> bool:
@@ -154,10 +153,7 @@ class Comparison:
             results = ()  # before the next call, which then gets the same memory as in training
             results = inputs.run(contender.function)
 
-        try:
-            graph = self.device.capture([partial(call, inputs) for inputs in self.sets])
-        except Exception as error:
-            self.bench.fault(f"cannot be captured: {one_line(error)}")
+        graph = self.device.capture([partial(call, inputs) for inputs in self.sets])
         for result in results:
             result.fill_(math.nan)
         graph()

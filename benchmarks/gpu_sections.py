@@ -14,7 +14,7 @@ from gpu_document import Document, Goal, code_block, goals_table, table
 from gpu_process import Budget, Overdue, supervise
 
 WORKER = [sys.executable, str(Path(__file__).with_name("gpu_worker.py"))]
-TESTS_SHARE = 3 / 8  # of the minutes: three of the usual eight
+TESTS_SHARE = 3 / 8  # of the time where others want some too: three minutes of the usual eight
 MACHINE_SECONDS = 120.0
 LAST_SECONDS = 4.0  # kept back for ending children and writing files
 RATES_SECONDS = 60.0
@@ -102,10 +102,10 @@ class Report:
             self.start("sanitizer")
             self.sanitizer()
             return
+        operators = [name for name in self.options.sections if name != "tests"]
         if "tests" in self.options.sections:
             self.start("tests")
-            self.tests()
-        operators = [name for name in self.options.sections if name != "tests"]
+            self.tests(TESTS_SHARE * 60 * self.options.minutes if operators else float("inf"))
         if operators:
             self.start("rates")
             self.measure_rates()
@@ -172,11 +172,11 @@ class Report:
         self.document.sections["Goals"] = "Nothing is measured yet.\n"
         self.write("Machine", table(["", ""], facts["details"].items()) + "\n" + code_block(facts["environment"]))
 
-    def tests(self) -> None:
+    def tests(self, share: float) -> None:
         found = gpu_tests.SuiteRun()
         command = gpu_tests.pytest_command(gpu_tests.SELECTED[self.options.device])
         try:
-            gpu_tests.run(found, command, self.budget.deadline(TESTS_SHARE * 60 * self.options.minutes))
+            gpu_tests.run(found, command, self.budget.deadline(share))
         finally:
             print(f"  {found.verdict()}", flush=True)
             if not found.passed:

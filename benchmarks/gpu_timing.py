@@ -26,6 +26,10 @@ MOST_INPUT_SETS = 256
 MOST_CALLS_A_TURN = 32  # on a stream
 
 
+class CaptureError(Exception):
+    """Leaves torch's allocator and its current stream in the middle of a capture: the process must not go on."""
+
+
 class Cuda:
     name = "cuda"
     kinds = ("graph", "stream")
@@ -46,20 +50,19 @@ class Cuda:
         return self._begin.elapsed_time(self._end)
 
     def capture(self, calls: Sequence[Call]) -> Call:
-        """One launch that makes all the calls.
-
-        An exception leaves torch's allocator and its current stream in the middle of the capture: the process must not
-        go on.
-        """
+        """One launch that makes all the calls; raises CaptureError."""
         self._side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._side):
             for call in calls[:2]:
                 call()
         torch.cuda.current_stream().wait_stream(self._side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in calls:
-                call()
+        try:
+            with torch.cuda.graph(graph):
+                for call in calls:
+                    call()
+        except Exception as error:
+            raise CaptureError(f"cannot be captured: {error}") from error
         return graph.replay
 
     def peak_memory(self, call: Call) -> int:

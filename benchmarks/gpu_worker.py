@@ -55,14 +55,18 @@ class Bench:
         self.emit("fault", reason=reason)
         os._exit(3)
 
+    def survive(self, error: Exception) -> None:
+        """Ends the process where the device has not survived the error."""
+        if isinstance(error, gpu_timing.CaptureError) or not self.device.is_healthy():
+            self.fault(one_line(error))
+
     def do(self, module, job: str) -> None:
         self._job = job
         self.begin("preparation")
         try:
             result = module.measure(job, self)
         except Exception as error:
-            if not self.device.is_healthy():
-                self.fault(one_line(error))
+            self.survive(error)
             self.emit("error", reason=one_line(error))
         else:
             self.emit("result", result=result)

@@ -3,6 +3,7 @@
 import os
 
 import gpu_timing
+import gpu_worker
 import pytest
 import torch
 from gpu_comparison import Comparison, Contender
@@ -67,6 +68,8 @@ class Bench:
 
     def fault(self, reason):
         raise FaultError(reason)
+
+    survive = gpu_worker.Bench.survive
 
 
 def double(values):
@@ -160,10 +163,10 @@ def test_an_exception_that_breaks_the_device_ends_the_worker():
 def test_a_capture_that_fails_ends_the_worker_and_the_next_one_does_without():
     class Uncapturable(Device):
         def capture(self, calls):
-            raise RuntimeError("operation not permitted when stream is capturing")
+            raise gpu_timing.CaptureError("cannot be captured: operation not permitted")
 
     contender = Contender("ours", double, variant=2)
-    with pytest.raises(FaultError, match="cannot be captured: RuntimeError: operation not permitted"):
+    with pytest.raises(FaultError, match="CaptureError: cannot be captured: operation not permitted"):
         Comparison(Bench(Uncapturable()), [Inputs(0)], 1e-4).prepare(contender)
     (outcome,) = compare(Bench(left_out=[("ours", "capture")]), contender)
     assert outcome.notes == ["no graph: it hung"]

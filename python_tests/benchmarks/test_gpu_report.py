@@ -217,6 +217,19 @@ def test_sections_that_nobody_asked_for_are_left_out(report, workers):
     assert [jobs for _, jobs in workers.orders] == [["facts", "packages"]]
 
 
+@pytest.mark.parametrize("arguments, seconds", (([], 180), (["--only", "tests"], 476), (["--minutes", "16"], 360)))
+def test_tests_get_a_share_of_the_time_and_all_of_it_alone(arguments, seconds, report, monkeypatch):
+    given = []
+
+    def run(suite, command, deadline, **variables):
+        given.append(deadline - time.monotonic())
+        suite.returncode = 0
+
+    monkeypatch.setattr(gpu_tests, "run", run)
+    report(*arguments)
+    assert given == [pytest.approx(seconds, abs=2)]
+
+
 def test_the_time_that_runs_out_leaves_what_was_finished(report, workers, monkeypatch, capsys):
     workers.troubles[JOBS[2]] = Overdue()
     monkeypatch.setattr(gpu_sections.Budget, "remaining", lambda self: 0.5)
