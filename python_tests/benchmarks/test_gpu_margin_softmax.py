@@ -238,7 +238,7 @@ def test_goals_against_peers_compare_plain_calls_with_the_best_variant():
     assert goals[4].measured == "600 us against 500 us"
 
 
-def test_a_whole_job_on_the_rehearsal_device():
+def test_a_whole_job_on_the_rehearsal_device(one_thread):
     class Bench:
         device, quick, seconds, rates = gpu_timing.RehearsalOnCpu(), True, 0.0, {}
 
