@@ -112,7 +112,7 @@ def liger(name: str, **settings: object) -> Contender:
         from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Function
     except Exception as error:
         return Contender(name, missing=one_line(error))
-    # Functions of autograd take arguments by position alone, and this one has gained some in every release.
+    # Functions of autograd take arguments by position alone, and this one keeps gaining some.
     _, _, _, _, *optional = inspect.signature(Function.forward).parameters.values()
     unknown = settings.keys() - {parameter.name for parameter in optional}
     if unknown:

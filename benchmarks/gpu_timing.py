@@ -18,8 +18,8 @@ Call = Callable[[], object]
 # Names of the report -> dtype of the tensors, precision of float32 products.
 DTYPES = {
     "float32": (torch.float32, "highest"),
-    "tf32": (torch.float32, "high"),
     "bfloat16": (torch.bfloat16, "highest"),
+    "tf32": (torch.float32, "high"),
     "float16": (torch.float16, "highest"),
 }
 MOST_INPUT_SETS = 256
