@@ -11,6 +11,7 @@ CUDA_TORCH ?= torch===2.13.0
 VENV ?= .venv
 CUDA_VENV ?= .venv-cuda
 PYTEST_ARGS ?=
+REPORT_ARGS ?=
 DEMO_ARGS ?= --output demo_output
 
 BIN := $(VENV)/bin
@@ -20,13 +21,13 @@ EMULATOR := $(shell find python_tests/simt 2>/dev/null)
 BUILD := pyproject.toml setup.py $(wildcard build_backend/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow bench lint format wheel wheel-cuda check-cuda sanitize torch-requirement clean
+.PHONY: help demo test test-slow bench gpu-report lint format wheel wheel-cuda check-cuda sanitize torch-requirement clean
 # Two pips must not write to one environment at a time.
 .NOTPARALLEL:
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*  ## /\t/' | expand -t 14
-	@echo "Variables: PYTHON=$(PYTHON) TORCH=\"$(TORCH)\" VENV=$(VENV) PYTEST_ARGS DEMO_ARGS"
+	@echo "Variables: PYTHON=$(PYTHON) TORCH=\"$(TORCH)\" VENV=$(VENV) PYTEST_ARGS DEMO_ARGS REPORT_ARGS"
 	@echo "           CUDA_TORCH=\"$(CUDA_TORCH)\" CUDA_VENV=$(CUDA_VENV) TORCH_CUDA_ARCH_LIST MAX_JOBS"
 
 demo: $(VENV)/.train  ## Pre-train with five margins on real images, evaluate few-shot accuracy, draw the figure
@@ -40,6 +41,9 @@ test-slow: $(VENV)/.test  ## Run the tests marked slow
 
 bench: $(VENV)/.bench  ## Time the operators against their peers
 	set -e; for script in benchmarks/bench_*.py; do $(BIN)/python $$script; done
+
+gpu-report: $(VENV)/.gpu  ## Test and time the package on this machine's GPU (TORCH names a build with CUDA)
+	$(BIN)/python benchmarks/gpu_report.py $(REPORT_ARGS)
 
 lint: $(VENV)/.dev  ## Check style and format of Python, C++ and CUDA
 	$(BIN)/ruff check .
@@ -103,11 +107,12 @@ $(VENV)/.package: $(VENV)/.torch $(BUILD) $(NATIVE)
 	touch $@
 
 # By its name and not by ".", because that would compile again only to add requirements.
-$(VENV)/.train $(VENV)/.test $(VENV)/.bench $(VENV)/.dev: $(VENV)/.package
+$(VENV)/.train $(VENV)/.test $(VENV)/.bench $(VENV)/.gpu $(VENV)/.dev: $(VENV)/.package
 	$(PIP) install 'fewshot_ext[$(EXTRAS)]'
 	touch $@
 
 $(VENV)/.train: EXTRAS := train
 $(VENV)/.test: EXTRAS := train,test
 $(VENV)/.bench: EXTRAS := bench
+$(VENV)/.gpu: EXTRAS := train,test,bench-cuda
 $(VENV)/.dev: EXTRAS := train,test,dev
