@@ -94,7 +94,6 @@ __device__ void logits_tile(const OneLaunch<Storage>& p, int item, T* memory) {
     store_four(p.logits + int64_t(i) * p.classes + j, products, p.classes - j, p.classes % 4 == 0);
     if (first == 0 && p.rows.upstream == nullptr) p.parts[int64_t(i) * p.class_tiles() + class_tile] = part;
   }
-  __syncthreads();  // before the next tile's inverse_of_class
 }
 
 // The row over all classes, from what the tiles found.
@@ -275,7 +274,6 @@ __device__ void weight_tile(const OneLaunch<Storage>& p, int item, T row_weight,
     store_gradient(p, raw, p.weight + j * p.weight_stride, p.weight_in_fours, factor,
                    p.grad_weight + int64_t(j) * p.dimensions, first_dimension + TileProduct::first());
   }
-  __syncthreads();  // before the next tile's dots
 }
 
 }  // namespace one_launch
