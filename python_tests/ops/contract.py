@@ -106,13 +106,15 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def skip_if_missing(reason: str | None) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(reason is not None, reason=reason or "")
+
+
 def on_backends(backends: Sequence[Backend]) -> pytest.MarkDecorator:
     """Runs a test, which takes ``backend``, on each; the report says why one is missing."""
-    marks = {
-        backend: pytest.mark.skipif(backend.missing is not None, reason=backend.missing or "") for backend in backends
-    }
     return pytest.mark.parametrize(
-        "backend", [pytest.param(backend, id=backend.name, marks=mark) for backend, mark in marks.items()]
+        "backend",
+        [pytest.param(backend, id=backend.name, marks=skip_if_missing(backend.missing)) for backend in backends],
     )
 
 
@@ -196,6 +198,16 @@ class OperatorCase:
     check_discrete: Callable[[Problem, tuple[Tensor, ...]], None] | None = None
     # Tensors that vmap maps over; empty where batching makes no sense.
     batched: tuple[str, ...] = ()
+    # The backends that have its kernels, by name ("simt-chunked") or by what the names begin with ("simt").
+    kernels: tuple[str, ...] = ("cpu", "simt", "cuda")
+    # Whether autocast brings it to float32 on every device, instead of to the lower dtype where that buys speed.
+    autocast_to_float32: bool = False
+
+    def missing_on(self, backend: Backend) -> str | None:
+        """Why it cannot run on ``backend``; None where it can."""
+        if not any(f"{backend.name}-".startswith(f"{kernels}-") for kernels in self.kernels):
+            return f"{self.name} has no kernels of the backend {backend.name}"
+        return backend.missing
 
 
 def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
