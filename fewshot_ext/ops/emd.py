@@ -318,7 +318,9 @@ def emd(
         raise ValueError(f"cost: expected batch dimensions that broadcast with the marginals', got {shapes}") from None
 
     sizes = {"cost": (n, m), "supply": (n,), "demand": (m,)}
-    flat = {name: tensors[name].expand(*batch, *size).reshape((math.prod(batch), *size)) for name, size in sizes.items()}
+    flat = {
+        name: tensors[name].expand(*batch, *size).reshape((math.prod(batch), *size)) for name, size in sizes.items()
+    }
     if check:
         _check_values(**flat, batch=batch, normalize=normalize)
     problem = dict(flat)

@@ -223,15 +223,18 @@ def evaluate(
     function: Callable,
     problem: Problem,
     names: Sequence[str],
-    upstream: Sequence[Tensor] | None = None,
+    upstream: Sequence[Tensor] | Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None,
     retain_graph: bool = False,
 ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """All results, and the gradients to the tensors in ``names`` for upstream gradients (ones by default)."""
+    """All results, and the gradients to the tensors in ``names`` for upstream gradients (ones by default), which may be
+    a function of the floating-point results."""
     problem = problem.with_grad(names)
     results = as_tuple(function(**problem.arguments()))
     outputs = floating(results)
     if upstream is None:
         upstream = [torch.ones_like(output) for output in outputs]
+    elif callable(upstream):
+        upstream = upstream(outputs)
     upstream = [part.to(output) for part, output in zip(upstream, outputs, strict=True)]
     leaves = [problem.tensors[name] for name in names]
     gradients = torch.autograd.grad(outputs, leaves, upstream, retain_graph=retain_graph)
@@ -274,9 +277,14 @@ def assert_equals_reference(
     retain_graph: bool = False,
 ) -> None:
     """Results and gradients on ``backend`` lie within the operator's bounds of the float64 reference's."""
-    exact = problem.to(torch.float64)
-    upstream = random_upstream(floating(case.reference(**exact.arguments())), loss_scale)
-    expected, expected_gradients = evaluate(case.reference, exact, case.differentiable, upstream)
+
+    def draw_upstream(outputs: Sequence[Tensor]) -> list[Tensor]:
+        return random_upstream(outputs, loss_scale)
+
+    expected, expected_gradients = evaluate(
+        case.reference, problem.to(torch.float64), case.differentiable, draw_upstream
+    )
+    upstream = draw_upstream(floating(expected))
     with backend.activate():
         placed = problem.to(device=backend.device)
         results, gradients = evaluate(case.function, placed, case.differentiable, upstream, retain_graph)

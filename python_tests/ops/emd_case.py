@@ -18,7 +18,7 @@ NAMES = ("cost", "supply", "demand")
 REFERENCE_UNIT = 2.0**-44
 
 PROBLEMS = (1, 2, 4)
-POINTS = (1, 2, 3, 5, 8, 9, 17)
+POINTS = (1, 2, 3, 5, 8, 13)
 
 
 def value_and_flow(**arguments) -> tuple[Tensor, Tensor]:
@@ -229,7 +229,7 @@ emd = OperatorCase(
         planted(6, 7, 3, seed=1, normalize=True, check=True),
         planted(5, 1, 4, seed=2, normalize=True),
     ),
-    large=planted(48, 8, 10, dtype=torch.float32),
+    large=planted(32, 6, 7, dtype=torch.float32),
     empty=(planted(0, 4, 5), planted(0, 4, 5, normalize=True, check=True)),
     overloads=_overloads,
     dynamic={"cost": {0: "N", 1: "n", 2: "m"}, "supply": {0: "N", 1: "n"}, "demand": {0: "N", 1: "m"}},
