@@ -29,7 +29,15 @@ _flow_backward_op = torch.ops.fewshot_ext.emd_flow_backward.default
 
 
 class EMD(NamedTuple):
-    """What :func:`emd` returns: the distances, the flows that attain them, and the duals that prove it."""
+    """What :func:`emd` returns: the distances, the flows that attain them, and the duals that prove it.
+
+    Example:
+        >>> import torch, fewshot_ext
+        >>> value, flow, supply_dual, demand_dual = fewshot_ext.emd(torch.tensor([[1.0, 3.0], [2.0, 8.0]]))
+        >>> value, flow
+        (tensor(2.5000), tensor([[0.0000, 0.5000],
+                [0.5000, 0.0000]]))
+    """
 
     value: Tensor  # [...]
     flow: Tensor  # [..., n, m]
