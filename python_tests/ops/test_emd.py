@@ -105,7 +105,7 @@ def test_integer_problems_are_solved_exactly(backend, dtype):
 @pytest.mark.parametrize("n, m", ((1, 1), (1, 6), (6, 1), (4, 9), (17, 16)))
 def test_all_results_of_problems_with_one_solution(backend, n, m):
     """Value, flow and duals, and the flow of the permuted problem is the permuted flow."""
-    problem = planted(12, n, m)
+    problem = planted(4, n, m)
     expected = reference.emd(**problem.tensors)
     with backend.activate():
         result = fewshot_ext.emd(**problem.tensors)
