@@ -17,8 +17,9 @@ from fewshot_ext.ops._autograd import accumulate_dtype, differentiable, first_de
 from fewshot_ext.ops._validation import check_device, check_flag, check_floating, check_tensor, is_traced
 
 MASS_TOLERANCE = 1e-4  # of csrc/emd: by how much, relatively, the masses of supply and demand may differ
-# By how much a certificate may miss the exact conditions, relatively: some roundings of the dtype of the results.
-CERTIFICATE_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+# By how much a certificate may miss the exact conditions, relatively: some roundings of the results in float32, and in
+# float64 the solver's own, which grow with the number of points, for the largest problems that it takes.
+CERTIFICATE_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-10}
 _FIRST_DERIVATIVES = "fewshot_ext.emd offers first derivatives only."
 _REPORT = (
     "To report it, save the inputs: torch.save({'cost': cost, 'supply': supply, 'demand': demand}, 'emd_problem.pt')"
