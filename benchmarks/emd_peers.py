@@ -11,8 +11,8 @@ from torch import Tensor
 def pot(cost: ndarray, supply: ndarray, demand: ndarray) -> float:
     import ot
 
-    flow = ot.emd(supply, demand, cost, check_marginals=False)
-    return float((flow * cost).sum())
+    _, log = ot.emd(supply, demand, cost, check_marginals=False, log=True)
+    return float(log["cost"])
 
 
 def opencv(cost: ndarray, supply: ndarray, demand: ndarray) -> float:

@@ -1,5 +1,6 @@
 """What the operators share above their kernels: autograd rules for eager calls and for the compiler, and vmap rules."""
 
+import inspect
 from collections.abc import Callable, Sequence
 
 import torch
@@ -58,6 +59,8 @@ def differentiable(op: torch._ops.OpOverload, setup_context: Callable, backward:
         with torch._C._AutoDispatchBelowAutograd():  # past the registered rule
             return op(*args)
 
+    # Function.apply asks for it at every call, and working it out costs as much as the rest of its overhead.
+    forward.__signature__ = inspect.signature(forward)
     function = type(
         op._opname,
         (torch.autograd.Function,),

@@ -219,9 +219,48 @@ def _autocast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.float() for name, tensor in tensors.items()}
 
 
-def _uniform(cost: Tensor, dimension: int) -> Tensor:
-    size = cost.shape[dimension]
-    return torch.ones(size, dtype=accumulate_dtype(cost.dtype), device=cost.device) / size
+def _checked(cost: object, supply: object, demand: object) -> dict[str, Tensor]:
+    """The tensors of the problems, in one dtype, but that masses which are made here are not rounded to half types."""
+    check_tensor("cost", cost, "[..., n, m]", 2, batched=True)
+    check_floating("cost", cost)
+    given = {name: marginal for name, marginal in (("supply", supply), ("demand", demand)) if marginal is not None}
+    for name, marginal in given.items():
+        check_tensor(name, marginal, "[..., n]" if name == "supply" else "[..., m]", 1, batched=True)
+        check_floating(name, marginal)
+    check_device("cost", cost, **given)
+    tensors = _autocast({"cost": cost, **given})
+    cost = tensors["cost"]
+    n, m = cost.shape[-2:]
+    if n == 0 or m == 0:
+        raise ValueError(f"cost: expected at least one point on each side, got shape {list(cost.shape)}")
+    for name, size in (("supply", n), ("demand", m)):
+        marginal = tensors.get(name)
+        if marginal is None:
+            tensors[name] = torch.ones(size, dtype=accumulate_dtype(cost.dtype), device=cost.device) / size
+        elif marginal.dtype != cost.dtype:
+            raise TypeError(f"{name}: expected dtype {cost.dtype} as cost has, got {marginal.dtype}")
+        elif marginal.shape[-1] != size:
+            raise ValueError(f"{name}: expected shape [..., {size}] to fit cost, got {list(marginal.shape)}")
+    return tensors
+
+
+def _flattened(cost: Tensor, supply: Tensor, demand: Tensor) -> tuple[dict[str, Tensor], torch.Size]:
+    """The tensors with one batch dimension, and the batch shape that they broadcast to."""
+    n, m = cost.shape[-2:]
+    tensors = {"cost": (cost, (n, m)), "supply": (supply, (n,)), "demand": (demand, (m,))}
+    batches = [tensor.shape[: -len(size)] for tensor, size in tensors.values()]
+    batch = batches[0]
+    if batches != [batch] * 3:
+        try:
+            batch = torch.broadcast_shapes(*batches)
+        except RuntimeError:
+            shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, (tensor, _) in tensors.items())
+            raise ValueError(f"cost: expected batch dimensions that broadcast to one shape, got {shapes}") from None
+    elif len(batch) == 1:  # as they are: at few-shot sizes each call to torch shows
+        return {name: tensor for name, (tensor, _) in tensors.items()}, batch
+    problems = math.prod(batch)
+    flat = {name: tensor.expand(*batch, *size).reshape((problems, *size)) for name, (tensor, size) in tensors.items()}
+    return flat, batch
 
 
 def _normalized(marginal: Tensor) -> Tensor:
@@ -297,47 +336,18 @@ def emd(
         tensor([[-0.3000, -0.4000],
                 [-0.1500, -0.4500]])
     """
-    check_tensor("cost", cost, "[..., n, m]", 2, batched=True)
-    check_floating("cost", cost)
-    given = {name: marginal for name, marginal in (("supply", supply), ("demand", demand)) if marginal is not None}
-    for name, marginal in given.items():
-        check_tensor(name, marginal, "[..., n]" if name == "supply" else "[..., m]", 1, batched=True)
-        check_floating(name, marginal)
-    check_device("cost", cost, **given)
     check_flag("normalize", normalize)
     check_flag("check", check)
-    tensors = _autocast({"cost": cost, **given})
-    cost = tensors["cost"]
-    n, m = cost.shape[-2:]
-    if n == 0 or m == 0:
-        raise ValueError(f"cost: expected at least one point on each side, got shape {list(cost.shape)}")
-    for name, size in (("supply", n), ("demand", m)):
-        if name not in given:
-            tensors[name] = _uniform(cost, -2 if name == "supply" else -1)
-            continue
-        marginal = tensors[name]
-        if marginal.dtype != cost.dtype:
-            raise TypeError(f"{name}: expected dtype {cost.dtype} as cost has, got {marginal.dtype}")
-        if marginal.shape[-1] != size:
-            raise ValueError(f"{name}: expected shape [..., {size}] to fit cost, got {list(marginal.shape)}")
-    try:
-        batch = torch.broadcast_shapes(*(tensors[name].shape[:-1] for name in ("supply", "demand")), cost.shape[:-2])
-    except RuntimeError:
-        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
-        raise ValueError(f"cost: expected batch dimensions that broadcast with the marginals', got {shapes}") from None
-
-    sizes = {"cost": (n, m), "supply": (n,), "demand": (m,)}
-    flat = {
-        name: tensors[name].expand(*batch, *size).reshape((math.prod(batch), *size)) for name, size in sizes.items()
-    }
+    flat, batch = _flattened(**_checked(cost, supply, demand))
     if check:
         _check_values(**flat, batch=batch, normalize=normalize)
     problem = dict(flat)
     if normalize:
         problem.update({name: _normalized(flat[name]) for name in ("supply", "demand")})
-    # Masses made here are finer than half types, in which they would not agree.
-    if any(tensor.dtype != cost.dtype for tensor in problem.values()):
-        problem = {name: tensor.to(accumulate_dtype(cost.dtype)) for name, tensor in problem.items()}
+    # In half types masses that were made or normalised here would be rounded apart.
+    dtypes = {tensor.dtype for tensor in problem.values()}
+    if len(dtypes) > 1:
+        problem = {name: tensor.to(accumulate_dtype(tensor.dtype)) for name, tensor in problem.items()}
     try:
         value, flow, supply_dual, demand_dual, _ = _call_emd(*problem.values())
     except RuntimeError:
@@ -348,4 +358,4 @@ def emd(
     result = EMD(value, flow, supply_dual, demand_dual)
     if check:
         _check_certificate(**problem, result=result, batch=batch)
-    return EMD(*(part.reshape((*batch, *part.shape[1:])) for part in result))
+    return result if len(batch) == 1 else EMD(*(part.reshape((*batch, *part.shape[1:])) for part in result))
