@@ -2,12 +2,14 @@
 
 from fewshot_ext._version import __version__
 from fewshot_ext.losses import MarginCosineLoss, MarginSoftmaxLoss
-from fewshot_ext.ops import margin_cosine_loss, margin_softmax_loss
+from fewshot_ext.ops import EMD, emd, margin_cosine_loss, margin_softmax_loss
 
 __all__ = [
+    "EMD",
     "MarginCosineLoss",
     "MarginSoftmaxLoss",
     "__version__",
+    "emd",
     "margin_cosine_loss",
     "margin_softmax_loss",
 ]

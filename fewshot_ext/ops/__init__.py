@@ -14,6 +14,7 @@ except ImportError:
         sys.exit(env.main())
     raise
 
+from fewshot_ext.ops.emd import EMD, emd
 from fewshot_ext.ops.margin_softmax import margin_cosine_loss, margin_softmax_loss
 
-__all__ = ["margin_cosine_loss", "margin_softmax_loss"]
+__all__ = ["EMD", "emd", "margin_cosine_loss", "margin_softmax_loss"]

@@ -21,10 +21,11 @@ def is_traced(tensor: Tensor) -> bool:
     )
 
 
-def check_tensor(name: str, value: object, shape: str, dimensions: int) -> None:
+def check_tensor(name: str, value: object, shape: str, dimensions: int, *, batched: bool = False) -> None:
+    """A tensor of so many dimensions, behind any number of others where ``batched``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
-    if value.dim() != dimensions:
+    if value.dim() < dimensions or (value.dim() > dimensions and not batched):
         raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
 
 

@@ -9,6 +9,7 @@ computes the logits again (8NDC).
 import torch
 from torch import Tensor
 
+from fewshot_ext.ops._autograd import accumulate_dtype, differentiable, one_by_one
 from fewshot_ext.ops._validation import (
     check_choice,
     check_device,
@@ -27,10 +28,6 @@ _forward_op = torch.ops.fewshot_ext.margin_softmax.default
 _backward_op = torch.ops.fewshot_ext.margin_softmax_backward.default
 
 
-def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 @torch.library.register_fake("fewshot_ext::margin_softmax")
 def _(
     features,
@@ -47,7 +44,7 @@ def _(
     return_prediction,
 ):
     samples = features.shape[0]
-    accumulate = _accumulate_dtype(features.dtype)
+    accumulate = accumulate_dtype(features.dtype)
     return (
         features.new_empty([samples] if reduction == REDUCTIONS["none"] else [], dtype=accumulate),
         target.new_empty([samples if return_prediction else 0]),
@@ -125,54 +122,8 @@ def _backward(ctx, grad_loss, *unused_grads):
     return grad_features if needs_features else None, grad_weight if needs_weight else None, *no_grads
 
 
-def _one_by_one(op):
-    """vmap as a loop: each problem fills the machine by itself."""
-
-    def rule(info, in_dims, *args):
-        def item(arg, dim, index):
-            return arg if dim is None else arg.select(dim, index)
-
-        results = [
-            op(*(item(arg, dim, index) for arg, dim in zip(args, in_dims, strict=True)))
-            for index in range(info.batch_size)
-        ]
-        stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
-        return stacked, (0,) * len(stacked)
-
-    return rule
-
-
-def _differentiable(op, setup_context, backward):
-    """``op`` with its autograd rule on both roads: as a registered operator for the compiler, and as an
-    autograd.Function for eager calls. The function costs a third of the registered rule's overhead, which shows at
-    few-shot sizes, and torch.func.grad, vjp and jacrev, which refuse the registered rule, see through it."""
-    rule = _one_by_one(op)
-    torch.library.register_autograd(op, backward, setup_context=setup_context)
-    torch.library.register_vmap(op, rule)
-
-    def forward(*args):
-        with torch._C._AutoDispatchBelowAutograd():  # past the registered rule
-            return op(*args)
-
-    function = type(
-        op._opname,
-        (torch.autograd.Function,),
-        {
-            "forward": staticmethod(forward),
-            "setup_context": staticmethod(setup_context),
-            "backward": staticmethod(backward),
-            "vmap": staticmethod(rule),
-        },
-    )
-
-    def call(*args):
-        return op(*args) if torch.compiler.is_compiling() else function.apply(*args)
-
-    return call
-
-
-_call_forward = _differentiable(_forward_op, _save_for_backward, _backward)
-_call_backward = _differentiable(_backward_op, lambda ctx, inputs, output: None, _refuse_second_derivative)
+_call_forward = differentiable(_forward_op, _save_for_backward, _backward, one_by_one)
+_call_backward = differentiable(_backward_op, lambda ctx, inputs, output: None, _refuse_second_derivative, one_by_one)
 
 
 def _autocast(features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -106,13 +106,15 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def skip_if_missing(reason: str | None) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(reason is not None, reason=reason or "")
+
+
 def on_backends(backends: Sequence[Backend]) -> pytest.MarkDecorator:
     """Runs a test, which takes ``backend``, on each; the report says why one is missing."""
-    marks = {
-        backend: pytest.mark.skipif(backend.missing is not None, reason=backend.missing or "") for backend in backends
-    }
     return pytest.mark.parametrize(
-        "backend", [pytest.param(backend, id=backend.name, marks=mark) for backend, mark in marks.items()]
+        "backend",
+        [pytest.param(backend, id=backend.name, marks=skip_if_missing(backend.missing)) for backend in backends],
     )
 
 
@@ -196,6 +198,16 @@ class OperatorCase:
     check_discrete: Callable[[Problem, tuple[Tensor, ...]], None] | None = None
     # Tensors that vmap maps over; empty where batching makes no sense.
     batched: tuple[str, ...] = ()
+    # The backends that have its kernels, by name ("simt-chunked") or by what the names begin with ("simt").
+    kernels: tuple[str, ...] = ("cpu", "simt", "cuda")
+    # Whether autocast brings it to float32 on every device, instead of to the lower dtype where that buys speed.
+    autocast_to_float32: bool = False
+
+    def missing_on(self, backend: Backend) -> str | None:
+        """Why it cannot run on ``backend``; None where it can."""
+        if not any(f"{backend.name}-".startswith(f"{kernels}-") for kernels in self.kernels):
+            return f"{self.name} has no kernels of the backend {backend.name}"
+        return backend.missing
 
 
 def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -211,15 +223,18 @@ def evaluate(
     function: Callable,
     problem: Problem,
     names: Sequence[str],
-    upstream: Sequence[Tensor] | None = None,
+    upstream: Sequence[Tensor] | Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None,
     retain_graph: bool = False,
 ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """All results, and the gradients to the tensors in ``names`` for upstream gradients (ones by default)."""
+    """All results, and the gradients to the tensors in ``names`` for upstream gradients (ones by default), which may be
+    a function of the floating-point results."""
     problem = problem.with_grad(names)
     results = as_tuple(function(**problem.arguments()))
     outputs = floating(results)
     if upstream is None:
         upstream = [torch.ones_like(output) for output in outputs]
+    elif callable(upstream):
+        upstream = upstream(outputs)
     upstream = [part.to(output) for part, output in zip(upstream, outputs, strict=True)]
     leaves = [problem.tensors[name] for name in names]
     gradients = torch.autograd.grad(outputs, leaves, upstream, retain_graph=retain_graph)
@@ -262,9 +277,14 @@ def assert_equals_reference(
     retain_graph: bool = False,
 ) -> None:
     """Results and gradients on ``backend`` lie within the operator's bounds of the float64 reference's."""
-    exact = problem.to(torch.float64)
-    upstream = random_upstream(floating(case.reference(**exact.arguments())), loss_scale)
-    expected, expected_gradients = evaluate(case.reference, exact, case.differentiable, upstream)
+
+    def draw_upstream(outputs: Sequence[Tensor]) -> list[Tensor]:
+        return random_upstream(outputs, loss_scale)
+
+    expected, expected_gradients = evaluate(
+        case.reference, problem.to(torch.float64), case.differentiable, draw_upstream
+    )
+    upstream = draw_upstream(floating(expected))
     with backend.activate():
         placed = problem.to(device=backend.device)
         results, gradients = evaluate(case.function, placed, case.differentiable, upstream, retain_graph)

@@ -1,0 +1,229 @@
+"""Earth Mover's Distance on the CPU, against POT, OpenCV, HiGHS and a quadratic-program layer.
+
+    python benchmarks/bench_emd.py
+
+A batch is one episode, 375 problems in float32, as networks make them. POT and HiGHS get them in float64, their own
+type. The first values of every contender are compared with those of HiGHS before anything is timed, and one that is
+wrong is left out: OpenCV ends after 500 pivots, optimal or not. Contenders take turns; where one is slow a call of it
+solves fewer problems. Figures are microseconds a problem. A second table has batches from 1 to 100,000, and a plot the
+growth of the times with the number of points.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import emd_peers
+import harness
+import torch
+from emd_problems import FAMILIES
+from torch import Tensor
+
+import fewshot_ext
+from fewshot_ext._extras import is_installed, require
+
+EPISODE = 375
+KINDS = ("deepemd", "uniform")
+POINTS = (9, 25, 49, 100, 196)
+BATCHES = (1, 10, 100, 1000, 10_000, 100_000)
+BATCH_POINTS = 25
+DRAWN = 1000  # problems; longer batches repeat them
+JUDGED = 5  # problems of a batch that are compared with HiGHS
+WRONG = 1e-4  # relative error of a value beyond which nothing is timed
+LAYER_POINTS = 25  # beyond, a call of the quadratic layer takes seconds
+
+POT, OPENCV, HIGHS, LAYER = "POT", "OpenCV", "HiGHS", "QP layer, forward + backward"
+PEERS = {POT: ("ot", emd_peers.pot), OPENCV: ("cv2", emd_peers.opencv), HIGHS: ("scipy", emd_peers.highs)}
+
+
+def ours(threads: int, backward: bool = False) -> str:
+    return f"fewshot_ext{', forward + backward' if backward else ''}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+@dataclass(frozen=True)
+class Contender:
+    problems: int  # of a call
+    call: Callable[[], Sequence[float]]  # returns their values
+
+
+class Batch:
+    def __init__(self, kind: str, points: int, problems: int) -> None:
+        drawn = FAMILIES[kind](min(problems, DRAWN), points, points, torch.Generator().manual_seed(0))
+        copies = -(-problems // DRAWN)
+        self.points, self.problems = points, problems
+        self.tensors = [tensor.float().repeat(copies, *[1] * (tensor.dim() - 1))[:problems] for tensor in drawn]
+        first = (tensor[:EPISODE].double().numpy() for tensor in self.tensors)
+        self.arrays = list(zip(*first, strict=True))
+
+    def ours(self, threads: int, backward: bool = False) -> Contender:
+        def call() -> Tensor:
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
+            leaves = [tensor.detach().requires_grad_(backward) for tensor in self.tensors]
+            value = fewshot_ext.emd(*leaves).value
+            if backward:
+                value.sum().backward()
+            return value.detach()
+
+        return Contender(self.problems, call)
+
+    def peer(self, solve: Callable, seconds: float) -> Contender:
+        problems = affordable(partial(solve, *self.arrays[0]), len(self.arrays), seconds)
+        return Contender(problems, lambda: [solve(*one) for one in self.arrays[:problems]])
+
+    def layer(self, seconds: float) -> Contender:
+        layer = emd_peers.quadratic_layer(self.points, self.points)
+
+        def step(index: int) -> float:
+            cost, *marginals = (tensor[index].double().requires_grad_() for tensor in self.tensors)
+            value = (layer(cost, *marginals) * cost).sum()
+            value.backward()
+            return value.item()
+
+        problems = affordable(partial(step, 0), self.problems, seconds)
+        return Contender(problems, lambda: [step(index) for index in range(problems)])
+
+
+def affordable(call: Callable[[], object], most: int, seconds: float) -> int:
+    """How many of such calls take about so long."""
+    call()
+    begin = time.perf_counter()
+    call()
+    return max(1, min(most, int(seconds / (time.perf_counter() - begin))))
+
+
+def relative_error(values: Sequence[float], exact: Tensor) -> float:
+    found = torch.as_tensor(values, dtype=torch.float64)[: len(exact)]
+    return float(((found - exact[: len(found)]).abs() / exact[: len(found)].abs()).max())
+
+
+def contenders(batch: Batch, threads: int, seconds: float) -> dict[str, Contender]:
+    named = {ours(count): batch.ours(count) for count in sorted({1, threads})}
+    named[ours(1, backward=True)] = batch.ours(1, backward=True)
+    for name, (module, solve) in PEERS.items():
+        if is_installed(module):
+            named[name] = batch.peer(solve, seconds)
+    if is_installed("cvxpylayers") and batch.points <= LAYER_POINTS:
+        named[LAYER] = batch.layer(seconds)
+    return named
+
+
+def measure(batch: Batch, named: dict[str, Contender], seconds: float) -> dict[str, tuple[harness.Timing, float]]:
+    """Timing, in microseconds a problem, and error of each contender that is right."""
+    exact = torch.tensor([emd_peers.highs(*one) for one in batch.arrays[:JUDGED]], dtype=torch.float64)
+    errors = {name: relative_error(contender.call(), exact) for name, contender in named.items()}
+    for name, error in errors.items():
+        if error > WRONG:
+            print(f"{name} is wrong by {error:.1e} at n = {batch.points}: left out", flush=True)
+    right = {name: contender for name, contender in named.items() if errors[name] <= WRONG}
+    timings = harness.interleaved({name: contender.call for name, contender in right.items()}, seconds=seconds)
+    found = {}
+    for name, timing in timings.items():
+        each = [1e3 * part / right[name].problems for part in (timing.p20, timing.p50, timing.p80)]
+        found[name] = harness.Timing(*each, timing.turns), errors[name]
+    return found
+
+
+def plot(path: Path, rows: list[dict[str, object]]) -> None:
+    """Microseconds a problem over the number of points, both on logarithmic axes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(KINDS), figsize=(11, 4.5), sharey=True, layout="constrained")
+    for axis, kind in zip(axes, KINDS, strict=True):
+        mine = [row for row in rows if row["kind"] == kind and row["problems"] == EPISODE]
+        for name in dict.fromkeys(row["contender"] for row in mine):
+            points, p20, p50, p80 = zip(
+                *(
+                    (row["points"], *(float(row[f"{quantile}_us"]) for quantile in ("p20", "p50", "p80")))
+                    for row in mine
+                    if row["contender"] == name
+                ),
+                strict=True,
+            )
+            (line,) = axis.plot(points, p50, marker="o", markersize=4, label=name)
+            axis.fill_between(points, p20, p80, color=line.get_color(), alpha=0.2)
+        axis.set(xscale="log", yscale="log", title=f"{kind} data", xlabel="points on each side")
+        axis.set_xticks(POINTS, POINTS)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("microseconds a problem")
+    axes[-1].legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def cells(found: dict[str, tuple[harness.Timing, float]], names: Sequence[str]) -> list[str]:
+    return [harness.significant(found[name][0].p50) if name in found else "" for name in names]
+
+
+def against(found: dict[str, tuple[harness.Timing, float]], peer: str, name: str) -> str:
+    return f"{found[peer][0].p50 / found[name][0].p50:.1f}" if peer in found and name in found else ""
+
+
+def main() -> None:
+    options = harness.parser(__doc__.splitlines()[0], output=harness.RESULTS / "emd_cpu.csv").parse_args()
+    require("bench", "scipy", "matplotlib")
+    for name, (module, _) in {**PEERS, LAYER: ("cvxpylayers", None)}.items():
+        if not is_installed(module):
+            print(f"{name} is not installed: left out")
+    threads = options.threads
+    torch.set_num_threads(threads)
+    machine = harness.machine("POT", "opencv-python-headless", "scipy", "cvxpylayers")
+    rows: list[dict[str, object]] = []
+
+    def run(kind: str, points: int, problems: int, named: Callable[[Batch], dict[str, Contender]]) -> dict:
+        batch = Batch(kind, points, problems)
+        found = measure(batch, named(batch), options.seconds)
+        for name, (timing, error) in found.items():
+            row = {"kind": kind, "points": points, "problems": problems, "contender": name}
+            row.update({f"{part}_us": f"{getattr(timing, part):.4f}" for part in ("p20", "p50", "p80")})
+            row.update(turns=timing.turns, relative_error=f"{error:.1e}", **machine)
+            # The peers know nothing of torch's threads.
+            row["threads"] = threads if name == ours(threads) else 1
+            rows.append(row)
+        return found
+
+    one, several, backward = ours(1), ours(threads), ours(1, backward=True)
+    columns = list(dict.fromkeys((POT, OPENCV, HIGHS, one, several)))
+    header = ["data", "n = m", *columns, "faster than POT, 1 thread", backward, LAYER, "faster than the layer"]
+    table = []
+    for kind in KINDS:
+        for points in POINTS:
+            found = run(kind, points, EPISODE, lambda batch: contenders(batch, threads, options.seconds / 40))
+            table.append([kind, points, *cells(found, columns), against(found, POT, one)])
+            table[-1] += [*cells(found, (backward, LAYER)), against(found, LAYER, backward)]
+            print(harness.markdown_table(header, table[-1:]), flush=True)
+
+    batch_columns = list(dict.fromkeys((POT, one, several)))
+    batch_header = ["batch", *batch_columns, f"faster than POT, {threads} threads"]
+    batch_table = []
+    for problems in BATCHES:
+
+        def of_batch(batch: Batch) -> dict[str, Contender]:
+            named = contenders(batch, threads, options.seconds / 40)
+            return {name: named[name] for name in batch_columns if name in named}
+
+        found = run(KINDS[0], BATCH_POINTS, problems, of_batch)
+        batch_table.append([f"{problems:,}", *cells(found, batch_columns), against(found, POT, several)])
+        print(harness.markdown_table(batch_header, batch_table[-1:]), flush=True)
+
+    harness.write_csv(options.output, rows)
+    plot(options.output.with_suffix(".png"), rows)
+    text = (
+        f"`{harness.command()}` on {machine['device']}, torch {machine['torch']}; float32, {EPISODE} problems, "
+        "median in microseconds a problem.\n\n"
+        f"{harness.markdown_table(header, table)}\n"
+        f"Batches of {KINDS[0]} data with n = m = {BATCH_POINTS}:\n\n"
+        f"{harness.markdown_table(batch_header, batch_table)}"
+    )
+    options.output.with_suffix(".md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

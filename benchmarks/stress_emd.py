@@ -1,0 +1,117 @@
+"""Hammers the Earth Mover's Distance with random and adversarial problems, and judges each by its certificate.
+
+    python -m benchmarks.stress_emd --minutes 5
+
+Prints how many problems it tried, the worst figures of their certificates, and the failures: problems whose solver gave
+up or whose certificate does not hold. Each failure is saved, and the exit status is 1 if there is any.
+"""
+
+import argparse
+import collections
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import fewshot_ext
+from fewshot_ext.ops.emd import CERTIFICATE_TOLERANCE, Certificate, certificate
+
+from .emd_problems import FAMILIES, Instances
+
+CELLS = 1 << 18  # of all costs of one call
+POINTS = 300  # of one side, at most
+
+
+def draw(generator: torch.Generator) -> tuple[str, Instances]:
+    """A batch of a family, roughened: scaled, rounded, thinned out, and in another order of memory."""
+
+    def chance(probability: float) -> bool:
+        return float(torch.rand((), generator=generator)) < probability
+
+    def exponent(low: float, high: float) -> float:
+        return float(10 ** (low + (high - low) * torch.rand((), generator=generator, dtype=torch.float64)))
+
+    names = list(FAMILIES)
+    name = names[int(torch.randint(len(names), (), generator=generator))]
+    highest = float(torch.tensor(float(POINTS if chance(0.1) else 40)).log10())
+    n, m = (round(exponent(0, highest)) for _ in range(2))
+    problems = max(1, min(2000, CELLS // (n * m)))
+    cost, supply, demand = FAMILIES[name](problems, n, m, generator)
+    if chance(0.2):
+        cost = (cost * 8).round() / 8
+    if chance(0.2):
+        # A point of a side of several keeps its mass, or a problem would have none.
+        supply, demand = (side * (torch.rand(side.shape, generator=generator) < 0.5) for side in (supply, demand))
+        supply[:, 0] += 1
+        demand[:, -1] += 1
+        demand = demand * (supply.sum(1) / demand.sum(1)).unsqueeze(1)
+    if chance(0.3):
+        cost = cost * exponent(-6, 6)
+    if chance(0.3):
+        mass = exponent(-6, 6)
+        supply, demand = supply * mass, demand * mass
+    if chance(0.3):
+        cost = cost.mT.contiguous().mT
+    return name, (cost, supply, demand)
+
+
+class Tally:
+    """Counts, and the worst figures of the certificates of one dtype."""
+
+    def __init__(self, tolerance: float) -> None:
+        self.tolerance = tolerance
+        self.problems = collections.Counter[str]()
+        self.failures = 0
+        self.worst = Certificate(*torch.zeros(4, dtype=torch.float64))
+
+    def judge(self, family: str, problem: Instances) -> bool:
+        self.problems[family] += len(problem[0])
+        try:
+            found = certificate(*problem, fewshot_ext.emd(*problem))
+        except RuntimeError as error:
+            print(f"{family} {list(problem[0].shape)} {problem[0].dtype}: {error}", flush=True)
+            self.failures += 1
+            return False
+        failed = int((~found.holds(self.tolerance)).sum())
+        self.failures += failed
+        low, high = torch.minimum, torch.maximum
+        worse = zip((high, low, low, high), self.worst, found, strict=True)
+        self.worst = Certificate(*(pick(old, part.min() if pick is low else part.max()) for pick, old, part in worse))
+        return failed == 0
+
+    def report(self, name: str) -> None:
+        figures = ", ".join(f"{figure} {float(value):.1e}" for figure, value in self.worst._asdict().items())
+        total = sum(self.problems.values())
+        print(f"{name}: {total:,} problems, {self.failures} failures; worst {figures}; tolerance {self.tolerance:g}")
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--minutes", type=float, default=5.0)
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--output", type=Path, default=Path("emd_failures"), help="directory for problems that fail")
+    arguments = options.parse_args()
+    generator = torch.Generator().manual_seed(arguments.seed)
+    tallies = {dtype: Tally(tolerance) for dtype, tolerance in CERTIFICATE_TOLERANCE.items()}
+    end = time.monotonic() + 60 * arguments.minutes
+    while time.monotonic() < end:
+        family, exact = draw(generator)
+        for dtype, tally in tallies.items():
+            problem = tuple(tensor.to(dtype) for tensor in exact)
+            if not tally.judge(family, problem):
+                arguments.output.mkdir(parents=True, exist_ok=True)
+                path = arguments.output / f"{family}_{sum(tally.problems.values())}_{str(dtype)[6:]}.pt"
+                torch.save(dict(zip(("cost", "supply", "demand"), problem, strict=True)), path)
+                print(f"saved {path}", flush=True)
+    for dtype, tally in tallies.items():
+        tally.report(str(dtype))
+    families = sum((tally.problems for tally in tallies.values()), collections.Counter[str]())
+    print("by family: " + ", ".join(f"{name} {count:,}" for name, count in sorted(families.items())))
+    failures = sum(tally.failures for tally in tallies.values())
+    print(f"{sum(families.values()):,} problems, {failures} failures")
+    sys.exit(failures > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""What the operators share above their kernels: autograd rules for eager calls and for the compiler, and vmap rules."""
+
+import inspect
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that kernels accumulate and return losses in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def one_by_one(op: Callable) -> Callable:
+    """vmap as a loop, for an operator whose every problem fills the machine by itself."""
+
+    def rule(info, in_dims, *args):
+        def item(arg, dim, index):
+            return arg if dim is None else arg.select(dim, index)
+
+        results = [
+            op(*(item(arg, dim, index) for arg, dim in zip(args, in_dims, strict=True)))
+            for index in range(info.batch_size)
+        ]
+        stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    return rule
+
+
+def merged_batch(op: Callable) -> Callable:
+    """vmap as one call, for an operator of tensors alone that all begin with its own batch dimension."""
+
+    def rule(info, in_dims, *args):
+        def merged(arg, dim):
+            arg = arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
+            return arg.flatten(0, 1)
+
+        batch = args[0].shape[0 if in_dims[0] != 0 else 1]
+        results = op(*(merged(arg, dim) for arg, dim in zip(args, in_dims, strict=True)))
+        return tuple(result.unflatten(0, (info.batch_size, batch)) for result in results), (0,) * len(results)
+
+    return rule
+
+
+def differentiable(op: torch._ops.OpOverload, setup_context: Callable, backward: Callable, vmap: Callable) -> Callable:
+    """``op`` with its autograd rule on both roads: as a registered operator for the compiler, and as an
+    autograd.Function for eager calls. The function costs a third of the registered rule's overhead, which shows at
+    few-shot sizes, and torch.func.grad, vjp and jacrev, which refuse the registered rule, see through it.
+
+    ``vmap`` makes the rule from ``op``: :func:`one_by_one` or :func:`merged_batch`.
+    """
+    rule = vmap(op)
+    torch.library.register_autograd(op, backward, setup_context=setup_context)
+    torch.library.register_vmap(op, rule)
+
+    def forward(*args):
+        with torch._C._AutoDispatchBelowAutograd():  # past the registered rule
+            return op(*args)
+
+    # Function.apply asks for it at every call, and working it out costs as much as the rest of its overhead.
+    forward.__signature__ = inspect.signature(forward)
+    function = type(
+        op._opname,
+        (torch.autograd.Function,),
+        {
+            "forward": staticmethod(forward),
+            "setup_context": staticmethod(setup_context),
+            "backward": staticmethod(backward),
+            "vmap": staticmethod(rule),
+        },
+    )
+
+    def call(*args):
+        return op(*args) if torch.compiler.is_compiling() else function.apply(*args)
+
+    return call
+
+
+class _FirstDerivativeOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(message, count, *tensors):
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.message = inputs[0]
+
+    @staticmethod
+    def backward(ctx, *unused_grads):
+        raise RuntimeError(ctx.message)
+
+    @staticmethod
+    def vmap(info, in_dims, message, count, *tensors):
+        return _FirstDerivativeOnly.apply(message, count, *tensors), in_dims[2 : 2 + count]
+
+
+def first_derivative_only(message: str, gradients: Sequence[Tensor], sources: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """``gradients``, which depend on ``sources`` in a way that no rule covers: to differentiate them raises a
+    RuntimeError that says ``message``. Without this autograd would take them for constants, and second derivatives
+    would be silent zeros. Called from a backward pass."""
+    return _FirstDerivativeOnly.apply(message, len(gradients), *gradients, *sources)

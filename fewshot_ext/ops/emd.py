@@ -1,0 +1,361 @@
+"""The Earth Mover's Distance of weighted sets: exact, batched and differentiable.
+
+Operator contract: every problem of a batch is solved to a proven optimum, or the call raises and returns nothing. The
+native operator takes problems [B, n, m] and scales each demand to the mass of its supply; gradients of the value reach
+cost, supply and demand, those of the flow reach supply and demand, and second derivatives raise. Gradients come from
+the optimal basis, a spanning tree of n + m - 1 arcs: the value's are the flow and the duals themselves, the flow's take
+one more sweep over the tree.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fewshot_ext.ops._autograd import accumulate_dtype, differentiable, first_derivative_only, merged_batch
+from fewshot_ext.ops._validation import check_device, check_flag, check_floating, check_tensor, is_traced
+
+MASS_TOLERANCE = 1e-4  # of csrc/emd: by how much, relatively, the masses of supply and demand may differ
+# By how much a certificate may miss the exact conditions, relatively: some roundings of the results in float32, and in
+# float64 the solver's own, which grow with the number of points, for the largest problems that it takes.
+CERTIFICATE_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-10}
+_FIRST_DERIVATIVES = "fewshot_ext.emd offers first derivatives only."
+_REPORT = (
+    "To report it, save the inputs: torch.save({'cost': cost, 'supply': supply, 'demand': demand}, 'emd_problem.pt')"
+)
+
+_emd_op = torch.ops.fewshot_ext.emd.default
+_flow_backward_op = torch.ops.fewshot_ext.emd_flow_backward.default
+
+
+class EMD(NamedTuple):
+    """What :func:`emd` returns: the distances, the flows that attain them, and the duals that prove it.
+
+    Example:
+        >>> import torch, fewshot_ext
+        >>> value, flow, supply_dual, demand_dual = fewshot_ext.emd(torch.tensor([[1.0, 3.0], [2.0, 8.0]]))
+        >>> value, flow
+        (tensor(2.5000), tensor([[0.0000, 0.5000],
+                [0.5000, 0.0000]]))
+    """
+
+    value: Tensor  # [...]
+    flow: Tensor  # [..., n, m]
+    supply_dual: Tensor  # [..., n]
+    demand_dual: Tensor  # [..., m]
+
+
+@torch.library.register_fake("fewshot_ext::emd")
+def _(cost, supply, demand):
+    batch, n, m = cost.shape
+    accumulate = accumulate_dtype(cost.dtype)
+    return (
+        cost.new_empty([batch], dtype=accumulate),
+        cost.new_empty([batch, n, m], dtype=accumulate),
+        cost.new_empty([batch, n], dtype=accumulate),
+        cost.new_empty([batch, m], dtype=accumulate),
+        cost.new_empty([batch, n + m - 1], dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("fewshot_ext::emd_flow_backward")
+def _(grad_flow, basis):
+    batch, n, m = grad_flow.shape
+    return grad_flow.new_empty([batch, n]), grad_flow.new_empty([batch, m])
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    _, flow, supply_dual, demand_dual, basis = output
+    ctx.mark_non_differentiable(supply_dual, demand_dual, basis)
+    ctx.set_materialize_grads(False)
+    ctx.dtype = inputs[0].dtype
+    ctx.save_for_backward(flow, supply_dual, demand_dual, basis)
+
+
+def _backward(ctx, grad_value, grad_flow, *unused_grads):
+    if grad_value is None and grad_flow is None:
+        return None, None, None
+    flow, supply_dual, demand_dual, basis = ctx.saved_tensors
+    needs_cost, needs_supply, needs_demand = ctx.needs_input_grad
+    grad_cost = grad_supply = grad_demand = None
+    if grad_value is not None:
+        if needs_cost:
+            grad_cost = grad_value[:, None, None] * flow
+        grad_supply = grad_value[:, None] * supply_dual
+        grad_demand = grad_value[:, None] * demand_dual
+    elif needs_cost:
+        grad_cost = torch.zeros_like(flow)  # a vertex stays where it is while the cost moves a little
+    if grad_flow is not None and (needs_supply or needs_demand):
+        through_supply, through_demand = _call_flow_backward(grad_flow, basis)
+        grad_supply = through_supply if grad_supply is None else grad_supply + through_supply
+        grad_demand = through_demand if grad_demand is None else grad_demand + through_demand
+    gradients = (grad_cost, grad_supply if needs_supply else None, grad_demand if needs_demand else None)
+    wanted = [gradient.to(ctx.dtype) for gradient in gradients if gradient is not None]
+    # The duals are constants to autograd: a graph of this pass would be wrong in silence.
+    if torch.is_grad_enabled():
+        wanted = first_derivative_only(_FIRST_DERIVATIVES, wanted, flow)
+    given = iter(wanted)
+    return tuple(None if gradient is None else next(given) for gradient in gradients)
+
+
+def _refuse_second_derivative(*unused) -> None:
+    raise RuntimeError(_FIRST_DERIVATIVES)
+
+
+_call_emd = differentiable(_emd_op, _save_for_backward, _backward, merged_batch)
+_call_flow_backward = differentiable(
+    _flow_backward_op, lambda ctx, inputs, output: None, _refuse_second_derivative, merged_batch
+)
+
+
+class Certificate(NamedTuple):
+    """What proves a solution, in float64, one number a problem; all vanish where the solution is exact.
+
+    The first two are relative to the mass that moves, the third to the largest cost or dual, the gap to both.
+    """
+
+    marginal_residual: Tensor  # the largest |F 1 - supply| or |F^T 1 - demand|
+    min_flow: Tensor  # the least F
+    min_reduced_cost: Tensor  # the least C_ij - u_i - v_j
+    gap: Tensor  # between the value and <C, F>, or the value and <u, supply> + <v, demand>, whichever is larger
+
+    def holds(self, tolerance: float) -> Tensor:
+        """Whether each problem is solved up to ``tolerance``; a NaN is no solution."""
+        feasible = (self.marginal_residual <= tolerance) & (self.min_flow >= -tolerance)
+        return feasible & (self.min_reduced_cost >= -tolerance) & (self.gap <= tolerance)
+
+
+def certificate(cost: Tensor, supply: Tensor, demand: Tensor, result: EMD) -> Certificate:
+    """Judges ``result`` as a solution of the problems ``[..., n, m]``, whoever found it."""
+    cost, supply, demand, value, flow, supply_dual, demand_dual = (
+        tensor.detach().double() for tensor in (cost, supply, demand, *result)
+    )
+    mass = supply.sum(-1)
+    demand = demand * (mass / demand.sum(-1)).unsqueeze(-1)
+    rows = (flow.sum(-1) - supply).abs().amax(-1)
+    columns = (flow.sum(-2) - demand).abs().amax(-1)
+    scale = torch.stack([cost.abs().amax((-2, -1)), supply_dual.abs().amax(-1), demand_dual.abs().amax(-1)]).amax(0)
+    scale = torch.where(scale == 0, 1, scale)
+    reduced = cost - supply_dual.unsqueeze(-1) - demand_dual.unsqueeze(-2)
+    primal = (cost * flow).sum((-2, -1))
+    dual = (supply_dual * supply).sum(-1) + (demand_dual * demand).sum(-1)
+    return Certificate(
+        torch.maximum(rows, columns) / mass,
+        flow.amin((-2, -1)) / mass,
+        reduced.amin((-2, -1)) / scale,
+        torch.maximum((primal - value).abs(), (dual - value).abs()) / scale / mass,
+    )
+
+
+def _batch_index(bad: Tensor, batch: torch.Size) -> tuple[int, tuple[int, ...]]:
+    """The first bad problem: its position among all, and its index into the batch shape."""
+    position = bad.nonzero()[0, 0].cpu()
+    return int(position), tuple(int(part) for part in torch.unravel_index(position, batch))
+
+
+def _check_values(cost: Tensor, supply: Tensor, demand: Tensor, batch: torch.Size, normalize: bool) -> None:
+    """Raises for the first problem of the flat batch whose values are not those of a transportation problem; waits for
+    the device. Looks at nothing while tracing."""
+    tensors = {"cost": cost.detach(), "supply": supply.detach(), "demand": demand.detach()}
+    if cost.is_meta or any(is_traced(tensor) for tensor in tensors.values()):
+        return
+    illegal = {
+        name: ~tensor.isfinite() if name == "cost" else ~(tensor.isfinite() & (tensor >= 0))
+        for name, tensor in tensors.items()
+    }
+    masses = {name: tensors[name].double().sum(-1) for name in ("supply", "demand")}
+    unbalanced = (masses["supply"] - masses["demand"]).abs() > MASS_TOLERANCE * torch.maximum(*masses.values())
+    bad = (masses["supply"] == 0) | (masses["demand"] == 0) | (unbalanced & (not normalize))
+    for entries in illegal.values():
+        bad = bad | entries.flatten(1).any(-1)
+    if not bad.any():
+        return
+
+    position, index = _batch_index(bad, batch)
+    mass = {name: float(total[position]) for name, total in masses.items()}
+    where = f"at batch index {index} (total mass of supply {mass['supply']:.9g}, of demand {mass['demand']:.9g})"
+    for name, entries in illegal.items():
+        for place in entries[position].nonzero()[:1].tolist():
+            entry = tensors[name][position][tuple(place)].item()
+            taken = "finite entries" if name == "cost" else "finite entries of at least 0"
+            raise ValueError(f"{name}: expected {taken}, got {entry} at {place} {where}")
+    for name in masses:
+        if mass[name] == 0:
+            raise ValueError(f"{name}: expected a total mass above 0, got 0 {where}")
+    raise ValueError(
+        f"demand: expected the total mass of supply up to {MASS_TOLERANCE:g} of it, got another {where}; "
+        "normalize=True scales both to 1"
+    )
+
+
+def _check_certificate(cost: Tensor, supply: Tensor, demand: Tensor, result: EMD, batch: torch.Size) -> None:
+    """Raises for the first solution of the flat batch that is none; waits for the device. Looks at nothing while
+    tracing."""
+    if cost.is_meta or any(is_traced(tensor) for tensor in (cost, supply, demand)):
+        return
+    found = certificate(cost, supply, demand, result)
+    tolerance = CERTIFICATE_TOLERANCE[result.value.dtype]
+    failed = ~found.holds(tolerance)
+    if failed.any():
+        position, index = _batch_index(failed, batch)
+        figures = ", ".join(f"{name} {float(part[position]):.3g}" for name, part in found._asdict().items())
+        n, m = cost.shape[1:]
+        raise RuntimeError(
+            f"emd: the solution at batch index {index}, n = {n}, m = {m}, is not optimal up to {tolerance:g}: "
+            f"{figures}. {_REPORT}"
+        )
+
+
+def _autocast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """float32 under autocast, as for the losses of torch: masses that are rounded further no longer agree."""
+    device = tensors["cost"].device.type
+    if (
+        device == "meta"
+        or not torch.is_autocast_enabled(device)
+        or any(tensor.dtype == torch.float64 for tensor in tensors.values())
+    ):
+        return tensors
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def _checked(cost: object, supply: object, demand: object) -> dict[str, Tensor]:
+    """The tensors of the problems, in one dtype, but that masses which are made here are not rounded to half types."""
+    check_tensor("cost", cost, "[..., n, m]", 2, batched=True)
+    check_floating("cost", cost)
+    given = {name: marginal for name, marginal in (("supply", supply), ("demand", demand)) if marginal is not None}
+    for name, marginal in given.items():
+        check_tensor(name, marginal, "[..., n]" if name == "supply" else "[..., m]", 1, batched=True)
+        check_floating(name, marginal)
+    check_device("cost", cost, **given)
+    tensors = _autocast({"cost": cost, **given})
+    cost = tensors["cost"]
+    n, m = cost.shape[-2:]
+    if n == 0 or m == 0:
+        raise ValueError(f"cost: expected at least one point on each side, got shape {list(cost.shape)}")
+    for name, size in (("supply", n), ("demand", m)):
+        marginal = tensors.get(name)
+        if marginal is None:
+            tensors[name] = torch.ones(size, dtype=accumulate_dtype(cost.dtype), device=cost.device) / size
+        elif marginal.dtype != cost.dtype:
+            raise TypeError(f"{name}: expected dtype {cost.dtype} as cost has, got {marginal.dtype}")
+        elif marginal.shape[-1] != size:
+            raise ValueError(f"{name}: expected shape [..., {size}] to fit cost, got {list(marginal.shape)}")
+    return tensors
+
+
+def _flattened(cost: Tensor, supply: Tensor, demand: Tensor) -> tuple[dict[str, Tensor], torch.Size]:
+    """The tensors with one batch dimension, and the batch shape that they broadcast to."""
+    n, m = cost.shape[-2:]
+    tensors = {"cost": (cost, (n, m)), "supply": (supply, (n,)), "demand": (demand, (m,))}
+    batches = [tensor.shape[: -len(size)] for tensor, size in tensors.values()]
+    batch = batches[0]
+    if batches != [batch] * 3:
+        try:
+            batch = torch.broadcast_shapes(*batches)
+        except RuntimeError:
+            shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, (tensor, _) in tensors.items())
+            raise ValueError(f"cost: expected batch dimensions that broadcast to one shape, got {shapes}") from None
+    elif len(batch) == 1:  # as they are: at few-shot sizes each call to torch shows
+        return {name: tensor for name, (tensor, _) in tensors.items()}, batch
+    problems = math.prod(batch)
+    flat = {name: tensor.expand(*batch, *size).reshape((problems, *size)) for name, (tensor, size) in tensors.items()}
+    return flat, batch
+
+
+def _normalized(marginal: Tensor) -> Tensor:
+    marginal = marginal.to(accumulate_dtype(marginal.dtype))
+    # Divided by a negative mass, negative entries would look legal.
+    return marginal / marginal.sum(-1, keepdim=True).abs()
+
+
+def emd(
+    cost: Tensor,
+    supply: Tensor | None = None,
+    demand: Tensor | None = None,
+    *,
+    normalize: bool = False,
+    check: bool = False,
+) -> EMD:
+    r"""Earth Mover's Distance: the least cost of moving the masses of one weighted set onto those of another.
+
+    .. math::
+        \min_F \sum_{ij} C_{ij} F_{ij} \quad \text{subject to} \quad
+        \sum_j F_{ij} = a_i, \quad \sum_i F_{ij} = b_j, \quad F_{ij} \ge 0
+
+    Equation 1 of Zhang et al., "DeepEMD: Few-Shot Image Classification with Differentiable Earth Mover's Distance and
+    Structured Classifiers", CVPR 2020, with costs C, supply a and demand b. Every problem is solved exactly, by the
+    transportation simplex method, to an optimal vertex and the duals u, v that prove it: :math:`C_{ij} \ge u_i + v_j`,
+    with equality wherever the vertex lets mass flow. The costs take any sign and need not be a metric.
+
+    Args:
+        cost: ``[..., n, m]``, n and m at least 1; float32, float64, bfloat16 or float16. Half types are solved as
+            float32.
+        supply: ``[..., n]``, at least 0, in the dtype and on the device of ``cost``; uniform with sum 1 where None.
+            Zeros are legal, and pad sets of fewer points. Under autocast dtypes may differ.
+        demand: ``[..., m]``, likewise. Its sum equals that of the supply up to 1e-4, relatively, and is scaled to it.
+        normalize: scale supply and demand to sum 1 first, which is differentiated too.
+        check: look at the values on every device, and judge every solution by its certificate in float64. Bad values
+            raise on the CPU anyway; on a GPU, where a look would make the host wait, all results of a bad problem are
+            NaN unless this is set. Compiled code and vmap ignore it.
+
+    The batch dimensions ``...`` are any and broadcast against each other.
+
+    Returns:
+        A named tuple of ``value`` ``[...]``, in units of cost times mass, ``flow`` ``[..., n, m]``, in units of mass,
+        and ``supply_dual`` ``[..., n]`` and ``demand_dual`` ``[..., m]``, in units of cost; float64 for float64 inputs
+        and float32 otherwise. Duals are defined up to a constant, which is chosen so that both have the same mean.
+
+    Gradients are those of the optimal basis, with no approximation. Of the value: the flow to ``cost``, the duals to
+    ``supply`` and ``demand``. Of the flow: 0 to ``cost``, and the solution y, z of :math:`y_i + z_j = G_{ij}` on the
+    arcs of the basis for the upstream gradient G to ``supply`` and ``demand``, with means as those of the duals. A
+    gradient to a marginal means something along directions that keep the masses equal alone. Where the optimum is
+    degenerate (some basic flow is 0, as with equal or zero masses) the duals are one choice of many and give a
+    subgradient; where several flows are optimal the one returned is a subgradient to ``cost``. No gradient comes from
+    the duals, and second derivatives raise a RuntimeError.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: shapes that do not fit, no points, entries of a marginal that are negative, entries that are not
+            finite, masses that differ or are zero, tensors on different devices. The first problem at fault is named,
+            and nothing is returned for the others.
+        RuntimeError: a solution that could not be proved optimal, or is not (see ``check``); CUDA tensors where the
+            package has no kernels for the GPU.
+
+    Example:
+        >>> import torch, fewshot_ext
+        >>> x = torch.tensor([[0.0, 0.0], [4.0, 1.0]], requires_grad=True)
+        >>> y = torch.tensor([[3.0, 4.0], [4.0, 3.0], [7.0, 5.0]])
+        >>> distance = fewshot_ext.emd(torch.cdist(x, y), demand=torch.tensor([0.5, 0.25, 0.25]))
+        >>> distance.value.item()
+        4.25
+        >>> distance.flow.tolist()
+        [[0.5, 0.0, 0.0], [0.0, 0.25, 0.25]]
+        >>> distance.value.backward()
+        >>> x.grad
+        tensor([[-0.3000, -0.4000],
+                [-0.1500, -0.4500]])
+    """
+    check_flag("normalize", normalize)
+    check_flag("check", check)
+    flat, batch = _flattened(**_checked(cost, supply, demand))
+    if check:
+        _check_values(**flat, batch=batch, normalize=normalize)
+    problem = dict(flat)
+    if normalize:
+        problem.update({name: _normalized(flat[name]) for name in ("supply", "demand")})
+    # In half types masses that were made or normalised here would be rounded apart.
+    dtypes = {tensor.dtype for tensor in problem.values()}
+    if len(dtypes) > 1:
+        problem = {name: tensor.to(accumulate_dtype(tensor.dtype)) for name, tensor in problem.items()}
+    try:
+        value, flow, supply_dual, demand_dual, _ = _call_emd(*problem.values())
+    except RuntimeError:
+        # On the CPU the kernel looks at every value before it does anything: a look from here first costs more.
+        if cost.device.type == "cpu":
+            _check_values(**flat, batch=batch, normalize=normalize)
+        raise
+    result = EMD(value, flow, supply_dual, demand_dual)
+    if check:
+        _check_certificate(**problem, result=result, batch=batch)
+    return result if len(batch) == 1 else EMD(*(part.reshape((*batch, *part.shape[1:])) for part in result))
