@@ -1,0 +1,364 @@
+// Primal simplex for one transportation problem by a team of threads: emd/simplex.h, for a GPU.
+//
+// A basis is a spanning tree of suppliers 0 .. n - 1 and consumers n .. n + m - 1. Its arcs have slots 0 .. n + m - 2,
+// and each node keeps the set of slots on its way to the root. When the arc (i, j) enters,
+//
+//   the cycle            is path(i) ^ path(j),
+//   the subtree cut off  are the nodes whose path has the slot that leaves, and
+//   their new paths      are path ^ cycle without that slot, for the entering arc takes it over,
+//
+// so that all threads take part in a pivot, each for its own nodes and slots, and none has to walk along the tree.
+//
+// Flows are integers: masses are scaled to the full width, and every supply is raised by one unit of a finer grid, at
+// the expense of one demand. With that perturbation no basic flow is ever 0, so each pivot lowers the objective
+// whatever the ties in the data, no sequence of pivots comes back to a basis, and no two arcs compete for leaving it.
+#pragma once
+
+#include <limits>
+#include <type_traits>
+
+#include "common/four.cuh"
+#include "emd/team.cuh"
+
+namespace fewshot_ext {
+
+struct Arc {
+  int supplier, consumer;
+};
+
+// Price is what reduced costs are computed in while many arcs are looked at.
+template <class Price, class Team>
+struct SimplexMemory {
+  static constexpr int nodes = Team::nodes, words = nodes / warp_lanes;
+  struct Rounded {
+    Price at[nodes];
+  };
+  struct None {};
+
+  typename Team::Memory team;
+  union {
+    double potential[nodes];    // u of suppliers, -v of consumers
+    int64_t first_flow[nodes];  // of slots, until the threads take them over
+  };
+  double scratch[nodes];
+  std::conditional_t<std::is_same_v<Price, double>, None, Rounded> price;  // potentials
+  uint32_t path[words][nodes];                                             // bit s of word w: slot 32 w + s
+  uint32_t cycle[words];
+  int arc[nodes];
+  int leaving;
+  int supplier_moves;
+};
+
+template <class Price, class Team, class Cost>
+class DeviceSimplex {
+ public:
+  using Memory = SimplexMemory<Price, Team>;
+  static constexpr int words = Memory::words, each = Team::nodes_each;
+  static constexpr int most_columns = Team::nodes < 256 ? Team::nodes : 256;
+
+  // The supplies' perturbations add up to less than 2^row_bits, one unit of mass.
+  static constexpr int row_bits = Team::nodes == 64 ? 6 : Team::nodes == 128 ? 7 : 9;
+  static constexpr int mass_bits = 61 - row_bits;
+  static_assert(1 << row_bits >= Team::nodes);
+
+  __device__ DeviceSimplex(Team& team, Memory& memory, const Cost& cost, int n, int m)
+      : team_(team), memory_(memory), cost_(cost), n_(n), m_(m) {}
+
+  // Finds the optimal tree; false where that takes too many pivots. memory.scratch holds the masses, which add up to
+  // `supply_mass` and `demand_mass`, and is overwritten; no |cost| exceeds `largest_cost`.
+  __device__ bool solve(double supply_mass, double demand_mass, Price largest_cost) {
+    // What the rounding of potentials, sums of costs along the tree, can make of a reduced cost of zero.
+    tolerance_ = (n_ + m_) * 0x1p-50 * double(largest_cost);
+    pivots_left_ = 100 * (n_ + m_) + 4 * n_ * m_;
+    start(std::ldexp(1.0, mass_bits) / supply_mass, std::ldexp(1.0, mass_bits) / demand_mass);
+    renew_potentials();
+    if (!improve<Price>(std::is_same_v<Price, double> ? Price(tolerance_) : Price(0x1p-22) * largest_cost))
+      return false;
+    // Proved in double, with potentials that carry no rounding from pivots.
+    for (int before = -1; before != pivots_left_;) {
+      before = pivots_left_;
+      renew_potentials();
+      if (!improve<double>(tolerance_)) return false;
+    }
+    return true;
+  }
+
+  // The root becomes supplier 0. Ends with a barrier.
+  __device__ void move_root() {
+    for (int w = team_.thread(); w < words; w += Team::threads) memory_.cycle[w] = memory_.path[w][0];
+    team_.sync();
+    for (int v = team_.thread(); v < Team::nodes; v += Team::threads)
+      for (int w = 0; w < words; ++w) memory_.path[w][v] ^= memory_.cycle[w];
+    team_.sync();
+  }
+
+  // The thread's slots are visited as visit(slot, arc), those that hold an arc.
+  template <class Visit>
+  __device__ __forceinline__ void each_slot(Visit visit) const {
+#pragma unroll
+    for (int s = 0; s < each; ++s) {
+      const int slot = team_.thread() + s * Team::threads;
+      if (slot < n_ + m_ - 1) visit(slot, unpack(arc_[s]));
+    }
+  }
+
+  __device__ __forceinline__ bool on_path(int slot, int node) const {
+    return memory_.path[slot / warp_lanes][node] >> slot % warp_lanes & 1u;
+  }
+
+  // Whether the supplier's end of the arc is the one farther from the root.
+  __device__ __forceinline__ bool supplier_is_child(int slot, Arc arc) const { return on_path(slot, arc.supplier); }
+
+ private:
+  static constexpr int closes_row = 1 << 16;
+  static constexpr unsigned cell_mask = 0xffffu;
+  __device__ static __forceinline__ int pack(Arc arc) { return arc.supplier << 8 | arc.consumer; }
+  __device__ static __forceinline__ Arc unpack(int packed) { return {packed >> 8 & 0xff, packed & 0xff}; }
+
+  template <class T>
+  __device__ __forceinline__ const T* prices() const {
+    if constexpr (std::is_same_v<T, double>)
+      return memory_.potential;
+    else
+      return memory_.price.at;
+  }
+
+  __device__ __forceinline__ void set_potential(int node, double potential) {
+    memory_.potential[node] = potential;
+    if constexpr (!std::is_same_v<Price, double>) memory_.price.at[node] = static_cast<Price>(potential);
+  }
+
+  // Larger for smaller costs, and never zero.
+  __device__ static __forceinline__ unsigned preference(float cost) {
+    const auto bits = bit_cast<unsigned>(cost);
+    return bits & 0x80000000u ? bits : bits ^ 0x7fffffffu;
+  }
+
+  __device__ void start(double supply_scale, double demand_scale) {
+    for (int v = team_.thread(); v < Team::nodes; v += Team::threads)
+      for (int w = 0; w < words; ++w) memory_.path[w][v] = 0;
+    team_.sync();
+    if (team_.warp() == 0) {
+      choose_first_arcs(supply_scale, demand_scale);
+      __syncwarp(all_lanes);
+      join_first_arcs();
+    }
+    team_.sync();
+#pragma unroll
+    for (int s = 0; s < each; ++s) {
+      const int slot = team_.thread() + s * Team::threads;
+      arc_[s] = slot < n_ + m_ - 1 ? memory_.arc[slot] : 0;
+      flow_[s] = slot < n_ + m_ - 1 ? memory_.first_flow[slot] : 0;
+    }
+    team_.sync();
+  }
+
+  __device__ __forceinline__ int64_t supply(int i, double scale) const {
+    return (static_cast<int64_t>(llrint(memory_.scratch[i] * scale)) << row_bits) + 1;
+  }
+
+  // By one warp. Each row in turn is served by the cheapest columns that have demand left. Each arc uses up either its
+  // row or its column, and only the last one uses up both.
+  __device__ void choose_first_arcs(double supply_scale, double demand_scale) {
+    constexpr int columns_each = most_columns / warp_lanes;
+    const int lane = team_.lane();
+    int64_t demand[columns_each], difference = 0, largest = 0;
+    for (int i = lane; i < n_; i += warp_lanes) difference += supply(i, supply_scale);
+#pragma unroll
+    for (int s = 0; s < columns_each; ++s) {
+      const int j = lane + s * warp_lanes;
+      demand[s] = 0;
+      if (j < m_) {
+        const int64_t mass = llrint(memory_.scratch[n_ + j] * demand_scale);
+        demand[s] = (mass > 1 ? mass : 1) << row_bits;
+      }
+      difference -= demand[s];
+      largest = demand[s] > largest ? demand[s] : largest;
+    }
+    difference = warp_sum(difference);
+    const auto top = static_cast<int64_t>(warp_max(static_cast<uint64_t>(largest)));
+    bool takes_it = lane == __ffs(__ballot_sync(all_lanes, largest == top)) - 1;
+#pragma unroll
+    for (int s = 0; s < columns_each; ++s) {
+      if (takes_it && demand[s] == top) {
+        demand[s] += difference;
+        takes_it = false;
+      }
+    }
+
+    int slot = 0;
+    for (int i = 0; i < n_; ++i) {
+      unsigned preferences[columns_each];
+#pragma unroll
+      for (int s = 0; s < columns_each; ++s)
+        preferences[s] = demand[s] > 0 ? preference(static_cast<float>(cost_(i, lane + s * warp_lanes))) : 0u;
+      int64_t left = supply(i, supply_scale);
+      while (left > 0) {
+        unsigned best = 0;
+        int64_t best_demand = 0;
+        int best_column = 0;
+#pragma unroll
+        for (int s = 0; s < columns_each; ++s) {
+          if (preferences[s] > best) {
+            best = preferences[s];
+            best_demand = demand[s];
+            best_column = lane + s * warp_lanes;
+          }
+        }
+        const unsigned found = __reduce_max_sync(all_lanes, best);
+        const int owner = __ffs(__ballot_sync(all_lanes, best == found)) - 1;
+        const int column = __shfl_sync(all_lanes, best_column, owner);
+        const int64_t wanted = __shfl_sync(all_lanes, best_demand, owner);
+        const int64_t moved = left < wanted ? left : wanted;
+        if (lane == 0) {
+          memory_.arc[slot] = pack({i, column}) | (left < wanted ? closes_row : 0);
+          memory_.first_flow[slot] = moved;
+        }
+        ++slot;
+        left -= moved;
+#pragma unroll
+        for (int s = 0; s < columns_each; ++s) {
+          if (column == lane + s * warp_lanes) {
+            demand[s] -= moved;
+            if (demand[s] == 0) preferences[s] = 0;
+          }
+        }
+      }
+    }
+  }
+
+  // By one warp. Backwards from the last arc, each arc joins the node it used up to the tree; a lane has a word of the
+  // paths to itself.
+  __device__ void join_first_arcs() {
+    const int w = team_.lane();
+    if (w >= words) return;
+    for (int slot = n_ + m_ - 2; slot >= 0; --slot) {
+      const int packed = memory_.arc[slot];
+      const Arc arc = unpack(packed);
+      const int supplier = arc.supplier, consumer = n_ + arc.consumer;
+      const bool row = packed & closes_row;
+      const uint32_t bit = w == slot / warp_lanes ? 1u << slot % warp_lanes : 0u;
+      memory_.path[w][row ? supplier : consumer] = memory_.path[w][row ? consumer : supplier] | bit;
+    }
+  }
+
+  // Potentials from the tree alone. Begins after a barrier, ends with one.
+  __device__ void renew_potentials() {
+    each_slot([&](int slot, Arc arc) {
+      const double cost = cost_(arc.supplier, arc.consumer);
+      memory_.scratch[slot] = supplier_is_child(slot, arc) ? cost : -cost;
+    });
+    team_.sync();
+    for (int v = team_.thread(); v < n_ + m_; v += Team::threads) {
+      double sum = 0;
+      for (int w = 0; w < words; ++w) {
+        for (uint32_t rest = memory_.path[w][v]; rest != 0; rest &= rest - 1)
+          sum += memory_.scratch[w * warp_lanes + __ffs(static_cast<int>(rest)) - 1];
+      }
+      set_potential(v, sum);
+    }
+    team_.sync();
+  }
+
+  // Pivots until no arc has a reduced cost below -tolerance in the arithmetic of T. False: too many of them.
+  template <class T>
+  __device__ bool improve(T tolerance) {
+    for (;;) {
+      const uint64_t found = find_entering(tolerance);
+      if (found == 0) return true;
+      const Arc entering = unpack(static_cast<int>(~static_cast<unsigned>(found) & cell_mask));
+      const double reduced_cost = double(cost_(entering.supplier, entering.consumer)) -
+                                  (memory_.potential[entering.supplier] - memory_.potential[n_ + entering.consumer]);
+      if (!(reduced_cost < -tolerance_)) return true;
+      if (pivots_left_-- == 0) return false;
+      pivot(entering, reduced_cost);
+    }
+  }
+
+  // The bits of the most negative reduced cost, whose lowest ones give way to the arc, inverted so that the first of
+  // those that tie wins; zero where there is none below -tolerance.
+  template <class T>
+  __device__ uint64_t find_entering(T tolerance) {
+    const T* price = prices<T>();
+    T best = -tolerance;
+    Arc arc{-1, 0};
+    for (int j = team_.lane(); j < m_; j += warp_lanes) {
+      const T of_column = price[n_ + j];
+      const T before = best;
+#pragma unroll 4
+      for (int i = team_.warp(); i < n_; i += Team::warps) {
+        const T reduced_cost = (T(cost_(i, j)) - price[i]) + of_column;
+        arc.supplier = reduced_cost < best ? i : arc.supplier;
+        best = reduced_cost < best ? reduced_cost : best;
+      }
+      arc.consumer = best < before ? j : arc.consumer;
+    }
+    uint64_t key = 0;
+    if (arc.supplier >= 0) {
+      if constexpr (sizeof(T) == 8)
+        key = bit_cast<uint64_t>(best) & ~uint64_t(cell_mask);
+      else
+        key = static_cast<uint64_t>(bit_cast<uint32_t>(best)) << 32;
+      key |= ~static_cast<unsigned>(pack(arc)) & cell_mask;
+    }
+    return team_.max(key);
+  }
+
+  __device__ void pivot(Arc entering, double reduced_cost) {
+    bool on_supplier_side[each], changes[each], falls[each];
+    uint64_t key = 0;
+#pragma unroll
+    for (int s = 0; s < each; ++s) {
+      const int slot = team_.thread() + s * Team::threads;
+      const uint32_t from = memory_.path[slot / warp_lanes][entering.supplier];
+      const uint32_t to = memory_.path[slot / warp_lanes][n_ + entering.consumer];
+      on_supplier_side[s] = from >> team_.lane() & 1u;
+      changes[s] = (from ^ to) >> team_.lane() & 1u;
+      falls[s] = changes[s] && on_supplier_side[s] == supplier_is_child(slot, unpack(arc_[s]));
+      if (falls[s]) {
+        const auto preferred = ~static_cast<uint64_t>(flow_[s]);
+        key = preferred > key ? preferred : key;
+      }
+      if (team_.lane() == 0) memory_.cycle[slot / warp_lanes] = from ^ to;
+    }
+    const auto moved = static_cast<int64_t>(~team_.max(key));
+#pragma unroll
+    for (int s = 0; s < each; ++s) {
+      if (falls[s] && flow_[s] == moved) {
+        memory_.leaving = team_.thread() + s * Team::threads;
+        memory_.supplier_moves = on_supplier_side[s];
+        arc_[s] = pack(entering);
+        flow_[s] = moved;
+      } else if (changes[s]) {
+        flow_[s] += falls[s] ? -moved : moved;
+      }
+    }
+    team_.sync();
+
+    const int leaving = memory_.leaving;
+    const double change = memory_.supplier_moves ? reduced_cost : -reduced_cost;
+#pragma unroll
+    for (int s = 0; s < each; ++s) {
+      const int v = team_.thread() + s * Team::threads;
+      if (!on_path(leaving, v)) continue;
+#pragma unroll
+      for (int w = 0; w < words; ++w) {
+        const uint32_t kept = w == leaving / warp_lanes ? 1u << leaving % warp_lanes : 0u;
+        memory_.path[w][v] ^= memory_.cycle[w] & ~kept;
+      }
+      set_potential(v, memory_.potential[v] + change);
+    }
+    team_.sync();
+  }
+
+  Team& team_;
+  Memory& memory_;
+  const Cost& cost_;
+  const int n_, m_;
+  double tolerance_;
+  int pivots_left_;
+  int arc_[each];       // of the thread's slots
+  int64_t flow_[each];  // of the thread's slots
+};
+
+}  // namespace fewshot_ext

@@ -1,0 +1,141 @@
+// Binding of the Earth Mover's Distance for any device: tensors in, EmdProblem out, the device's kernels called.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <limits>
+#include <tuple>
+#include <type_traits>
+
+#include "common/half.h"
+#include "emd/problem.h"
+
+namespace fewshot_ext {
+
+namespace emd_tensors {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// fewshot_ext/ops raises the errors that name arguments; these keep a direct call from reading foreign memory.
+inline void check(const Tensor& cost, const Tensor& supply, const Tensor& demand) {
+  STD_TORCH_CHECK(cost.dim() == 3 && supply.dim() == 2 && demand.dim() == 2,
+                  "expected cost [B, n, m], supply [B, n], demand [B, m]");
+  STD_TORCH_CHECK(supply.size(0) == cost.size(0) && demand.size(0) == cost.size(0) && supply.size(1) == cost.size(1) &&
+                      demand.size(1) == cost.size(2),
+                  "cost, supply and demand do not fit together");
+  STD_TORCH_CHECK(
+      cost.size(1) >= 1 && cost.size(2) >= 1 && cost.size(1) <= std::numeric_limits<int32_t>::max() / cost.size(2),
+      "cost: expected [B, n, m] with n and m at least 1 and n * m below 2^31, got n = ", cost.size(1),
+      ", m = ", cost.size(2));
+  STD_TORCH_CHECK(cost.device() == supply.device() && cost.device() == demand.device(),
+                  "cost, supply and demand are on different devices");
+  STD_TORCH_CHECK(cost.scalar_type() == supply.scalar_type() && cost.scalar_type() == demand.scalar_type(),
+                  "cost, supply and demand differ in dtype");
+}
+
+template <int dimensions>
+void copy_strides(const Tensor& tensor, int64_t (&strides)[dimensions]) {
+  for (int k = 0; k < dimensions; ++k) strides[k] = tensor.stride(k);
+}
+
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class Kernels, class Storage>
+void solve(const Tensor& cost, const Tensor& supply, const Tensor& demand, Results& results) {
+  using Accumulate = std::conditional_t<std::is_same_v<Storage, double>, double, float>;
+  EmdProblem<Storage, Accumulate> problem;
+  problem.batch = cost.size(0);
+  problem.suppliers = cost.size(1);
+  problem.consumers = cost.size(2);
+  problem.cost = static_cast<const Storage*>(cost.const_data_ptr());
+  problem.supply = static_cast<const Storage*>(supply.const_data_ptr());
+  problem.demand = static_cast<const Storage*>(demand.const_data_ptr());
+  copy_strides(cost, problem.cost_strides);
+  copy_strides(supply, problem.supply_strides);
+  copy_strides(demand, problem.demand_strides);
+  auto& [value, flow, supply_dual, demand_dual, basis] = results;
+  problem.value = static_cast<Accumulate*>(value.mutable_data_ptr());
+  problem.flow = static_cast<Accumulate*>(flow.mutable_data_ptr());
+  problem.supply_dual = static_cast<Accumulate*>(supply_dual.mutable_data_ptr());
+  problem.demand_dual = static_cast<Accumulate*>(demand_dual.mutable_data_ptr());
+  problem.basis = static_cast<int32_t*>(basis.mutable_data_ptr());
+  Kernels::run(problem, cost);
+}
+
+// `Kernels::run(problem, cost)` solves the batch on the device of `cost`.
+template <class Kernels>
+Results forward(Tensor cost, Tensor supply, Tensor demand) {
+  check(cost, supply, demand);
+  const int64_t batch = cost.size(0), n = cost.size(1), m = cost.size(2);
+  const ScalarType accumulate = cost.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  Results results{
+      torch::stable::new_empty(cost, {batch}, accumulate), torch::stable::new_empty(cost, {batch, n, m}, accumulate),
+      torch::stable::new_empty(cost, {batch, n}, accumulate), torch::stable::new_empty(cost, {batch, m}, accumulate),
+      torch::stable::new_empty(cost, {batch, n + m - 1}, ScalarType::Int)};
+  if (batch == 0) return results;
+  switch (cost.scalar_type()) {
+    case ScalarType::Float:
+      solve<Kernels, float>(cost, supply, demand, results);
+      break;
+    case ScalarType::Double:
+      solve<Kernels, double>(cost, supply, demand, results);
+      break;
+    case ScalarType::BFloat16:
+      solve<Kernels, BFloat16>(cost, supply, demand, results);
+      break;
+    case ScalarType::Half:
+      solve<Kernels, Float16>(cost, supply, demand, results);
+      break;
+    default:
+      STD_TORCH_CHECK(false, "cost: expected float32, float64, bfloat16 or float16");
+  }
+  return results;
+}
+
+template <class Kernels, class Accumulate>
+void sweep(const Tensor& grad_flow, const Tensor& basis, Tensor& grad_supply, Tensor& grad_demand) {
+  EmdFlowBackwardProblem<Accumulate> problem;
+  problem.batch = grad_flow.size(0);
+  problem.suppliers = grad_flow.size(1);
+  problem.consumers = grad_flow.size(2);
+  problem.grad_flow = static_cast<const Accumulate*>(grad_flow.const_data_ptr());
+  copy_strides(grad_flow, problem.grad_flow_strides);
+  problem.basis = static_cast<const int32_t*>(basis.const_data_ptr());
+  problem.grad_supply = static_cast<Accumulate*>(grad_supply.mutable_data_ptr());
+  problem.grad_demand = static_cast<Accumulate*>(grad_demand.mutable_data_ptr());
+  Kernels::run_flow_backward(problem, grad_flow);
+}
+
+template <class Kernels>
+std::tuple<Tensor, Tensor> flow_backward(Tensor grad_flow, Tensor basis) {
+  STD_TORCH_CHECK(grad_flow.dim() == 3 && grad_flow.size(1) >= 1 && grad_flow.size(2) >= 1,
+                  "grad_flow: expected [B, n, m] with n and m at least 1");
+  const int64_t batch = grad_flow.size(0), n = grad_flow.size(1), m = grad_flow.size(2);
+  STD_TORCH_CHECK(basis.dim() == 2 && basis.size(0) == batch && basis.size(1) == n + m - 1 &&
+                      basis.scalar_type() == ScalarType::Int && basis.device() == grad_flow.device(),
+                  "basis: expected int32 [B, n + m - 1] as the forward pass returned it");
+  basis = torch::stable::contiguous(basis);
+  Tensor grad_supply = torch::stable::new_empty(grad_flow, {batch, n});
+  Tensor grad_demand = torch::stable::new_empty(grad_flow, {batch, m});
+  if (batch > 0) {
+    switch (grad_flow.scalar_type()) {
+      case ScalarType::Float:
+        sweep<Kernels, float>(grad_flow, basis, grad_supply, grad_demand);
+        break;
+      case ScalarType::Double:
+        sweep<Kernels, double>(grad_flow, basis, grad_supply, grad_demand);
+        break;
+      default:
+        STD_TORCH_CHECK(false, "grad_flow: expected the accumulation dtype, float32 or float64");
+    }
+  }
+  return {grad_supply, grad_demand};
+}
+
+}  // namespace emd_tensors
+}  // namespace fewshot_ext
