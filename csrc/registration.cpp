@@ -13,4 +13,8 @@ STABLE_TORCH_LIBRARY(fewshot_ext, m) {
       "Tensor row_statistics, float margin, float scale, float label_smoothing, int ignore_index, bool cosine, "
       "bool features_grad, bool weight_grad) -> (Tensor grad_features, Tensor grad_weight)");
   m.def("scale_gradients_(Tensor(a!) first, Tensor(b!) second, Tensor factor) -> ()");
+  m.def(
+      "emd(Tensor cost, Tensor supply, Tensor demand) "
+      "-> (Tensor value, Tensor flow, Tensor supply_dual, Tensor demand_dual, Tensor basis)");
+  m.def("emd_flow_backward(Tensor grad_flow, Tensor basis) -> (Tensor grad_supply, Tensor grad_demand)");
 }

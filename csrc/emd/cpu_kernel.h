@@ -1,0 +1,324 @@
+// Batches of transportation problems on the CPU. Included inside FEWSHOT_EXT_TARGET_BEGIN ... END; see common/isa.h.
+#pragma once
+
+#include "common/memory.h"
+#include "common/parallel.h"
+#include "emd/problem.h"
+#include "emd/simplex.h"
+#include "emd/tree.h"
+
+namespace fewshot_ext::FEWSHOT_EXT_ISA {
+
+// Parts of one piece of memory for arrays of any type.
+struct ByteArena {
+  Arena<unsigned char> bytes;
+
+  template <class T>
+  T* take(int64_t count) {
+    return reinterpret_cast<T*>(bytes.take(count * static_cast<int64_t>(sizeof(T))));
+  }
+};
+
+// One thread's solver: memory for one problem, used again for the next.
+template <class Storage, class Accumulate>
+class EmdSolver {
+  using Problem = EmdProblem<Storage, Accumulate>;
+  using Simplex = TransportSimplex<Accumulate>;
+
+ public:
+  explicit EmdSolver(const Problem& problem) : problem_(problem), n_(problem.suppliers), m_(problem.consumers) {
+    ByteArena sizes{};
+    lay_out(sizes);
+    workspace_.emplace(static_cast<size_t>(sizes.bytes.used));
+    ByteArena arena{{static_cast<unsigned char*>(workspace_->data())}};
+    lay_out(arena);
+  }
+
+  EmdFailure solve(int64_t index) {
+    EmdFailure failure;
+    failure.index = index;
+    failure.fault = load_masses(index, failure);
+    if (failure.fault == EmdFault::none) failure.fault = load_cost(index);
+    if (failure.fault == EmdFault::none && !(find_basis() && write(index))) failure.fault = EmdFault::not_optimal;
+    return failure;
+  }
+
+ private:
+  void lay_out(ByteArena& arena) {
+    simplex_.lay_out(arena, n_, m_);
+    tree_.lay_out(arena, n_ + m_);
+    mass_ = arena.template take<double>(n_ + m_);
+    dual_ = arena.template take<double>(n_ + m_);
+    rows_ = arena.template take<int32_t>(n_);
+    columns_ = arena.template take<int32_t>(m_);
+  }
+
+  // Masses in double, the demand's scaled to the supply's, and the nodes that have any.
+  EmdFault load_masses(int64_t index, EmdFailure& failure) {
+    double* supply = mass_;
+    double* demand = mass_ + n_;
+    if (!load_side(problem_.supply, problem_.supply_strides, index, n_, supply, failure.supply_mass))
+      return EmdFault::supply;
+    if (!load_side(problem_.demand, problem_.demand_strides, index, m_, demand, failure.demand_mass))
+      return EmdFault::demand;
+    const double total = failure.supply_mass, other = failure.demand_mass;
+    if (!(total > 0) || !(other > 0)) return EmdFault::no_mass;
+    if (!(std::abs(total - other) <= emd_mass_tolerance * std::max(total, other))) return EmdFault::unequal_mass;
+    total_ = total;
+    const double match = total / other;
+    for (int64_t j = 0; j < m_; ++j) demand[j] *= match;
+    return EmdFault::none;
+  }
+
+  static bool load_side(const Storage* from, const int64_t* strides, int64_t index, int64_t count, double* to,
+                        double& total) {
+    from += index * strides[0];
+    double sum = 0;
+    bool good = true;
+    for (int64_t k = 0; k < count; ++k) {
+      const double mass = to_accumulate(from[k * strides[1]]);
+      good &= mass >= 0;
+      sum += mass;
+      to[k] = mass;
+    }
+    total = sum;
+    return good && sum <= std::numeric_limits<double>::max();
+  }
+
+  // The masses as integers for the simplex, with its perturbation; nodes without mass stay out of it.
+  void scale_masses() {
+    const int row_bits = 64 - __builtin_clzll(static_cast<uint64_t>(n_));  // 2^row_bits > n
+    mass_bits_ = 61 - row_bits;
+    const double scale = std::ldexp(1.0, mass_bits_) / total_;
+    int64_t difference = 0, largest = 0;
+    row_count_ = column_count_ = 0;
+    for (int64_t i = 0; i < n_; ++i) {
+      const int64_t mass = std::llrint(mass_[i] * scale);
+      if (mass == 0) continue;
+      difference += mass;
+      rows_[row_count_] = static_cast<int32_t>(i);
+      simplex_.supply[row_count_++] = (mass << row_bits) + 1;
+    }
+    for (int64_t j = 0; j < m_; ++j) {
+      const int64_t mass = std::llrint(mass_[n_ + j] * scale);
+      if (mass == 0) continue;
+      difference -= mass;
+      columns_[column_count_] = static_cast<int32_t>(j);
+      simplex_.demand[column_count_] = mass << row_bits;
+      if (simplex_.demand[column_count_] > simplex_.demand[largest]) largest = column_count_;
+      ++column_count_;
+    }
+    simplex_.demand[largest] += (difference << row_bits) + row_count_;
+  }
+
+  EmdFault load_cost(int64_t index) {
+    scale_masses();
+    const Storage* from = problem_.cost + index * problem_.cost_strides[0];
+    const bool all_columns = column_count_ == m_;
+    const int64_t stride = Simplex::cost_stride(column_count_);
+    Accumulate largest = 0;
+    // A row without mass is looked at, too: an entry that is not finite is a fault wherever it is.
+    int64_t kept = 0;
+    for (int64_t i = 0; i < n_; ++i) {
+      const Storage* row = from + i * problem_.cost_strides[1];
+      const bool keep = kept < row_count_ && rows_[kept] == i;
+      Accumulate* to = simplex_.cost + std::min(kept, row_count_ - 1) * stride;
+      if (all_columns && keep) {
+        const int64_t step = problem_.cost_strides[2];
+        if (step == 1)
+          for (int64_t j = 0; j < m_; ++j) to[j] = to_accumulate(row[j]);
+        else
+          for (int64_t j = 0; j < m_; ++j) to[j] = to_accumulate(row[j * step]);
+        for (int64_t j = 0; j < m_; ++j) largest = larger(largest, std::abs(to[j]));
+      } else {
+        for (int64_t j = 0; j < m_; ++j)
+          largest = larger(largest, std::abs(Accumulate(to_accumulate(row[j * problem_.cost_strides[2]]))));
+        if (keep)
+          for (int64_t j = 0; j < column_count_; ++j)
+            to[j] = to_accumulate(row[columns_[j] * problem_.cost_strides[2]]);
+      }
+      if (keep) {
+        for (int64_t j = column_count_; j < stride; ++j) to[j] = Simplex::no_arc;
+        ++kept;
+      }
+    }
+    largest_cost_ = largest;
+    return largest <= std::numeric_limits<Accumulate>::max() ? EmdFault::none : EmdFault::cost;
+  }
+
+  // Keeps NaN, which no later number is larger than.
+  static Accumulate larger(Accumulate a, Accumulate b) { return !(b <= a) && a == a ? b : a; }
+
+  double cost_of(int64_t index, int64_t i, int64_t j) const {
+    const int64_t* strides = problem_.cost_strides;
+    return to_accumulate(problem_.cost[index * strides[0] + i * strides[1] + j * strides[2]]);
+  }
+
+  bool find_basis() {
+    const int64_t nodes = row_count_ + column_count_;
+    // Rounding of potentials, which are sums of costs along the tree, stays below this.
+    const double tolerance = double(nodes) * 0x1p-50 * double(largest_cost_);
+    simplex_.begin(row_count_, column_count_, tolerance);
+    const int64_t limit = 100 * nodes + 4 * row_count_ * column_count_;
+    if (!simplex_.template optimise<Accumulate>(limit)) return false;
+    // Proved in double, with potentials that carry no rounding from pivots.
+    for (int64_t pivots = -1; pivots != simplex_.pivots();) {
+      pivots = simplex_.pivots();
+      renew_potentials();
+      if (!simplex_.template optimise<double>(limit)) return false;
+    }
+    return true;
+  }
+
+  void renew_potentials() {
+    tree_.order(row_count_, column_count_, simplex_.row_of, simplex_.column_of);
+    double* potential = simplex_.potentials();
+    const int64_t stride = Simplex::cost_stride(column_count_);
+    potential[0] = 0;
+    tree_.outward([&](const SpanningTree::Arc& arc) {
+      const double c = simplex_.cost[arc.row * stride + arc.column];
+      potential[arc.child] = potential[arc.parent] + (arc.child == arc.row ? c : -c);
+    });
+    simplex_.refresh();
+  }
+
+  // Nodes without mass join the tree by the arc that is cheapest at the duals of the others, with no flow.
+  void attach_nodes_without_mass(int64_t index) {
+    const double *u = simplex_.potentials(), *v = u + row_count_;
+    double *all_u = dual_, *all_v = dual_ + n_;
+    std::fill(all_u, all_u + n_ + m_, std::numeric_limits<double>::infinity());
+    for (int64_t i = 0; i < row_count_; ++i) all_u[rows_[i]] = u[i];
+    for (int64_t j = 0; j < column_count_; ++j) all_v[columns_[j]] = -v[j];
+    int64_t arcs = row_count_ + column_count_ - 1;
+    for (int64_t s = 0; s < arcs; ++s) {
+      simplex_.row_of[s] = rows_[simplex_.row_of[s]];
+      simplex_.column_of[s] = columns_[simplex_.column_of[s]];
+    }
+    const auto attach = [&](int64_t i, int64_t j) {
+      simplex_.row_of[arcs] = static_cast<int32_t>(i);
+      simplex_.column_of[arcs++] = static_cast<int32_t>(j);
+    };
+    for (int64_t i = 0, kept = 0; i < n_; ++i) {
+      if (kept < row_count_ && rows_[kept] == i) {
+        ++kept;
+        continue;
+      }
+      int64_t best = 0;
+      for (int64_t k = 0; k < column_count_; ++k) {
+        const int64_t j = columns_[k];
+        const double slack = cost_of(index, i, j) - all_v[j];
+        if (k == 0 || slack < all_u[i]) {
+          all_u[i] = slack;
+          best = j;
+        }
+      }
+      attach(i, best);
+    }
+    for (int64_t j = 0, kept = 0; j < m_; ++j) {
+      if (kept < column_count_ && columns_[kept] == j) {
+        ++kept;
+        continue;
+      }
+      int64_t best = 0;
+      for (int64_t i = 0; i < n_; ++i) {
+        const double slack = cost_of(index, i, j) - all_u[i];
+        if (i == 0 || slack < all_v[j]) {
+          all_v[j] = slack;
+          best = i;
+        }
+      }
+      attach(best, j);
+    }
+    tree_.order(n_, m_, simplex_.row_of, simplex_.column_of);
+  }
+
+  // Results of one problem; false if a flow is negative by more than the rounding of the masses explains.
+  bool write(int64_t index) {
+    if (row_count_ < n_ || column_count_ < m_) {
+      attach_nodes_without_mass(index);
+    } else {
+      const double* potential = simplex_.potentials();
+      for (int64_t i = 0; i < n_; ++i) dual_[i] = potential[i];
+      for (int64_t j = n_; j < n_ + m_; ++j) dual_[j] = -potential[j];
+    }
+    Accumulate* flow = problem_.flow + index * n_ * m_;
+    int32_t* basis = problem_.basis + index * (n_ + m_ - 1);
+    std::fill(flow, flow + n_ * m_, Accumulate(0));
+    double value = 0, lowest = 0;
+    tree_.inward([&](const SpanningTree::Arc& arc) {
+      const double moved = mass_[arc.child];
+      mass_[arc.parent] -= moved;
+      lowest = std::min(lowest, moved);
+      const int64_t at = arc.row * m_ + arc.column;
+      basis[arc.position] = static_cast<int32_t>(at);
+      if (moved > 0) {
+        flow[at] = static_cast<Accumulate>(moved);
+        value += moved * cost_of(index, arc.row, arc.column);
+      }
+    });
+    problem_.value[index] = static_cast<Accumulate>(value);
+    double mean_u = 0, mean_v = 0;
+    for (int64_t i = 0; i < n_; ++i) mean_u += dual_[i];
+    for (int64_t j = n_; j < n_ + m_; ++j) mean_v += dual_[j];
+    const double shift = (mean_v / m_ - mean_u / n_) / 2;
+    Accumulate *u = problem_.supply_dual + index * n_, *v = problem_.demand_dual + index * m_;
+    for (int64_t i = 0; i < n_; ++i) u[i] = static_cast<Accumulate>(dual_[i] + shift);
+    for (int64_t j = 0; j < m_; ++j) v[j] = static_cast<Accumulate>(dual_[n_ + j] - shift);
+    return lowest >= -total_ * (n_ + m_) * (std::ldexp(1.0, -mass_bits_) + 0x1p-52);
+  }
+
+  const Problem& problem_;
+  const int64_t n_, m_;
+  std::optional<Workspace> workspace_;
+  Simplex simplex_;
+  SpanningTree tree_;
+  double* mass_;      // [n + m]: supply, demand
+  double* dual_;      // [n + m]: u, v
+  int32_t* rows_;     // [row_count_]: suppliers that have mass
+  int32_t* columns_;  // [column_count_]: consumers that have mass
+  int64_t row_count_, column_count_;
+  int mass_bits_;
+  double total_;
+  Accumulate largest_cost_;
+};
+
+// Work that is worth a thread of its own, in entries of cost matrices.
+constexpr int64_t entries_per_thread = 4096;
+
+template <class Storage, class Accumulate>
+EmdFailure emd(const EmdProblem<Storage, Accumulate>& problem) {
+  const int64_t batch = problem.batch, entries = batch * problem.suppliers * problem.consumers;
+  const int64_t threads = std::min({available_threads(), batch, entries / entries_per_thread + 1});
+  const int64_t chunk = std::max<int64_t>(1, batch / (threads * 16));
+  // Problems differ in pivots: threads take the next chunk when they are done with one. All problems before a failed
+  // one are still solved, so that the failure that is reported does not depend on the threads.
+  std::atomic<int64_t> next{0}, first_failed{batch};
+  std::vector<EmdFailure> failures(threads);
+  parallel_tasks(threads, [&](int64_t thread) {
+    EmdSolver<Storage, Accumulate> solver(problem);
+    for (;;) {
+      const int64_t begin = next.fetch_add(chunk, std::memory_order_relaxed), end = std::min(batch, begin + chunk);
+      for (int64_t index = begin; index < end; ++index) {
+        if (index > first_failed.load(std::memory_order_relaxed)) return;
+        const EmdFailure failure = solver.solve(index);
+        if (failure.fault == EmdFault::none) continue;
+        failures[thread] = failure;
+        int64_t known = first_failed.load(std::memory_order_relaxed);
+        while (index < known && !first_failed.compare_exchange_weak(known, index, std::memory_order_relaxed)) {
+        }
+        return;
+      }
+      if (end == batch) return;
+    }
+  });
+  for (const EmdFailure& failure : failures)
+    if (failure.fault != EmdFault::none && failure.index == first_failed) return failure;
+  return {};
+}
+
+template EmdFailure emd(const EmdProblem<float, float>&);
+template EmdFailure emd(const EmdProblem<double, double>&);
+template EmdFailure emd(const EmdProblem<BFloat16, float>&);
+template EmdFailure emd(const EmdProblem<Float16, float>&);
+
+}  // namespace fewshot_ext::FEWSHOT_EXT_ISA
