@@ -52,6 +52,9 @@ struct SimplexMemory {
 template <class Price, class Team, class Cost>
 class DeviceSimplex {
  public:
+  // Nothing points from one member of this to another: that would keep all of them out of registers.
+  Team team;
+
   using Memory = SimplexMemory<Price, Team>;
   static constexpr int words = Memory::words, each = Team::nodes_each;
   static constexpr int most_columns = Team::nodes < 256 ? Team::nodes : 256;
@@ -61,12 +64,12 @@ class DeviceSimplex {
   static constexpr int mass_bits = 61 - row_bits;
   static_assert(1 << row_bits >= Team::nodes);
 
-  __device__ DeviceSimplex(Team& team, Memory& memory, const Cost& cost, int n, int m)
-      : team_(team), memory_(memory), cost_(cost), n_(n), m_(m) {}
+  __device__ __forceinline__ DeviceSimplex(Memory& memory, const Cost& cost, int n, int m)
+      : team(memory.team), memory_(memory), cost_(cost), n_(n), m_(m) {}
 
   // Finds the optimal tree; false where that takes too many pivots. memory.scratch holds the masses, which add up to
   // `supply_mass` and `demand_mass`, and is overwritten; no |cost| exceeds `largest_cost`.
-  __device__ bool solve(double supply_mass, double demand_mass, Price largest_cost) {
+  __device__ __forceinline__ bool solve(double supply_mass, double demand_mass, Price largest_cost) {
     // What the rounding of potentials, sums of costs along the tree, can make of a reduced cost of zero.
     tolerance_ = (n_ + m_) * 0x1p-50 * double(largest_cost);
     pivots_left_ = 100 * (n_ + m_) + 4 * n_ * m_;
@@ -84,21 +87,21 @@ class DeviceSimplex {
   }
 
   // The root becomes supplier 0. Ends with a barrier.
-  __device__ void move_root() {
-    for (int w = team_.thread(); w < words; w += Team::threads) memory_.cycle[w] = memory_.path[w][0];
-    team_.sync();
-    for (int v = team_.thread(); v < Team::nodes; v += Team::threads)
+  __device__ __forceinline__ void move_root() {
+    for (int w = team.thread(); w < words; w += Team::threads) memory_.cycle[w] = memory_.path[w][0];
+    team.sync();
+    for (int v = team.thread(); v < Team::nodes; v += Team::threads)
       for (int w = 0; w < words; ++w) memory_.path[w][v] ^= memory_.cycle[w];
-    team_.sync();
+    team.sync();
   }
 
-  // The thread's slots are visited as visit(slot, arc), those that hold an arc.
+  // The thread's slots that hold an arc are visited as visit(s, slot, arc), s counting the thread's own.
   template <class Visit>
   __device__ __forceinline__ void each_slot(Visit visit) const {
 #pragma unroll
     for (int s = 0; s < each; ++s) {
-      const int slot = team_.thread() + s * Team::threads;
-      if (slot < n_ + m_ - 1) visit(slot, unpack(arc_[s]));
+      const int slot = team.thread() + s * Team::threads;
+      if (slot < n_ + m_ - 1) visit(s, slot, unpack(arc_[s]));
     }
   }
 
@@ -134,23 +137,23 @@ class DeviceSimplex {
     return bits & 0x80000000u ? bits : bits ^ 0x7fffffffu;
   }
 
-  __device__ void start(double supply_scale, double demand_scale) {
-    for (int v = team_.thread(); v < Team::nodes; v += Team::threads)
+  __device__ __forceinline__ void start(double supply_scale, double demand_scale) {
+    for (int v = team.thread(); v < Team::nodes; v += Team::threads)
       for (int w = 0; w < words; ++w) memory_.path[w][v] = 0;
-    team_.sync();
-    if (team_.warp() == 0) {
+    team.sync();
+    if (team.warp() == 0) {
       choose_first_arcs(supply_scale, demand_scale);
       __syncwarp(all_lanes);
       join_first_arcs();
     }
-    team_.sync();
+    team.sync();
 #pragma unroll
     for (int s = 0; s < each; ++s) {
-      const int slot = team_.thread() + s * Team::threads;
+      const int slot = team.thread() + s * Team::threads;
       arc_[s] = slot < n_ + m_ - 1 ? memory_.arc[slot] : 0;
       flow_[s] = slot < n_ + m_ - 1 ? memory_.first_flow[slot] : 0;
     }
-    team_.sync();
+    team.sync();
   }
 
   __device__ __forceinline__ int64_t supply(int i, double scale) const {
@@ -159,9 +162,9 @@ class DeviceSimplex {
 
   // By one warp. Each row in turn is served by the cheapest columns that have demand left. Each arc uses up either its
   // row or its column, and only the last one uses up both.
-  __device__ void choose_first_arcs(double supply_scale, double demand_scale) {
+  __device__ __forceinline__ void choose_first_arcs(double supply_scale, double demand_scale) {
     constexpr int columns_each = most_columns / warp_lanes;
-    const int lane = team_.lane();
+    const int lane = team.lane();
     int64_t demand[columns_each], difference = 0, largest = 0;
     for (int i = lane; i < n_; i += warp_lanes) difference += supply(i, supply_scale);
 #pragma unroll
@@ -229,8 +232,8 @@ class DeviceSimplex {
 
   // By one warp. Backwards from the last arc, each arc joins the node it used up to the tree; a lane has a word of the
   // paths to itself.
-  __device__ void join_first_arcs() {
-    const int w = team_.lane();
+  __device__ __forceinline__ void join_first_arcs() {
+    const int w = team.lane();
     if (w >= words) return;
     for (int slot = n_ + m_ - 2; slot >= 0; --slot) {
       const int packed = memory_.arc[slot];
@@ -243,13 +246,13 @@ class DeviceSimplex {
   }
 
   // Potentials from the tree alone. Begins after a barrier, ends with one.
-  __device__ void renew_potentials() {
-    each_slot([&](int slot, Arc arc) {
+  __device__ __forceinline__ void renew_potentials() {
+    each_slot([&](int, int slot, Arc arc) {
       const double cost = cost_(arc.supplier, arc.consumer);
       memory_.scratch[slot] = supplier_is_child(slot, arc) ? cost : -cost;
     });
-    team_.sync();
-    for (int v = team_.thread(); v < n_ + m_; v += Team::threads) {
+    team.sync();
+    for (int v = team.thread(); v < n_ + m_; v += Team::threads) {
       double sum = 0;
       for (int w = 0; w < words; ++w) {
         for (uint32_t rest = memory_.path[w][v]; rest != 0; rest &= rest - 1)
@@ -257,12 +260,12 @@ class DeviceSimplex {
       }
       set_potential(v, sum);
     }
-    team_.sync();
+    team.sync();
   }
 
   // Pivots until no arc has a reduced cost below -tolerance in the arithmetic of T. False: too many of them.
   template <class T>
-  __device__ bool improve(T tolerance) {
+  __device__ __forceinline__ bool improve(T tolerance) {
     for (;;) {
       const uint64_t found = find_entering(tolerance);
       if (found == 0) return true;
@@ -278,15 +281,15 @@ class DeviceSimplex {
   // The bits of the most negative reduced cost, whose lowest ones give way to the arc, inverted so that the first of
   // those that tie wins; zero where there is none below -tolerance.
   template <class T>
-  __device__ uint64_t find_entering(T tolerance) {
+  __device__ __forceinline__ uint64_t find_entering(T tolerance) {
     const T* price = prices<T>();
     T best = -tolerance;
     Arc arc{-1, 0};
-    for (int j = team_.lane(); j < m_; j += warp_lanes) {
+    for (int j = team.lane(); j < m_; j += warp_lanes) {
       const T of_column = price[n_ + j];
       const T before = best;
 #pragma unroll 4
-      for (int i = team_.warp(); i < n_; i += Team::warps) {
+      for (int i = team.warp(); i < n_; i += Team::warps) {
         const T reduced_cost = (T(cost_(i, j)) - price[i]) + of_column;
         arc.supplier = reduced_cost < best ? i : arc.supplier;
         best = reduced_cost < best ? reduced_cost : best;
@@ -301,31 +304,31 @@ class DeviceSimplex {
         key = static_cast<uint64_t>(bit_cast<uint32_t>(best)) << 32;
       key |= ~static_cast<unsigned>(pack(arc)) & cell_mask;
     }
-    return team_.max(key);
+    return team.max(key);
   }
 
-  __device__ void pivot(Arc entering, double reduced_cost) {
+  __device__ __forceinline__ void pivot(Arc entering, double reduced_cost) {
     bool on_supplier_side[each], changes[each], falls[each];
     uint64_t key = 0;
 #pragma unroll
     for (int s = 0; s < each; ++s) {
-      const int slot = team_.thread() + s * Team::threads;
+      const int slot = team.thread() + s * Team::threads;
       const uint32_t from = memory_.path[slot / warp_lanes][entering.supplier];
       const uint32_t to = memory_.path[slot / warp_lanes][n_ + entering.consumer];
-      on_supplier_side[s] = from >> team_.lane() & 1u;
-      changes[s] = (from ^ to) >> team_.lane() & 1u;
+      on_supplier_side[s] = from >> team.lane() & 1u;
+      changes[s] = (from ^ to) >> team.lane() & 1u;
       falls[s] = changes[s] && on_supplier_side[s] == supplier_is_child(slot, unpack(arc_[s]));
       if (falls[s]) {
         const auto preferred = ~static_cast<uint64_t>(flow_[s]);
         key = preferred > key ? preferred : key;
       }
-      if (team_.lane() == 0) memory_.cycle[slot / warp_lanes] = from ^ to;
+      if (team.lane() == 0) memory_.cycle[slot / warp_lanes] = from ^ to;
     }
-    const auto moved = static_cast<int64_t>(~team_.max(key));
+    const auto moved = static_cast<int64_t>(~team.max(key));
 #pragma unroll
     for (int s = 0; s < each; ++s) {
       if (falls[s] && flow_[s] == moved) {
-        memory_.leaving = team_.thread() + s * Team::threads;
+        memory_.leaving = team.thread() + s * Team::threads;
         memory_.supplier_moves = on_supplier_side[s];
         arc_[s] = pack(entering);
         flow_[s] = moved;
@@ -333,13 +336,13 @@ class DeviceSimplex {
         flow_[s] += falls[s] ? -moved : moved;
       }
     }
-    team_.sync();
+    team.sync();
 
     const int leaving = memory_.leaving;
     const double change = memory_.supplier_moves ? reduced_cost : -reduced_cost;
 #pragma unroll
     for (int s = 0; s < each; ++s) {
-      const int v = team_.thread() + s * Team::threads;
+      const int v = team.thread() + s * Team::threads;
       if (!on_path(leaving, v)) continue;
 #pragma unroll
       for (int w = 0; w < words; ++w) {
@@ -348,12 +351,11 @@ class DeviceSimplex {
       }
       set_potential(v, memory_.potential[v] + change);
     }
-    team_.sync();
+    team.sync();
   }
 
-  Team& team_;
   Memory& memory_;
-  const Cost& cost_;
+  const Cost cost_;
   const int n_, m_;
   double tolerance_;
   int pivots_left_;

@@ -14,7 +14,8 @@ struct EmdFlowBackward {
 };
 
 // Each arc of the basis joins one node to the tree of the arcs before it. Of 32 arcs at a time, those that have met
-// the tree give their other node its potential, until all have.
+// the tree give their other node its potential, until all have. Where that leaves out a node, because a direct call
+// passed no tree, the results are NaN.
 template <class T>
 __global__ void __launch_bounds__(EmdFlowBackward::threads) emd_flow_backward_by_warps(EmdFlowBackwardProblem<T> p) {
   FEWSHOT_EXT_SHARED(double, potentials, [EmdFlowBackward::warps][EmdFlowBackward::most_nodes]);
@@ -53,9 +54,17 @@ __global__ void __launch_bounds__(EmdFlowBackward::threads) emd_flow_backward_by
   }
 
   double sum_y = 0, sum_z = 0;
-  for (int i = lane; i < n; i += warp_lanes) sum_y += y[i];
-  for (int j = lane; j < m; j += warp_lanes) sum_z += z[j];
-  const double shift = (warp_sum(sum_z) / m - warp_sum(sum_y) / n) / 2;
+  bool all_reached = true;
+  for (int i = lane; i < n; i += warp_lanes) {
+    sum_y += y[i];
+    all_reached &= y[i] != unknown;
+  }
+  for (int j = lane; j < m; j += warp_lanes) {
+    sum_z += z[j];
+    all_reached &= z[j] != unknown;
+  }
+  double shift = (warp_sum(sum_z) / m - warp_sum(sum_y) / n) / 2;
+  if (!__all_sync(all_lanes, all_reached)) shift = std::numeric_limits<double>::quiet_NaN();
   for (int i = lane; i < n; i += warp_lanes) p.grad_supply[index * n + i] = static_cast<T>(y[i] + shift);
   for (int j = lane; j < m; j += warp_lanes) p.grad_demand[index * m + j] = static_cast<T>(z[j] - shift);
 }

@@ -15,7 +15,7 @@ struct GlobalCost {
   const Storage* at;
   int64_t row_stride, column_stride;
 
-  __device__ GlobalCost(const EmdProblemOf<Storage>& p, int64_t index)
+  __device__ __forceinline__ GlobalCost(const EmdProblemOf<Storage>& p, int64_t index)
       : at(p.cost + index * p.cost_strides[0]), row_stride(p.cost_strides[1]), column_stride(p.cost_strides[2]) {}
 
   __device__ __forceinline__ Accumulate<Storage> operator()(int i, int j) const {
@@ -59,7 +59,7 @@ __device__ __forceinline__ T from_magnitude_bits(uint64_t bits) {
     return bit_cast<T>(static_cast<uint32_t>(bits));
 }
 
-// Solves problem `index`. `cost` holds what `costs(visit)` has visited, this thread's share of the matrix.
+// Problem `index` of a batch, solved by a team.
 template <class Storage, class Team, class Cost>
 class Solve {
   using T = Accumulate<Storage>;
@@ -68,20 +68,20 @@ class Solve {
  public:
   using Memory = typename Simplex::Memory;
 
-  __device__ Solve(const EmdProblemOf<Storage>& problem, int64_t index, Memory& memory, const Cost& cost)
+  __device__ __forceinline__ Solve(const EmdProblemOf<Storage>& problem, int64_t index, Memory& memory,
+                                   const Cost& cost)
       : p_(problem),
         n_(static_cast<int>(problem.suppliers)),
         m_(static_cast<int>(problem.consumers)),
         index_(index),
         memory_(memory),
         cost_(cost),
-        team_(memory.team),
-        simplex_(team_, memory, cost_, n_, m_) {}
+        simplex_(memory, cost, n_, m_) {}
 
   // `cost_bits`: the greatest magnitude_bits among the thread's share of the costs.
-  __device__ void run(uint64_t cost_bits) {
+  __device__ __forceinline__ void run(uint64_t cost_bits) {
     const bool good_masses = load_masses();
-    cost_bits = team_.max(good_masses ? cost_bits : ~uint64_t(0));
+    cost_bits = simplex_.team.max(good_masses ? cost_bits : ~uint64_t(0));
     constexpr uint64_t infinity = sizeof(T) == 8 ? 0x7ff0000000000000ull : 0x7f800000ull;
     const bool solved = cost_bits < infinity && masses_agree() &&
                         simplex_.solve(supply_mass_, demand_mass_, from_magnitude_bits<T>(cost_bits)) && write();
@@ -95,21 +95,21 @@ class Solve {
   __device__ __forceinline__ int32_t* basis() const { return p_.basis + index_ * (n_ + m_ - 1); }
 
   // False where one of the thread's masses is negative or not finite.
-  __device__ bool load_masses() {
+  __device__ __forceinline__ bool load_masses() {
     const Storage* supply = p_.supply + index_ * p_.supply_strides[0];
     const Storage* demand = p_.demand + index_ * p_.demand_strides[0];
     bool good = true;
-    for (int v = team_.thread(); v < n_ + m_; v += Team::threads) {
+    for (int v = simplex_.team.thread(); v < n_ + m_; v += Team::threads) {
       const double mass =
           to_accumulate(v < n_ ? supply[v * p_.supply_strides[1]] : demand[(v - n_) * p_.demand_strides[1]]);
       good &= mass >= 0 && mass <= std::numeric_limits<double>::max();
       memory_.scratch[v] = mass;
     }
-    team_.sync();
+    simplex_.team.sync();
     return good;
   }
 
-  __device__ bool masses_agree() {
+  __device__ __forceinline__ bool masses_agree() {
     supply_mass_ = sum(n_, [this](int i) { return memory_.scratch[i]; });
     demand_mass_ = sum(m_, [this](int j) { return memory_.scratch[n_ + j]; });
     const double larger = supply_mass_ > demand_mass_ ? supply_mass_ : demand_mass_;
@@ -118,16 +118,15 @@ class Solve {
   }
 
   // False if a flow is negative by more than the rounding of the masses explains.
-  __device__ bool write() {
-    for (int cell = team_.thread(); cell < n_ * m_; cell += Team::threads) flow()[cell] = 0;
+  __device__ __forceinline__ bool write() {
+    for (int cell = simplex_.team.thread(); cell < n_ * m_; cell += Team::threads) flow()[cell] = 0;
     load_masses();
     simplex_.move_root();
 
     double flows[Team::nodes_each];
     double lowest = 0;
     const double match = supply_mass_ / demand_mass_;
-    int place = 0;
-    simplex_.each_slot([&](int slot, Arc arc) {
+    simplex_.each_slot([&](int s, int slot, Arc arc) {
       const bool supplier_is_child = simplex_.supplier_is_child(slot, arc);
       double of_suppliers = 0, of_consumers = 0;
       for (int i = 0; i < n_; ++i) of_suppliers += simplex_.on_path(slot, i) ? memory_.scratch[i] : 0;
@@ -135,7 +134,8 @@ class Solve {
       const double surplus = of_suppliers - match * of_consumers;
       const double moved = supplier_is_child ? surplus : -surplus;
       lowest = moved < lowest ? moved : lowest;
-      flows[place++] = moved > 0 ? moved : 0;
+      const bool any = memory_.scratch[arc.supplier] > 0 && memory_.scratch[n_ + arc.consumer] > 0;
+      flows[s] = any && moved > 0 ? moved : 0;
 
       const int child = supplier_is_child ? arc.supplier : n_ + arc.consumer;
       int depth = 0;
@@ -143,53 +143,52 @@ class Solve {
       memory_.arc[slot] = depth;
     });
     const double rounding = (n_ + m_) * (1 / double(int64_t(1) << Simplex::mass_bits) + 0x1p-52);
-    const double deficit = from_magnitude_bits<double>(team_.max(magnitude_bits(lowest)));
-    team_.sync();
+    const double deficit = from_magnitude_bits<double>(simplex_.team.max(magnitude_bits(lowest)));
+    simplex_.team.sync();
     if (!(deficit <= rounding * supply_mass_)) return false;
 
-    place = 0;
-    simplex_.each_slot([&](int slot, Arc arc) {
+    simplex_.each_slot([&](int s, int slot, Arc arc) {
       const int depth = memory_.arc[slot];
       int position = 0;
       for (int k = 0; k < n_ + m_ - 1; ++k) position += memory_.arc[k] < depth + (k < slot);
       const int cell = arc.supplier * m_ + arc.consumer;
-      const double moved = flows[place++];
+      const double moved = flows[s];
       basis()[position] = cell;
       flow()[cell] = static_cast<T>(moved);
       memory_.scratch[slot] = moved * double(cost_(arc.supplier, arc.consumer));
     });
     write_duals();
-    team_.sync();
+    simplex_.team.sync();
     const double value = sum(n_ + m_ - 1, [this](int slot) { return memory_.scratch[slot]; });
-    if (team_.thread() == 0) p_.value[index_] = static_cast<T>(value);
+    if (simplex_.team.thread() == 0) p_.value[index_] = static_cast<T>(value);
     return true;
   }
 
-  __device__ void write_duals() {
+  __device__ __forceinline__ void write_duals() {
     const double mean_u = sum(n_, [this](int i) { return memory_.potential[i]; }) / n_;
     const double mean_v = -sum(m_, [this](int j) { return memory_.potential[n_ + j]; }) / m_;
     const double shift = (mean_v - mean_u) / 2;
-    for (int i = team_.thread(); i < n_; i += Team::threads)
+    for (int i = simplex_.team.thread(); i < n_; i += Team::threads)
       p_.supply_dual[index_ * n_ + i] = static_cast<T>(memory_.potential[i] + shift);
-    for (int j = team_.thread(); j < m_; j += Team::threads)
+    for (int j = simplex_.team.thread(); j < m_; j += Team::threads)
       p_.demand_dual[index_ * m_ + j] = static_cast<T>(-memory_.potential[n_ + j] - shift);
   }
 
   // No numbers, and a tree that keeps the backward pass in bounds.
-  __device__ void poison() {
-    for (int cell = team_.thread(); cell < n_ * m_; cell += Team::threads) flow()[cell] = nan;
-    for (int i = team_.thread(); i < n_; i += Team::threads) p_.supply_dual[index_ * n_ + i] = nan;
-    for (int j = team_.thread(); j < m_; j += Team::threads) p_.demand_dual[index_ * m_ + j] = nan;
-    for (int k = team_.thread(); k < n_ + m_ - 1; k += Team::threads) basis()[k] = k < m_ ? k : (k - m_ + 1) * m_;
-    if (team_.thread() == 0) p_.value[index_] = nan;
+  __device__ __forceinline__ void poison() {
+    for (int cell = simplex_.team.thread(); cell < n_ * m_; cell += Team::threads) flow()[cell] = nan;
+    for (int i = simplex_.team.thread(); i < n_; i += Team::threads) p_.supply_dual[index_ * n_ + i] = nan;
+    for (int j = simplex_.team.thread(); j < m_; j += Team::threads) p_.demand_dual[index_ * m_ + j] = nan;
+    for (int k = simplex_.team.thread(); k < n_ + m_ - 1; k += Team::threads)
+      basis()[k] = k < m_ ? k : (k - m_ + 1) * m_;
+    if (simplex_.team.thread() == 0) p_.value[index_] = nan;
   }
 
   const EmdProblemOf<Storage>& p_;
   const int n_, m_;
   const int64_t index_;
   Memory& memory_;
-  const Cost& cost_;
-  Team team_;
+  const Cost cost_;
   Simplex simplex_;
   double supply_mass_ = 0, demand_mass_ = 0;
 };
@@ -199,6 +198,7 @@ class Solve {
 struct EmdWarps {
   using Team = fewshot_ext::Team<warp_lanes, 64>;
   static constexpr int warps = 4, threads = warps * warp_lanes;
+  static constexpr int blocks_of_processor = 8;  // 64 registers a thread
   static constexpr int most_cells = Team::nodes / 2 * (Team::nodes / 2);
 
   static bool take(int64_t n, int64_t m) { return n + m <= Team::nodes; }
@@ -206,7 +206,7 @@ struct EmdWarps {
 
 // A warp each, without barriers of the block.
 template <class Storage>
-__global__ void __launch_bounds__(EmdWarps::threads) emd_by_warps(EmdProblemOf<Storage> p) {
+__global__ void __launch_bounds__(EmdWarps::threads, EmdWarps::blocks_of_processor) emd_by_warps(const __grid_constant__ EmdProblemOf<Storage> p) {
   using T = Accumulate<Storage>;
   using Solve = emd_device::Solve<Storage, EmdWarps::Team, SharedCost<T>>;
   struct Memory {
@@ -245,7 +245,7 @@ struct EmdBlock {
 
 // A block each.
 template <class Storage, int most_nodes>
-__global__ void __launch_bounds__(most_nodes) emd_by_blocks(EmdProblemOf<Storage> p) {
+__global__ void __launch_bounds__(most_nodes, 1024 / most_nodes) emd_by_blocks(const __grid_constant__ EmdProblemOf<Storage> p) {
   using Team = typename EmdBlock<most_nodes>::Team;
   using Solve = emd_device::Solve<Storage, Team, GlobalCost<Storage>>;
   using Memory = typename Solve::Memory;
