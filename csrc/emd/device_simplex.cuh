@@ -114,7 +114,7 @@ class DeviceSimplex {
 
  private:
   static constexpr int closes_row = 1 << 16;
-  static constexpr unsigned cell_mask = 0xffffu;
+  static constexpr int cell_mask = 0xffff;
   __device__ static __forceinline__ int pack(Arc arc) { return arc.supplier << 8 | arc.consumer; }
   __device__ static __forceinline__ Arc unpack(int packed) { return {packed >> 8 & 0xff, packed & 0xff}; }
 
@@ -129,6 +129,15 @@ class DeviceSimplex {
   __device__ __forceinline__ void set_potential(int node, double potential) {
     memory_.potential[node] = potential;
     if constexpr (!std::is_same_v<Price, double>) memory_.price.at[node] = static_cast<Price>(potential);
+  }
+
+  // Of a negative number, what decides in comparisons: larger for lower ones. The bits of a double are cut.
+  template <class T>
+  __device__ static __forceinline__ uint64_t significant_bits(T x) {
+    if constexpr (sizeof(T) == 8)
+      return bit_cast<uint64_t>(x) >> 16;
+    else
+      return static_cast<uint64_t>(bit_cast<uint32_t>(x)) << 16;
   }
 
   // Larger for smaller costs, and never zero.
@@ -266,48 +275,64 @@ class DeviceSimplex {
   // Pivots until no arc has a reduced cost below -tolerance in the arithmetic of T. False: too many of them.
   template <class T>
   __device__ __forceinline__ bool improve(T tolerance) {
-    for (;;) {
-      const uint64_t found = find_entering(tolerance);
-      if (found == 0) return true;
-      const Arc entering = unpack(static_cast<int>(~static_cast<unsigned>(found) & cell_mask));
-      const double reduced_cost = double(cost_(entering.supplier, entering.consumer)) -
-                                  (memory_.potential[entering.supplier] - memory_.potential[n_ + entering.consumer]);
-      if (!(reduced_cost < -tolerance_)) return true;
+    Arc entering;
+    while (find_entering(tolerance, entering)) {
       if (pivots_left_-- == 0) return false;
-      pivot(entering, reduced_cost);
+      if (!pivot(entering)) return true;
     }
+    return true;
   }
 
-  // The bits of the most negative reduced cost, whose lowest ones give way to the arc, inverted so that the first of
-  // those that tie wins; zero where there is none below -tolerance.
+  // The arc with the most negative reduced cost; false where none is below -tolerance. Lanes go through the columns, a
+  // group of rows at a time, and keep no more than the lowest reduced cost: which row has it is looked up once, for
+  // the arc that all threads agree on.
   template <class T>
-  __device__ __forceinline__ uint64_t find_entering(T tolerance) {
+  __device__ __forceinline__ bool find_entering(T tolerance, Arc& entering) {
     const T* price = prices<T>();
+    const int share = (n_ + Team::warps - 1) / Team::warps;
+    const int group_rows = share < warp_lanes ? share : warp_lanes;
     T best = -tolerance;
-    Arc arc{-1, 0};
-    for (int j = team.lane(); j < m_; j += warp_lanes) {
-      const T of_column = price[n_ + j];
-      const T before = best;
+    int best_group = -1, best_column = 0;
+    for (int group = team.warp(); group * group_rows < n_; group += Team::warps) {
+      const int first = group * group_rows, end = first + group_rows < n_ ? first + group_rows : n_;
+      for (int j = team.lane(); j < m_; j += warp_lanes) {
+        const auto without_column = [&](int i) { return T(cost_(i, j)) - price[i]; };
+        T lowest = std::numeric_limits<T>::infinity(), of_odd = lowest;
+        int i = first;
 #pragma unroll 4
-      for (int i = team.warp(); i < n_; i += Team::warps) {
-        const T reduced_cost = (T(cost_(i, j)) - price[i]) + of_column;
-        arc.supplier = reduced_cost < best ? i : arc.supplier;
-        best = reduced_cost < best ? reduced_cost : best;
+        for (; i + 1 < end; i += 2) {
+          lowest = min(lowest, without_column(i));
+          of_odd = min(of_odd, without_column(i + 1));
+        }
+        if (i < end) lowest = min(lowest, without_column(i));
+        const T reduced_cost = min(lowest, of_odd) + price[n_ + j];
+        if (reduced_cost < best) {
+          best = reduced_cost;
+          best_group = group;
+          best_column = j;
+        }
       }
-      arc.consumer = best < before ? j : arc.consumer;
     }
-    uint64_t key = 0;
-    if (arc.supplier >= 0) {
-      if constexpr (sizeof(T) == 8)
-        key = bit_cast<uint64_t>(best) & ~uint64_t(cell_mask);
-      else
-        key = static_cast<uint64_t>(bit_cast<uint32_t>(best)) << 32;
-      key |= ~static_cast<unsigned>(pack(arc)) & cell_mask;
+    const int place = cell_mask - pack({best_group, best_column});  // the first of those that tie is preferred
+    const uint64_t found = team.max(best_group < 0 ? 0 : significant_bits(best) << 16 | place);
+    if (found == 0) return false;
+
+    const Arc where = unpack(cell_mask - static_cast<int>(found & cell_mask));
+    const int i = where.supplier * group_rows + team.lane();
+    bool here = false;
+    if (team.lane() < group_rows && i < n_) {
+      const T reduced_cost = (T(cost_(i, where.consumer)) - price[i]) + price[n_ + where.consumer];
+      here = significant_bits(reduced_cost) == found >> 16;
     }
-    return team.max(key);
+    entering.supplier = where.supplier * group_rows + __ffs(__ballot_sync(all_lanes, here)) - 1;
+    entering.consumer = where.consumer;
+    return true;
   }
 
-  __device__ __forceinline__ void pivot(Arc entering, double reduced_cost) {
+  // False, and nothing changed, where the arc's reduced cost is not negative in double.
+  __device__ __forceinline__ bool pivot(Arc entering) {
+    const double reduced_cost = double(cost_(entering.supplier, entering.consumer)) -
+                                (memory_.potential[entering.supplier] - memory_.potential[n_ + entering.consumer]);
     bool on_supplier_side[each], changes[each], falls[each];
     uint64_t key = 0;
 #pragma unroll
@@ -315,16 +340,16 @@ class DeviceSimplex {
       const int slot = team.thread() + s * Team::threads;
       const uint32_t from = memory_.path[slot / warp_lanes][entering.supplier];
       const uint32_t to = memory_.path[slot / warp_lanes][n_ + entering.consumer];
+      const bool supplier_below = supplier_is_child(slot, unpack(arc_[s]));
       on_supplier_side[s] = from >> team.lane() & 1u;
       changes[s] = (from ^ to) >> team.lane() & 1u;
-      falls[s] = changes[s] && on_supplier_side[s] == supplier_is_child(slot, unpack(arc_[s]));
-      if (falls[s]) {
-        const auto preferred = ~static_cast<uint64_t>(flow_[s]);
-        key = preferred > key ? preferred : key;
-      }
+      falls[s] = changes[s] & (on_supplier_side[s] == supplier_below);
+      const uint64_t preferred = falls[s] ? ~static_cast<uint64_t>(flow_[s]) : 0;
+      key = preferred > key ? preferred : key;
       if (team.lane() == 0) memory_.cycle[slot / warp_lanes] = from ^ to;
     }
     const auto moved = static_cast<int64_t>(~team.max(key));
+    if (!(reduced_cost < -tolerance_)) return false;
 #pragma unroll
     for (int s = 0; s < each; ++s) {
       if (falls[s] && flow_[s] == moved) {
@@ -352,6 +377,7 @@ class DeviceSimplex {
       set_potential(v, memory_.potential[v] + change);
     }
     team.sync();
+    return true;
   }
 
   Memory& memory_;

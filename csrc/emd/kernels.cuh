@@ -27,9 +27,9 @@ struct GlobalCost {
 template <class T>
 struct SharedCost {
   const T* at;
-  int columns;
+  int row_stride;
 
-  __device__ __forceinline__ T operator()(int i, int j) const { return at[i * columns + j]; }
+  __device__ __forceinline__ T operator()(int i, int j) const { return at[i * row_stride + j]; }
 };
 
 namespace emd_device {
@@ -199,14 +199,18 @@ struct EmdWarps {
   using Team = fewshot_ext::Team<warp_lanes, 64>;
   static constexpr int warps = 4, threads = warps * warp_lanes;
   static constexpr int blocks_of_processor = 8;  // 64 registers a thread
-  static constexpr int most_cells = Team::nodes / 2 * (Team::nodes / 2);
+  static constexpr int most_cells = Team::nodes / 2 * (Team::nodes / 2 + 1);
+
+  // Odd, so that neither rows nor columns meet in a bank.
+  __host__ __device__ static constexpr int row_stride(int m) { return m | 1; }
 
   static bool take(int64_t n, int64_t m) { return n + m <= Team::nodes; }
 };
 
 // A warp each, without barriers of the block.
 template <class Storage>
-__global__ void __launch_bounds__(EmdWarps::threads, EmdWarps::blocks_of_processor) emd_by_warps(const __grid_constant__ EmdProblemOf<Storage> p) {
+__global__ void __launch_bounds__(EmdWarps::threads, EmdWarps::blocks_of_processor)
+    emd_by_warps(const __grid_constant__ EmdProblemOf<Storage> p) {
   using T = Accumulate<Storage>;
   using Solve = emd_device::Solve<Storage, EmdWarps::Team, SharedCost<T>>;
   struct Memory {
@@ -221,17 +225,18 @@ __global__ void __launch_bounds__(EmdWarps::threads, EmdWarps::blocks_of_process
 
   Memory& own = memory[warp];
   const int n = static_cast<int>(p.suppliers), m = static_cast<int>(p.consumers);
+  const int row_stride = EmdWarps::row_stride(m);
   const GlobalCost<Storage> from(p, index);
   uint64_t bits = 0;
   for (int j = lane; j < m; j += warp_lanes) {
 #pragma unroll 8
     for (int i = 0; i < n; ++i) {
       const T cost = from(i, j);
-      own.cost[i * m + j] = cost;
+      own.cost[i * row_stride + j] = cost;
       bits = max(bits, emd_device::magnitude_bits(cost));
     }
   }
-  const SharedCost<T> cost{own.cost, m};
+  const SharedCost<T> cost{own.cost, row_stride};
   Solve(p, index, own.solve, cost).run(bits);
 }
 
@@ -245,7 +250,8 @@ struct EmdBlock {
 
 // A block each.
 template <class Storage, int most_nodes>
-__global__ void __launch_bounds__(most_nodes, 1024 / most_nodes) emd_by_blocks(const __grid_constant__ EmdProblemOf<Storage> p) {
+__global__ void __launch_bounds__(most_nodes, 1024 / most_nodes)
+    emd_by_blocks(const __grid_constant__ EmdProblemOf<Storage> p) {
   using Team = typename EmdBlock<most_nodes>::Team;
   using Solve = emd_device::Solve<Storage, Team, GlobalCost<Storage>>;
   using Memory = typename Solve::Memory;
