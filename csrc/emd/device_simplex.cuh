@@ -115,6 +115,9 @@ class DeviceSimplex {
  private:
   static constexpr int closes_row = 1 << 16;
   static constexpr int cell_mask = 0xffff;
+  // The best arc of all takes the fewest pivots, and that of some rows less time where a look at all is long.
+  static constexpr int group_rows = Team::warps == 1 ? warp_lanes : 4;
+  static constexpr int chunk_rows = Team::warps * group_rows;  // of several warps; one looks at all rows
   __device__ static __forceinline__ int pack(Arc arc) { return arc.supplier << 8 | arc.consumer; }
   __device__ static __forceinline__ Arc unpack(int packed) { return {packed >> 8 & 0xff, packed & 0xff}; }
 
@@ -143,7 +146,7 @@ class DeviceSimplex {
   // Larger for smaller costs, and never zero.
   __device__ static __forceinline__ unsigned preference(float cost) {
     const auto bits = bit_cast<unsigned>(cost);
-    return bits & 0x80000000u ? bits : bits ^ 0x7fffffffu;
+    return (bits & 0x80000000u ? bits : bits ^ 0x7fffffffu) | 1u;
   }
 
   __device__ __forceinline__ void start(double supply_scale, double demand_scale) {
@@ -169,8 +172,29 @@ class DeviceSimplex {
     return (static_cast<int64_t>(llrint(memory_.scratch[i] * scale)) << row_bits) + 1;
   }
 
-  // By one warp. Each row in turn is served by the cheapest columns that have demand left. Each arc uses up either its
-  // row or its column, and only the last one uses up both.
+  // Where the start keeps what it takes for the usual cost of a column, until prices and tree costs come there.
+  __device__ __forceinline__ Price& usual_cost(int j) {
+    if constexpr (std::is_same_v<Price, double>)
+      return memory_.scratch[n_ + j];
+    else
+      return memory_.price.at[n_ + j];
+  }
+
+  __device__ __forceinline__ void find_usual_cost(int j) {
+    Price sum = 0, lowest = std::numeric_limits<Price>::infinity();
+#pragma unroll 4
+    for (int i = 0; i < n_; ++i) {
+      const Price cost = cost_(i, j);
+      sum += cost;
+      lowest = min(lowest, cost);
+    }
+    usual_cost(j) = Price(0.5) * (lowest + sum / static_cast<Price>(n_));
+  }
+
+  // By one warp. Each row in turn is served by the columns that have demand left, cheapest first. Costs are taken
+  // relative to the mean and the lowest of their column: without that, the first rows use up the columns that are cheap
+  // for everybody, and the simplex takes half as many pivots again. Each arc uses up either its row or its column, and
+  // only the last one uses up both.
   __device__ __forceinline__ void choose_first_arcs(double supply_scale, double demand_scale) {
     constexpr int columns_each = most_columns / warp_lanes;
     const int lane = team.lane();
@@ -183,6 +207,7 @@ class DeviceSimplex {
       if (j < m_) {
         const int64_t mass = llrint(memory_.scratch[n_ + j] * demand_scale);
         demand[s] = (mass > 1 ? mass : 1) << row_bits;
+        find_usual_cost(j);
       }
       difference -= demand[s];
       largest = demand[s] > largest ? demand[s] : largest;
@@ -202,8 +227,10 @@ class DeviceSimplex {
     for (int i = 0; i < n_; ++i) {
       unsigned preferences[columns_each];
 #pragma unroll
-      for (int s = 0; s < columns_each; ++s)
-        preferences[s] = demand[s] > 0 ? preference(static_cast<float>(cost_(i, lane + s * warp_lanes))) : 0u;
+      for (int s = 0; s < columns_each; ++s) {
+        const int j = lane + s * warp_lanes;
+        preferences[s] = demand[s] > 0 ? preference(static_cast<float>(cost_(i, j) - usual_cost(j))) : 0u;
+      }
       int64_t left = supply(i, supply_scale);
       while (left > 0) {
         unsigned best = 0;
@@ -283,18 +310,29 @@ class DeviceSimplex {
     return true;
   }
 
-  // The arc with the most negative reduced cost; false where none is below -tolerance. Lanes go through the columns, a
-  // group of rows at a time, and keep no more than the lowest reduced cost: which row has it is looked up once, for
-  // the arc that all threads agree on.
+  // The arc with the most negative reduced cost in the next chunk of rows that has any below -tolerance; false where no
+  // chunk has. Lanes go through the columns, a group of rows at a time, and keep no more than the lowest reduced cost:
+  // which row has it is looked up once, for the arc that all threads agree on.
   template <class T>
   __device__ __forceinline__ bool find_entering(T tolerance, Arc& entering) {
+    for (int looked_at = 0; looked_at < n_;) {
+      const int first = next_row_, end = Team::warps > 1 && first + chunk_rows < n_ ? first + chunk_rows : n_;
+      const uint64_t found = find_entering(tolerance, first, end, entering);
+      next_row_ = end < n_ ? end : 0;
+      looked_at += end - first;
+      if (found) return true;
+    }
+    return false;
+  }
+
+  template <class T>
+  __device__ __forceinline__ bool find_entering(T tolerance, int first_row, int end_row, Arc& entering) {
     const T* price = prices<T>();
-    const int share = (n_ + Team::warps - 1) / Team::warps;
-    const int group_rows = share < warp_lanes ? share : warp_lanes;
     T best = -tolerance;
     int best_group = -1, best_column = 0;
-    for (int group = team.warp(); group * group_rows < n_; group += Team::warps) {
-      const int first = group * group_rows, end = first + group_rows < n_ ? first + group_rows : n_;
+    for (int group = team.warp(); first_row + group * group_rows < end_row; group += Team::warps) {
+      const int first = first_row + group * group_rows;
+      const int end = first + group_rows < end_row ? first + group_rows : end_row;
       for (int j = team.lane(); j < m_; j += warp_lanes) {
         const auto without_column = [&](int i) { return T(cost_(i, j)) - price[i]; };
         T lowest = std::numeric_limits<T>::infinity(), of_odd = lowest;
@@ -318,14 +356,13 @@ class DeviceSimplex {
     if (found == 0) return false;
 
     const Arc where = unpack(cell_mask - static_cast<int>(found & cell_mask));
-    const int i = where.supplier * group_rows + team.lane();
+    const int first = first_row + where.supplier * group_rows, i = first + team.lane();
     bool here = false;
-    if (team.lane() < group_rows && i < n_) {
+    if (team.lane() < group_rows && i < end_row) {
       const T reduced_cost = (T(cost_(i, where.consumer)) - price[i]) + price[n_ + where.consumer];
       here = significant_bits(reduced_cost) == found >> 16;
     }
-    entering.supplier = where.supplier * group_rows + __ffs(__ballot_sync(all_lanes, here)) - 1;
-    entering.consumer = where.consumer;
+    entering = {first + __ffs(__ballot_sync(all_lanes, here)) - 1, where.consumer};
     return true;
   }
 
@@ -385,6 +422,7 @@ class DeviceSimplex {
   const int n_, m_;
   double tolerance_;
   int pivots_left_;
+  int next_row_ = 0;
   int arc_[each];       // of the thread's slots
   int64_t flow_[each];  // of the thread's slots
 };
