@@ -5,7 +5,6 @@
 #include "common/parallel.h"
 #include "emd/problem.h"
 #include "emd/simplex.h"
-#include "emd/tree.h"
 
 namespace fewshot_ext::FEWSHOT_EXT_ISA {
 
@@ -46,11 +45,12 @@ class EmdSolver {
  private:
   void lay_out(ByteArena& arena) {
     simplex_.lay_out(arena, n_, m_);
-    tree_.lay_out(arena, n_ + m_);
     mass_ = arena.template take<double>(n_ + m_);
     dual_ = arena.template take<double>(n_ + m_);
     rows_ = arena.template take<int32_t>(n_);
     columns_ = arena.template take<int32_t>(m_);
+    partner_ = arena.template take<int32_t>(n_ + m_);
+    line_ = arena.template take<Accumulate>(Simplex::cost_stride(m_));
   }
 
   // Masses in double, the demand's scaled to the supply's, and the nodes that have any.
@@ -93,14 +93,15 @@ class EmdSolver {
     int64_t difference = 0, largest = 0;
     row_count_ = column_count_ = 0;
     for (int64_t i = 0; i < n_; ++i) {
-      const int64_t mass = std::llrint(mass_[i] * scale);
-      if (mass == 0) continue;
+      const int64_t mass = static_cast<int64_t>(mass_[i] * scale + 0.5);
+      // Row 0 stays, for the tree begins with it; rows, unlike columns, may have no mass but the perturbation's.
+      if (mass == 0 && i > 0) continue;
       difference += mass;
       rows_[row_count_] = static_cast<int32_t>(i);
       simplex_.supply[row_count_++] = (mass << row_bits) + 1;
     }
     for (int64_t j = 0; j < m_; ++j) {
-      const int64_t mass = std::llrint(mass_[n_ + j] * scale);
+      const int64_t mass = static_cast<int64_t>(mass_[n_ + j] * scale + 0.5);
       if (mass == 0) continue;
       difference -= mass;
       columns_[column_count_] = static_cast<int32_t>(j);
@@ -116,38 +117,45 @@ class EmdSolver {
     const Storage* from = problem_.cost + index * problem_.cost_strides[0];
     const bool all_columns = column_count_ == m_;
     const int64_t stride = Simplex::cost_stride(column_count_);
-    Accumulate largest = 0;
-    // A row without mass is looked at, too: an entry that is not finite is a fault wherever it is.
+    const int64_t step = problem_.cost_strides[2];
+    Vector<Accumulate> largest{}, zero{};
     int64_t kept = 0;
     for (int64_t i = 0; i < n_; ++i) {
       const Storage* row = from + i * problem_.cost_strides[1];
+      // A row without mass is looked at, too: an entry that is not finite is a fault wherever it is.
       const bool keep = kept < row_count_ && rows_[kept] == i;
-      Accumulate* to = simplex_.cost + std::min(kept, row_count_ - 1) * stride;
-      if (all_columns && keep) {
-        const int64_t step = problem_.cost_strides[2];
-        if (step == 1)
-          for (int64_t j = 0; j < m_; ++j) to[j] = to_accumulate(row[j]);
-        else
-          for (int64_t j = 0; j < m_; ++j) to[j] = to_accumulate(row[j * step]);
-        for (int64_t j = 0; j < m_; ++j) largest = larger(largest, std::abs(to[j]));
-      } else {
-        for (int64_t j = 0; j < m_; ++j)
-          largest = larger(largest, std::abs(Accumulate(to_accumulate(row[j * problem_.cost_strides[2]]))));
-        if (keep)
-          for (int64_t j = 0; j < column_count_; ++j)
-            to[j] = to_accumulate(row[columns_[j] * problem_.cost_strides[2]]);
+      Accumulate* to = simplex_.cost + kept * stride;
+      Accumulate* line = keep && all_columns ? to : line_;
+      if (step == 1)
+        for (int64_t j = 0; j < m_; ++j) line[j] = to_accumulate(row[j]);
+      else
+        for (int64_t j = 0; j < m_; ++j) line[j] = to_accumulate(row[j * step]);
+      std::fill(line + m_, line + Simplex::cost_stride(m_), Accumulate(0));
+      for (int64_t j = 0; j < m_; j += Simplex::cost_lanes) {
+        const Vector<Accumulate> v = load(line + j);
+        zero += v - v;  // NaN for infinity and NaN
+        largest = larger<Accumulate>(v < 0 ? -v : v, largest);
       }
-      if (keep) {
-        for (int64_t j = column_count_; j < stride; ++j) to[j] = Simplex::no_arc;
-        ++kept;
-      }
+      if (!keep) continue;
+      if (!all_columns)
+        for (int64_t j = 0; j < column_count_; ++j) to[j] = line[columns_[j]];
+      std::fill(to + column_count_, to + stride, Simplex::no_arc);
+      ++kept;
     }
-    largest_cost_ = largest;
-    return largest <= std::numeric_limits<Accumulate>::max() ? EmdFault::none : EmdFault::cost;
+    if (!(horizontal_sum<Accumulate>(zero) == 0)) return EmdFault::cost;
+    largest_cost_ = -horizontal_min<Accumulate>(-largest);
+    cost_scale_ = 1;
+    if (largest_cost_ > Simplex::largest_cost) scale_costs(stride);
+    return EmdFault::none;
   }
 
-  // Keeps NaN, which no later number is larger than.
-  static Accumulate larger(Accumulate a, Accumulate b) { return !(b <= a) && a == a ? b : a; }
+  // Sums of costs along the tree must not overflow.
+  void scale_costs(int64_t stride) {
+    cost_scale_ = Accumulate(0x1p-20);
+    largest_cost_ *= cost_scale_;
+    for (int64_t i = 0; i < row_count_; ++i)
+      for (int64_t j = 0; j < column_count_; ++j) simplex_.cost[i * stride + j] *= cost_scale_;
+  }
 
   double cost_of(int64_t index, int64_t i, int64_t j) const {
     const int64_t* strides = problem_.cost_strides;
@@ -164,122 +172,115 @@ class EmdSolver {
     // Proved in double, with potentials that carry no rounding from pivots.
     for (int64_t pivots = -1; pivots != simplex_.pivots();) {
       pivots = simplex_.pivots();
-      renew_potentials();
+      order_ = simplex_.renew_potentials();
       if (!simplex_.template optimise<double>(limit)) return false;
     }
     return true;
   }
 
-  void renew_potentials() {
-    tree_.order(row_count_, column_count_, simplex_.row_of, simplex_.column_of);
-    double* potential = simplex_.potentials();
-    const int64_t stride = Simplex::cost_stride(column_count_);
-    potential[0] = 0;
-    tree_.outward([&](const SpanningTree::Arc& arc) {
-      const double c = simplex_.cost[arc.row * stride + arc.column];
-      potential[arc.child] = potential[arc.parent] + (arc.child == arc.row ? c : -c);
-    });
-    simplex_.refresh();
-  }
-
-  // Nodes without mass join the tree by the arc that is cheapest at the duals of the others, with no flow.
+  // Duals of nodes without mass: those of the arcs that are cheapest at the duals of the others. These arcs, which are
+  // kept for consumers in partner_ and likewise for suppliers, carry no flow and are the last of the tree.
   void attach_nodes_without_mass(int64_t index) {
-    const double *u = simplex_.potentials(), *v = u + row_count_;
-    double *all_u = dual_, *all_v = dual_ + n_;
-    std::fill(all_u, all_u + n_ + m_, std::numeric_limits<double>::infinity());
-    for (int64_t i = 0; i < row_count_; ++i) all_u[rows_[i]] = u[i];
-    for (int64_t j = 0; j < column_count_; ++j) all_v[columns_[j]] = -v[j];
-    int64_t arcs = row_count_ + column_count_ - 1;
-    for (int64_t s = 0; s < arcs; ++s) {
-      simplex_.row_of[s] = rows_[simplex_.row_of[s]];
-      simplex_.column_of[s] = columns_[simplex_.column_of[s]];
-    }
-    const auto attach = [&](int64_t i, int64_t j) {
-      simplex_.row_of[arcs] = static_cast<int32_t>(i);
-      simplex_.column_of[arcs++] = static_cast<int32_t>(j);
-    };
-    for (int64_t i = 0, kept = 0; i < n_; ++i) {
-      if (kept < row_count_ && rows_[kept] == i) {
-        ++kept;
-        continue;
-      }
-      int64_t best = 0;
+    double *u = dual_, *v = dual_ + n_;
+    for_each_missing(rows_, row_count_, n_, [&](int64_t i) {
       for (int64_t k = 0; k < column_count_; ++k) {
         const int64_t j = columns_[k];
-        const double slack = cost_of(index, i, j) - all_v[j];
-        if (k == 0 || slack < all_u[i]) {
-          all_u[i] = slack;
-          best = j;
-        }
+        const double slack = cost_of(index, i, j) - v[j];
+        if (k > 0 && !(slack < u[i])) continue;
+        u[i] = slack;
+        partner_[i] = static_cast<int32_t>(j);
       }
-      attach(i, best);
-    }
-    for (int64_t j = 0, kept = 0; j < m_; ++j) {
-      if (kept < column_count_ && columns_[kept] == j) {
-        ++kept;
-        continue;
-      }
-      int64_t best = 0;
+    });
+    for_each_missing(columns_, column_count_, m_, [&](int64_t j) {
       for (int64_t i = 0; i < n_; ++i) {
-        const double slack = cost_of(index, i, j) - all_u[i];
-        if (i == 0 || slack < all_v[j]) {
-          all_v[j] = slack;
-          best = i;
-        }
+        const double slack = cost_of(index, i, j) - u[i];
+        if (i > 0 && !(slack < v[j])) continue;
+        v[j] = slack;
+        partner_[n_ + j] = static_cast<int32_t>(i);
       }
-      attach(best, j);
+    });
+  }
+
+  template <class Visit>
+  static void for_each_missing(const int32_t* present, int64_t present_count, int64_t count, const Visit& visit) {
+    for (int64_t k = 0, at = 0; k < count; ++k) {
+      if (at < present_count && present[at] == k)
+        ++at;
+      else
+        visit(k);
     }
-    tree_.order(n_, m_, simplex_.row_of, simplex_.column_of);
   }
 
   // Results of one problem; false if a flow is negative by more than the rounding of the masses explains.
   bool write(int64_t index) {
-    if (row_count_ < n_ || column_count_ < m_) {
-      attach_nodes_without_mass(index);
-    } else {
-      const double* potential = simplex_.potentials();
-      for (int64_t i = 0; i < n_; ++i) dual_[i] = potential[i];
-      for (int64_t j = n_; j < n_ + m_; ++j) dual_[j] = -potential[j];
-    }
+    const double* potential = simplex_.potentials();
+    for (int64_t i = 0; i < row_count_; ++i) dual_[rows_[i]] = potential[i] / cost_scale_;
+    for (int64_t j = 0; j < column_count_; ++j) dual_[n_ + columns_[j]] = -potential[row_count_ + j] / cost_scale_;
+    attach_nodes_without_mass(index);
+    write_duals(index);
+
     Accumulate* flow = problem_.flow + index * n_ * m_;
-    int32_t* basis = problem_.basis + index * (n_ + m_ - 1);
+    int32_t* basis = problem_.basis + (index + 1) * (n_ + m_ - 1);
     std::fill(flow, flow + n_ * m_, Accumulate(0));
     double value = 0, lowest = 0;
-    tree_.inward([&](const SpanningTree::Arc& arc) {
-      const double moved = mass_[arc.child];
-      mass_[arc.parent] -= moved;
+    // From the leaves inward: what a node has left passes through its arc to the root.
+    const auto ship = [&](int64_t i, int64_t j, double& from, double& to) {
+      const double moved = from;
+      to -= moved;
       lowest = std::min(lowest, moved);
-      const int64_t at = arc.row * m_ + arc.column;
-      basis[arc.position] = static_cast<int32_t>(at);
-      if (moved > 0) {
-        flow[at] = static_cast<Accumulate>(moved);
-        value += moved * cost_of(index, arc.row, arc.column);
-      }
+      const int64_t at = i * m_ + j;
+      *--basis = static_cast<int32_t>(at);
+      if (!(moved > 0)) return;
+      flow[at] = static_cast<Accumulate>(moved);
+      value += moved * cost_of(index, i, j);
+    };
+    double *supply = mass_, *demand = mass_ + n_;
+    for_each_missing(columns_, column_count_, m_, [&](int64_t j) {
+      const int64_t i = partner_[n_ + j];
+      ship(i, j, demand[j], supply[i]);
     });
+    for_each_missing(rows_, row_count_, n_, [&](int64_t i) {
+      const int64_t j = partner_[i];
+      ship(i, j, supply[i], demand[j]);
+    });
+    for (int64_t k = row_count_ + column_count_ - 1; k > 0; --k) {
+      const int64_t node = order_[k], slot = simplex_.link_of(node).slot;
+      const int64_t i = rows_[simplex_.row_of[slot]], j = columns_[simplex_.column_of[slot]];
+      if (node < row_count_)
+        ship(i, j, supply[i], demand[j]);
+      else
+        ship(i, j, demand[j], supply[i]);
+    }
     problem_.value[index] = static_cast<Accumulate>(value);
-    double mean_u = 0, mean_v = 0;
-    for (int64_t i = 0; i < n_; ++i) mean_u += dual_[i];
-    for (int64_t j = n_; j < n_ + m_; ++j) mean_v += dual_[j];
-    const double shift = (mean_v / m_ - mean_u / n_) / 2;
-    Accumulate *u = problem_.supply_dual + index * n_, *v = problem_.demand_dual + index * m_;
-    for (int64_t i = 0; i < n_; ++i) u[i] = static_cast<Accumulate>(dual_[i] + shift);
-    for (int64_t j = 0; j < m_; ++j) v[j] = static_cast<Accumulate>(dual_[n_ + j] - shift);
     return lowest >= -total_ * (n_ + m_) * (std::ldexp(1.0, -mass_bits_) + 0x1p-52);
+  }
+
+  void write_duals(int64_t index) {
+    const double *u = dual_, *v = dual_ + n_;
+    double sum_u = 0, sum_v = 0;
+    for (int64_t i = 0; i < n_; ++i) sum_u += u[i];
+    for (int64_t j = 0; j < m_; ++j) sum_v += v[j];
+    const double shift = (sum_v / m_ - sum_u / n_) / 2;
+    Accumulate *to_u = problem_.supply_dual + index * n_, *to_v = problem_.demand_dual + index * m_;
+    for (int64_t i = 0; i < n_; ++i) to_u[i] = static_cast<Accumulate>(u[i] + shift);
+    for (int64_t j = 0; j < m_; ++j) to_v[j] = static_cast<Accumulate>(v[j] - shift);
   }
 
   const Problem& problem_;
   const int64_t n_, m_;
   std::optional<Workspace> workspace_;
   Simplex simplex_;
-  SpanningTree tree_;
-  double* mass_;      // [n + m]: supply, demand
-  double* dual_;      // [n + m]: u, v
-  int32_t* rows_;     // [row_count_]: suppliers that have mass
-  int32_t* columns_;  // [column_count_]: consumers that have mass
+  const int32_t* order_;  // of the simplex's nodes: parents before children, row 0 first
+  double* mass_;          // [n + m]: supply, demand
+  double* dual_;          // [n + m]: u, v
+  int32_t* rows_;         // [row_count_]: suppliers that have mass
+  int32_t* partner_;      // [n + m]: of nodes without mass, the other end of their arc
+  int32_t* columns_;      // [column_count_]: consumers that have mass
   int64_t row_count_, column_count_;
   int mass_bits_;
   double total_;
-  Accumulate largest_cost_;
+  Accumulate largest_cost_, cost_scale_;  // in the simplex
+  Accumulate* line_;                      // [stride]: a row of costs with all its columns
 };
 
 // Work that is worth a thread of its own, in entries of cost matrices.

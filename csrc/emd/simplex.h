@@ -1,13 +1,14 @@
 // Primal simplex for one transportation problem. Included inside FEWSHOT_EXT_TARGET_BEGIN ... END; see common/isa.h.
 //
 // A basis is a spanning tree of rows (suppliers) and columns (consumers). Its arcs have slots 0 .. rows + columns - 2,
-// and each node keeps the set of slots on its way to the root as a bit mask. When the arc (i, j) enters,
+// and each slot keeps the set of nodes on the far side of its arc, seen from the root, as bits. When an arc enters and
+// the slot that leaves has the set S,
 //
-//   the cycle            is path(i) ^ path(j),
-//   the subtree cut off  are the nodes whose path has the slot that leaves, and
-//   their new paths      are path ^ cycle without that slot, for the entering arc takes it over,
+//   the arc takes over the slot, and with it S, and
+//   every other arc of the cycle gets the set (its own) ^ S,
 //
-// so a pivot is a few vector operations over all nodes, and there is no tree to walk.
+// so there is no subtree to walk: with up to 64 nodes, a pivot changes one word for each arc of the cycle. The sets
+// also say where the ways from the arc's two ends to the root meet.
 //
 // Flows are integers: masses are scaled to the full width, and every row's supply is then raised by one unit of a finer
 // grid, at the expense of one column's demand. With that perturbation no basic flow is ever 0 (a subtree without rows
@@ -18,33 +19,10 @@
 
 #include "common/memory.h"
 #include "common/simd.h"
+#include "emd/regret_start.h"
+#include "emd/vector_min.h"
 
 namespace fewshot_ext::FEWSHOT_EXT_ISA {
-
-template <class T>
-FEWSHOT_EXT_INLINE Vector<T> smaller(const Vector<T>& a, const Vector<T>& b) {
-  return a < b ? a : b;
-}
-
-template <class T, int distance, class V, int... lane>
-FEWSHOT_EXT_INLINE V lanes_apart(const V& v, std::integer_sequence<int, lane...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(v, v, (lane ^ distance)...);
-#else
-  constexpr typename Simd<T>::IntVector order = {(lane ^ distance)...};
-  return __builtin_shuffle(v, order);
-#endif
-}
-
-template <class T, int distance = Simd<T>::lanes / 2>
-FEWSHOT_EXT_INLINE T horizontal_min(const Vector<T>& v) {
-  if constexpr (distance == 0) {
-    return v[0];
-  } else {
-    using Lanes = std::make_integer_sequence<int, Simd<T>::lanes>;
-    return horizontal_min<T, distance / 2>(smaller<T>(v, lanes_apart<T, distance>(v, Lanes{})));
-  }
-}
 
 // Float is what reduced costs are priced in: float for float32 costs, double for float64.
 template <class Float>
@@ -59,24 +37,28 @@ class TransportSimplex {
 
   // Elements between rows of the cost matrix. The caller fills the columns beyond the last with `no_arc`.
   static int64_t cost_stride(int64_t columns) { return (columns + cost_lanes - 1) / cost_lanes * cost_lanes; }
-  static constexpr Float no_arc = std::numeric_limits<Float>::infinity();
+  static constexpr Float no_arc = std::numeric_limits<Float>::max() / 4;
+  // Costs up to here keep every sum of costs along a tree of 2^15 nodes below `no_arc`.
+  static constexpr Float largest_cost = no_arc / (1 << 16);
 
   template <class Arena>
   void lay_out(Arena& arena, int64_t most_rows, int64_t most_columns) {
     const int64_t nodes = most_rows + most_columns, padded = padded_nodes(most_rows, most_columns);
-    const int64_t masks = words(nodes);
     cost = arena.template take<Float>(most_rows * cost_stride(most_columns));
     supply = arena.template take<int64_t>(most_rows);
     demand = arena.template take<int64_t>(most_columns);
-    paths_ = arena.template take<Uint>(masks * padded);
-    potential_ = arena.template take<double>(padded);
-    price_ = arena.template take<Float>(padded);
-    flow_ = arena.template take<int64_t>(masks * word_bits);
     row_of = arena.template take<int32_t>(nodes);
     column_of = arena.template take<int32_t>(nodes);
-    child_is_row_ = arena.template take<Uint>(masks);
-    cycle_ = arena.template take<Uint>(masks);
-    closed_ = arena.template take<Float>(cost_stride(most_columns));
+    below_ = arena.template take<Uint>(nodes * words_for(nodes));
+    above_ = arena.template take<Link>(nodes);
+    flow_ = arena.template take<int64_t>(nodes);
+    cycle_ = arena.template take<int32_t>(nodes);
+    moved_ = arena.template take<Uint>(words_for(nodes));
+    order_ = arena.template take<int32_t>(nodes);
+    size_begin_ = arena.template take<int32_t>(nodes + 1);
+    potential_ = arena.template take<double>(padded);
+    price_ = arena.template take<Float>(padded);
+    start_.lay_out(arena, most_rows, cost_stride(most_columns));
   }
 
   // The problem: cost [rows][cost_stride(columns)], masses as scale_masses makes them, largest the greatest |cost|.
@@ -87,6 +69,12 @@ class TransportSimplex {
   int32_t* row_of;
   int32_t* column_of;
 
+  // The node at the other end of the arc towards row 0, and that arc's slot. Nodes are rows first, then columns.
+  struct Link {
+    int32_t parent, slot;
+  };
+  const Link& link_of(int64_t node) const { return above_[node]; }
+
   int64_t pivots() const { return pivots_; }
   double* potentials() { return potential_; }
 
@@ -96,7 +84,7 @@ class TransportSimplex {
     stride_ = cost_stride(columns);
     nodes_ = rows + columns;
     padded_ = padded_nodes(rows, columns);
-    words_ = words(nodes_);
+    words_ = words_for(nodes_);
     tolerance_ = tolerance;
     pivots_ = 0;
     next_row_ = 0;
@@ -117,9 +105,18 @@ class TransportSimplex {
     }
   }
 
-  // The potentials have been set anew.
-  void refresh() {
-    for (int64_t k = 0; k < nodes_; ++k) price_[k] = static_cast<Float>(potential_[k]);
+  // All nodes, row 0 first and each after its parent, and the potentials computed anew in this order: pivots add up
+  // rounding. A parent comes first because more nodes are below its arc than below its child's.
+  const int32_t* renew_potentials() {
+    std::fill(size_begin_, size_begin_ + nodes_ + 1, 0);
+    for (int64_t k = 0; k < nodes_; ++k) ++size_begin_[nodes_ - count_below(above_[k].slot) + 1];
+    for (int64_t size = 1; size <= nodes_; ++size) size_begin_[size] += size_begin_[size - 1];
+    for (int64_t k = 0; k < nodes_; ++k)
+      order_[size_begin_[nodes_ - count_below(above_[k].slot)]++] = static_cast<int32_t>(k);
+    potential_[0] = 0;
+    for (int64_t k = 1; k < nodes_; ++k) set_potential(order_[k]);
+    round_potentials();
+    return order_;
   }
 
  private:
@@ -128,71 +125,100 @@ class TransportSimplex {
     double reduced_cost;
   };
 
-  // Vectors of column potentials may reach beyond the last column.
+  // Potentials are read by vectors from any column on, and changed by words of the sets.
   static int64_t padded_nodes(int64_t rows, int64_t columns) {
-    return (rows + cost_stride(columns) + cost_lanes - 1) / cost_lanes * cost_lanes;
+    return (rows + cost_stride(columns) + word_bits - 1) / word_bits * word_bits;
   }
 
-  static int64_t words(int64_t nodes) { return (nodes - 1 + word_bits - 1) / word_bits; }
+  // One word, or whole vectors.
+  static int64_t words_for(int64_t nodes) {
+    const int64_t words = (nodes + word_bits - 1) / word_bits;
+    return words == 1 ? 1 : (words + node_lanes - 1) / node_lanes * node_lanes;
+  }
 
   double reduced_cost(int64_t i, int64_t j) const {
     return double(cost[i * stride_ + j]) - potential_[i] + potential_[rows_ + j];
   }
 
-  // Each row in turn is served by the cheapest columns that have demand left. In the perturbed problem each arc uses up
-  // either its row or its column, and only the last one uses up both. So, backwards from the last arc, each arc joins
-  // the node it used up to the tree.
+  // In the perturbed problem each arc of the first basis uses up either its row or its column, and the last one uses up
+  // both. So, backwards from the last arc, each arc joins the node it used up to the tree.
   void start() {
-    for (int64_t j = 0; j < stride_; ++j) closed_[j] = Float(0);
     int64_t slot = 0;
-    for (int64_t i = 0; i < rows_; ++i) {
-      int64_t left = supply[i];
-      for (;;) {
-        const int64_t j = cheapest_open_column(i);
-        row_of[slot] = static_cast<int32_t>(i);
-        column_of[slot] = static_cast<int32_t>(j);
-        const int64_t moved = std::min(left, demand[j]);
-        flow_[slot] = moved;
-        left -= moved;
-        demand[j] -= moved;
-        const int64_t word = slot / word_bits;
-        const Uint bit = Uint(1) << (slot % word_bits);
-        if (word * word_bits == slot) child_is_row_[word] = 0;
-        if (left == 0) child_is_row_[word] |= bit;
-        ++slot;
-        if (left == 0) break;
-        closed_[j] = no_arc;
-      }
+    start_.run(cost, stride_, rows_, columns_, [&](int64_t i, int64_t j) {
+      row_of[slot] = static_cast<int32_t>(i);
+      column_of[slot] = static_cast<int32_t>(j);
+      const int64_t moved = std::min(supply[i], demand[j]);
+      flow_[slot] = moved;
+      supply[i] -= moved;
+      demand[j] -= moved;
+      const bool row_used_up = supply[i] == 0;
+      const int32_t row = static_cast<int32_t>(i), column = static_cast<int32_t>(rows_ + j);
+      above_[row_used_up ? row : column] = {row_used_up ? column : row, static_cast<int32_t>(slot)};
+      ++slot;
+      return row_used_up;
+    });
+    const int64_t root = rows_ + column_of[slot - 1];
+    // No arc, and everything is below it.
+    above_[root] = {static_cast<int32_t>(root), static_cast<int32_t>(slot)};
+    std::fill(below_, below_ + nodes_ * words_, Uint(0));
+    add_below(slot, root);
+    for (int64_t k = 0; k < slot; ++k) {
+      const int64_t node = child_of(k);
+      add_below(k, node);
+      const Uint* from = below_ + k * words_;
+      Uint* to = below_ + above_[above_[node].parent].slot * words_;
+      for (int64_t w = 0; w < words_; ++w) to[w] |= from[w];
     }
-    std::memset(paths_, 0, sizeof(Uint) * words_ * padded_);
-    for (int64_t k = 0; k < padded_; ++k) potential_[k] = 0;
-    for (int64_t k = slot - 1; k >= 0; --k) {
-      const int64_t word = k / word_bits, bit = k % word_bits;
-      const bool new_row = child_is_row_[word] >> bit & 1;
-      const int64_t row = row_of[k], column = rows_ + column_of[k];
-      const int64_t child = new_row ? row : column, parent = new_row ? column : row;
-      for (int64_t w = 0; w < words_; ++w) paths_[w * padded_ + child] = paths_[w * padded_ + parent];
-      paths_[word * padded_ + child] |= Uint(1) << bit;
-      const double c = cost[row * stride_ + column_of[k]];
-      potential_[child] = potential_[parent] + (new_row ? c : -c);
-    }
-    refresh();
+    std::fill(potential_, potential_ + padded_, 0.0);
+    for (int64_t k = slot - 1; k >= 0; --k) set_potential(child_of(k));
+    std::fill(price_ + nodes_, price_ + padded_, Float(0));
+    round_potentials();
+    // Trees are handed out with row 0 as their root.
+    const Uint* all = below_ + slot * words_;
+    turn_links(0, {0, static_cast<int32_t>(slot)}, slot, [&](int64_t turned) {
+      for (int64_t w = 0; w < words_; ++w) below_[turned * words_ + w] ^= all[w];
+    });
   }
 
-  int64_t cheapest_open_column(int64_t i) const {
-    const Float* row = cost + i * stride_;
-    int64_t best = 0;
-    Float lowest = std::numeric_limits<Float>::infinity();
-    for (int64_t j = 0; j < columns_; ++j) {
-      const Float c = row[j] + closed_[j];
-      if (c < lowest) {
-        lowest = c;
-        best = j;
-      }
+  // The links from `node` up to the one of the slot `last` are turned to lead to `node`, which gets `link` for its own.
+  template <class Visit>
+  FEWSHOT_EXT_INLINE void turn_links(int64_t node, Link link, int64_t last, const Visit& visit) {
+    Link* const above = above_;
+    for (;;) {
+      const Link old = above[node];
+      above[node] = link;
+      if (old.slot == last) return;
+      visit(old.slot);
+      link = {static_cast<int32_t>(node), old.slot};
+      node = old.parent;
     }
-    return best;
   }
 
+  void set_potential(int64_t node) {
+    const Link link = above_[node];
+    const double c = cost[row_of[link.slot] * stride_ + column_of[link.slot]];
+    potential_[node] = potential_[link.parent] + (node < rows_ ? c : -c);
+  }
+
+  void round_potentials() {
+    if constexpr (!std::is_same_v<Float, double>)
+      for (int64_t k = 0; k < nodes_; ++k) price_[k] = static_cast<Float>(potential_[k]);
+  }
+
+  int64_t count_below(int64_t slot) const {
+    int64_t count = 0;
+    for (int64_t w = 0; w < words_; ++w) count += __builtin_popcountll(below_[slot * words_ + w]);
+    return count;
+  }
+
+  int64_t child_of(int64_t slot) const {
+    const int64_t row = row_of[slot];
+    return above_[row].slot == slot ? row : rows_ + column_of[slot];
+  }
+
+  void add_below(int64_t slot, int64_t node) {
+    below_[slot * words_ + node / word_bits] |= Uint(1) << (node % word_bits);
+  }
   template <class Price>
   FEWSHOT_EXT_INLINE Vector<Price> load_cost(const Float* from) const {
     if constexpr (std::is_same_v<Price, Float>) {
@@ -207,10 +233,10 @@ class TransportSimplex {
 
   template <class Price>
   const Price* prices() const {
-    if constexpr (std::is_same_v<Price, Float>)
-      return price_;
-    else
+    if constexpr (std::is_same_v<Price, double>)
       return potential_;
+    else
+      return price_;
   }
 
   // The arc of lowest reduced cost in the first block of rows, counted from where the last search ended, that has one
@@ -264,87 +290,108 @@ class TransportSimplex {
     return false;
   }
 
+  // Arcs from `node` up to where its way to the root meets that of `other` join the cycle from place `length` on.
+  // Returns the new length.
   template <bool one_word>
-  void pivot(const Arc& arc) {
+  FEWSHOT_EXT_INLINE int64_t climb(int64_t node, int64_t other, int64_t length) {
     const int64_t words = one_word ? 1 : words_;
-    const int64_t entering_row = arc.row, entering_column = rows_ + arc.column;
-    // Around the cycle, flow falls on the arcs that lead from their row to the entering row's side ...
-    int64_t lowest = std::numeric_limits<int64_t>::max();
-    int64_t leaving = 0;
-    for (int64_t w = 0; w < words; ++w) {
-      const Uint from_row = paths_[w * padded_ + entering_row], from_column = paths_[w * padded_ + entering_column];
-      const Uint cycle = from_row ^ from_column;
-      cycle_[w] = cycle;
-      for (Uint falling = cycle & ~(from_row ^ child_is_row_[w]); falling; falling &= falling - 1) {
-        const int64_t slot = w * word_bits + __builtin_ctzll(falling);
-        if (flow_[slot] < lowest) {
-          lowest = flow_[slot];
-          leaving = slot;
-        }
-      }
+    const Uint* const sets = one_word ? below_ : below_ + other / word_bits;
+    const Link* const above = above_;
+    int32_t* const cycle = cycle_;
+    for (;; ++length) {
+      const Link link = above[node];
+      if (sets[link.slot * words] >> (other % word_bits) & 1) return length;
+      cycle[length] = link.slot;
+      node = link.parent;
     }
-    const int64_t leaving_word = leaving / word_bits;
-    const Uint leaving_bit = Uint(1) << (leaving % word_bits);
-    const bool row_moves = paths_[leaving_word * padded_ + entering_row] & leaving_bit;
-    const int64_t entering_end = row_moves ? entering_row : entering_column;
-    const int64_t cut = child_is_row_[leaving_word] & leaving_bit ? row_of[leaving] : rows_ + column_of[leaving];
-    for (int64_t w = 0; w < words; ++w) {
-      const Uint from_row = paths_[w * padded_ + entering_row];
-      const Uint falls = cycle_[w] & ~(from_row ^ child_is_row_[w]);
-      for (Uint changing = cycle_[w]; changing; changing &= changing - 1) {
-        const int slot = __builtin_ctzll(changing);
-        flow_[w * word_bits + slot] += falls >> slot & 1 ? -lowest : lowest;
-      }
-      child_is_row_[w] ^= paths_[w * padded_ + entering_end] & ~paths_[w * padded_ + cut];
+  }
+
+  // Flow falls on every second arc of the cycle from each of its ends. Its lowest value, and where; without branches,
+  // because none could be foreseen.
+  FEWSHOT_EXT_INLINE void lowest_flow(int64_t begin, int64_t end, int64_t& lowest, int64_t& place) const {
+    for (int64_t k = begin; k < end; k += 2) {
+      const int64_t flow = flow_[cycle_[k]];
+      const int64_t lower = -int64_t(flow < lowest);
+      lowest ^= (lowest ^ flow) & lower;
+      place ^= (place ^ k) & lower;
     }
+  }
+
+  template <bool one_word>
+  FEWSHOT_EXT_INLINE void pivot(const Arc& arc) {
+    const int64_t row = arc.row, column = rows_ + arc.column;
+    const int64_t row_side = climb<one_word>(row, column, 0);
+    const int64_t length = climb<one_word>(column, row, row_side);
+    int64_t lowest = std::numeric_limits<int64_t>::max(), place = 0;
+    lowest_flow(0, row_side, lowest, place);
+    lowest_flow(row_side, length, lowest, place);
+    const int32_t leaving = cycle_[place];
+    change_flows(0, row_side, lowest);
+    change_flows(row_side, length, lowest);
     flow_[leaving] = lowest;
     row_of[leaving] = static_cast<int32_t>(arc.row);
     column_of[leaving] = static_cast<int32_t>(arc.column);
-    child_is_row_[leaving_word] &= ~leaving_bit;
-    if (row_moves) child_is_row_[leaving_word] |= leaving_bit;
-    cycle_[leaving_word] &= ~leaving_bit;
-    move_subtree<one_word>(leaving_word, leaving_bit, row_moves ? arc.reduced_cost : -arc.reduced_cost);
+    change_sets<one_word>(length, leaving);
+    const bool row_moves = place < row_side;
+    const int64_t end = row_moves ? row : column, new_parent = row_moves ? column : row;
+    turn_links(end, {static_cast<int32_t>(new_parent), leaving}, leaving, [](int64_t) {});
+    shift_potentials<one_word>(row_moves ? arc.reduced_cost : -arc.reduced_cost);
+  }
+
+  FEWSHOT_EXT_INLINE void change_flows(int64_t begin, int64_t end, int64_t change) {
+    int64_t* const flow = flow_;
+    const int32_t* const cycle = cycle_;
+    for (int64_t k = begin; k < end; ++k) {
+      change = -change;
+      flow[cycle[k]] += change;
+    }
   }
 
   template <bool one_word>
-  void move_subtree(int64_t leaving_word, Uint leaving_bit, double change) {
-    const Uint* membership = paths_ + leaving_word * padded_;
-    for (int64_t k = 0; k < padded_; k += node_lanes) {
-      UintVector path;
-      std::memcpy(&path, membership + k, sizeof(path));
-      const auto inside = (path & leaving_bit) != 0;
-      const Vector<double> before = load(potential_ + k);
-      const Vector<double> after = inside ? before + change : before;
-      store(potential_ + k, after);
-      if constexpr (std::is_same_v<Float, double>) {
-        store(price_ + k, after);
-      } else {
-        typedef Float Narrow __attribute__((vector_size(node_lanes * sizeof(Float))));
-        const Narrow narrow = __builtin_convertvector(after, Narrow);
-        std::memcpy(price_ + k, &narrow, sizeof(narrow));
-      }
+  FEWSHOT_EXT_INLINE void change_sets(int64_t length, int64_t leaving) {
+    const int64_t words = one_word ? 1 : words_;
+    Uint *const below = below_, *const moved = moved_;
+    const int32_t* const cycle = cycle_;
+    std::copy(below + leaving * words, below + (leaving + 1) * words, moved);
+    const Uint only = moved[0];
+    for (int64_t k = 0; k < length; ++k) {
+      Uint* const set = below + cycle[k] * words;
       if constexpr (one_word) {
-        path ^= (UintVector)inside & cycle_[0];
-        std::memcpy(paths_ + k, &path, sizeof(path));
+        *set ^= only;
+      } else {
+        for (int64_t w = 0; w < words; w += node_lanes) {
+          UintVector a, b;
+          std::memcpy(&a, set + w, sizeof(a));
+          std::memcpy(&b, moved + w, sizeof(b));
+          a ^= b;
+          std::memcpy(set + w, &a, sizeof(a));
+        }
       }
     }
-    if constexpr (!one_word) {
-      for (int64_t w = 0; w < words_; ++w) {
-        if (w != leaving_word && cycle_[w]) flip_paths(w, membership, leaving_bit);
-      }
-      if (cycle_[leaving_word]) flip_paths(leaving_word, membership, leaving_bit);
-    }
+    std::copy(moved, moved + words, below + leaving * words);
   }
 
-  void flip_paths(int64_t w, const Uint* membership, Uint leaving_bit) {
-    Uint* plane = paths_ + w * padded_;
-    const Uint flip = cycle_[w];
-    for (int64_t k = 0; k < padded_; k += node_lanes) {
-      UintVector member, path;
-      std::memcpy(&member, membership + k, sizeof(member));
-      std::memcpy(&path, plane + k, sizeof(path));
-      path ^= (UintVector)((member & leaving_bit) != 0) & flip;
-      std::memcpy(plane + k, &path, sizeof(path));
+  template <bool one_word>
+  FEWSHOT_EXT_INLINE void shift_potentials(double change) {
+    UintVector lane_bits;
+    for (int k = 0; k < node_lanes; ++k) lane_bits[k] = Uint(1) << k;
+    const int64_t words = one_word ? 1 : words_;
+    const Uint* const moved = moved_;
+    double* const potential = potential_;
+    Float* const price = price_;
+    for (int64_t w = 0; w < words; ++w) {
+      Uint bits = moved[w];
+      for (int64_t k = w * word_bits; bits; k += node_lanes, bits >>= node_lanes % word_bits) {
+        const auto inside = (lane_bits & bits) != 0;
+        const Vector<double> before = load(potential + k);
+        const Vector<double> after = inside ? before + change : before;
+        store(potential + k, after);
+        if constexpr (!std::is_same_v<Float, double>) {
+          typedef Float Narrow __attribute__((vector_size(node_lanes * sizeof(Float))));
+          const Narrow narrow = __builtin_convertvector(after, Narrow);
+          std::memcpy(price + k, &narrow, sizeof(narrow));
+        }
+      }
     }
   }
 
@@ -355,13 +402,16 @@ class TransportSimplex {
   int64_t rows_, columns_, nodes_, padded_, words_, stride_;
   double tolerance_;
   int64_t pivots_, next_row_;
-  Uint* paths_;         // [words][padded nodes]: slots on the way to the root
-  Uint* child_is_row_;  // [words]: slots whose end away from the root is a row
-  Uint* cycle_;         // [words]
-  double* potential_;   // [padded nodes]: u for rows, -v for columns
-  Float* price_;        // the same, rounded
-  int64_t* flow_;       // [slots]
-  Float* closed_;       // [stride]: no_arc where a column has no demand left
+  Uint* below_;          // [slots][words]: the nodes that the arc separates from the root
+  Link* above_;          // [nodes]
+  int64_t* flow_;        // [slots]
+  int32_t* cycle_;       // [slots]
+  Uint* moved_;          // [words]
+  int32_t* order_;       // [nodes]
+  int32_t* size_begin_;  // [nodes + 1]: where nodes begin in the order, by the number of nodes that are not below them
+  double* potential_;    // [padded nodes]: u for rows, -v for columns
+  Float* price_;         // the same, rounded; unused where Float is double
+  RegretStart<Float> start_;
 };
 
 }  // namespace fewshot_ext::FEWSHOT_EXT_ISA

@@ -1,0 +1,141 @@
+// A first basis for the simplex. Included inside FEWSHOT_EXT_TARGET_BEGIN ... END; see common/isa.h.
+//
+// Vogel's approximation with the regrets of rows: the row that would lose most by its second-best column is served
+// first. Costs are taken relative to the mean and the lowest of their column: without that, rows compete for the
+// columns that are cheap for everybody. It halves the pivots that a start from the cheapest columns, row by row, leaves
+// to do.
+#pragma once
+
+#include "common/simd.h"
+#include "emd/vector_min.h"
+
+namespace fewshot_ext::FEWSHOT_EXT_ISA {
+
+template <class Float>
+class RegretStart {
+  using Bits = typename Simd<Float>::Uint;
+  using V = Vector<Float>;
+  static constexpr int lanes = Simd<Float>::lanes;
+  // Beyond every cost, and twice it is still finite.
+  static constexpr Float closed = std::numeric_limits<Float>::max() / 4;
+
+ public:
+  template <class Arena>
+  void lay_out(Arena& arena, int64_t most_rows, int64_t stride) {
+    const int64_t padded_rows = round_up(most_rows, std::max<int64_t>(lanes, 8));
+    offset_ = arena.template take<Float>(stride);
+    regret_ = arena.template take<Float>(padded_rows);
+    best_ = arena.template take<int32_t>(padded_rows);
+    second_ = arena.template take<int32_t>(padded_rows);
+    stale_ = arena.template take<uint8_t>(padded_rows);
+  }
+
+  // Calls serve(row, column) for each arc of the basis; it returns whether the row has no mass left. A column that has
+  // none left while the row still has is closed; no arc but the last uses up both.
+  template <class Serve>
+  void run(const Float* cost, int64_t stride, int64_t rows, int64_t columns, const Serve& serve) {
+    cost_ = cost;
+    stride_ = stride;
+    row_mask_ = index_mask(rows);
+    column_mask_ = index_mask(stride);
+    const int64_t padded_rows = round_up(rows, std::max<int64_t>(lanes, 8));
+    set_offsets(rows, columns);
+    for (int64_t i = 0; i < rows; ++i) rank_columns(i);
+    for (int64_t i = rows; i < padded_rows; ++i) close_row(i);
+    for (int64_t arcs = rows + columns - 1; arcs > 0; --arcs) {
+      V lowest = load(regret_);
+      for (int64_t i = lanes; i < padded_rows; i += lanes) lowest = smaller<Float>(load(regret_ + i), lowest);
+      const int64_t i = index_of(horizontal_min<Float>(lowest), row_mask_);
+      const int64_t j = best_[i];
+      if (serve(i, j)) {
+        close_row(i);
+        continue;
+      }
+      offset_[j] = closed;
+      mark_stale(padded_rows, static_cast<int32_t>(j), best_, second_, stale_);
+      for (int64_t r = 0; r < padded_rows; r += 8) {
+        uint64_t eight;
+        std::memcpy(&eight, stale_ + r, sizeof(eight));
+        for (; eight; eight &= eight - 1) rank_columns(r + __builtin_ctzll(eight) / 8);
+      }
+    }
+  }
+
+ private:
+  static int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+  // Numbers of rows and columns travel in the last bits of the values that are compared.
+  static Bits index_mask(int64_t count) {
+    return count <= 1 ? 0 : static_cast<Bits>((int64_t(1) << (64 - __builtin_clzll(uint64_t(count - 1)))) - 1);
+  }
+
+  static int64_t index_of(Float packed, Bits mask) {
+    Bits bits;
+    std::memcpy(&bits, &packed, sizeof(bits));
+    return static_cast<int64_t>(bits & mask);
+  }
+
+  void set_offsets(int64_t rows, int64_t columns) {
+    const Float share = Float(0.5) / static_cast<Float>(rows);
+    for (int64_t c = 0; c < stride_; c += lanes) {
+      V lowest = load(cost_ + c), sum = lowest;
+      for (int64_t i = 1; i < rows; ++i) {
+        const V v = load(cost_ + i * stride_ + c);
+        lowest = smaller<Float>(v, lowest);
+        sum += v;
+      }
+      store(offset_ + c, lowest * Float(-0.5) - sum * share);
+    }
+    for (int64_t j = columns; j < stride_; ++j) offset_[j] = 0;
+  }
+
+  void rank_columns(int64_t i) {
+    using UintVector = typename Simd<Float>::UintVector;
+    UintVector column;
+    for (int k = 0; k < lanes; ++k) column[k] = static_cast<Bits>(k);
+    V best = splat(2 * closed), second = best;
+    const Float* row = cost_ + i * stride_;
+    for (int64_t c = 0; c < stride_; c += lanes) {
+      const V v = load(row + c) + load(offset_ + c);
+      UintVector bits;
+      std::memcpy(&bits, &v, sizeof(bits));
+      bits = (bits & ~column_mask_) | column;
+      V packed;
+      std::memcpy(&packed, &bits, sizeof(bits));
+      second = smaller<Float>(larger<Float>(packed, best), second);
+      best = smaller<Float>(packed, best);
+      column += Bits(lanes);
+    }
+    Float lowest, next;
+    horizontal_two_lowest<Float>(best, second, lowest, next);
+    best_[i] = static_cast<int32_t>(index_of(lowest, column_mask_));
+    second_[i] = static_cast<int32_t>(index_of(next, column_mask_));
+    const Float regret = lowest - next;
+    Bits bits;
+    std::memcpy(&bits, &regret, sizeof(bits));
+    bits = (bits & ~row_mask_) | static_cast<Bits>(i);
+    std::memcpy(regret_ + i, &bits, sizeof(bits));
+  }
+
+  // Bytes may alias anything, and the loop vectorises only if told that these do not.
+  static void mark_stale(int64_t rows, int32_t column, const int32_t* __restrict best, const int32_t* __restrict second,
+                         uint8_t* __restrict stale) {
+    for (int64_t r = 0; r < rows; ++r) stale[r] = (best[r] == column) | (second[r] == column);
+  }
+
+  void close_row(int64_t i) {
+    regret_[i] = closed;
+    best_[i] = second_[i] = -1;
+  }
+
+  const Float* cost_;
+  int64_t stride_;
+  Bits row_mask_, column_mask_;
+  Float* offset_;    // [stride]: added to the costs of a column; `closed` once it has no demand left
+  Float* regret_;    // [padded rows]: lowest minus second-lowest cost, the row's number in its last bits
+  int32_t* best_;    // [padded rows]: the columns of these two costs, -1 once the row has no supply left
+  int32_t* second_;  // [padded rows]
+  uint8_t* stale_;   // [padded rows]
+};
+
+}  // namespace fewshot_ext::FEWSHOT_EXT_ISA

@@ -1,0 +1,56 @@
+// Minima of vectors. Included inside FEWSHOT_EXT_TARGET_BEGIN ... END; see common/isa.h.
+#pragma once
+
+#include "common/simd.h"
+
+namespace fewshot_ext::FEWSHOT_EXT_ISA {
+
+template <class T>
+FEWSHOT_EXT_INLINE Vector<T> smaller(const Vector<T>& a, const Vector<T>& b) {
+  return a < b ? a : b;
+}
+
+template <class T>
+FEWSHOT_EXT_INLINE Vector<T> larger(const Vector<T>& a, const Vector<T>& b) {
+  return a > b ? a : b;
+}
+
+// Each lane gets the value of the lane that lies `distance`, a power of two, away.
+template <class T, int distance, int... lane>
+FEWSHOT_EXT_INLINE Vector<T> swap_lanes(const Vector<T>& v, std::integer_sequence<int, lane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(v, v, (lane ^ distance)...);
+#else
+  constexpr typename Simd<T>::IntVector order = {(lane ^ distance)...};
+  return __builtin_shuffle(v, order);
+#endif
+}
+
+template <class T, int distance>
+FEWSHOT_EXT_INLINE Vector<T> swap_lanes(const Vector<T>& v) {
+  return swap_lanes<T, distance>(v, std::make_integer_sequence<int, Simd<T>::lanes>());
+}
+
+template <class T, int distance = Simd<T>::lanes / 2>
+FEWSHOT_EXT_INLINE T horizontal_min(const Vector<T>& v) {
+  if constexpr (distance == 0)
+    return v[0];
+  else
+    return horizontal_min<T, distance / 2>(smaller<T>(v, swap_lanes<T, distance>(v)));
+}
+
+// The two lowest numbers of `best` and `second` together, where no lane of `second` is below the same lane of `best`.
+template <class T, int distance = Simd<T>::lanes / 2>
+FEWSHOT_EXT_INLINE void horizontal_two_lowest(const Vector<T>& best, const Vector<T>& second, T& lowest, T& next) {
+  if constexpr (distance == 0) {
+    lowest = best[0];
+    next = second[0];
+  } else {
+    const Vector<T> other = swap_lanes<T, distance>(best);
+    const Vector<T> rest = smaller<T>(second, swap_lanes<T, distance>(second));
+    horizontal_two_lowest<T, distance / 2>(smaller<T>(best, other), smaller<T>(larger<T>(best, other), rest), lowest,
+                                           next);
+  }
+}
+
+}  // namespace fewshot_ext::FEWSHOT_EXT_ISA
