@@ -34,7 +34,7 @@ def kernels():
 
 @contextmanager
 def emulated(kernel: str, *, blocks: int = 3, chunk_samples: int = 48, chunk_products: int = 1 << 12) -> Iterator[None]:
-    """Operators on CPU tensors run ``kernel`` ("one_launch" or "chunked") on the emulator.
+    """Operators on CPU tensors run on the emulator, margin softmax by ``kernel`` ("one_launch" or "chunked").
 
     Sizes are far below those of a GPU, so that small problems have several blocks and chunks too.
     """
@@ -43,6 +43,8 @@ def emulated(kernel: str, *, blocks: int = 3, chunk_samples: int = 48, chunk_pro
         "margin_softmax": functools.partial(_margin_softmax, plan),
         "margin_softmax_backward": functools.partial(_margin_softmax_backward, plan),
         "scale_gradients_": _scale_gradients,
+        "emd": emd,
+        "emd_flow_backward": emd_flow_backward,
     }
     with torch.library._scoped_library("fewshot_ext", "IMPL") as library:
         with warnings.catch_warnings():
