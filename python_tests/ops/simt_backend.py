@@ -34,7 +34,7 @@ def kernels():
 
 @contextmanager
 def emulated(kernel: str, *, blocks: int = 3, chunk_samples: int = 48, chunk_products: int = 1 << 12) -> Iterator[None]:
-    """Operators on CPU tensors run ``kernel`` ("one_launch" or "chunked") on the emulator.
+    """Operators on CPU tensors run on the emulator, margin softmax by ``kernel`` ("one_launch" or "chunked").
 
     Sizes are far below those of a GPU, so that small problems have several blocks and chunks too.
     """
@@ -43,6 +43,8 @@ def emulated(kernel: str, *, blocks: int = 3, chunk_samples: int = 48, chunk_pro
         "margin_softmax": functools.partial(_margin_softmax, plan),
         "margin_softmax_backward": functools.partial(_margin_softmax_backward, plan),
         "scale_gradients_": _scale_gradients,
+        "emd": emd,
+        "emd_flow_backward": emd_flow_backward,
     }
     with torch.library._scoped_library("fewshot_ext", "IMPL") as library:
         with warnings.catch_warnings():
@@ -176,3 +178,45 @@ def _scale_gradients(first, second, factor):
     gradients = [(_address(gradient), gradient.numel()) for gradient in (first, second)]
     with _one_at_a_time:
         kernels().scale_gradients(DTYPES.index(first.dtype), gradients, _address(factor))
+
+
+def emd(cost: Tensor, supply: Tensor, demand: Tensor) -> tuple[Tensor, ...]:
+    """The operator of this name; value, flow, supply_dual, demand_dual, basis."""
+    batch, suppliers, consumers = cost.shape
+    accumulate = torch.float64 if cost.dtype == torch.float64 else torch.float32
+    results = {
+        "value": _poison([batch], cost, accumulate),
+        "flow": _poison([batch, suppliers, consumers], cost, accumulate),
+        "supply_dual": _poison([batch, suppliers], cost, accumulate),
+        "demand_dual": _poison([batch, consumers], cost, accumulate),
+        "basis": torch.full([batch, suppliers + consumers - 1], -(2**30), dtype=torch.int32),
+    }
+    inputs = {"cost": cost, "supply": supply, "demand": demand}
+    if batch:
+        with _one_at_a_time:
+            kernels().emd(DTYPES.index(cost.dtype), _sizes(cost) | _described(inputs) | _described(results))
+    return tuple(results.values())
+
+
+def emd_flow_backward(grad_flow: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """The operator of this name; grad_supply, grad_demand."""
+    batch, suppliers, consumers = grad_flow.shape
+    results = {
+        "grad_supply": _poison([batch, suppliers], grad_flow),
+        "grad_demand": _poison([batch, consumers], grad_flow),
+    }
+    inputs = {"grad_flow": grad_flow, "basis": basis.contiguous()}
+    if batch:
+        with _one_at_a_time:
+            fields = _sizes(grad_flow) | _described(inputs) | _described(results)
+            kernels().emd_flow_backward(DTYPES.index(grad_flow.dtype), fields)
+    return tuple(results.values())
+
+
+def _sizes(matrices: Tensor) -> dict[str, int]:
+    return dict(zip(("batch", "suppliers", "consumers"), matrices.shape, strict=True))
+
+
+def _described(tensors: dict[str, Tensor]) -> dict[str, int | tuple[int, ...]]:
+    addresses = {name: _address(tensor) for name, tensor in tensors.items()}
+    return addresses | {f"{name}_strides": tensor.stride() for name, tensor in tensors.items()}

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "emd/gpu.h"
 #include "margin_softmax/gpu.h"
 #include "scale_gradients/kernels.cuh"
 #include "simt/launch.h"
@@ -124,12 +125,72 @@ void scale_both(int dtype, const std::vector<std::pair<uintptr_t, int64_t>>& gra
   }
 }
 
+void copy_strides(const py::dict& fields, const char* name, int64_t* strides) {
+  for (const auto stride : fields[name].cast<std::vector<int64_t>>()) *strides++ = stride;
+}
+
+template <class Storage>
+void emd_of(const py::dict& fields) {
+  EmdProblem<Storage, Accumulate<Storage>> problem;
+  problem.batch = fields["batch"].cast<int64_t>();
+  problem.suppliers = fields["suppliers"].cast<int64_t>();
+  problem.consumers = fields["consumers"].cast<int64_t>();
+  problem.cost = pointer<const Storage>(fields, "cost");
+  problem.supply = pointer<const Storage>(fields, "supply");
+  problem.demand = pointer<const Storage>(fields, "demand");
+  copy_strides(fields, "cost_strides", problem.cost_strides);
+  copy_strides(fields, "supply_strides", problem.supply_strides);
+  copy_strides(fields, "demand_strides", problem.demand_strides);
+  problem.value = pointer<Accumulate<Storage>>(fields, "value");
+  problem.flow = pointer<Accumulate<Storage>>(fields, "flow");
+  problem.supply_dual = pointer<Accumulate<Storage>>(fields, "supply_dual");
+  problem.demand_dual = pointer<Accumulate<Storage>>(fields, "demand_dual");
+  problem.basis = pointer<int32_t>(fields, "basis");
+  SimtDevice device(1);
+  emd_on_gpu<Storage>(device, problem);
+}
+
+void emd(int dtype, const py::dict& fields) {
+  switch (static_cast<Dtype>(dtype)) {
+    case Dtype::float32:
+      return emd_of<float>(fields);
+    case Dtype::float64:
+      return emd_of<double>(fields);
+    case Dtype::bfloat16:
+      return emd_of<BFloat16>(fields);
+    case Dtype::float16:
+      return emd_of<Float16>(fields);
+  }
+}
+
+template <class T>
+void emd_flow_backward_of(const py::dict& fields) {
+  EmdFlowBackwardProblem<T> problem;
+  problem.batch = fields["batch"].cast<int64_t>();
+  problem.suppliers = fields["suppliers"].cast<int64_t>();
+  problem.consumers = fields["consumers"].cast<int64_t>();
+  problem.grad_flow = pointer<const T>(fields, "grad_flow");
+  copy_strides(fields, "grad_flow_strides", problem.grad_flow_strides);
+  problem.basis = pointer<const int32_t>(fields, "basis");
+  problem.grad_supply = pointer<T>(fields, "grad_supply");
+  problem.grad_demand = pointer<T>(fields, "grad_demand");
+  SimtDevice device(1);
+  emd_flow_backward_on_gpu(device, problem);
+}
+
+void emd_flow_backward(int dtype, const py::dict& fields) {
+  return static_cast<Dtype>(dtype) == Dtype::float64 ? emd_flow_backward_of<double>(fields)
+                                                     : emd_flow_backward_of<float>(fields);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(simt_kernels_of_fewshot_ext, module) {
   simt::register_errors(module);
   module.def("margin_softmax", &margin_softmax);
   module.def("scale_gradients", &scale_both);
+  module.def("emd", &emd);
+  module.def("emd_flow_backward", &emd_flow_backward);
   module.def("set_seed", [](uint64_t seed) { next_seed = seed; });
   module.def("launches", [] { return launches; });
 }

@@ -136,11 +136,15 @@ def test_every_kernel_has_run():
     """On a problem for each: a kernel that nothing here launches would count as tested on the emulator."""
     declared = set()
     for source in (CHECKOUT / "csrc").rglob("*.cuh"):
-        declared |= set(re.findall(r"__global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(", source.read_text()))
+        declared |= set(re.findall(r"__global__ void (?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(", source.read_text()))
     for backend in SIMT:
         with backend.activate():  # with several chunks of samples and of classes
             loss = margin_cosine_loss(**draw(70, 70, 20, dtype=torch.float32).with_grad(NAMES).tensors)
             (2 * loss).backward()
+            for size in (3, 40):  # by a warp, by a block
+                masses = torch.ones(1, size)
+                *_, basis = torch.ops.fewshot_ext.emd(torch.rand(1, size, size), masses, masses)
+            torch.ops.fewshot_ext.emd_flow_backward(torch.ones(1, size, size), basis)
     launched = {name.rpartition("::")[2] for name in (name.partition("<")[0] for name in kernels().launches())}
     assert declared and launched == declared
 

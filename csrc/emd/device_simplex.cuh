@@ -1,0 +1,430 @@
+// Primal simplex for one transportation problem by a team of threads: emd/simplex.h, for a GPU.
+//
+// A basis is a spanning tree of suppliers 0 .. n - 1 and consumers n .. n + m - 1. Its arcs have slots 0 .. n + m - 2,
+// and each node keeps the set of slots on its way to the root. When the arc (i, j) enters,
+//
+//   the cycle            is path(i) ^ path(j),
+//   the subtree cut off  are the nodes whose path has the slot that leaves, and
+//   their new paths      are path ^ cycle without that slot, for the entering arc takes it over,
+//
+// so that all threads take part in a pivot, each for its own nodes and slots, and none has to walk along the tree.
+//
+// Flows are integers: masses are scaled to the full width, and every supply is raised by one unit of a finer grid, at
+// the expense of one demand. With that perturbation no basic flow is ever 0, so each pivot lowers the objective
+// whatever the ties in the data, no sequence of pivots comes back to a basis, and no two arcs compete for leaving it.
+#pragma once
+
+#include <limits>
+#include <type_traits>
+
+#include "common/four.cuh"
+#include "emd/team.cuh"
+
+namespace fewshot_ext {
+
+struct Arc {
+  int supplier, consumer;
+};
+
+// Price is what reduced costs are computed in while many arcs are looked at.
+template <class Price, class Team>
+struct SimplexMemory {
+  static constexpr int nodes = Team::nodes, words = nodes / warp_lanes;
+  struct Rounded {
+    Price at[nodes];
+  };
+  struct None {};
+
+  typename Team::Memory team;
+  union {
+    double potential[nodes];    // u of suppliers, -v of consumers
+    int64_t first_flow[nodes];  // of slots, until the threads take them over
+  };
+  double scratch[nodes];
+  std::conditional_t<std::is_same_v<Price, double>, None, Rounded> price;  // potentials
+  uint32_t path[words][nodes];                                             // bit s of word w: slot 32 w + s
+  uint32_t cycle[words];
+  int arc[nodes];
+  int leaving;
+  int supplier_moves;
+};
+
+template <class Price, class Team, class Cost>
+class DeviceSimplex {
+ public:
+  // Nothing points from one member of this to another: that would keep all of them out of registers.
+  Team team;
+
+  using Memory = SimplexMemory<Price, Team>;
+  static constexpr int words = Memory::words, each = Team::nodes_each;
+  static constexpr int most_columns = Team::nodes < 256 ? Team::nodes : 256;
+
+  // The supplies' perturbations add up to less than 2^row_bits, one unit of mass.
+  static constexpr int row_bits = Team::nodes == 64 ? 6 : Team::nodes == 128 ? 7 : 9;
+  static constexpr int mass_bits = 61 - row_bits;
+  static_assert(1 << row_bits >= Team::nodes);
+
+  __device__ __forceinline__ DeviceSimplex(Memory& memory, const Cost& cost, int n, int m)
+      : team(memory.team), memory_(memory), cost_(cost), n_(n), m_(m) {}
+
+  // Finds the optimal tree; false where that takes too many pivots. memory.scratch holds the masses, which add up to
+  // `supply_mass` and `demand_mass`, and is overwritten; no |cost| exceeds `largest_cost`.
+  __device__ __forceinline__ bool solve(double supply_mass, double demand_mass, Price largest_cost) {
+    // What the rounding of potentials, sums of costs along the tree, can make of a reduced cost of zero.
+    tolerance_ = (n_ + m_) * 0x1p-50 * double(largest_cost);
+    pivots_left_ = 100 * (n_ + m_) + 4 * n_ * m_;
+    start(std::ldexp(1.0, mass_bits) / supply_mass, std::ldexp(1.0, mass_bits) / demand_mass);
+    renew_potentials();
+    if (!improve<Price>(std::is_same_v<Price, double> ? Price(tolerance_) : Price(0x1p-22) * largest_cost))
+      return false;
+    // Proved in double, with potentials that carry no rounding from pivots.
+    for (int before = -1; before != pivots_left_;) {
+      before = pivots_left_;
+      renew_potentials();
+      if (!improve<double>(tolerance_)) return false;
+    }
+    return true;
+  }
+
+  // The root becomes supplier 0. Ends with a barrier.
+  __device__ __forceinline__ void move_root() {
+    for (int w = team.thread(); w < words; w += Team::threads) memory_.cycle[w] = memory_.path[w][0];
+    team.sync();
+    for (int v = team.thread(); v < Team::nodes; v += Team::threads)
+      for (int w = 0; w < words; ++w) memory_.path[w][v] ^= memory_.cycle[w];
+    team.sync();
+  }
+
+  // The thread's slots that hold an arc are visited as visit(s, slot, arc), s counting the thread's own.
+  template <class Visit>
+  __device__ __forceinline__ void each_slot(Visit visit) const {
+#pragma unroll
+    for (int s = 0; s < each; ++s) {
+      const int slot = team.thread() + s * Team::threads;
+      if (slot < n_ + m_ - 1) visit(s, slot, unpack(arc_[s]));
+    }
+  }
+
+  __device__ __forceinline__ bool on_path(int slot, int node) const {
+    return memory_.path[slot / warp_lanes][node] >> slot % warp_lanes & 1u;
+  }
+
+  // Whether the supplier's end of the arc is the one farther from the root.
+  __device__ __forceinline__ bool supplier_is_child(int slot, Arc arc) const { return on_path(slot, arc.supplier); }
+
+ private:
+  static constexpr int closes_row = 1 << 16;
+  static constexpr int cell_mask = 0xffff;
+  // The best arc of all takes the fewest pivots, and that of some rows less time where a look at all is long.
+  static constexpr int group_rows = Team::warps == 1 ? warp_lanes : 4;
+  static constexpr int chunk_rows = Team::warps * group_rows;  // of several warps; one looks at all rows
+  __device__ static __forceinline__ int pack(Arc arc) { return arc.supplier << 8 | arc.consumer; }
+  __device__ static __forceinline__ Arc unpack(int packed) { return {packed >> 8 & 0xff, packed & 0xff}; }
+
+  template <class T>
+  __device__ __forceinline__ const T* prices() const {
+    if constexpr (std::is_same_v<T, double>)
+      return memory_.potential;
+    else
+      return memory_.price.at;
+  }
+
+  __device__ __forceinline__ void set_potential(int node, double potential) {
+    memory_.potential[node] = potential;
+    if constexpr (!std::is_same_v<Price, double>) memory_.price.at[node] = static_cast<Price>(potential);
+  }
+
+  // Of a negative number, what decides in comparisons: larger for lower ones. The bits of a double are cut.
+  template <class T>
+  __device__ static __forceinline__ uint64_t significant_bits(T x) {
+    if constexpr (sizeof(T) == 8)
+      return bit_cast<uint64_t>(x) >> 16;
+    else
+      return static_cast<uint64_t>(bit_cast<uint32_t>(x)) << 16;
+  }
+
+  // Larger for smaller costs, and never zero.
+  __device__ static __forceinline__ unsigned preference(float cost) {
+    const auto bits = bit_cast<unsigned>(cost);
+    return (bits & 0x80000000u ? bits : bits ^ 0x7fffffffu) | 1u;
+  }
+
+  __device__ __forceinline__ void start(double supply_scale, double demand_scale) {
+    for (int v = team.thread(); v < Team::nodes; v += Team::threads)
+      for (int w = 0; w < words; ++w) memory_.path[w][v] = 0;
+    team.sync();
+    if (team.warp() == 0) {
+      choose_first_arcs(supply_scale, demand_scale);
+      __syncwarp(all_lanes);
+      join_first_arcs();
+    }
+    team.sync();
+#pragma unroll
+    for (int s = 0; s < each; ++s) {
+      const int slot = team.thread() + s * Team::threads;
+      arc_[s] = slot < n_ + m_ - 1 ? memory_.arc[slot] : 0;
+      flow_[s] = slot < n_ + m_ - 1 ? memory_.first_flow[slot] : 0;
+    }
+    team.sync();
+  }
+
+  __device__ __forceinline__ int64_t supply(int i, double scale) const {
+    return (static_cast<int64_t>(llrint(memory_.scratch[i] * scale)) << row_bits) + 1;
+  }
+
+  // Where the start keeps what it takes for the usual cost of a column, until prices and tree costs come there.
+  __device__ __forceinline__ Price& usual_cost(int j) {
+    if constexpr (std::is_same_v<Price, double>)
+      return memory_.scratch[n_ + j];
+    else
+      return memory_.price.at[n_ + j];
+  }
+
+  __device__ __forceinline__ void find_usual_cost(int j) {
+    Price sum = 0, lowest = std::numeric_limits<Price>::infinity();
+#pragma unroll 4
+    for (int i = 0; i < n_; ++i) {
+      const Price cost = cost_(i, j);
+      sum += cost;
+      lowest = min(lowest, cost);
+    }
+    usual_cost(j) = Price(0.5) * (lowest + sum / static_cast<Price>(n_));
+  }
+
+  // By one warp. Each row in turn is served by the columns that have demand left, cheapest first. Costs are taken
+  // relative to the mean and the lowest of their column: without that, the first rows use up the columns that are cheap
+  // for everybody, and the simplex takes half as many pivots again. Each arc uses up either its row or its column, and
+  // only the last one uses up both.
+  __device__ __forceinline__ void choose_first_arcs(double supply_scale, double demand_scale) {
+    constexpr int columns_each = most_columns / warp_lanes;
+    const int lane = team.lane();
+    int64_t demand[columns_each], difference = 0, largest = 0;
+    for (int i = lane; i < n_; i += warp_lanes) difference += supply(i, supply_scale);
+#pragma unroll
+    for (int s = 0; s < columns_each; ++s) {
+      const int j = lane + s * warp_lanes;
+      demand[s] = 0;
+      if (j < m_) {
+        const int64_t mass = llrint(memory_.scratch[n_ + j] * demand_scale);
+        demand[s] = (mass > 1 ? mass : 1) << row_bits;
+        find_usual_cost(j);
+      }
+      difference -= demand[s];
+      largest = demand[s] > largest ? demand[s] : largest;
+    }
+    difference = warp_sum(difference);
+    const auto top = static_cast<int64_t>(warp_max(static_cast<uint64_t>(largest)));
+    bool takes_it = lane == __ffs(__ballot_sync(all_lanes, largest == top)) - 1;
+#pragma unroll
+    for (int s = 0; s < columns_each; ++s) {
+      if (takes_it && demand[s] == top) {
+        demand[s] += difference;
+        takes_it = false;
+      }
+    }
+
+    int slot = 0;
+    for (int i = 0; i < n_; ++i) {
+      unsigned preferences[columns_each];
+#pragma unroll
+      for (int s = 0; s < columns_each; ++s) {
+        const int j = lane + s * warp_lanes;
+        preferences[s] = demand[s] > 0 ? preference(static_cast<float>(cost_(i, j) - usual_cost(j))) : 0u;
+      }
+      int64_t left = supply(i, supply_scale);
+      while (left > 0) {
+        unsigned best = 0;
+        int64_t best_demand = 0;
+        int best_column = 0;
+#pragma unroll
+        for (int s = 0; s < columns_each; ++s) {
+          if (preferences[s] > best) {
+            best = preferences[s];
+            best_demand = demand[s];
+            best_column = lane + s * warp_lanes;
+          }
+        }
+        const unsigned found = __reduce_max_sync(all_lanes, best);
+        const int owner = __ffs(__ballot_sync(all_lanes, best == found)) - 1;
+        const int column = __shfl_sync(all_lanes, best_column, owner);
+        const int64_t wanted = __shfl_sync(all_lanes, best_demand, owner);
+        const int64_t moved = left < wanted ? left : wanted;
+        if (lane == 0) {
+          memory_.arc[slot] = pack({i, column}) | (left < wanted ? closes_row : 0);
+          memory_.first_flow[slot] = moved;
+        }
+        ++slot;
+        left -= moved;
+#pragma unroll
+        for (int s = 0; s < columns_each; ++s) {
+          if (column == lane + s * warp_lanes) {
+            demand[s] -= moved;
+            if (demand[s] == 0) preferences[s] = 0;
+          }
+        }
+      }
+    }
+  }
+
+  // By one warp. Backwards from the last arc, each arc joins the node it used up to the tree; a lane has a word of the
+  // paths to itself.
+  __device__ __forceinline__ void join_first_arcs() {
+    const int w = team.lane();
+    if (w >= words) return;
+    for (int slot = n_ + m_ - 2; slot >= 0; --slot) {
+      const int packed = memory_.arc[slot];
+      const Arc arc = unpack(packed);
+      const int supplier = arc.supplier, consumer = n_ + arc.consumer;
+      const bool row = packed & closes_row;
+      const uint32_t bit = w == slot / warp_lanes ? 1u << slot % warp_lanes : 0u;
+      memory_.path[w][row ? supplier : consumer] = memory_.path[w][row ? consumer : supplier] | bit;
+    }
+  }
+
+  // Potentials from the tree alone. Begins after a barrier, ends with one.
+  __device__ __forceinline__ void renew_potentials() {
+    each_slot([&](int, int slot, Arc arc) {
+      const double cost = cost_(arc.supplier, arc.consumer);
+      memory_.scratch[slot] = supplier_is_child(slot, arc) ? cost : -cost;
+    });
+    team.sync();
+    for (int v = team.thread(); v < n_ + m_; v += Team::threads) {
+      double sum = 0;
+      for (int w = 0; w < words; ++w) {
+        for (uint32_t rest = memory_.path[w][v]; rest != 0; rest &= rest - 1)
+          sum += memory_.scratch[w * warp_lanes + __ffs(static_cast<int>(rest)) - 1];
+      }
+      set_potential(v, sum);
+    }
+    team.sync();
+  }
+
+  // Pivots until no arc has a reduced cost below -tolerance in the arithmetic of T. False: too many of them.
+  template <class T>
+  __device__ __forceinline__ bool improve(T tolerance) {
+    Arc entering;
+    while (find_entering(tolerance, entering)) {
+      if (pivots_left_-- == 0) return false;
+      if (!pivot(entering)) return true;
+    }
+    return true;
+  }
+
+  // The arc with the most negative reduced cost in the next chunk of rows that has any below -tolerance; false where no
+  // chunk has. Lanes go through the columns, a group of rows at a time, and keep no more than the lowest reduced cost:
+  // which row has it is looked up once, for the arc that all threads agree on.
+  template <class T>
+  __device__ __forceinline__ bool find_entering(T tolerance, Arc& entering) {
+    for (int looked_at = 0; looked_at < n_;) {
+      const int first = next_row_, end = Team::warps > 1 && first + chunk_rows < n_ ? first + chunk_rows : n_;
+      const uint64_t found = find_entering(tolerance, first, end, entering);
+      next_row_ = end < n_ ? end : 0;
+      looked_at += end - first;
+      if (found) return true;
+    }
+    return false;
+  }
+
+  template <class T>
+  __device__ __forceinline__ bool find_entering(T tolerance, int first_row, int end_row, Arc& entering) {
+    const T* price = prices<T>();
+    T best = -tolerance;
+    int best_group = -1, best_column = 0;
+    for (int group = team.warp(); first_row + group * group_rows < end_row; group += Team::warps) {
+      const int first = first_row + group * group_rows;
+      const int end = first + group_rows < end_row ? first + group_rows : end_row;
+      for (int j = team.lane(); j < m_; j += warp_lanes) {
+        const auto without_column = [&](int i) { return T(cost_(i, j)) - price[i]; };
+        T lowest = std::numeric_limits<T>::infinity(), of_odd = lowest;
+        int i = first;
+#pragma unroll 4
+        for (; i + 1 < end; i += 2) {
+          lowest = min(lowest, without_column(i));
+          of_odd = min(of_odd, without_column(i + 1));
+        }
+        if (i < end) lowest = min(lowest, without_column(i));
+        const T reduced_cost = min(lowest, of_odd) + price[n_ + j];
+        if (reduced_cost < best) {
+          best = reduced_cost;
+          best_group = group;
+          best_column = j;
+        }
+      }
+    }
+    const int place = cell_mask - pack({best_group, best_column});  // the first of those that tie is preferred
+    const uint64_t found = team.max(best_group < 0 ? 0 : significant_bits(best) << 16 | place);
+    if (found == 0) return false;
+
+    const Arc where = unpack(cell_mask - static_cast<int>(found & cell_mask));
+    const int first = first_row + where.supplier * group_rows, i = first + team.lane();
+    bool here = false;
+    if (team.lane() < group_rows && i < end_row) {
+      const T reduced_cost = (T(cost_(i, where.consumer)) - price[i]) + price[n_ + where.consumer];
+      here = significant_bits(reduced_cost) == found >> 16;
+    }
+    entering = {first + __ffs(__ballot_sync(all_lanes, here)) - 1, where.consumer};
+    return true;
+  }
+
+  // False, and nothing changed, where the arc's reduced cost is not negative in double.
+  __device__ __forceinline__ bool pivot(Arc entering) {
+    const double reduced_cost = double(cost_(entering.supplier, entering.consumer)) -
+                                (memory_.potential[entering.supplier] - memory_.potential[n_ + entering.consumer]);
+    bool on_supplier_side[each], changes[each], falls[each];
+    uint64_t key = 0;
+#pragma unroll
+    for (int s = 0; s < each; ++s) {
+      const int slot = team.thread() + s * Team::threads;
+      const uint32_t from = memory_.path[slot / warp_lanes][entering.supplier];
+      const uint32_t to = memory_.path[slot / warp_lanes][n_ + entering.consumer];
+      const bool supplier_below = supplier_is_child(slot, unpack(arc_[s]));
+      on_supplier_side[s] = from >> team.lane() & 1u;
+      changes[s] = (from ^ to) >> team.lane() & 1u;
+      falls[s] = changes[s] & (on_supplier_side[s] == supplier_below);
+      const uint64_t preferred = falls[s] ? ~static_cast<uint64_t>(flow_[s]) : 0;
+      key = preferred > key ? preferred : key;
+      if (team.lane() == 0) memory_.cycle[slot / warp_lanes] = from ^ to;
+    }
+    const auto moved = static_cast<int64_t>(~team.max(key));
+    if (!(reduced_cost < -tolerance_)) return false;
+#pragma unroll
+    for (int s = 0; s < each; ++s) {
+      if (falls[s] && flow_[s] == moved) {
+        memory_.leaving = team.thread() + s * Team::threads;
+        memory_.supplier_moves = on_supplier_side[s];
+        arc_[s] = pack(entering);
+        flow_[s] = moved;
+      } else if (changes[s]) {
+        flow_[s] += falls[s] ? -moved : moved;
+      }
+    }
+    team.sync();
+
+    const int leaving = memory_.leaving;
+    const double change = memory_.supplier_moves ? reduced_cost : -reduced_cost;
+#pragma unroll
+    for (int s = 0; s < each; ++s) {
+      const int v = team.thread() + s * Team::threads;
+      if (!on_path(leaving, v)) continue;
+#pragma unroll
+      for (int w = 0; w < words; ++w) {
+        const uint32_t kept = w == leaving / warp_lanes ? 1u << leaving % warp_lanes : 0u;
+        memory_.path[w][v] ^= memory_.cycle[w] & ~kept;
+      }
+      set_potential(v, memory_.potential[v] + change);
+    }
+    team.sync();
+    return true;
+  }
+
+  Memory& memory_;
+  const Cost cost_;
+  const int n_, m_;
+  double tolerance_;
+  int pivots_left_;
+  int next_row_ = 0;
+  int arc_[each];       // of the thread's slots
+  int64_t flow_[each];  // of the thread's slots
+};
+
+}  // namespace fewshot_ext
