@@ -53,10 +53,10 @@ class RegretStart {
       }
       offset_[j] = closed;
       mark_stale(padded_rows, static_cast<int32_t>(j), best_, second_, stale_);
-      for (int64_t r = 0; r < padded_rows; r += 8) {
-        uint64_t eight;
-        std::memcpy(&eight, stale_ + r, sizeof(eight));
-        for (; eight; eight &= eight - 1) rank_columns(r + __builtin_ctzll(eight) / 8);
+      for (int64_t first = 0; first < padded_rows; first += 64) {
+        for (uint64_t rows_left = stale_rows(first, std::min<int64_t>(padded_rows, first + 64)); rows_left;
+             rows_left &= rows_left - 1)
+          rank_columns(first + __builtin_ctzll(rows_left));
       }
     }
   }
@@ -121,6 +121,17 @@ class RegretStart {
   static void mark_stale(int64_t rows, int32_t column, const int32_t* __restrict best, const int32_t* __restrict second,
                          uint8_t* __restrict stale) {
     for (int64_t r = 0; r < rows; ++r) stale[r] = (best[r] == column) | (second[r] == column);
+  }
+
+  // Marks of rows [begin, end) as bits.
+  uint64_t stale_rows(int64_t begin, int64_t end) const {
+    uint64_t bits = 0;
+    for (int64_t r = begin; r < end; r += 8) {
+      uint64_t eight;
+      std::memcpy(&eight, stale_ + r, sizeof(eight));
+      bits |= (eight * 0x0102040810204080u >> 56) << (r - begin);  // eight bytes of 0 or 1 become a byte
+    }
+    return bits;
   }
 
   void close_row(int64_t i) {
