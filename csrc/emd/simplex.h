@@ -257,6 +257,7 @@ class TransportSimplex {
     using BitVector = typename Simd<Price>::UintVector;
     constexpr int lanes = Simd<Price>::lanes;
     constexpr int rows_at_once = 4;
+    constexpr Bits index_mask = (1 << (row_bits + lane_bits)) - 1;
     const Price* potentials = prices<Price>();
     const Price* column_potentials = potentials + rows_;
     BitVector lane_numbers;
@@ -285,11 +286,7 @@ class TransportSimplex {
 #pragma GCC unroll 4
         for (int k = 0; k < rows_at_once; ++k) {
           lowest[k] -= potentials[first + at[k]];
-          // Numbers of row and lane in the last bits of the mantissa travel with the minimum.
-          BitVector bits;
-          std::memcpy(&bits, &lowest[k], sizeof(bits));
-          bits = (bits & ~Bits((1 << (row_bits + lane_bits)) - 1)) | (lane_numbers + Bits(at[k]));
-          std::memcpy(&lowest[k], &bits, sizeof(bits));
+          lowest[k] = pack_index<Price>(lowest[k], lane_numbers + Bits(at[k]), index_mask);
         }
         best = smaller<Price>(
             smaller<Price>(smaller<Price>(lowest[0], lowest[1]), smaller<Price>(lowest[2], lowest[3])), best);
