@@ -64,7 +64,8 @@ class TransportSimplex {
     start_.lay_out(arena, most_rows, cost_stride(most_columns));
   }
 
-  // The problem: cost [rows][cost_stride(columns)], masses as scale_masses makes them, largest the greatest |cost|.
+  // The problem: cost [rows][cost_stride(columns)], up to `largest_cost` in magnitude, and the perturbed masses. The
+  // start uses the masses up.
   Float* cost;
   int64_t* supply;
   int64_t* demand;
