@@ -118,6 +118,7 @@ class DeviceSimplex {
   // The best arc of all takes the fewest pivots, and that of some rows less time where a look at all is long.
   static constexpr int group_rows = Team::warps == 1 ? warp_lanes : 4;
   static constexpr int chunk_rows = Team::warps * group_rows;  // of several warps; one looks at all rows
+  static constexpr int rows_at_once = Team::warps == 1 ? 8 : group_rows;
   __device__ static __forceinline__ int pack(Arc arc) { return arc.supplier << 8 | arc.consumer; }
   __device__ static __forceinline__ Arc unpack(int packed) { return {packed >> 8 & 0xff, packed & 0xff}; }
 
@@ -325,6 +326,19 @@ class DeviceSimplex {
     return false;
   }
 
+  // The lowest of cost - price in column j and the rows from i on; all are `inside`, or the last before `end` stands
+  // in. Without branches, so that the loads are under way together.
+  template <bool inside, class T>
+  __device__ __forceinline__ T lowest_of_rows(const T* price, int i, int end, int j) const {
+    T lowest = std::numeric_limits<T>::infinity();
+#pragma unroll
+    for (int k = 0; k < rows_at_once; ++k) {
+      const int row = inside || i + k < end ? i + k : end - 1;
+      lowest = min(lowest, T(cost_(row, j)) - price[row]);
+    }
+    return lowest;
+  }
+
   template <class T>
   __device__ __forceinline__ bool find_entering(T tolerance, int first_row, int end_row, Arc& entering) {
     const T* price = prices<T>();
@@ -334,16 +348,11 @@ class DeviceSimplex {
       const int first = first_row + group * group_rows;
       const int end = first + group_rows < end_row ? first + group_rows : end_row;
       for (int j = team.lane(); j < m_; j += warp_lanes) {
-        const auto without_column = [&](int i) { return T(cost_(i, j)) - price[i]; };
-        T lowest = std::numeric_limits<T>::infinity(), of_odd = lowest;
+        T lowest = std::numeric_limits<T>::infinity();
         int i = first;
-#pragma unroll 4
-        for (; i + 1 < end; i += 2) {
-          lowest = min(lowest, without_column(i));
-          of_odd = min(of_odd, without_column(i + 1));
-        }
-        if (i < end) lowest = min(lowest, without_column(i));
-        const T reduced_cost = min(lowest, of_odd) + price[n_ + j];
+        for (; i + rows_at_once <= end; i += rows_at_once) lowest = min(lowest, lowest_of_rows<true>(price, i, end, j));
+        if (i < end) lowest = min(lowest, lowest_of_rows<false>(price, i, end, j));
+        const T reduced_cost = lowest + price[n_ + j];
         if (reduced_cost < best) {
           best = reduced_cost;
           best_group = group;

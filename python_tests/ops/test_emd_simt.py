@@ -7,6 +7,8 @@ import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
+import fewshot_ext  # noqa: F401, loads the operators
+
 from ..simt import build
 from .simt_backend import emd, emd_flow_backward, emulated, kernels
 
