@@ -326,13 +326,13 @@ class DeviceSimplex {
     return false;
   }
 
-  // The lowest of cost - price in column j and the rows from i on; all are `inside`, or the last before `end` stands
-  // in. Without branches, so that the loads are under way together.
-  template <bool inside, class T>
+  // The lowest of cost - price in column j and `count` rows from i on; all are `inside`, or the last before `end`
+  // stands in for those beyond. Without branches, so that the loads are under way together.
+  template <int count, bool inside, class T>
   __device__ __forceinline__ T lowest_of_rows(const T* price, int i, int end, int j) const {
     T lowest = std::numeric_limits<T>::infinity();
 #pragma unroll
-    for (int k = 0; k < rows_at_once; ++k) {
+    for (int k = 0; k < count; ++k) {
       const int row = inside || i + k < end ? i + k : end - 1;
       lowest = min(lowest, T(cost_(row, j)) - price[row]);
     }
@@ -350,8 +350,10 @@ class DeviceSimplex {
       for (int j = team.lane(); j < m_; j += warp_lanes) {
         T lowest = std::numeric_limits<T>::infinity();
         int i = first;
-        for (; i + rows_at_once <= end; i += rows_at_once) lowest = min(lowest, lowest_of_rows<true>(price, i, end, j));
-        if (i < end) lowest = min(lowest, lowest_of_rows<false>(price, i, end, j));
+        for (; i + rows_at_once <= end; i += rows_at_once)
+          lowest = min(lowest, lowest_of_rows<rows_at_once, true>(price, i, end, j));
+#pragma unroll 1
+        for (; i < end; i += 4) lowest = min(lowest, lowest_of_rows<4, false>(price, i, end, j));
         const T reduced_cost = lowest + price[n_ + j];
         if (reduced_cost < best) {
           best = reduced_cost;
