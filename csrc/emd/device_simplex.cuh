@@ -73,7 +73,7 @@ class DeviceSimplex {
     // What the rounding of potentials, sums of costs along the tree, can make of a reduced cost of zero.
     tolerance_ = (n_ + m_) * 0x1p-50 * double(largest_cost);
     pivots_left_ = 100 * (n_ + m_) + 4 * n_ * m_;
-    start(std::ldexp(1.0, mass_bits) / supply_mass, std::ldexp(1.0, mass_bits) / demand_mass);
+    start(supply_mass, demand_mass);
     renew_potentials();
     if (!improve<Price>(std::is_same_v<Price, double> ? Price(tolerance_) : Price(0x1p-22) * largest_cost))
       return false;
@@ -150,12 +150,15 @@ class DeviceSimplex {
     return (bits & 0x80000000u ? bits : bits ^ 0x7fffffffu) | 1u;
   }
 
-  __device__ __forceinline__ void start(double supply_scale, double demand_scale) {
-    for (int v = team.thread(); v < Team::nodes; v += Team::threads)
+  __device__ __forceinline__ void start(double supply_mass, double demand_mass) {
+    team.sync();
+    for (int v = team.thread(); v < Team::nodes; v += Team::threads) {
       for (int w = 0; w < words; ++w) memory_.path[w][v] = 0;
+      if (v < n_ + m_) memory_.scratch[v] /= v < n_ ? supply_mass : demand_mass;
+    }
     team.sync();
     if (team.warp() == 0) {
-      choose_first_arcs(supply_scale, demand_scale);
+      choose_first_arcs();
       __syncwarp(all_lanes);
       join_first_arcs();
     }
@@ -169,9 +172,12 @@ class DeviceSimplex {
     team.sync();
   }
 
-  __device__ __forceinline__ int64_t supply(int i, double scale) const {
-    return (static_cast<int64_t>(llrint(memory_.scratch[i] * scale)) << row_bits) + 1;
+  // A node's share of the mass in units.
+  __device__ __forceinline__ int64_t units(int node) const {
+    return llrint(memory_.scratch[node] * double(int64_t(1) << mass_bits));
   }
+
+  __device__ __forceinline__ int64_t supply(int i) const { return (units(i) << row_bits) + 1; }
 
   // Where the start keeps what it takes for the usual cost of a column, until prices and tree costs come there.
   __device__ __forceinline__ Price& usual_cost(int j) {
@@ -196,17 +202,17 @@ class DeviceSimplex {
   // relative to the mean and the lowest of their column: without that, the first rows use up the columns that are cheap
   // for everybody, and the simplex takes half as many pivots again. Each arc uses up either its row or its column, and
   // only the last one uses up both.
-  __device__ __forceinline__ void choose_first_arcs(double supply_scale, double demand_scale) {
+  __device__ __forceinline__ void choose_first_arcs() {
     constexpr int columns_each = most_columns / warp_lanes;
     const int lane = team.lane();
     int64_t demand[columns_each], difference = 0, largest = 0;
-    for (int i = lane; i < n_; i += warp_lanes) difference += supply(i, supply_scale);
+    for (int i = lane; i < n_; i += warp_lanes) difference += supply(i);
 #pragma unroll
     for (int s = 0; s < columns_each; ++s) {
       const int j = lane + s * warp_lanes;
       demand[s] = 0;
       if (j < m_) {
-        const int64_t mass = llrint(memory_.scratch[n_ + j] * demand_scale);
+        const int64_t mass = units(n_ + j);
         demand[s] = (mass > 1 ? mass : 1) << row_bits;
         find_usual_cost(j);
       }
@@ -232,7 +238,7 @@ class DeviceSimplex {
         const int j = lane + s * warp_lanes;
         preferences[s] = demand[s] > 0 ? preference(static_cast<float>(cost_(i, j) - usual_cost(j))) : 0u;
       }
-      int64_t left = supply(i, supply_scale);
+      int64_t left = supply(i);
       while (left > 0) {
         unsigned best = 0;
         int64_t best_demand = 0;

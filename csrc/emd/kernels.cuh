@@ -125,7 +125,7 @@ class Solve {
             sum(m_, [this](int j) { return memory_.scratch[n_ + j]; })};
   }
 
-  // False if a flow is negative by more than the rounding of the masses explains.
+  // False if a flow is negative by more than the rounding of the masses explains, or a dual is not finite.
   __device__ __forceinline__ bool write() {
     for (int cell = simplex_.team.thread(); cell < n_ * m_; cell += Team::threads) flow()[cell] = 0;
     load_masses();
@@ -152,7 +152,11 @@ class Solve {
       memory_.arc[slot] = depth;
     });
     const double rounding = (n_ + m_) * (1 / double(int64_t(1) << Simplex::mass_bits) + 0x1p-52);
-    const double deficit = from_magnitude_bits<double>(simplex_.team.max(magnitude_bits(lowest)));
+    // Sums of costs that leave the range of a double would pass any comparison.
+    uint64_t deficit_bits = magnitude_bits(lowest);
+    for (int v = simplex_.team.thread(); v < n_ + m_; v += Team::threads)
+      if (!(std::abs(memory_.potential[v]) <= std::numeric_limits<double>::max())) deficit_bits = ~uint64_t(0);
+    const double deficit = from_magnitude_bits<double>(simplex_.team.max(deficit_bits));
     simplex_.team.sync();
     if (!(deficit <= rounding * masses.supply)) return false;
 
