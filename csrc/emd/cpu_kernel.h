@@ -53,7 +53,7 @@ class EmdSolver {
     line_ = arena.template take<Accumulate>(Simplex::cost_stride(m_));
   }
 
-  // Masses in double, the demand's scaled to the supply's, and the nodes that have any.
+  // Masses in double, the demand's rescaled to the supply's, and as the simplex wants them.
   EmdFault load_masses(int64_t index, EmdFailure& failure) {
     double* supply = mass_;
     double* demand = mass_ + n_;
@@ -67,6 +67,7 @@ class EmdSolver {
     total_ = total;
     const double match = total / other;
     for (int64_t j = 0; j < m_; ++j) demand[j] *= match;
+    scale_masses();
     return EmdFault::none;
   }
 
@@ -89,11 +90,11 @@ class EmdSolver {
   void scale_masses() {
     const int row_bits = 64 - __builtin_clzll(static_cast<uint64_t>(n_));  // 2^row_bits > n
     mass_bits_ = 61 - row_bits;
-    const double scale = std::ldexp(1.0, mass_bits_) / total_;
+    const double scale = std::ldexp(1.0, mass_bits_);
     int64_t difference = 0, largest = 0;
     row_count_ = column_count_ = 0;
     for (int64_t i = 0; i < n_; ++i) {
-      const int64_t mass = static_cast<int64_t>(mass_[i] * scale + 0.5);
+      const int64_t mass = static_cast<int64_t>(mass_[i] / total_ * scale + 0.5);
       // Row 0 stays, for the tree begins with it; rows, unlike columns, may have no mass but the perturbation's.
       if (mass == 0 && i > 0) continue;
       difference += mass;
@@ -101,7 +102,7 @@ class EmdSolver {
       simplex_.supply[row_count_++] = (mass << row_bits) + 1;
     }
     for (int64_t j = 0; j < m_; ++j) {
-      const int64_t mass = static_cast<int64_t>(mass_[n_ + j] * scale + 0.5);
+      const int64_t mass = static_cast<int64_t>(mass_[n_ + j] / total_ * scale + 0.5);
       if (mass == 0) continue;
       difference -= mass;
       columns_[column_count_] = static_cast<int32_t>(j);
@@ -112,8 +113,8 @@ class EmdSolver {
     simplex_.demand[largest] += (difference << row_bits) + row_count_;
   }
 
+  // Costs of the nodes that have mass, in the arithmetic of the simplex.
   EmdFault load_cost(int64_t index) {
-    scale_masses();
     const Storage* from = problem_.cost + index * problem_.cost_strides[0];
     const bool all_columns = column_count_ == m_;
     const int64_t stride = Simplex::cost_stride(column_count_);
@@ -257,10 +258,11 @@ class EmdSolver {
 
   void write_duals(int64_t index) {
     const double *u = dual_, *v = dual_ + n_;
-    double sum_u = 0, sum_v = 0;
-    for (int64_t i = 0; i < n_; ++i) sum_u += u[i];
-    for (int64_t j = 0; j < m_; ++j) sum_v += v[j];
-    const double shift = (sum_v / m_ - sum_u / n_) / 2;
+    // Shares of the means, for sums could overflow.
+    const double share_u = 0.5 / double(n_), share_v = 0.5 / double(m_);
+    double shift = 0;
+    for (int64_t i = 0; i < n_; ++i) shift -= u[i] * share_u;
+    for (int64_t j = 0; j < m_; ++j) shift += v[j] * share_v;
     Accumulate *to_u = problem_.supply_dual + index * n_, *to_v = problem_.demand_dual + index * m_;
     for (int64_t i = 0; i < n_; ++i) to_u[i] = static_cast<Accumulate>(u[i] + shift);
     for (int64_t j = 0; j < m_; ++j) to_v[j] = static_cast<Accumulate>(v[j] - shift);

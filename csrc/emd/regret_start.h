@@ -27,7 +27,6 @@ class RegretStart {
     regret_ = arena.template take<Float>(padded_rows);
     best_ = arena.template take<int32_t>(padded_rows);
     second_ = arena.template take<int32_t>(padded_rows);
-    stale_ = arena.template take<uint8_t>(padded_rows);
   }
 
   // Calls serve(row, column) for each arc of the basis; it returns whether the row has no mass left. A column that has
@@ -52,11 +51,10 @@ class RegretStart {
         continue;
       }
       offset_[j] = closed;
-      mark_stale(padded_rows, static_cast<int32_t>(j), best_, second_, stale_);
-      for (int64_t r = 0; r < padded_rows; r += 8) {
-        uint64_t eight;
-        std::memcpy(&eight, stale_ + r, sizeof(eight));
-        for (; eight; eight &= eight - 1) rank_columns(r + __builtin_ctzll(eight) / 8);
+      for (int64_t first = 0; first < padded_rows; first += 64) {
+        for (uint64_t stale = rows_with(static_cast<int32_t>(j), first, std::min<int64_t>(padded_rows, first + 64));
+             stale; stale &= stale - 1)
+          rank_columns(first + __builtin_ctzll(stale));
       }
     }
   }
@@ -97,11 +95,7 @@ class RegretStart {
     const Float* row = cost_ + i * stride_;
     for (int64_t c = 0; c < stride_; c += lanes) {
       const V v = load(row + c) + load(offset_ + c);
-      UintVector bits;
-      std::memcpy(&bits, &v, sizeof(bits));
-      bits = (bits & ~column_mask_) | column;
-      V packed;
-      std::memcpy(&packed, &bits, sizeof(bits));
+      const V packed = pack_index<Float>(v, column, column_mask_);
       second = smaller<Float>(larger<Float>(packed, best), second);
       best = smaller<Float>(packed, best);
       column += Bits(lanes);
@@ -117,10 +111,22 @@ class RegretStart {
     std::memcpy(regret_ + i, &bits, sizeof(bits));
   }
 
-  // Bytes may alias anything, and the loop vectorises only if told that these do not.
-  static void mark_stale(int64_t rows, int32_t column, const int32_t* __restrict best, const int32_t* __restrict second,
-                         uint8_t* __restrict stale) {
-    for (int64_t r = 0; r < rows; ++r) stale[r] = (best[r] == column) | (second[r] == column);
+  // Those of at most 64 rows [begin, end) that rank the column first or second, as bits.
+  uint64_t rows_with(int32_t column, int64_t begin, int64_t end) const {
+    typedef int32_t Eight __attribute__((vector_size(32)));
+    typedef int8_t EightBytes __attribute__((vector_size(8)));
+    uint64_t found = 0;
+    for (int64_t r = begin; r < end; r += 8) {
+      Eight first, second;
+      std::memcpy(&first, best_ + r, sizeof(first));
+      std::memcpy(&second, second_ + r, sizeof(second));
+      const EightBytes equal = __builtin_convertvector((first == column) | (second == column), EightBytes);
+      uint64_t bytes;
+      std::memcpy(&bytes, &equal, sizeof(bytes));
+      // The product brings one bit of each byte together in the highest byte.
+      found |= ((bytes & 0x0101010101010101u) * 0x0102040810204080u >> 56) << (r - begin);
+    }
+    return found;
   }
 
   void close_row(int64_t i) {
@@ -135,7 +141,6 @@ class RegretStart {
   Float* regret_;    // [padded rows]: lowest minus second-lowest cost, the row's number in its last bits
   int32_t* best_;    // [padded rows]: the columns of these two costs, -1 once the row has no supply left
   int32_t* second_;  // [padded rows]
-  uint8_t* stale_;   // [padded rows]
 };
 
 }  // namespace fewshot_ext::FEWSHOT_EXT_ISA

@@ -31,6 +31,9 @@ class TransportSimplex {
   using UintVector = typename Simd<double>::UintVector;
   static constexpr int node_lanes = Simd<double>::lanes;
   static constexpr int word_bits = 64;
+  // Numbers of a row in its block and of a lane, in the last bits of reduced costs.
+  static constexpr int row_bits = 4, lane_bits = 4;
+  static constexpr int64_t block_rows = 16;
 
  public:
   static constexpr int cost_lanes = Simd<Float>::lanes;
@@ -49,10 +52,10 @@ class TransportSimplex {
     demand = arena.template take<int64_t>(most_columns);
     row_of = arena.template take<int32_t>(nodes);
     column_of = arena.template take<int32_t>(nodes);
-    below_ = arena.template take<Uint>(nodes * words_for(nodes));
+    below_ = arena.template take<Uint>((nodes + 1) * words_for(nodes));
     above_ = arena.template take<Link>(nodes);
-    flow_ = arena.template take<int64_t>(nodes);
-    cycle_ = arena.template take<int32_t>(nodes);
+    flow_ = arena.template take<int64_t>(nodes + 1);
+    cycle_ = arena.template take<int32_t>(nodes + 2);
     moved_ = arena.template take<Uint>(words_for(nodes));
     order_ = arena.template take<int32_t>(nodes);
     size_begin_ = arena.template take<int32_t>(nodes + 1);
@@ -61,7 +64,8 @@ class TransportSimplex {
     start_.lay_out(arena, most_rows, cost_stride(most_columns));
   }
 
-  // The problem: cost [rows][cost_stride(columns)], masses as scale_masses makes them, largest the greatest |cost|.
+  // The problem: cost [rows][cost_stride(columns)], up to `largest_cost` in magnitude, and the perturbed masses. The
+  // start uses the masses up.
   Float* cost;
   int64_t* supply;
   int64_t* demand;
@@ -94,15 +98,15 @@ class TransportSimplex {
   // Pivots until no arc of negative reduced cost is found, in the arithmetic of Price. False: gave up.
   template <class Price>
   bool optimise(int64_t pivot_limit) {
-    for (;;) {
-      Arc arc;
-      if (!find_entering<Price>(arc)) return true;
-      if (pivots_++ == pivot_limit) return false;
-      if (words_ == 1)
-        pivot<true>(arc);
-      else
-        pivot<false>(arc);
+    Arc arc;
+    Candidate runner_up;
+    while (find_entering<Price>(arc, runner_up)) {
+      if (pivots_ >= pivot_limit) return false;
+      enter(arc);
+      // Most often still worth a pivot, and cheaper than a search.
+      if (best_of<Price>(runner_up, arc)) enter(arc);
     }
+    return true;
   }
 
   // All nodes, row 0 first and each after its parent, and the potentials computed anew in this order: pivots add up
@@ -123,6 +127,11 @@ class TransportSimplex {
   struct Arc {
     int64_t row, column;
     double reduced_cost;
+  };
+
+  // The arcs of a row to every lanes-th column from `column` on.
+  struct Candidate {
+    int64_t row, column;
   };
 
   // Potentials are read by vectors from any column on, and changed by words of the sets.
@@ -160,7 +169,8 @@ class TransportSimplex {
     const int64_t root = rows_ + column_of[slot - 1];
     // No arc, and everything is below it.
     above_[root] = {static_cast<int32_t>(root), static_cast<int32_t>(slot)};
-    std::fill(below_, below_ + nodes_ * words_, Uint(0));
+    std::fill(below_, below_ + (nodes_ + 1) * words_, Uint(0));
+    flow_[nodes_] = 0;
     add_below(slot, root);
     for (int64_t k = 0; k < slot; ++k) {
       const int64_t node = child_of(k);
@@ -242,120 +252,154 @@ class TransportSimplex {
   // The arc of lowest reduced cost in the first block of rows, counted from where the last search ended, that has one
   // below the tolerance.
   template <class Price>
-  bool find_entering(Arc& arc) {
+  bool find_entering(Arc& arc, Candidate& runner_up) {
     using V = Vector<Price>;
     using Bits = typename Simd<Price>::Uint;
     using BitVector = typename Simd<Price>::UintVector;
     constexpr int lanes = Simd<Price>::lanes;
-    constexpr int row_bits = 5, lane_bits = 4;
+    constexpr int rows_at_once = 4;
+    constexpr Bits index_mask = (1 << (row_bits + lane_bits)) - 1;
     const Price* potentials = prices<Price>();
     const Price* column_potentials = potentials + rows_;
     BitVector lane_numbers;
     for (int k = 0; k < lanes; ++k) lane_numbers[k] = Bits(k) << row_bits;
-    for (int64_t scanned = 0; scanned < rows_;) {
+    const int64_t stride = stride_, rows = rows_;
+    const Price limit = static_cast<Price>(-tolerance_);
+    for (int64_t scanned = 0; scanned < rows;) {
       const int64_t first = next_row_;
-      const int64_t count = std::min<int64_t>({block_rows, rows_ - first, rows_ - scanned});
-      V best = splat(static_cast<Price>(-tolerance_));
-      for (int64_t r = 0; r < count; ++r) {
-        const Float* row = cost + (first + r) * stride_;
-        V lowest = load_cost<Price>(row) + load<Price>(column_potentials);
-        for (int64_t c = lanes; c < stride_; c += lanes)
-          lowest = smaller<Price>(load_cost<Price>(row + c) + load<Price>(column_potentials + c), lowest);
-        lowest -= potentials[first + r];
-        // Numbers of row and lane in the last bits of the mantissa travel with the minimum.
-        BitVector bits;
-        std::memcpy(&bits, &lowest, sizeof(bits));
-        bits = (bits & ~Bits((1 << (row_bits + lane_bits)) - 1)) | (lane_numbers + Bits(r));
-        std::memcpy(&lowest, &bits, sizeof(bits));
-        best = smaller<Price>(lowest, best);
+      const int64_t count = std::min<int64_t>({block_rows, rows - first, rows - scanned});
+      V best = splat(limit);
+      for (int64_t r = 0; r < count; r += rows_at_once) {
+        // Rows beyond the last of the block are that row again, which changes nothing.
+        int64_t at[rows_at_once];
+        V lowest[rows_at_once];
+#pragma GCC unroll 4
+        for (int k = 0; k < rows_at_once; ++k) {
+          at[k] = std::min(r + k, count - 1);
+          lowest[k] = splat(static_cast<Price>(no_arc));
+        }
+        for (int64_t c = 0; c < stride; c += lanes) {
+          const V column = load<Price>(column_potentials + c);
+#pragma GCC unroll 4
+          for (int k = 0; k < rows_at_once; ++k)
+            lowest[k] = smaller<Price>(load_cost<Price>(cost + (first + at[k]) * stride + c) + column, lowest[k]);
+        }
+#pragma GCC unroll 4
+        for (int k = 0; k < rows_at_once; ++k) {
+          lowest[k] -= potentials[first + at[k]];
+          lowest[k] = pack_index<Price>(lowest[k], lane_numbers + Bits(at[k]), index_mask);
+        }
+        best = smaller<Price>(
+            smaller<Price>(smaller<Price>(lowest[0], lowest[1]), smaller<Price>(lowest[2], lowest[3])), best);
       }
       scanned += count;
-      next_row_ = first + count == rows_ ? 0 : first + count;
-      const Price lowest = horizontal_min<Price>(best);
-      if (!(lowest < static_cast<Price>(-tolerance_))) continue;
-      Bits bits;
-      std::memcpy(&bits, &lowest, sizeof(bits));
-      arc.row = first + static_cast<int64_t>(bits & ((1 << row_bits) - 1));
-      arc.reduced_cost = -tolerance_;
-      arc.column = -1;
-      for (int64_t j = bits >> row_bits & ((1 << lane_bits) - 1); j < columns_; j += lanes) {
-        const double r = reduced_cost(arc.row, j);
-        if (r < arc.reduced_cost) {
-          arc.reduced_cost = r;
-          arc.column = j;
-        }
-      }
-      if (arc.column >= 0) return true;
+      next_row_ = first + count == rows ? 0 : first + count;
+      Price lowest, next;
+      horizontal_two_lowest<Price>(best, splat(limit), lowest, next);
+      if (!(lowest < limit)) continue;
+      runner_up = candidate(next, first);
+      if (next == limit) runner_up.column = stride_;
+      if (best_of<Price>(candidate(lowest, first), arc)) return true;
     }
     return false;
   }
 
-  // Arcs from `node` up to where its way to the root meets that of `other` join the cycle from place `length` on.
-  // Returns the new length.
+  template <class Price>
+  static Candidate candidate(Price packed, int64_t first_row) {
+    typename Simd<Price>::Uint bits;
+    std::memcpy(&bits, &packed, sizeof(bits));
+    return {first_row + static_cast<int64_t>(bits & ((1 << row_bits) - 1)),
+            static_cast<int64_t>(bits >> row_bits & ((1 << lane_bits) - 1))};
+  }
+
+  // The candidate's arc of lowest reduced cost, if that is below the tolerance; in double, from the potentials as they
+  // are by now.
+  template <class Price>
+  FEWSHOT_EXT_INLINE bool best_of(const Candidate& candidate, Arc& arc) const {
+    double lowest = -tolerance_;
+    int64_t column = -1;
+    // To the end of the padding, which never wins, so that the number of turns is always the same.
+    for (int64_t j = candidate.column; j < stride_; j += Simd<Price>::lanes) {
+      const double r = reduced_cost(candidate.row, j);
+      const bool lower = r < lowest;
+      lowest = lower ? r : lowest;
+      column = lower ? j : column;
+    }
+    arc = {candidate.row, column, lowest};
+    return column >= 0;
+  }
+
+  FEWSHOT_EXT_INLINE void enter(const Arc& arc) {
+    ++pivots_;
+    if (words_ == 1)
+      pivot<true>(arc);
+    else
+      pivot<false>(arc);
+  }
+
+  struct Bottleneck {
+    int64_t flow, place;
+  };
+
+  // Arcs from `node` up to where its way to the root meets that of `other` join the cycle from the even place `length`
+  // on; returns the new length. Flow falls in even places: `lowest` becomes its lowest value, without branches, because
+  // none could be foreseen.
   template <bool one_word>
-  FEWSHOT_EXT_INLINE int64_t climb(int64_t node, int64_t other, int64_t length) {
+  FEWSHOT_EXT_INLINE int64_t climb(int64_t node, int64_t other, int64_t length, Bottleneck& lowest) {
     const int64_t words = one_word ? 1 : words_;
     const Uint* const sets = one_word ? below_ : below_ + other / word_bits;
     const Link* const above = above_;
+    const int64_t* const flow = flow_;
     int32_t* const cycle = cycle_;
-    for (;; ++length) {
-      const Link link = above[node];
-      if (sets[link.slot * words] >> (other % word_bits) & 1) return length;
-      cycle[length] = link.slot;
-      node = link.parent;
-    }
-  }
-
-  // Flow falls on every second arc of the cycle from each of its ends. Its lowest value, and where; without branches,
-  // because none could be foreseen.
-  FEWSHOT_EXT_INLINE void lowest_flow(int64_t begin, int64_t end, int64_t& lowest, int64_t& place) const {
-    for (int64_t k = begin; k < end; k += 2) {
-      const int64_t flow = flow_[cycle_[k]];
-      const int64_t lower = -int64_t(flow < lowest);
-      lowest ^= (lowest ^ flow) & lower;
-      place ^= (place ^ k) & lower;
+    const auto meets = [&](const Link& link) { return sets[link.slot * words] >> (other % word_bits) & 1; };
+    for (;;) {
+      const Link falling = above[node];
+      if (meets(falling)) return length;
+      const int64_t here = flow[falling.slot], lower = -int64_t(here < lowest.flow);
+      lowest.flow ^= (lowest.flow ^ here) & lower;
+      lowest.place ^= (lowest.place ^ length) & lower;
+      cycle[length++] = falling.slot;
+      const Link rising = above[falling.parent];
+      if (meets(rising)) return length;
+      cycle[length++] = rising.slot;
+      node = rising.parent;
     }
   }
 
   template <bool one_word>
   FEWSHOT_EXT_INLINE void pivot(const Arc& arc) {
     const int64_t row = arc.row, column = rows_ + arc.column;
-    const int64_t row_side = climb<one_word>(row, column, 0);
-    const int64_t length = climb<one_word>(column, row, row_side);
-    int64_t lowest = std::numeric_limits<int64_t>::max(), place = 0;
-    lowest_flow(0, row_side, lowest, place);
-    lowest_flow(row_side, length, lowest, place);
-    const int32_t leaving = cycle_[place];
-    change_flows(0, row_side, lowest);
-    change_flows(row_side, length, lowest);
-    flow_[leaving] = lowest;
+    Bottleneck lowest{std::numeric_limits<int64_t>::max(), 0};
+    int64_t length = climb<one_word>(row, column, 0, lowest);
+    cycle_[length] = static_cast<int32_t>(nodes_);  // no arc: makes the number of places even
+    const int64_t row_side = length + (length & 1);
+    length = climb<one_word>(column, row, row_side, lowest);
+    const int32_t leaving = cycle_[lowest.place];
+    const bool row_moves = lowest.place < row_side;
+    // First, because the next search for an arc reads what this writes.
+    shift_potentials<one_word>(below_ + leaving * words_, row_moves ? arc.reduced_cost : -arc.reduced_cost);
+    change_cycle<one_word>(length, leaving, lowest.flow);
     row_of[leaving] = static_cast<int32_t>(arc.row);
     column_of[leaving] = static_cast<int32_t>(arc.column);
-    change_sets<one_word>(length, leaving);
-    const bool row_moves = place < row_side;
     const int64_t end = row_moves ? row : column, new_parent = row_moves ? column : row;
     turn_links(end, {static_cast<int32_t>(new_parent), leaving}, leaving, [](int64_t) {});
-    shift_potentials<one_word>(row_moves ? arc.reduced_cost : -arc.reduced_cost);
   }
 
-  FEWSHOT_EXT_INLINE void change_flows(int64_t begin, int64_t end, int64_t change) {
-    int64_t* const flow = flow_;
-    const int32_t* const cycle = cycle_;
-    for (int64_t k = begin; k < end; ++k) {
-      change = -change;
-      flow[cycle[k]] += change;
-    }
-  }
-
+  // Flows and sets of the arcs on the cycle; the entering arc has the slot `leaving` afterwards.
   template <bool one_word>
-  FEWSHOT_EXT_INLINE void change_sets(int64_t length, int64_t leaving) {
+  FEWSHOT_EXT_INLINE void change_cycle(int64_t length, int64_t leaving, int64_t change) {
     const int64_t words = one_word ? 1 : words_;
     Uint *const below = below_, *const moved = moved_;
+    int64_t* const flow = flow_;
     const int32_t* const cycle = cycle_;
     std::copy(below + leaving * words, below + (leaving + 1) * words, moved);
     const Uint only = moved[0];
+    int64_t rise = -change;
     for (int64_t k = 0; k < length; ++k) {
-      Uint* const set = below + cycle[k] * words;
+      const int64_t slot = cycle[k];
+      flow[slot] += rise;
+      rise = -rise;
+      Uint* const set = below + slot * words;
       if constexpr (one_word) {
         *set ^= only;
       } else {
@@ -368,20 +412,22 @@ class TransportSimplex {
         }
       }
     }
+    flow[leaving] = change;
     std::copy(moved, moved + words, below + leaving * words);
   }
 
   template <bool one_word>
-  FEWSHOT_EXT_INLINE void shift_potentials(double change) {
+  FEWSHOT_EXT_INLINE void shift_potentials(const Uint* moved, double change) {
     UintVector lane_bits;
     for (int k = 0; k < node_lanes; ++k) lane_bits[k] = Uint(1) << k;
     const int64_t words = one_word ? 1 : words_;
-    const Uint* const moved = moved_;
     double* const potential = potential_;
     Float* const price = price_;
     for (int64_t w = 0; w < words; ++w) {
       Uint bits = moved[w];
-      for (int64_t k = w * word_bits; bits; k += node_lanes, bits >>= node_lanes % word_bits) {
+      if (!one_word && bits == 0) continue;
+      const int64_t begin = w * word_bits, end = std::min(begin + word_bits, padded_);
+      for (int64_t k = begin; k < end; k += node_lanes, bits >>= node_lanes) {
         const auto inside = (lane_bits & bits) != 0;
         const Vector<double> before = load(potential + k);
         const Vector<double> after = inside ? before + change : before;
@@ -394,11 +440,6 @@ class TransportSimplex {
       }
     }
   }
-
- public:
-  int64_t block_rows = 8;
-
- private:
   int64_t rows_, columns_, nodes_, padded_, words_, stride_;
   double tolerance_;
   int64_t pivots_, next_row_;

@@ -15,6 +15,23 @@ FEWSHOT_EXT_INLINE Vector<T> larger(const Vector<T>& a, const Vector<T>& b) {
   return a > b ? a : b;
 }
 
+// Values with the numbers in `index` in place of their last bits, those of `mask`: the number then travels with the
+// minimum at no cost.
+template <class T, class IndexVector>
+FEWSHOT_EXT_INLINE Vector<T> pack_index(const Vector<T>& values, const IndexVector& index,
+                                        typename Simd<T>::Uint mask) {
+  typename Simd<T>::UintVector bits;
+  std::memcpy(&bits, &values, sizeof(bits));
+  bits = (bits & ~mask) | index;
+  Vector<T> packed;
+  std::memcpy(&packed, &bits, sizeof(bits));
+#if defined(__x86_64__)
+  // Hidden from GCC, which would otherwise turn the minimum that follows into a comparison and a masked "or".
+  asm("" : "+x"(packed));
+#endif
+  return packed;
+}
+
 // Each lane gets the value of the lane that lies `distance`, a power of two, away.
 template <class T, int distance, int... lane>
 FEWSHOT_EXT_INLINE Vector<T> swap_lanes(const Vector<T>& v, std::integer_sequence<int, lane...>) {
