@@ -1,4 +1,4 @@
-// Primal simplex for one transportation problem by a team of threads: emd/simplex.h, for a GPU.
+// Primal simplex for one transportation problem by a team of threads of a GPU.
 //
 // A basis is a spanning tree of suppliers 0 .. n - 1 and consumers n .. n + m - 1. Its arcs have slots 0 .. n + m - 2,
 // and each node keeps the set of slots on its way to the root. When the arc (i, j) enters,
