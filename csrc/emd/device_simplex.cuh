@@ -1,4 +1,4 @@
-// Primal simplex for one transportation problem by a team of threads: emd/simplex.h, for a GPU.
+// Primal simplex for one transportation problem by a team of threads of a GPU.
 //
 // A basis is a spanning tree of suppliers 0 .. n - 1 and consumers n .. n + m - 1. Its arcs have slots 0 .. n + m - 2,
 // and each node keeps the set of slots on its way to the root. When the arc (i, j) enters,
@@ -73,7 +73,7 @@ class DeviceSimplex {
     // What the rounding of potentials, sums of costs along the tree, can make of a reduced cost of zero.
     tolerance_ = (n_ + m_) * 0x1p-50 * double(largest_cost);
     pivots_left_ = 100 * (n_ + m_) + 4 * n_ * m_;
-    start(std::ldexp(1.0, mass_bits) / supply_mass, std::ldexp(1.0, mass_bits) / demand_mass);
+    start(supply_mass, demand_mass);
     renew_potentials();
     if (!improve<Price>(std::is_same_v<Price, double> ? Price(tolerance_) : Price(0x1p-22) * largest_cost))
       return false;
@@ -118,6 +118,7 @@ class DeviceSimplex {
   // The best arc of all takes the fewest pivots, and that of some rows less time where a look at all is long.
   static constexpr int group_rows = Team::warps == 1 ? warp_lanes : 4;
   static constexpr int chunk_rows = Team::warps * group_rows;  // of several warps; one looks at all rows
+  static constexpr int rows_at_once = Team::warps == 1 ? 8 : group_rows;
   __device__ static __forceinline__ int pack(Arc arc) { return arc.supplier << 8 | arc.consumer; }
   __device__ static __forceinline__ Arc unpack(int packed) { return {packed >> 8 & 0xff, packed & 0xff}; }
 
@@ -149,12 +150,15 @@ class DeviceSimplex {
     return (bits & 0x80000000u ? bits : bits ^ 0x7fffffffu) | 1u;
   }
 
-  __device__ __forceinline__ void start(double supply_scale, double demand_scale) {
-    for (int v = team.thread(); v < Team::nodes; v += Team::threads)
+  __device__ __forceinline__ void start(double supply_mass, double demand_mass) {
+    team.sync();
+    for (int v = team.thread(); v < Team::nodes; v += Team::threads) {
       for (int w = 0; w < words; ++w) memory_.path[w][v] = 0;
+      if (v < n_ + m_) memory_.scratch[v] /= v < n_ ? supply_mass : demand_mass;
+    }
     team.sync();
     if (team.warp() == 0) {
-      choose_first_arcs(supply_scale, demand_scale);
+      choose_first_arcs();
       __syncwarp(all_lanes);
       join_first_arcs();
     }
@@ -168,9 +172,12 @@ class DeviceSimplex {
     team.sync();
   }
 
-  __device__ __forceinline__ int64_t supply(int i, double scale) const {
-    return (static_cast<int64_t>(llrint(memory_.scratch[i] * scale)) << row_bits) + 1;
+  // A node's share of the mass in units.
+  __device__ __forceinline__ int64_t units(int node) const {
+    return llrint(memory_.scratch[node] * double(int64_t(1) << mass_bits));
   }
+
+  __device__ __forceinline__ int64_t supply(int i) const { return (units(i) << row_bits) + 1; }
 
   // Where the start keeps what it takes for the usual cost of a column, until prices and tree costs come there.
   __device__ __forceinline__ Price& usual_cost(int j) {
@@ -195,17 +202,17 @@ class DeviceSimplex {
   // relative to the mean and the lowest of their column: without that, the first rows use up the columns that are cheap
   // for everybody, and the simplex takes half as many pivots again. Each arc uses up either its row or its column, and
   // only the last one uses up both.
-  __device__ __forceinline__ void choose_first_arcs(double supply_scale, double demand_scale) {
+  __device__ __forceinline__ void choose_first_arcs() {
     constexpr int columns_each = most_columns / warp_lanes;
     const int lane = team.lane();
     int64_t demand[columns_each], difference = 0, largest = 0;
-    for (int i = lane; i < n_; i += warp_lanes) difference += supply(i, supply_scale);
+    for (int i = lane; i < n_; i += warp_lanes) difference += supply(i);
 #pragma unroll
     for (int s = 0; s < columns_each; ++s) {
       const int j = lane + s * warp_lanes;
       demand[s] = 0;
       if (j < m_) {
-        const int64_t mass = llrint(memory_.scratch[n_ + j] * demand_scale);
+        const int64_t mass = units(n_ + j);
         demand[s] = (mass > 1 ? mass : 1) << row_bits;
         find_usual_cost(j);
       }
@@ -231,7 +238,7 @@ class DeviceSimplex {
         const int j = lane + s * warp_lanes;
         preferences[s] = demand[s] > 0 ? preference(static_cast<float>(cost_(i, j) - usual_cost(j))) : 0u;
       }
-      int64_t left = supply(i, supply_scale);
+      int64_t left = supply(i);
       while (left > 0) {
         unsigned best = 0;
         int64_t best_demand = 0;
@@ -325,6 +332,19 @@ class DeviceSimplex {
     return false;
   }
 
+  // The lowest of cost - price in column j and `count` rows from i on; all are `inside`, or the last before `end`
+  // stands in for those beyond. Without branches, so that the loads are under way together.
+  template <int count, bool inside, class T>
+  __device__ __forceinline__ T lowest_of_rows(const T* price, int i, int end, int j) const {
+    T lowest = std::numeric_limits<T>::infinity();
+#pragma unroll
+    for (int k = 0; k < count; ++k) {
+      const int row = inside || i + k < end ? i + k : end - 1;
+      lowest = min(lowest, T(cost_(row, j)) - price[row]);
+    }
+    return lowest;
+  }
+
   template <class T>
   __device__ __forceinline__ bool find_entering(T tolerance, int first_row, int end_row, Arc& entering) {
     const T* price = prices<T>();
@@ -334,16 +354,13 @@ class DeviceSimplex {
       const int first = first_row + group * group_rows;
       const int end = first + group_rows < end_row ? first + group_rows : end_row;
       for (int j = team.lane(); j < m_; j += warp_lanes) {
-        const auto without_column = [&](int i) { return T(cost_(i, j)) - price[i]; };
-        T lowest = std::numeric_limits<T>::infinity(), of_odd = lowest;
+        T lowest = std::numeric_limits<T>::infinity();
         int i = first;
-#pragma unroll 4
-        for (; i + 1 < end; i += 2) {
-          lowest = min(lowest, without_column(i));
-          of_odd = min(of_odd, without_column(i + 1));
-        }
-        if (i < end) lowest = min(lowest, without_column(i));
-        const T reduced_cost = min(lowest, of_odd) + price[n_ + j];
+        for (; i + rows_at_once <= end; i += rows_at_once)
+          lowest = min(lowest, lowest_of_rows<rows_at_once, true>(price, i, end, j));
+#pragma unroll 1
+        for (; i < end; i += 4) lowest = min(lowest, lowest_of_rows<4, false>(price, i, end, j));
+        const T reduced_cost = lowest + price[n_ + j];
         if (reduced_cost < best) {
           best = reduced_cost;
           best_group = group;

@@ -59,6 +59,16 @@ __device__ __forceinline__ T from_magnitude_bits(uint64_t bits) {
     return bit_cast<T>(static_cast<uint32_t>(bits));
 }
 
+struct Masses {
+  double supply, demand;
+
+  __device__ __forceinline__ bool agree() const {
+    const double larger = max(supply, demand);
+    return supply > 0 && demand > 0 && larger <= std::numeric_limits<double>::max() &&
+           std::abs(supply - demand) <= emd_mass_tolerance * larger;
+  }
+};
+
 // Problem `index` of a batch, solved by a team.
 template <class Storage, class Team, class Cost>
 class Solve {
@@ -83,8 +93,9 @@ class Solve {
     const bool good_masses = load_masses();
     cost_bits = simplex_.team.max(good_masses ? cost_bits : ~uint64_t(0));
     constexpr uint64_t infinity = sizeof(T) == 8 ? 0x7ff0000000000000ull : 0x7f800000ull;
-    const bool solved = cost_bits < infinity && masses_agree() &&
-                        simplex_.solve(supply_mass_, demand_mass_, from_magnitude_bits<T>(cost_bits)) && write();
+    const Masses masses = add_up_masses();
+    const bool solved = cost_bits < infinity && masses.agree() &&
+                        simplex_.solve(masses.supply, masses.demand, from_magnitude_bits<T>(cost_bits)) && write();
     if (!solved) poison();
   }
 
@@ -109,23 +120,21 @@ class Solve {
     return good;
   }
 
-  __device__ __forceinline__ bool masses_agree() {
-    supply_mass_ = sum(n_, [this](int i) { return memory_.scratch[i]; });
-    demand_mass_ = sum(m_, [this](int j) { return memory_.scratch[n_ + j]; });
-    const double larger = supply_mass_ > demand_mass_ ? supply_mass_ : demand_mass_;
-    return supply_mass_ > 0 && demand_mass_ > 0 && larger <= std::numeric_limits<double>::max() &&
-           std::abs(supply_mass_ - demand_mass_) <= emd_mass_tolerance * larger;
+  __device__ __forceinline__ Masses add_up_masses() const {
+    return {sum(n_, [this](int i) { return memory_.scratch[i]; }),
+            sum(m_, [this](int j) { return memory_.scratch[n_ + j]; })};
   }
 
-  // False if a flow is negative by more than the rounding of the masses explains.
+  // False if a flow is negative by more than the rounding of the masses explains, or a dual is not finite.
   __device__ __forceinline__ bool write() {
     for (int cell = simplex_.team.thread(); cell < n_ * m_; cell += Team::threads) flow()[cell] = 0;
     load_masses();
+    const Masses masses = add_up_masses();  // again, instead of registers that hold them all the while
     simplex_.move_root();
 
     double flows[Team::nodes_each];
     double lowest = 0;
-    const double match = supply_mass_ / demand_mass_;
+    const double match = masses.supply / masses.demand;
     simplex_.each_slot([&](int s, int slot, Arc arc) {
       const bool supplier_is_child = simplex_.supplier_is_child(slot, arc);
       double of_suppliers = 0, of_consumers = 0;
@@ -143,9 +152,13 @@ class Solve {
       memory_.arc[slot] = depth;
     });
     const double rounding = (n_ + m_) * (1 / double(int64_t(1) << Simplex::mass_bits) + 0x1p-52);
-    const double deficit = from_magnitude_bits<double>(simplex_.team.max(magnitude_bits(lowest)));
+    // Sums of costs that leave the range of a double would pass any comparison.
+    uint64_t deficit_bits = magnitude_bits(lowest);
+    for (int v = simplex_.team.thread(); v < n_ + m_; v += Team::threads)
+      if (!(std::abs(memory_.potential[v]) <= std::numeric_limits<double>::max())) deficit_bits = ~uint64_t(0);
+    const double deficit = from_magnitude_bits<double>(simplex_.team.max(deficit_bits));
     simplex_.team.sync();
-    if (!(deficit <= rounding * supply_mass_)) return false;
+    if (!(deficit <= rounding * masses.supply)) return false;
 
     simplex_.each_slot([&](int s, int slot, Arc arc) {
       const int depth = memory_.arc[slot];
@@ -190,7 +203,6 @@ class Solve {
   Memory& memory_;
   const Cost cost_;
   Simplex simplex_;
-  double supply_mass_ = 0, demand_mass_ = 0;
 };
 
 }  // namespace emd_device
@@ -243,6 +255,7 @@ __global__ void __launch_bounds__(EmdWarps::threads, EmdWarps::blocks_of_process
 template <int most_nodes>
 struct EmdBlock {
   using Team = fewshot_ext::Team<most_nodes, most_nodes>;
+  static constexpr int blocks_of_processor = most_nodes <= 128 ? 6 : 2;  // at least 64 registers a thread
   static constexpr int64_t most_of_a_side = most_nodes < 256 ? most_nodes : 256;
 
   static bool take(int64_t n, int64_t m) { return n + m <= most_nodes && n <= most_of_a_side && m <= most_of_a_side; }
@@ -250,7 +263,7 @@ struct EmdBlock {
 
 // A block each.
 template <class Storage, int most_nodes>
-__global__ void __launch_bounds__(most_nodes, 1024 / most_nodes)
+__global__ void __launch_bounds__(most_nodes, EmdBlock<most_nodes>::blocks_of_processor)
     emd_by_blocks(const __grid_constant__ EmdProblemOf<Storage> p) {
   using Team = typename EmdBlock<most_nodes>::Team;
   using Solve = emd_device::Solve<Storage, Team, GlobalCost<Storage>>;

@@ -7,6 +7,8 @@ import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
+import fewshot_ext  # noqa: F401, loads the operators
+
 from ..simt import build
 from .simt_backend import emd, emd_flow_backward, emulated, kernels
 
@@ -162,6 +164,20 @@ def test_value_of_integers_is_exact(n, m):
         demand[:, 0] += short.clamp(min=0)
         value, flow, *_ = emd(cost, supply, demand)
         assert torch.equal(flow, flow.round()) and torch.equal(value, (cost * flow).sum((1, 2)))
+
+
+@pytest.mark.parametrize("n, m", ((7, 12), (40, 30)))
+def test_ends_of_the_range(n, m):
+    cost, supply, demand = draw("random", 2, n, m, torch.float64)
+    expected = emd(cost, supply, demand)
+    for of_cost, of_mass in ((1.0, 2.0**-1000), (1.0, 2.0**1000), (2.0**-1000, 1.0), (2.0**1000, 1.0)):
+        results = emd(cost * of_cost, supply * of_mass, demand * of_mass)
+        scales = (of_cost * of_mass, of_mass, of_cost, of_cost)
+        for result, scale, other in zip(results, scales, expected, strict=False):
+            torch.testing.assert_close(result / scale, other, rtol=0, atol=1e-12)
+    # Beyond it, no numbers rather than wrong ones.
+    results = emd(cost * 1.7e308, supply, demand)
+    assert all(x.isnan().all() or x.isfinite().all() for x in results[:4])
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
