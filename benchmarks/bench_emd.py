@@ -133,7 +133,7 @@ def plot(path: Path, rows: list[dict[str, object]]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(KINDS), figsize=(11, 4.5), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(1, len(KINDS), figsize=(11, 5), sharey=True, layout="constrained")
     for axis, kind in zip(axes, KINDS, strict=True):
         mine = [row for row in rows if row["kind"] == kind and row["problems"] == EPISODE]
         for name in dict.fromkeys(row["contender"] for row in mine):
@@ -152,7 +152,7 @@ def plot(path: Path, rows: list[dict[str, object]]) -> None:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("microseconds a problem")
-    axes[-1].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
