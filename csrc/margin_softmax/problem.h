@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace fewshot_ext {
+#include "common/dtype.h"
 
-enum class Dtype : int { float32, float64, bfloat16, float16 };
+namespace fewshot_ext {
 
 enum class Reduction : int { none = 0, mean = 1, sum = 2 };
 

@@ -12,14 +12,15 @@ from torch import Tensor
 
 from ..simt import build
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # the codes of csrc/margin_softmax/problem.h
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # the codes of csrc/common/dtype.h
+HERE = Path(__file__).resolve().parent
 _one_at_a_time = threading.Lock()  # autograd may run a backward pass on another thread
 
 
 @functools.cache
 def _build():
     try:
-        return build.load("simt_kernels_of_fewshot_ext", Path(__file__).with_name("simt_kernels.cpp")), None
+        return build.load("simt_kernels_of_fewshot_ext", *sorted(HERE.glob("simt_*.cpp")), includes=(HERE,)), None
     except RuntimeError as error:  # kept, or every test would compile again to fail
         return None, error
 

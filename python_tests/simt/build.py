@@ -59,27 +59,27 @@ def sanitizer_environment():
     }
 
 
-def load(name, source, includes=()):
-    """Imports the module `name` that `source` binds, compiled first where need be."""
-    path = build(name, Path(source), tuple(includes))
+def load(name, *sources, includes=()):
+    """Imports the module `name` that `sources` bind, compiled first where need be."""
+    path = build(name, tuple(map(Path, sources)), tuple(includes))
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def build(name, source, includes=()):
+def build(name, sources, includes=()):
     import pybind11
 
     system = (sysconfig.get_path("include"), pybind11.get_include())
     include_flags = [flag for path in (*INCLUDES, *includes) for flag in ("-I", str(path))]
     include_flags += [flag for path in system for flag in ("-isystem", path)]
     jobs = []
-    for unit in (source, *RUNTIME):
+    for unit in (*sources, *RUNTIME):
         if sanitized():
             flags = (*KERNEL_FLAGS, *SANITIZED)
         else:
-            flags = (*KERNEL_FLAGS, *TRACKED) if unit == source else ("-O2",)
+            flags = (*KERNEL_FLAGS, *TRACKED) if unit in sources else ("-O2",)
         jobs.append((unit, [CXX, *COMMON_FLAGS, *flags, *include_flags]))
     link = [CXX, "-shared", *(SANITIZED if sanitized() else ())]
 
