@@ -5,8 +5,8 @@
 A batch is one episode, 375 problems in float32, as networks make them. POT and HiGHS get them in float64, their own
 type. The first values of every contender are compared with those of HiGHS before anything is timed, and one that is
 wrong is left out: OpenCV ends after 500 pivots, optimal or not. Contenders take turns; where one is slow a call of it
-solves fewer problems. Figures are microseconds a problem. A second table has batches from 1 to 100,000, and a plot the
-growth of the times with the number of points.
+solves fewer problems. Figures are microseconds a problem; pivots are those of fewshot_ext, on average. A second table
+has batches from 1 to 100,000, and a plot the growth of the times with the number of points.
 """
 
 import time
@@ -68,6 +68,11 @@ class Batch:
             return value.detach()
 
         return Contender(self.problems, call)
+
+    def pivots(self) -> float:
+        """How often the solver of fewshot_ext changes its basis, on average."""
+        *_, pivots = torch.ops.fewshot_ext.emd(*(tensor[:EPISODE] for tensor in self.tensors))
+        return pivots.double().mean().item()
 
     def peer(self, solve: Callable, seconds: float) -> Contender:
         problems = affordable(partial(solve, *self.arrays[0]), len(self.arrays), seconds)
@@ -176,26 +181,38 @@ def main() -> None:
     machine = harness.machine("POT", "opencv-python-headless", "scipy", "cvxpylayers")
     rows: list[dict[str, object]] = []
 
-    def run(kind: str, points: int, problems: int, named: Callable[[Batch], dict[str, Contender]]) -> dict:
+    def run(
+        kind: str, points: int, problems: int, named: Callable[[Batch], dict[str, Contender]]
+    ) -> tuple[dict[str, tuple[harness.Timing, float]], float]:
         batch = Batch(kind, points, problems)
         found = measure(batch, named(batch), options.seconds)
         for name, (timing, error) in found.items():
             row = {"kind": kind, "points": points, "problems": problems, "contender": name}
             row.update({f"{part}_us": f"{getattr(timing, part):.4f}" for part in ("p20", "p50", "p80")})
+            row["pivots"] = f"{batch.pivots():.1f}" if name.startswith("fewshot_ext") else ""
             row.update(turns=timing.turns, relative_error=f"{error:.1e}", **machine)
             # The peers know nothing of torch's threads.
             row["threads"] = threads if name == ours(threads) else 1
             rows.append(row)
-        return found
+        return found, batch.pivots()
 
     one, several, backward = ours(1), ours(threads), ours(1, backward=True)
     columns = list(dict.fromkeys((POT, OPENCV, HIGHS, one, several)))
-    header = ["data", "n = m", *columns, "faster than POT, 1 thread", backward, LAYER, "faster than the layer"]
+    header = [
+        "data",
+        "n = m",
+        "pivots",
+        *columns,
+        "faster than POT, 1 thread",
+        backward,
+        LAYER,
+        "faster than the layer",
+    ]
     table = []
     for kind in KINDS:
         for points in POINTS:
-            found = run(kind, points, EPISODE, lambda batch: contenders(batch, threads, options.seconds / 40))
-            table.append([kind, points, *cells(found, columns), against(found, POT, one)])
+            found, pivots = run(kind, points, EPISODE, lambda batch: contenders(batch, threads, options.seconds / 40))
+            table.append([kind, points, harness.significant(pivots), *cells(found, columns), against(found, POT, one)])
             table[-1] += [*cells(found, (backward, LAYER)), against(found, LAYER, backward)]
             print(harness.markdown_table(header, table[-1:]), flush=True)
 
@@ -208,7 +225,7 @@ def main() -> None:
             named = contenders(batch, threads, options.seconds / 40)
             return {name: named[name] for name in batch_columns if name in named}
 
-        found = run(KINDS[0], BATCH_POINTS, problems, of_batch)
+        found, _ = run(KINDS[0], BATCH_POINTS, problems, of_batch)
         batch_table.append([f"{problems:,}", *cells(found, batch_columns), against(found, POT, several)])
         print(harness.markdown_table(batch_header, batch_table[-1:]), flush=True)
 

@@ -15,6 +15,6 @@ STABLE_TORCH_LIBRARY(fewshot_ext, m) {
   m.def("scale_gradients_(Tensor(a!) first, Tensor(b!) second, Tensor factor) -> ()");
   m.def(
       "emd(Tensor cost, Tensor supply, Tensor demand) "
-      "-> (Tensor value, Tensor flow, Tensor supply_dual, Tensor demand_dual, Tensor basis)");
+      "-> (Tensor value, Tensor flow, Tensor supply_dual, Tensor demand_dual, Tensor basis, Tensor pivots)");
   m.def("emd_flow_backward(Tensor grad_flow, Tensor basis) -> (Tensor grad_supply, Tensor grad_demand)");
 }

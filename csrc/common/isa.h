@@ -19,6 +19,10 @@
 #define FEWSHOT_EXT_TARGET_END FEWSHOT_EXT_PRAGMA(GCC pop_options)
 #endif
 
+// What cpu_capability() asks of the processor, as the compiler wants it.
+#define FEWSHOT_EXT_AVX2 "avx2,fma"
+#define FEWSHOT_EXT_AVX512 "avx512f,avx512dq,avx512bw,avx512vl,avx2,fma"
+
 #define FEWSHOT_EXT_INLINE inline __attribute__((always_inline))
 
 namespace fewshot_ext {

@@ -253,6 +253,7 @@ class EmdSolver {
         ship(i, j, demand[j], supply[i]);
     }
     problem_.value[index] = static_cast<Accumulate>(value);
+    problem_.pivots[index] = static_cast<int32_t>(simplex_.pivots());
     return lowest >= -total_ * (n_ + m_) * (std::ldexp(1.0, -mass_bits_) + 0x1p-52);
   }
 

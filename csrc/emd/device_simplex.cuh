@@ -72,7 +72,7 @@ class DeviceSimplex {
   __device__ __forceinline__ bool solve(double supply_mass, double demand_mass, Price largest_cost) {
     // What the rounding of potentials, sums of costs along the tree, can make of a reduced cost of zero.
     tolerance_ = (n_ + m_) * 0x1p-50 * double(largest_cost);
-    pivots_left_ = 100 * (n_ + m_) + 4 * n_ * m_;
+    pivots_left_ = most_pivots();
     start(supply_mass, demand_mass);
     renew_potentials();
     if (!improve<Price>(std::is_same_v<Price, double> ? Price(tolerance_) : Price(0x1p-22) * largest_cost))
@@ -85,6 +85,8 @@ class DeviceSimplex {
     }
     return true;
   }
+
+  __device__ __forceinline__ int pivots() const { return most_pivots() - pivots_left_; }
 
   // The root becomes supplier 0. Ends with a barrier.
   __device__ __forceinline__ void move_root() {
@@ -119,6 +121,8 @@ class DeviceSimplex {
   static constexpr int group_rows = Team::warps == 1 ? warp_lanes : 4;
   static constexpr int chunk_rows = Team::warps * group_rows;  // of several warps; one looks at all rows
   static constexpr int rows_at_once = Team::warps == 1 ? 8 : group_rows;
+  __device__ __forceinline__ int most_pivots() const { return 100 * (n_ + m_) + 4 * n_ * m_; }
+
   __device__ static __forceinline__ int pack(Arc arc) { return arc.supplier << 8 | arc.consumer; }
   __device__ static __forceinline__ Arc unpack(int packed) { return {packed >> 8 & 0xff, packed & 0xff}; }
 
@@ -311,8 +315,9 @@ class DeviceSimplex {
   __device__ __forceinline__ bool improve(T tolerance) {
     Arc entering;
     while (find_entering(tolerance, entering)) {
-      if (pivots_left_-- == 0) return false;
+      if (pivots_left_ == 0) return false;
       if (!pivot(entering)) return true;
+      --pivots_left_;
     }
     return true;
   }

@@ -173,7 +173,10 @@ class Solve {
     write_duals();
     simplex_.team.sync();
     const double value = sum(n_ + m_ - 1, [this](int slot) { return memory_.scratch[slot]; });
-    if (simplex_.team.thread() == 0) p_.value[index_] = static_cast<T>(value);
+    if (simplex_.team.thread() == 0) {
+      p_.value[index_] = static_cast<T>(value);
+      p_.pivots[index_] = simplex_.pivots();
+    }
     return true;
   }
 
@@ -194,7 +197,10 @@ class Solve {
     for (int j = simplex_.team.thread(); j < m_; j += Team::threads) p_.demand_dual[index_ * m_ + j] = nan;
     for (int k = simplex_.team.thread(); k < n_ + m_ - 1; k += Team::threads)
       basis()[k] = k < m_ ? k : (k - m_ + 1) * m_;
-    if (simplex_.team.thread() == 0) p_.value[index_] = nan;
+    if (simplex_.team.thread() == 0) {
+      p_.value[index_] = nan;
+      p_.pivots[index_] = 0;
+    }
   }
 
   const EmdProblemOf<Storage>& p_;

@@ -29,6 +29,7 @@ struct EmdProblem {
   // [B, n + m - 1]: the arcs i * m + j of the optimal tree, in an order in which each joins one node to the tree of
   // those before it, starting from supplier 0.
   int32_t* basis = nullptr;
+  int32_t* pivots = nullptr;  // [B]: arcs that entered the first tree
 };
 
 enum class EmdFault : int { none, cost, supply, demand, no_mass, unequal_mass, not_optimal };

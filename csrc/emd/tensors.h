@@ -43,7 +43,7 @@ void copy_strides(const Tensor& tensor, int64_t (&strides)[dimensions]) {
   for (int k = 0; k < dimensions; ++k) strides[k] = tensor.stride(k);
 }
 
-using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class Kernels, class Storage>
 void solve(const Tensor& cost, const Tensor& supply, const Tensor& demand, Results& results) {
@@ -58,12 +58,13 @@ void solve(const Tensor& cost, const Tensor& supply, const Tensor& demand, Resul
   copy_strides(cost, problem.cost_strides);
   copy_strides(supply, problem.supply_strides);
   copy_strides(demand, problem.demand_strides);
-  auto& [value, flow, supply_dual, demand_dual, basis] = results;
+  auto& [value, flow, supply_dual, demand_dual, basis, pivots] = results;
   problem.value = static_cast<Accumulate*>(value.mutable_data_ptr());
   problem.flow = static_cast<Accumulate*>(flow.mutable_data_ptr());
   problem.supply_dual = static_cast<Accumulate*>(supply_dual.mutable_data_ptr());
   problem.demand_dual = static_cast<Accumulate*>(demand_dual.mutable_data_ptr());
   problem.basis = static_cast<int32_t*>(basis.mutable_data_ptr());
+  problem.pivots = static_cast<int32_t*>(pivots.mutable_data_ptr());
   Kernels::run(problem, cost);
 }
 
@@ -76,7 +77,8 @@ Results forward(Tensor cost, Tensor supply, Tensor demand) {
   Results results{
       torch::stable::new_empty(cost, {batch}, accumulate), torch::stable::new_empty(cost, {batch, n, m}, accumulate),
       torch::stable::new_empty(cost, {batch, n}, accumulate), torch::stable::new_empty(cost, {batch, m}, accumulate),
-      torch::stable::new_empty(cost, {batch, n + m - 1}, ScalarType::Int)};
+      torch::stable::new_empty(cost, {batch, n + m - 1}, ScalarType::Int),
+      torch::stable::new_empty(cost, {batch}, ScalarType::Int)};
   if (batch == 0) return results;
   switch (cost.scalar_type()) {
     case ScalarType::Float:

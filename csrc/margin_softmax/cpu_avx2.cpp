@@ -18,7 +18,7 @@
 #if defined(__x86_64__)
 #define FEWSHOT_EXT_ISA avx2
 #define FEWSHOT_EXT_VECTOR_BYTES 32
-FEWSHOT_EXT_TARGET_BEGIN("avx2,fma")
+FEWSHOT_EXT_TARGET_BEGIN(FEWSHOT_EXT_AVX2)
 #include "margin_softmax/cpu_kernel.h"
 FEWSHOT_EXT_TARGET_END
 #endif

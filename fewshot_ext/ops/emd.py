@@ -16,6 +16,7 @@ from torch import Tensor
 from fewshot_ext.ops._autograd import accumulate_dtype, differentiable, first_derivative_only, merged_batch
 from fewshot_ext.ops._validation import check_device, check_flag, check_floating, check_tensor, is_traced
 
+MOST_POINTS_ON_CUDA = 256  # of csrc/emd: suppliers, and consumers, that its CUDA kernels take
 MASS_TOLERANCE = 1e-4  # of csrc/emd: by how much, relatively, the masses of supply and demand may differ
 # By how much a certificate may miss the exact conditions, relatively: some roundings of the results in float32, and in
 # float64 the solver's own, which grow with the number of points, for the largest problems that it takes.
@@ -56,6 +57,7 @@ def _(cost, supply, demand):
         cost.new_empty([batch, n], dtype=accumulate),
         cost.new_empty([batch, m], dtype=accumulate),
         cost.new_empty([batch, n + m - 1], dtype=torch.int32),
+        cost.new_empty([batch], dtype=torch.int32),
     )
 
 
@@ -66,8 +68,8 @@ def _(grad_flow, basis):
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    _, flow, supply_dual, demand_dual, basis = output
-    ctx.mark_non_differentiable(supply_dual, demand_dual, basis)
+    _, flow, supply_dual, demand_dual, basis, pivots = output
+    ctx.mark_non_differentiable(supply_dual, demand_dual, basis, pivots)
     ctx.set_materialize_grads(False)
     ctx.dtype = inputs[0].dtype
     ctx.save_for_backward(flow, supply_dual, demand_dual, basis)
@@ -233,6 +235,11 @@ def _checked(cost: object, supply: object, demand: object) -> dict[str, Tensor]:
     n, m = cost.shape[-2:]
     if n == 0 or m == 0:
         raise ValueError(f"cost: expected at least one point on each side, got shape {list(cost.shape)}")
+    if cost.is_cuda and max(n, m) > MOST_POINTS_ON_CUDA:
+        raise ValueError(
+            f"cost: expected n and m of at most {MOST_POINTS_ON_CUDA} on CUDA devices, got shape {list(cost.shape)}; "
+            "the CPU takes larger problems"
+        )
     for name, size in (("supply", n), ("demand", m)):
         marginal = tensors.get(name)
         if marginal is None:
@@ -349,7 +356,7 @@ def emd(
     if len(dtypes) > 1:
         problem = {name: tensor.to(accumulate_dtype(tensor.dtype)) for name, tensor in problem.items()}
     try:
-        value, flow, supply_dual, demand_dual, _ = _call_emd(*problem.values())
+        value, flow, supply_dual, demand_dual, *_ = _call_emd(*problem.values())
     except RuntimeError:
         # On the CPU the kernel looks at every value before it does anything: a look from here first costs more.
         if cost.device.type == "cpu":

@@ -133,7 +133,7 @@ def _bounds(problem: Problem, upstream: Sequence[Tensor], operand_error: float) 
 def _overloads(problem: Problem):
     operators = torch.ops.fewshot_ext
     arguments = tuple(problem.tensors[name] for name in NAMES)
-    *_, basis = operators.emd(*(tensor.detach() for tensor in arguments))
+    *_, basis, _ = operators.emd(*(tensor.detach() for tensor in arguments))
     grad_flow = torch.linspace(-1, 1, arguments[0].numel(), device=basis.device).view(arguments[0].shape)
     # A constant, because the backward operator refuses to be differentiated.
     return [(operators.emd.default, arguments), (operators.emd_flow_backward.default, (grad_flow, basis))]

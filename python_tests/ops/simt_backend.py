@@ -182,7 +182,7 @@ def _scale_gradients(first, second, factor):
 
 
 def emd(cost: Tensor, supply: Tensor, demand: Tensor) -> tuple[Tensor, ...]:
-    """The operator of this name; value, flow, supply_dual, demand_dual, basis."""
+    """The operator of this name; value, flow, supply_dual, demand_dual, basis, pivots."""
     batch, suppliers, consumers = cost.shape
     accumulate = torch.float64 if cost.dtype == torch.float64 else torch.float32
     results = {
@@ -191,6 +191,7 @@ def emd(cost: Tensor, supply: Tensor, demand: Tensor) -> tuple[Tensor, ...]:
         "supply_dual": _poison([batch, suppliers], cost, accumulate),
         "demand_dual": _poison([batch, consumers], cost, accumulate),
         "basis": torch.full([batch, suppliers + consumers - 1], -(2**30), dtype=torch.int32),
+        "pivots": torch.full([batch], -1, dtype=torch.int32),
     }
     inputs = {"cost": cost, "supply": supply, "demand": demand}
     if batch:

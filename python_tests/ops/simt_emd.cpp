@@ -29,6 +29,7 @@ void emd_of(const py::dict& fields) {
   problem.supply_dual = pointer<Accumulate<Storage>>(fields, "supply_dual");
   problem.demand_dual = pointer<Accumulate<Storage>>(fields, "demand_dual");
   problem.basis = pointer<int32_t>(fields, "basis");
+  problem.pivots = pointer<int32_t>(fields, "pivots");
   SimtDevice device(1);
   emd_on_gpu<Storage>(device, problem);
 }

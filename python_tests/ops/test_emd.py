@@ -10,10 +10,11 @@ from emd_peers import highs
 from emd_problems import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fewshot_ext
-from fewshot_ext import EMD, reference
-from fewshot_ext.ops.emd import CERTIFICATE_TOLERANCE, certificate
+from fewshot_ext import EMD, _library, reference
+from fewshot_ext.ops.emd import CERTIFICATE_TOLERANCE, MOST_POINTS_ON_CUDA, certificate
 
 from .contract import BACKENDS, DTYPES, on_backends, threads
 from .emd_case import BAD_INPUTS, NAMES, planted
@@ -324,3 +325,27 @@ def test_kernel_refuses_what_would_read_foreign_memory(change):
 
 def test_public_names():
     assert {"EMD", "emd"} <= set(fewshot_ext.__all__)
+
+
+def test_more_points_than_the_cuda_kernels_take(monkeypatch):
+    """The error names the argument before any native call; a fake tensor stands in for one on a GPU."""
+    monkeypatch.setattr(_library, "require_cuda", lambda device: None)
+    with FakeTensorMode():
+        for shape in ([2, MOST_POINTS_ON_CUDA + 1, 3], [2, 3, MOST_POINTS_ON_CUDA + 1]):
+            with pytest.raises(ValueError, match=r"cost: expected n and m of at most 256 on CUDA devices, got shape"):
+                fewshot_ext.emd(torch.empty(shape, device="cuda"))
+        fits = fewshot_ext.emd(torch.empty(2, MOST_POINTS_ON_CUDA, 3, device="cuda"))
+        assert fits.flow.shape == (2, MOST_POINTS_ON_CUDA, 3)
+
+
+@ON_ALL
+def test_pivots(backend):
+    """None where the first tree is the only one, some where the start is wrong, and the same in every run."""
+    with backend.activate():
+        for n, m in ((1, 1), (1, 7), (6, 1)):
+            problem = (tensor.to(backend.device) for tensor in instances("uniform", 5, n, m))
+            *_, pivots = torch.ops.fewshot_ext.emd(*problem)
+            assert pivots.tolist() == [0] * 5
+        problem = [tensor.to(backend.device) for tensor in instances("uniform", 20, 12, 12)]
+        first, second = (torch.ops.fewshot_ext.emd(*problem)[-1] for _ in range(2))
+        assert torch.equal(first, second) and first.min() >= 0 and first.max() > 0

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
     shutil.which(build.CXX) is None, reason=f"no compiler {build.CXX} for the emulator's kernels"
 )
 
-NAMES = ("value", "flow", "supply_dual", "demand_dual", "basis")
+NAMES = ("value", "flow", "supply_dual", "demand_dual", "basis", "pivots")
 # A warp takes up to 64 nodes, blocks of two sizes up to 128 and beyond.
 SMALL = ((1, 1), (1, 5), (6, 1), (5, 7), (25, 25), (15, 49), (49, 15), (63, 1), (1, 63), (32, 32))
 LARGE = ((33, 32), (49, 49), (127, 1), (1, 128), (100, 60), (3, 256))
@@ -85,7 +85,7 @@ KINDS = (
 def assert_optimal(cost: Tensor, supply: Tensor, demand: Tensor, results: tuple[Tensor, ...]) -> None:
     """Feasible on both sides and without a gap, in float64, up to the rounding of the results' dtype."""
     value, flow, u, v = (x.double() for x in results[:4])
-    basis = results[4]
+    basis, pivots = results[4:]
     n, m = cost.shape[1:]
     eps = torch.finfo(results[0].dtype).eps
     cost, supply, demand = cost.double(), supply.double(), demand.double()
@@ -106,6 +106,8 @@ def assert_optimal(cost: Tensor, supply: Tensor, demand: Tensor, results: tuple[
     assert ((value - of_duals).abs() <= rounding * scale * mass).all()
     assert ((value - (cost * flow).sum((1, 2))).abs() <= rounding * scale * mass).all()
     assert ((u.mean(1) - v.mean(1)).abs() <= 4 * eps * scale).all()
+
+    assert (pivots >= 0).all()
 
     for arcs, flow_of_one in zip(basis.tolist(), flow.flatten(1), strict=True):
         assert_grows_from_supplier_0(arcs, n, m)
