@@ -18,18 +18,16 @@ from pathlib import Path
 import emd_peers
 import harness
 import torch
-from emd_problems import FAMILIES
+from emd_problems import EPISODE, float32_batch
 from torch import Tensor
 
 import fewshot_ext
 from fewshot_ext._extras import is_installed, require
 
-EPISODE = 375
 KINDS = ("deepemd", "uniform")
 POINTS = (9, 25, 49, 100, 196)
 BATCHES = (1, 10, 100, 1000, 10_000, 100_000)
 BATCH_POINTS = 25
-DRAWN = 1000  # problems; longer batches repeat them
 JUDGED = 5  # problems of a batch that are compared with HiGHS
 WRONG = 1e-4  # relative error of a value beyond which nothing is timed
 LAYER_POINTS = 25  # beyond, a call of the quadratic layer takes seconds
@@ -50,10 +48,8 @@ class Contender:
 
 class Batch:
     def __init__(self, kind: str, points: int, problems: int) -> None:
-        drawn = FAMILIES[kind](min(problems, DRAWN), points, points, torch.Generator().manual_seed(0))
-        copies = -(-problems // DRAWN)
         self.points, self.problems = points, problems
-        self.tensors = [tensor.float().repeat(copies, *[1] * (tensor.dim() - 1))[:problems] for tensor in drawn]
+        self.tensors = float32_batch(kind, points, problems)
         first = (tensor[:EPISODE].double().numpy() for tensor in self.tensors)
         self.arrays = list(zip(*first, strict=True))
 

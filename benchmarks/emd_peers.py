@@ -15,6 +15,13 @@ def pot(cost: ndarray, supply: ndarray, demand: ndarray) -> float:
     return float(log["cost"])
 
 
+def pot_flow(cost: ndarray, supply: ndarray, demand: ndarray) -> ndarray:
+    """With the demand scaled to the mass of the supply, for rounded masses differ and POT would lose the difference."""
+    import ot
+
+    return ot.emd(supply, demand * (supply.sum() / demand.sum()), cost)
+
+
 def opencv(cost: ndarray, supply: ndarray, demand: ndarray) -> float:
     """In float32, all that it takes. It returns the cost of a unit of mass."""
     import cv2

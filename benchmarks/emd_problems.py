@@ -153,3 +153,13 @@ FAMILIES: dict[str, Family] = {
         plane,
     )
 }
+
+EPISODE = 375  # problems of a 5-way episode with 15 queries a class
+_DRAWN = 1000
+
+
+def float32_batch(kind: str, points: int, problems: int, seed: int = 0) -> list[Tensor]:
+    """Problems of a family as networks make them, in float32; long batches repeat the first 1000."""
+    drawn = FAMILIES[kind](min(problems, _DRAWN), points, points, torch.Generator().manual_seed(seed))
+    copies = -(-problems // _DRAWN)
+    return [tensor.float().repeat(copies, *[1] * (tensor.dim() - 1))[:problems] for tensor in drawn]

@@ -7,16 +7,17 @@ operator normalises too; they are named "no margin" and compared with the refere
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
+import gpu_rows
 import gpu_timing
 import harness
 import torch
 import torch.nn.functional as F
 from bench_margin_softmax import CASES, COMPILED, EAGER, MARGIN, OURS, SCALE, Case
-from gpu_comparison import Comparison, Contender, Outcome
-from gpu_document import Goal, table
+from gpu_comparison import Comparison, Contender
+from gpu_document import Goal
 from gpu_worker import one_line
 from torch import Tensor
 
@@ -200,9 +201,7 @@ def measure(job: str, bench) -> list[dict]:
         "dtype": name,
         "input_sets": count,
     }
-    floors = floor_columns(case, name, gemm, bench.rates)
-    ours = next(outcome.timings for outcome in outcomes if outcome.name == OURS)
-    return [{**common, **row} for outcome in outcomes for row in rows(outcome, floors, ours)]
+    return gpu_rows.of_outcomes(outcomes, OURS, common, floor_columns(case, name, gemm, bench.rates))
 
 
 def floor_columns(case: Case, dtype: str, gemm: float, rates: Mapping[str, float]) -> dict[str, float]:
@@ -216,120 +215,52 @@ def floor_columns(case: Case, dtype: str, gemm: float, rates: Mapping[str, float
     return {**floors, "floor_ms": max(gemm, floors.get("copy_ms", 0.0))}
 
 
-def rows(outcome: Outcome, floors: dict[str, float], ours: dict[str, harness.Timing]) -> Iterator[dict]:
-    """One for each kind of timing, and one without times for a contender that was not timed."""
-    for kind in outcome.timings or [""]:
-        timing = outcome.timings.get(kind)
-        times = dict.fromkeys(("p20_ms", "p50_ms", "p80_ms", "turns", "times_floor", "times_fewshot_ext"), "")
-        if timing is not None:
-            times.update({f"{name}_ms": f"{getattr(timing, name):.5f}" for name in ("p20", "p50", "p80")})
-            times["turns"] = timing.turns
-            times["times_floor"] = f"{timing.p50 / floors['floor_ms']:.3f}"
-            times["times_fewshot_ext"] = f"{timing.p50 / ours[kind].p50:.3f}" if kind in ours else ""
-        yield {
-            "contender": outcome.name,
-            "margin": outcome.contender.variant,
-            "timing": kind,
-            **times,
-            **{name: f"{value:.5f}" for name, value in floors.items()},
-            "extra_memory_mib": "" if outcome.memory is None else f"{outcome.memory / 2**20:.1f}",
-            "relative_error": "" if outcome.error is None else f"{outcome.error:.1e}",
-            "note": "; ".join(outcome.notes),
-        }
-
-
-HEADER = [
-    "contender",
-    "graph, us",
-    "p20 - p80",
-    "times the floor",
-    "stream, us",
-    "p20 - p80",
-    "memory, MiB",
-    "error",
-    "",
-]
-TABLES_TEXT = """N, D, C; medians of one forward + backward. "graph": in a CUDA graph, the device's time alone;
-"stream": plain calls from idle to idle, the host included. The floor is the larger of the products and the traffic.
-Memory is the peak beyond inputs and gradients; the error is the largest of loss and gradients, in norm, against
-float64.
+TABLES_TEXT = f"""N, D, C; medians of one forward + backward. {gpu_rows.KINDS_TEXT}
+The floor is the larger of the products and the traffic. Memory is the peak beyond inputs and gradients; the error is
+the largest of loss and gradients, in norm, against float64.
 
 """
 
 
 def tables(rows: list[dict]) -> str:
     """One for each case and dtype."""
-    jobs: dict[str, list[dict]] = {}
-    for row in rows:
-        jobs.setdefault(row["case"], []).append(row)
-    return TABLES_TEXT + "\n".join(job_table(job, found) for job, found in jobs.items())
-
-
-def job_table(job: str, rows: list[dict]) -> str:
-    gemm, square, copy = (row_us(rows[0], f"{name}_ms") or "not measured" for name in ("gemm", "square_gemm", "copy"))
-    caption = (
-        f"### {job}\n\n"
-        f"Floors in us: its three matrix products {gemm}; their arithmetic at the rate of a large square product "
-        f"{square}; its least traffic {copy}. {rows[0]['input_sets']} sets of inputs.\n\n"
+    return TABLES_TEXT + "\n".join(
+        gpu_rows.case_table(found, caption(found[0])) for found in gpu_rows.by_case(rows).values()
     )
-    by_contender: dict[str, dict[str, dict]] = {}
-    for row in rows:
-        by_contender.setdefault(row["contender"], {})[row["timing"]] = row
-    lines = []
-    for contender, kinds in by_contender.items():
-        anyhow, graph, stream = next(iter(kinds.values())), kinds.get("graph", {}), kinds.get("stream", {})
-        lines.append(
-            [
-                contender,
-                row_us(graph, "p50_ms"),
-                spread(graph),
-                graph.get("times_floor", ""),
-                row_us(stream, "p50_ms"),
-                spread(stream),
-                anyhow["extra_memory_mib"],
-                anyhow["relative_error"],
-                anyhow["note"],
-            ]
-        )
-    return caption + table(HEADER, lines)
 
 
-def row_us(row: dict, column: str) -> str:
-    return harness.significant(1e3 * float(row[column])) if row.get(column) else ""
-
-
-def spread(row: dict) -> str:
-    return f"{row_us(row, 'p20_ms')} - {row_us(row, 'p80_ms')}" if row.get("p20_ms") else ""
+def caption(row: dict) -> str:
+    floors = (gpu_rows.microseconds(row, f"{name}_ms") or "not measured" for name in ("gemm", "square_gemm", "copy"))
+    gemm, square, copy = floors
+    return (
+        f"Floors in us: its three matrix products {gemm}; their arithmetic at the rate of a large square product "
+        f"{square}; its least traffic {copy}. {row['input_sets']} sets of inputs."
+    )
 
 
 def goals(rows: list[dict]) -> list[Goal]:
     """For an H100: the device's time at few-shot sizes, the floor and the peers at 100,000 classes."""
-    found = {(row["case"], row["contender"], row["timing"]): row for row in rows}
-
-    def number(job: str, contender: str, timing: str, column: str) -> float | None:
-        text = found.get((title(job), contender, timing), {}).get(column)
-        return float(text) if text else None
-
+    numbers = gpu_rows.Numbers(rows)
     *small, large = GOALS_FIRST
     result = []
     for job in small:
-        time = number(job, OURS, "graph", "p50_ms")
+        time = numbers(title(job), OURS, "graph", "p50_ms")
         measured = "" if time is None else f"{1e3 * time:.1f} us"
         goal = f"{title(job)}: at most 25 us in a CUDA graph"
         result.append(Goal(NAME, goal, measured, None if time is None else time <= 0.025))
-    ratio = number(large, OURS, "graph", "times_floor")
+    ratio = numbers(title(large), OURS, "graph", "times_floor")
     measured = ""
     if ratio is not None:
         measured = f"{ratio:.2f} times"
-        if square := number(large, OURS, "graph", "square_gemm_ms"):
-            of_square = number(large, OURS, "graph", "p50_ms") / square
+        if square := numbers(title(large), OURS, "graph", "square_gemm_ms"):
+            of_square = numbers(title(large), OURS, "graph", "p50_ms") / square
             measured += f"; {of_square:.2f} times the arithmetic at the rate of a large square product"
     goal = f"{title(large)}: at most 2 times the floor in a CUDA graph"
     result.append(Goal(NAME, goal, measured, None if ratio is None else ratio <= 2))
     # Some peers wait for the host, so no graph holds them: the plain calls are what can be compared.
-    ours = number(large, OURS, "stream", "p50_ms")
+    ours = numbers(title(large), OURS, "stream", "p50_ms")
     for peers in ((CCE,), (LIGER, LIGER_16), (TORCH_LINEAR,)):
-        times = [time for peer in peers if (time := number(large, peer, "stream", "p50_ms")) is not None]
+        times = [time for peer in peers if (time := numbers(title(large), peer, "stream", "p50_ms")) is not None]
         known = bool(times) and ours is not None
         measured = f"{1e3 * ours:.0f} us against {1e3 * min(times):.0f} us" if known else ""
         goal = f"{title(large)}: ahead of {peers[0]} in plain calls"

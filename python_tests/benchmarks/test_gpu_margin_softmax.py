@@ -4,6 +4,7 @@ import sys
 import types
 
 import gpu_margin_softmax as operator
+import gpu_rows
 import gpu_timing
 import pytest
 import torch
@@ -169,9 +170,8 @@ def rows_of(job, times, rates=True):
             outcome.error, outcome.memory = 1e-3, 3 << 20
             outcome.timings = {kind: made_up(time) for kind, time in known.items()}
         outcomes.append(outcome)
-    ours = next(outcome.timings for outcome in outcomes if outcome.name == operator.OURS)
     common = {"case": operator.title(job), "input_sets": 2}
-    return [{**common, **row} for outcome in outcomes for row in operator.rows(outcome, floors, ours)]
+    return gpu_rows.of_outcomes(outcomes, operator.OURS, common, floors)
 
 
 def test_a_row_for_each_kind_of_timing_and_one_for_what_was_not_timed():

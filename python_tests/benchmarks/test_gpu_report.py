@@ -2,6 +2,7 @@
 
 import csv
 import ctypes
+import importlib
 import os
 import signal
 import subprocess
@@ -30,7 +31,7 @@ BENCHMARKS = Path(gpu_report.__file__).parent
         (["--minutes", "0"], "--minutes: expected a positive number, got 0.0"),
         (["--minutes", "nan"], "--minutes: expected a positive number, got nan"),
         (["--seconds", "-1"], "--seconds: expected a positive number, got -1.0"),
-        (["--only", "emd"], "invalid choice: 'emd'"),
+        (["--only", "nonsense"], "invalid choice: 'nonsense'"),
         (["--sanitize", "--only", "tests"], "--sanitize: expected without --only and --skip-tests"),
         (["--sanitize", "--skip-tests"], "--sanitize: expected without --only and --skip-tests"),
         (["--skip-tests", "--only", "tests"], "--skip-tests: expected without --only tests"),
@@ -47,8 +48,8 @@ def test_wrong_arguments_are_named(arguments, message, capsys):
 @pytest.mark.parametrize(
     "arguments, sections",
     (
-        ([], ["tests", "margin_softmax"]),
-        (["--skip-tests"], ["margin_softmax"]),
+        ([], ["tests", *gpu_report.OPERATORS]),
+        (["--skip-tests"], list(gpu_report.OPERATORS)),
         (["--only", "tests"], ["tests"]),
         (["--only", "margin_softmax", "tests"], ["tests", "margin_softmax"]),
     ),
@@ -183,7 +184,10 @@ def workers(monkeypatch):
 
 
 @pytest.fixture
-def report(tmp_path, workers):
+def report(tmp_path, workers, monkeypatch):
+    """Reports on the tests and one operator."""
+    monkeypatch.setattr(gpu_report, "SECTIONS", ("tests", "margin_softmax"))
+
     def run(*arguments):
         options = gpu_report.parse(["--output-dir", str(tmp_path), *arguments])
         code = gpu_sections.run(options)
@@ -433,12 +437,15 @@ def test_rehearsal_from_end_to_end(tmp_path):
     (document,) = tmp_path.glob("*.md")
     text = document.read_text()
     assert "**Complete.**" in text and "A rehearsal on the CPU" in text
-    (table,) = tmp_path.glob("*.csv")
-    rows = list(csv.DictReader(table.open()))
-    cases = {row["case"] for row in rows}
-    assert cases == {gpu_margin_softmax.title(job) for job in gpu_margin_softmax.jobs(quick=True)}
-    timed = [row for row in rows if row["contender"] == "fewshot_ext"]
-    assert len(timed) == len(cases) and all(float(row["p50_ms"]) > 0 for row in timed)
+    assert len(list(tmp_path.glob("*.csv"))) == len(gpu_report.OPERATORS)
+    for name in gpu_report.OPERATORS:
+        operator = importlib.import_module(f"gpu_{name}")
+        (table,) = tmp_path.glob(f"{name}_*.csv")
+        rows = list(csv.DictReader(table.open()))
+        cases = {row["case"] for row in rows}
+        assert cases == {operator.title(job) for job in operator.jobs(quick=True)}
+        timed = [row for row in rows if row["contender"] == "fewshot_ext"]
+        assert len(timed) == len(cases) and all(float(row["p50_ms"]) > 0 for row in timed)
 
 
 @pytest.mark.slow

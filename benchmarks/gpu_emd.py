@@ -1,0 +1,190 @@
+"""Earth Mover's Distance on a GPU, against solvers on its host; run by gpu_report.py.
+
+No other package solves a batch of these problems exactly on a GPU. The peers therefore get their problems from the
+GPU's memory and bring their results back there, as a training step would need it.
+"""
+
+from collections.abc import Callable, Mapping
+
+import gpu_rows
+import gpu_timing
+import torch
+from emd_peers import pot_flow
+from emd_problems import EPISODE, float32_batch
+from gpu_comparison import Comparison, Contender
+from gpu_document import Goal
+from gpu_worker import one_line
+from torch import Tensor
+
+import fewshot_ext
+from fewshot_ext._extras import is_installed
+
+NAME = "emd"
+OURS, FORWARD = "fewshot_ext", "fewshot_ext, forward alone"
+HOST, POT = "fewshot_ext on the host", "POT on the host, forward alone"
+TOLERANCE = 1e-5  # largest relative error, in norm, of values and flows
+MOST_FOR_POT = 1000  # problems, beyond which a call takes seconds
+
+# Data, problems, points on each side.
+EPISODE_OF_25, BATCH_OF_25 = f"deepemd,{EPISODE},25", "deepemd,100000,25"
+JOBS = (
+    EPISODE_OF_25,
+    BATCH_OF_25,
+    *(f"deepemd,{EPISODE},{points}" for points in (9, 49, 100, 196)),
+    *(f"uniform,{EPISODE},{points}" for points in (25, 100)),
+)
+Solver = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+
+
+def jobs(quick: bool) -> list[str]:
+    return [EPISODE_OF_25, f"uniform,{EPISODE},9", f"deepemd,{EPISODE},49"] if quick else list(JOBS)
+
+
+def parse(job: str) -> tuple[str, int, int]:
+    kind, problems, points = job.split(",")
+    return kind, int(problems), int(points)
+
+
+def title(job: str) -> str:
+    kind, problems, points = parse(job)
+    return f"{problems:,} problems of {points} x {points}, {kind} data"
+
+
+class Inputs:
+    def __init__(self, job: str, device: torch.device, seed: int) -> None:
+        kind, problems, points = parse(job)
+        self.problem = [tensor.to(device) for tensor in float32_batch(kind, points, problems, seed)]
+
+    def run(self, solver: Solver) -> tuple[Tensor, Tensor]:
+        return solver(*self.problem)
+
+    def exact(self, variant: object) -> tuple[Tensor, Tensor]:
+        """Values and flows, proved to be optimal by their certificates."""
+        result = fewshot_ext.emd(*(tensor.cpu().double() for tensor in self.problem), check=True)
+        return tuple(part.to(self.problem[0].device) for part in result[:2])
+
+
+def ours(cost: Tensor, supply: Tensor, demand: Tensor) -> tuple[Tensor, Tensor]:
+    """Values, and the gradients of their sum to the costs, which are the flows. All inputs require gradients."""
+    leaves = [tensor.detach().requires_grad_() for tensor in (cost, supply, demand)]
+    value = fewshot_ext.emd(*leaves).value
+    value.sum().backward()
+    return value.detach(), leaves[0].grad
+
+
+def forward(cost: Tensor, supply: Tensor, demand: Tensor) -> tuple[Tensor, Tensor]:
+    return fewshot_ext.emd(cost, supply, demand)[:2]
+
+
+def on_host(cost: Tensor, supply: Tensor, demand: Tensor) -> tuple[Tensor, Tensor]:
+    results = ours(*(tensor.cpu() for tensor in (cost, supply, demand)))
+    return tuple(result.to(cost.device) for result in results)
+
+
+def pot(cost: Tensor, supply: Tensor, demand: Tensor) -> tuple[Tensor, Tensor]:
+    arrays = (tensor.cpu().double().numpy() for tensor in (cost, supply, demand))
+    flow = torch.stack([torch.from_numpy(pot_flow(*one)) for one in zip(*arrays, strict=True)])
+    flow = flow.to(cost.device, cost.dtype)
+    return (cost * flow).sum((1, 2)), flow
+
+
+def contenders(job: str, device: str) -> list[Contender]:
+    """The operator's own kernels first: if one hangs, the report has the reason before the time is spent."""
+    _, problems, points = parse(job)
+    kernel = f"{NAME} {'by warps' if 2 * points <= 64 else 'by blocks'}"
+    found = [Contender(OURS, ours, kernel=kernel), Contender(FORWARD, forward, kernel=kernel)]
+    waits = "it brings the problems to the host"
+    if device == "cuda":
+        found.append(Contender(HOST, on_host, waits=waits))
+    if not is_installed("ot"):
+        found.append(Contender(POT, missing="POT is not installed"))
+    elif problems > MOST_FOR_POT:
+        found.append(Contender(POT, missing=f"one call takes seconds beyond {MOST_FOR_POT} problems"))
+    else:
+        try:
+            import ot  # noqa: F401
+        except Exception as error:
+            found.append(Contender(POT, missing=one_line(error)))
+        else:
+            found.append(Contender(POT, pot, waits=waits))
+    return found
+
+
+def bytes_moved(job: str) -> int:
+    """Least traffic of the forward pass: problems read once, values, flows, duals, trees and pivots written once."""
+    _, problems, points = parse(job)
+    read = points * points + 2 * points
+    written = 1 + points * points + 2 * points + (2 * points - 1) + 1
+    return 4 * problems * (read + written)
+
+
+def floors(job: str, rates: Mapping[str, float]) -> dict[str, float]:
+    return {"floor_ms": bytes_moved(job) / rates["copy_gb_per_s"] / 1e6 if rates else 0.0}
+
+
+def measure(job: str, bench) -> list[dict]:
+    kind, problems, points = parse(job)
+    count = gpu_timing.input_sets(bench.device, bytes_moved(job))
+    sets = [Inputs(job, bench.device.device, seed) for seed in range(count)]
+    comparison = Comparison(bench, sets, TOLERANCE)
+    outcomes = [comparison.prepare(contender) for contender in contenders(job, bench.device.name)]
+    comparison.time(outcomes, {})
+    *_, pivots = torch.ops.fewshot_ext.emd(*sets[0].problem)
+    common = {
+        "case": title(job),
+        "data": kind,
+        "problems": problems,
+        "points": points,
+        "pivots": f"{pivots.double().mean().item():.1f}",
+        "input_sets": count,
+    }
+    return gpu_rows.of_outcomes(outcomes, OURS, common, floors(job, bench.rates))
+
+
+TABLES_TEXT = f"""Cost, supply and demand in float32; medians of one forward + backward pass of all values, unless the
+line says otherwise. {gpu_rows.KINDS_TEXT}
+The floor is the least traffic of the forward pass. Memory is the peak beyond inputs and results; the error is the
+larger of values and flows, in norm, against solutions in float64 that were proved optimal.
+
+"""
+
+
+def tables(rows: list[dict]) -> str:
+    return TABLES_TEXT + "\n".join(
+        gpu_rows.case_table(found, caption(found)) for found in gpu_rows.by_case(rows).values()
+    )
+
+
+def caption(rows: list[dict]) -> str:
+    row = rows[0]
+    floor = gpu_rows.microseconds(row, "floor_ms")
+    text = f"{row['pivots']} pivots a problem; floor {'not measured' if floor == '0' else f'{floor} us'}."
+    rate = rate_of(gpu_rows.Numbers(rows), row["case"], int(row["problems"]))
+    return text if rate is None else f"{text} {rate / 1e6:.2f} million problems a second, forward alone."
+
+
+def rate_of(numbers: gpu_rows.Numbers, case: str, problems: int) -> float | None:
+    """Problems a second of the forward pass, on the device's time."""
+    time = numbers(case, FORWARD, "graph", "p50_ms")
+    return None if time is None else 1e3 * problems / time
+
+
+def goals(rows: list[dict]) -> list[Goal]:
+    """For an H100."""
+    numbers = gpu_rows.Numbers(rows)
+    time = numbers(title(EPISODE_OF_25), FORWARD, "graph", "p50_ms")
+    rate = rate_of(numbers, title(BATCH_OF_25), parse(BATCH_OF_25)[1])
+    return [
+        Goal(
+            NAME,
+            f"{title(EPISODE_OF_25)}: forward in at most 60 us in a CUDA graph",
+            "" if time is None else f"{1e3 * time:.1f} us",
+            None if time is None else time <= 0.06,
+        ),
+        Goal(
+            NAME,
+            f"{title(BATCH_OF_25)}: forward of 5 million problems a second in a CUDA graph",
+            "" if rate is None else f"{rate / 1e6:.2f} million a second",
+            None if rate is None else rate >= 5e6,
+        ),
+    ]
