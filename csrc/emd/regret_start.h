@@ -89,8 +89,7 @@ class RegretStart {
 
   void rank_columns(int64_t i) {
     using UintVector = typename Simd<Float>::UintVector;
-    UintVector column;
-    for (int k = 0; k < lanes; ++k) column[k] = static_cast<Bits>(k);
+    UintVector column = lane_numbers<Float>();
     V best = splat(2 * closed), second = best;
     const Float* row = cost_ + i * stride_;
     for (int64_t c = 0; c < stride_; c += lanes) {

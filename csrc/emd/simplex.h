@@ -261,8 +261,7 @@ class TransportSimplex {
     constexpr Bits index_mask = (1 << (row_bits + lane_bits)) - 1;
     const Price* potentials = prices<Price>();
     const Price* column_potentials = potentials + rows_;
-    BitVector lane_numbers;
-    for (int k = 0; k < lanes; ++k) lane_numbers[k] = Bits(k) << row_bits;
+    const BitVector lane_places = lane_numbers<Price>() << row_bits;
     const int64_t stride = stride_, rows = rows_;
     const Price limit = static_cast<Price>(-tolerance_);
     for (int64_t scanned = 0; scanned < rows;) {
@@ -287,7 +286,7 @@ class TransportSimplex {
 #pragma GCC unroll 4
         for (int k = 0; k < rows_at_once; ++k) {
           lowest[k] -= potentials[first + at[k]];
-          lowest[k] = pack_index<Price>(lowest[k], lane_numbers + Bits(at[k]), index_mask);
+          lowest[k] = pack_index<Price>(lowest[k], lane_places + Bits(at[k]), index_mask);
         }
         best = smaller<Price>(
             smaller<Price>(smaller<Price>(lowest[0], lowest[1]), smaller<Price>(lowest[2], lowest[3])), best);
@@ -418,8 +417,7 @@ class TransportSimplex {
 
   template <bool one_word>
   FEWSHOT_EXT_INLINE void shift_potentials(const Uint* moved, double change) {
-    UintVector lane_bits;
-    for (int k = 0; k < node_lanes; ++k) lane_bits[k] = Uint(1) << k;
+    const UintVector lane_bits = (UintVector{} + 1) << lane_numbers<double>();
     const int64_t words = one_word ? 1 : words_;
     double* const potential = potential_;
     Float* const price = price_;

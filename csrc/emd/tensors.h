@@ -74,11 +74,12 @@ Results forward(Tensor cost, Tensor supply, Tensor demand) {
   check(cost, supply, demand);
   const int64_t batch = cost.size(0), n = cost.size(1), m = cost.size(2);
   const ScalarType accumulate = cost.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Results results{
-      torch::stable::new_empty(cost, {batch}, accumulate), torch::stable::new_empty(cost, {batch, n, m}, accumulate),
-      torch::stable::new_empty(cost, {batch, n}, accumulate), torch::stable::new_empty(cost, {batch, m}, accumulate),
-      torch::stable::new_empty(cost, {batch, n + m - 1}, ScalarType::Int),
-      torch::stable::new_empty(cost, {batch}, ScalarType::Int)};
+  Results results{torch::stable::new_empty(cost, {batch}, accumulate),
+                  torch::stable::new_empty(cost, {batch, n, m}, accumulate),
+                  torch::stable::new_empty(cost, {batch, n}, accumulate),
+                  torch::stable::new_empty(cost, {batch, m}, accumulate),
+                  torch::stable::new_empty(cost, {batch, n + m - 1}, ScalarType::Int),
+                  torch::stable::new_empty(cost, {batch}, ScalarType::Int)};
   if (batch == 0) return results;
   switch (cost.scalar_type()) {
     case ScalarType::Float:

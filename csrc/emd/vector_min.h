@@ -32,6 +32,18 @@ FEWSHOT_EXT_INLINE Vector<T> pack_index(const Vector<T>& values, const IndexVect
   return packed;
 }
 
+// 0, 1, 2, ... in a constant: GCC fills a vector that a loop sets lane by lane with one masked move a lane.
+template <class IntegerVector, class Integer, int... lane>
+FEWSHOT_EXT_INLINE IntegerVector count_lanes(std::integer_sequence<int, lane...>) {
+  return IntegerVector{Integer(lane)...};
+}
+
+template <class T>
+FEWSHOT_EXT_INLINE typename Simd<T>::UintVector lane_numbers() {
+  return count_lanes<typename Simd<T>::UintVector, typename Simd<T>::Uint>(
+      std::make_integer_sequence<int, Simd<T>::lanes>());
+}
+
 // Each lane gets the value of the lane that lies `distance`, a power of two, away.
 template <class T, int distance, int... lane>
 FEWSHOT_EXT_INLINE Vector<T> swap_lanes(const Vector<T>& v, std::integer_sequence<int, lane...>) {

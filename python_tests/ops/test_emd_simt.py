@@ -324,5 +324,6 @@ def test_no_problems():
         (0, 2),
         (0, 3),
         (0, 4),
+        (0,),
     ]
     assert emd_flow_backward(torch.ones(0, 2, 3), torch.ones(0, 4, dtype=torch.int32))[0].shape == (0, 2)
