@@ -1,7 +1,10 @@
-"""One typed, in-memory form for every image set: uint8 pixels, labels, class names and class split."""
+"""One typed form for every image set, in memory and on disk: uint8 pixels, labels, class names and class split."""
 
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,6 +31,8 @@ class ImageArchive:
         labels: ``[N]`` int64, each in ``[0, classes)``.
         class_names: one name a class, all different.
         class_split: ``[classes]`` uint8, a ``Split`` value a class.
+        class_words: what a class is called in English where its name is a code, one text a class, or None.
+        image_fields: further facts about the images by name, each ``[N]`` int64, such as Omniglot's ``drawer``.
 
     Raises:
         TypeError: a tensor of the wrong dtype, or something that is not a tensor.
@@ -42,20 +47,25 @@ class ImageArchive:
         ... )
         >>> archive.subset(Split.NOVEL).class_names
         ('one',)
+        >>> archive.save("two_digits.npz")
+        >>> ImageArchive.load("two_digits.npz").class_names
+        ('zero', 'one')
     """
 
     images: Tensor
     labels: Tensor
     class_names: tuple[str, ...]
     class_split: Tensor
+    class_words: tuple[str, ...] | None = None
+    image_fields: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, dtype, rank in (
-            ("images", torch.uint8, 4),
-            ("labels", torch.int64, 1),
-            ("class_split", torch.uint8, 1),
+        for name, value, dtype, rank in (
+            ("images", self.images, torch.uint8, 4),
+            ("labels", self.labels, torch.int64, 1),
+            ("class_split", self.class_split, torch.uint8, 1),
+            *((f"image_fields[{name!r}]", value, torch.int64, 1) for name, value in self.image_fields.items()),
         ):
-            value = getattr(self, name)
             if not isinstance(value, Tensor) or value.dtype != dtype:
                 came = value.dtype if isinstance(value, Tensor) else type(value).__name__
                 raise TypeError(f"{name} must be a {dtype} tensor, got {came}")
@@ -69,9 +79,19 @@ class ImageArchive:
             raise ValueError(
                 f"labels must give one label an image: {len(self.images)} images, {len(self.labels)} labels"
             )
+        for name, value in self.image_fields.items():
+            if len(value) != len(self.images):
+                raise ValueError(
+                    f"image_fields[{name!r}] must give one value an image: "
+                    f"{len(self.images)} images, {len(value)} values"
+                )
         if len(self.class_split) != self.num_classes:
             raise ValueError(
                 f"class_split must give one value a class: {self.num_classes} classes, {len(self.class_split)} values"
+            )
+        if self.class_words is not None and len(self.class_words) != self.num_classes:
+            raise ValueError(
+                f"class_words must give one text a class: {self.num_classes} classes, {len(self.class_words)} texts"
             )
         if len(set(self.class_names)) != self.num_classes:
             raise ValueError("class_names must all be different")
@@ -84,7 +104,15 @@ class ImageArchive:
             )
 
     @classmethod
-    def from_arrays(cls, images: np.ndarray, labels: np.ndarray, class_names, class_split) -> "ImageArchive":
+    def from_arrays(
+        cls,
+        images: np.ndarray,
+        labels: np.ndarray,
+        class_names,
+        class_split,
+        class_words=None,
+        image_fields: Mapping[str, np.ndarray] | None = None,
+    ) -> "ImageArchive":
         """An archive from numpy arrays as image files give them.
 
         Args:
@@ -92,15 +120,18 @@ class ImageArchive:
             labels: ``[N]``, any integer dtype.
             class_names: one name a class.
             class_split: ``[classes]`` integers, ``Split`` values.
+            class_words: one text a class, or None.
+            image_fields: arrays of integers ``[N]`` by name.
 
         Raises:
-            TypeError: images that are not uint8, labels or splits that are not integers.
+            TypeError: images that are not uint8; labels, splits or fields that are not integers.
             ValueError: as the constructor.
         """
         images, labels, class_split = np.asarray(images), np.asarray(labels), np.asarray(class_split)
         if images.dtype != np.uint8:
             raise TypeError(f"images must be a uint8 array, got {images.dtype}")
-        for name, value in (("labels", labels), ("class_split", class_split)):
+        image_fields = {name: np.asarray(value) for name, value in (image_fields or {}).items()}
+        for name, value in (("labels", labels), ("class_split", class_split), *image_fields.items()):
             if not np.issubdtype(value.dtype, np.integer):
                 raise TypeError(f"{name} must be an integer array, got {value.dtype}")
         if images.ndim not in (3, 4):
@@ -116,7 +147,56 @@ class ImageArchive:
             labels=torch.from_numpy(labels.astype(np.int64)),
             class_names=tuple(str(name) for name in class_names),
             class_split=torch.from_numpy(class_split.astype(np.uint8)),
+            class_words=None if class_words is None else tuple(str(words) for words in class_words),
+            image_fields={name: torch.from_numpy(value.astype(np.int64)) for name, value in image_fields.items()},
         )
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ImageArchive":
+        """The archive in an ``.npz`` file that ``save`` wrote, or in one of the same arrays without a checksum.
+
+        The arrays: ``images`` uint8 ``[N, H, W]`` or ``[N, H, W, C]``, or in its place ``data`` uint8 ``[bytes]``
+        with ``offsets`` ``[N + 1]``, image i being the JPEG or PNG file ``data[offsets[i]:offsets[i + 1]]``;
+        ``labels`` ``[N]``, ``class_names`` and ``class_split`` ``[classes]``; optional ``class_words``
+        ``[classes]``, further integers ``[N]`` under any name, ``format_version`` and ``sha256``. Nothing is
+        unpickled, and every array is checked before it is read.
+
+        Raises:
+            ImportError: the images are JPEG or PNG and Pillow is missing.
+            OSError: the file cannot be opened.
+            ValueError: it is no archive, is damaged or does not match its checksum, an array is missing or of
+                the wrong dtype, shape or range, or an image is damaged, has another size than the first or too
+                many pixels. The message names the file and the array or image.
+        """
+        from fewshot_ext.data import archive_file
+
+        return archive_file.load(path)
+
+    def save(self, path: str | Path, jpeg_quality: int | None = None) -> None:
+        """Writes the archive to an ``.npz`` file, whole or not at all; the same archive gives the same bytes.
+
+        Args:
+            path: the file, in a folder that exists.
+            jpeg_quality: 1 to 100 to store JPEG, which changes pixels a little and takes a fraction of the space;
+                None to store the pixels as they are.
+
+        Raises:
+            ImportError: JPEG is asked for and Pillow is missing.
+            OSError: the file cannot be written.
+            ValueError: a quality outside 1 to 100.
+        """
+        from fewshot_ext.data import archive_file
+
+        archive_file.save(self, path, jpeg_quality)
+
+    def checksum(self) -> str:
+        """SHA-256 of pixels, labels, class names and split, for telling in a result what it was measured on."""
+        digest = hashlib.sha256()
+        for part in (self.images, self.labels, self.class_split):
+            digest.update(f"{part.dtype} {tuple(part.shape)}\n".encode())
+            digest.update(part.contiguous().numpy().data)
+        digest.update("\n".join(self.class_names).encode())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -137,15 +217,50 @@ class ImageArchive:
         chosen = (self.class_split == split).nonzero().squeeze(1)
         if not len(chosen):
             raise ValueError(f"the archive has no {Split(split).name.lower()} classes")
-        new_label = torch.full((self.num_classes,), -1, dtype=torch.int64)
-        new_label[chosen] = torch.arange(len(chosen))
-        relabelled = new_label[self.labels]
-        kept = relabelled >= 0
+        return self._select_classes(chosen, self.class_split[chosen])
+
+    def with_roles(self, roles: Mapping[str, Split]) -> "ImageArchive":
+        """The classes that ``roles`` names, with these roles and in its order; ``load_split(name).roles`` are such.
+
+        Raises:
+            ValueError: a class that the archive does not have.
+
+        Example:
+            >>> from fewshot_ext.data import load_digits
+            >>> load_digits().with_roles({"7": Split.BASE, "1": Split.NOVEL}).class_names
+            ('7', '1')
+        """
+        number = {name: label for label, name in enumerate(self.class_names)}
+        unknown = [name for name in roles if name not in number]
+        if unknown:
+            raise ValueError(
+                f"{len(unknown)} of {len(roles)} classes are not in the archive: {', '.join(unknown[:3])}"
+                f"{', ...' if len(unknown) > 3 else ''}"
+            )
+        chosen = torch.tensor([number[name] for name in roles])
+        split = torch.tensor(list(roles.values()), dtype=torch.uint8)
+        return self._select_classes(chosen, split)
+
+    def with_rotations(self) -> "ImageArchive":
+        """Four times the classes: each turned by 0, 90, 180 and 270 degrees is a class of its own.
+
+        The usual way to enlarge Omniglot (Santoro et al., 2016). Class ``c`` becomes ``c/rot000``, ``c/rot090``,
+        ``c/rot180`` and ``c/rot270``, turned counter-clockwise, all in the role of ``c``.
+
+        Raises:
+            ValueError: images that are not square.
+        """
+        height, width = self.images.shape[-2:]
+        if height != width:
+            raise ValueError(f"only square images can be turned into images of the same shape, got {height} x {width}")
+        turns = range(4)
         return ImageArchive(
-            images=self.images[kept],
-            labels=relabelled[kept],
-            class_names=tuple(self.class_names[label] for label in chosen.tolist()),
-            class_split=self.class_split[chosen],
+            images=torch.cat([self.images.rot90(turn, (2, 3)) for turn in turns]),
+            labels=torch.cat([self.labels + turn * self.num_classes for turn in turns]),
+            class_names=tuple(f"{name}/rot{90 * turn:03d}" for turn in turns for name in self.class_names),
+            class_split=self.class_split.repeat(4),
+            class_words=self.class_words and self.class_words * 4,
+            image_fields={name: value.repeat(4) for name, value in self.image_fields.items()},
         )
 
     def hold_out(self, fraction: float, generator: torch.Generator) -> tuple["ImageArchive", "ImageArchive"]:
@@ -180,4 +295,22 @@ class ImageArchive:
         return tuple(channels.mean(1).tolist()), tuple(channels.std(1).tolist())
 
     def _select(self, index: Tensor) -> "ImageArchive":
-        return ImageArchive(self.images[index], self.labels[index], self.class_names, self.class_split)
+        return replace(
+            self,
+            images=self.images[index],
+            labels=self.labels[index],
+            image_fields={name: value[index] for name, value in self.image_fields.items()},
+        )
+
+    def _select_classes(self, chosen: Tensor, split: Tensor) -> "ImageArchive":
+        new_label = torch.full((self.num_classes,), -1, dtype=torch.int64)
+        new_label[chosen] = torch.arange(len(chosen))
+        kept = (new_label[self.labels] >= 0).nonzero().squeeze(1)
+        names = chosen.tolist()
+        return replace(
+            self._select(kept),
+            labels=new_label[self.labels[kept]],
+            class_names=tuple(self.class_names[label] for label in names),
+            class_split=split,
+            class_words=self.class_words and tuple(self.class_words[label] for label in names),
+        )

@@ -1,13 +1,18 @@
 """From uint8 pixels to network input, in batches on the device that trains."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fewshot_ext import _extras
 from fewshot_ext._checks import check_at_least, check_fraction
+
+_TRIES = 10
 
 
 @dataclass(frozen=True)
@@ -42,19 +47,32 @@ class AugmentationConfig:
 
 
 class ImageInput(nn.Module):
-    """Scales uint8 images to [0, 1], augments them in training mode, and normalises them channel by channel.
+    """Scales uint8 images to [0, 1], resizes and augments them, and normalises them channel by channel.
 
-    It holds mean and deviation as buffers, so a checkpoint carries the preprocessing that its weights expect.
+    It holds mean and deviation as buffers, so a checkpoint carries the preprocessing that its weights expect. All of
+    it runs on whole batches, on the device that the images are on, and draws from that device's default generator:
+    the same ``torch.manual_seed`` gives the same images there.
 
     Args:
         mean, std: one number a channel, for pixels in [0, 1].
         augmentation: applied in training mode only; see ``AugmentationConfig``.
+        image_size: side of the square that comes out. In evaluation, and in training without random crops, images
+            are stretched to 1.15 times this side and the middle is cut out, as in Chen et al. (2019); random crops
+            are resized to it. None leaves the size as it is, and cuts nothing in evaluation. Random crops of images
+            much larger than this are not smoothed before they shrink: store images near the size they are used in.
 
     Raises:
-        ImportError: an augmentation is asked for and kornia is missing.
+        ImportError: rotation, translation or zoom is asked for and kornia is missing.
+        TypeError: images that are not uint8.
+        ValueError: an image size below 1.
 
     Shape:
-        ``[B, C, H, W]`` uint8 -> ``[B, C, H, W]`` float32.
+        ``[B, C, H, W]`` uint8 -> ``[B, C, image_size, image_size]`` (or H, W) float32, channels-last if the input is.
+
+    Example:
+        >>> module = ImageInput((0.5,), (0.25,), AugmentationConfig(horizontal_flip=True), image_size=84)
+        >>> module(torch.zeros(2, 1, 105, 105, dtype=torch.uint8)).shape
+        torch.Size([2, 1, 84, 84])
     """
 
     def __init__(
@@ -62,46 +80,133 @@ class ImageInput(nn.Module):
         mean: Sequence[float],
         std: Sequence[float],
         augmentation: AugmentationConfig = AugmentationConfig(),
+        image_size: int | None = None,
     ) -> None:
         super().__init__()
+        if image_size is not None:
+            check_at_least("image_size", image_size, 1)
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
-        self.augmentation = _build_augmentation(augmentation)
+        self.image_size = image_size
+        self.crops = augmentation.crop_scale > 0
+        self.augmentation = _build_augmentation(augmentation, image_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        pixels = images.to(self.mean.dtype) / 255
+        if images.dtype != torch.uint8:
+            raise TypeError(f"images must be a torch.uint8 tensor, got {images.dtype}")
+        channels_last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+        pixels = images.to(self.mean.dtype).div_(255)
+        if self.image_size is not None and not (self.training and self.crops):
+            pixels = _resize_and_crop(pixels, self.image_size)
         if self.training:
             pixels = self.augmentation(pixels)
-        return (pixels - self.mean) / self.std
+        pixels = pixels.sub_(self.mean).div_(self.std)
+        return pixels.contiguous(memory_format=torch.channels_last) if channels_last else pixels
 
 
-class _RandomResizedCrop(nn.Module):
-    """Kornia's crop needs the output size beforehand; here it is the size that comes in."""
+def _resize_and_crop(pixels: Tensor, size: int) -> Tensor:
+    resized_size = int(1.15 * size)
+    resized = functional.interpolate(pixels, (resized_size, resized_size), mode="bilinear", antialias=True)
+    start = round((resized_size - size) / 2)
+    # The clone frees what was cut off, and keeps the in-place steps off a view.
+    return resized[..., start : start + size, start : start + size].clone(memory_format=torch.contiguous_format)
 
-    def __init__(self, smallest_scale: float) -> None:
+
+class _CropAndFlip(nn.Module):
+    """A random crop of random shape, resized, and half of the images mirrored, all by one bilinear sampling.
+
+    The crops are drawn as torchvision's RandomResizedCrop draws them: an area, an aspect ratio from 3/4 to 4/3, and
+    the first of ten tries that lies inside of the image. Kornia has the same in several passes, which take about
+    five times as long.
+    """
+
+    def __init__(self, smallest_scale: float, flip: bool, size: int | None) -> None:
         super().__init__()
-        self.smallest_scale = smallest_scale
-        self.crops: dict[tuple[int, int], nn.Module] = {}
+        self.smallest_scale, self.flip, self.size = smallest_scale, flip, size
 
     def forward(self, images: Tensor) -> Tensor:
-        import kornia.augmentation as K
+        height, width = images.shape[-2:]
+        out_height, out_width = (height, width) if self.size is None else (self.size, self.size)
+        half_width, half_height, center_x, center_y = self._draw_boxes(images)
+        if self.flip:
+            half_width = torch.where(torch.rand_like(half_width) < 0.5, -half_width, half_width)
+        x = center_x + half_width * _pixel_centers(out_width, images)
+        y = center_y + half_height * _pixel_centers(out_height, images)
+        grid = torch.stack(
+            (x.unsqueeze(1).expand(-1, out_height, -1), y.unsqueeze(2).expand(-1, -1, out_width)), dim=-1
+        )
+        return functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
-        size = tuple(images.shape[-2:])
-        if size not in self.crops:
-            self.crops[size] = K.RandomResizedCrop(size, scale=(self.smallest_scale, 1.0), cropping_mode="resample")
-        return self.crops[size](images)
+    def _draw_boxes(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Half width, half height and centre of each box, ``[B, 1]``, the image reaching from -1 to 1."""
+        count, _, height, width = images.shape
+        draw = partial(torch.rand, device=images.device, dtype=images.dtype)
+        area = draw(count, _TRIES) * (1 - self.smallest_scale) + self.smallest_scale
+        stretch = ((draw(count, _TRIES) * 2 - 1) * (math.log(4 / 3) / 2)).exp()
+        # An image that is not square has as many pixels; only its sides weigh differently.
+        side = math.sqrt(height / width)
+        box_width, box_height = area.sqrt() * stretch * side, area.sqrt() / stretch / side
+        fits = (box_width <= 1) & (box_height <= 1)
+        # The largest box of a bearable shape, where no try fitted; argmax gives the first that did.
+        first = fits.byte().argmax(1, keepdim=True)
+        fitted = fits.any(1, keepdim=True)
+        box_width = torch.where(fitted, box_width.gather(1, first), min(1.0, 4 / 3 * side * side))
+        box_height = torch.where(fitted, box_height.gather(1, first), min(1.0, 4 / 3 / (side * side)))
+        center_x = (draw(count, 1) * 2 - 1) * (1 - box_width)
+        center_y = (draw(count, 1) * 2 - 1) * (1 - box_height)
+        return box_width, box_height, center_x, center_y
 
 
-def _build_augmentation(config: AugmentationConfig) -> nn.Module:
-    if config == AugmentationConfig():
-        return nn.Identity()
-    _extras.require("train", "kornia")
-    import kornia.augmentation as K
+class _Flip(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+        return torch.where(mirrored, images.flip(-1), images)
 
+
+class _ColorJitter(nn.Module):
+    """Random brightness, contrast and saturation, image by image, in this order and clipped after each.
+
+    That is what the closer-look code does with Pillow. Grey images have no saturation to change. The images are
+    changed in place: they are the batch's own copy, and fresh memory takes longer than the sums.
+    """
+
+    def __init__(self, strength: float) -> None:
+        super().__init__()
+        self.strength = strength
+        # A buffer, which moves with the module: a tensor made in forward would wait for the GPU every time.
+        self.register_buffer("luminance", torch.tensor((0.299, 0.587, 0.114)), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        factors = torch.rand(3, len(images), 1, 1, 1, device=images.device, dtype=images.dtype)
+        brightness, contrast, saturation = 1 + self.strength * (2 * factors - 1)
+        images = images.mul_(brightness).clamp_(0, 1)
+        mean = self._grey(images).mean((1, 2, 3), keepdim=True)
+        images = images.mul_(contrast).add_(mean * (1 - contrast)).clamp_(0, 1)
+        if images.shape[1] == 1:
+            return images
+        grey = self._grey(images).mul_(1 - saturation)
+        return images.mul_(saturation).add_(grey).clamp_(0, 1)
+
+    def _grey(self, images: Tensor) -> Tensor:
+        if images.shape[1] == 1:
+            return images
+        return torch.matmul(self.luminance.to(images.dtype), images.flatten(2)).view(-1, 1, *images.shape[2:])
+
+
+def _pixel_centers(count: int, like: Tensor) -> Tensor:
+    return torch.linspace(-1 + 1 / count, 1 - 1 / count, count, device=like.device, dtype=like.dtype)
+
+
+def _build_augmentation(config: AugmentationConfig, image_size: int | None) -> nn.Module:
     steps: list[nn.Module] = []
     if config.crop_scale:
-        steps.append(_RandomResizedCrop(config.crop_scale))
+        steps.append(_CropAndFlip(config.crop_scale, config.horizontal_flip, image_size))
+    elif config.horizontal_flip:
+        steps.append(_Flip())
     if config.rotation or config.translation or config.zoom:
+        _extras.require("train", "kornia")
+        import kornia.augmentation as K
+
         steps.append(
             K.RandomAffine(
                 degrees=config.rotation,
@@ -111,7 +216,5 @@ def _build_augmentation(config: AugmentationConfig) -> nn.Module:
             )
         )
     if config.color_jitter:
-        steps.append(K.ColorJitter(config.color_jitter, config.color_jitter, config.color_jitter, p=1.0))
-    if config.horizontal_flip:
-        steps.append(K.RandomHorizontalFlip())
+        steps.append(_ColorJitter(config.color_jitter))
     return nn.Sequential(*steps)

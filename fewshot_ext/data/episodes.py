@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_MOST_KEYS = 8_000_000
+
 
 @dataclass(frozen=True, eq=False)
 class Episodes:
@@ -73,8 +75,15 @@ def sample_episodes(
     members[labels[order], rank] = order
 
     classes = torch.rand(episodes, len(present), generator=generator).argsort(1)[:, :way]
-    keys = torch.rand(episodes, way, members.shape[1], generator=generator)
-    padding = torch.arange(members.shape[1]) >= counts[classes].unsqueeze(-1)
-    drawn = keys.masked_fill_(padding, 2.0).topk(shot + queries, largest=False, sorted=True).indices
-    images = members[classes].gather(-1, drawn)
+    # Some episodes at a time: a random key for every image of every class of all of them is gigabytes for MNIST.
+    chunk = max(1, _MOST_KEYS // (way * members.shape[1]))
+    images = torch.cat([_draw(members, counts, part, shot + queries, generator) for part in classes.split(chunk)])
     return Episodes(support=images[..., :shot], query=images[..., shot:], classes=present[classes])
+
+
+def _draw(members: Tensor, counts: Tensor, classes: Tensor, images: int, generator: torch.Generator) -> Tensor:
+    """``images`` different members of each class, ``[E, way, images]``: those with the smallest random keys."""
+    keys = torch.rand(*classes.shape, members.shape[1], generator=generator)
+    padding = torch.arange(members.shape[1]) >= counts[classes].unsqueeze(-1)
+    drawn = keys.masked_fill_(padding, 2.0).topk(images, largest=False, sorted=True).indices
+    return members[classes.unsqueeze(-1), drawn]

@@ -3,15 +3,13 @@
 import csv
 import io
 import json
-import os
-import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fewshot_ext._files import replace_file
 from fewshot_ext.evaluation import mean_and_interval, plot_accuracy_over_margin
 
 CLASSES = ("base", "novel")
@@ -149,7 +147,7 @@ class SweepResults:
         written = []
         for name, writer in writers.items():
             if self.accuracies or name == "results.json":
-                _replace(directory / name, writer)
+                replace_file(directory / name, writer)
                 written.append(directory / name)
             else:
                 (directory / name).unlink(missing_ok=True)
@@ -211,19 +209,3 @@ class SweepResults:
             for classes in CLASSES
         }
         plot_accuracy_over_margin(curves, path, way=self.way)
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes beside ``path`` and renames, so that a reader, or Ctrl-C, never meets half a file."""
-    handle, name = tempfile.mkstemp(suffix=path.suffix, prefix=f".{path.stem}-", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        # mkstemp makes files that the owner alone can read; these are meant to be shared as any other file.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -111,3 +113,67 @@ def test_channel_statistics_normalise_the_pixels():
     pixels = archive.images.double() / 255
     assert mean == pytest.approx([pixels.mean().item()])
     assert std == pytest.approx([pixels.std().item()])
+
+
+def test_optional_parts_follow_their_images_and_classes(archive):
+    novel = archive.subset(Split.NOVEL)
+    assert novel.class_words == ("size",)
+    assert novel.image_fields["drawer"].tolist() == [1995, 4995, 7995, 10995]
+    kept, held = archive.hold_out(0.5, torch.Generator().manual_seed(0))
+    for part in (kept, held):
+        index = (part.image_fields["drawer"] + 5) // 1000
+        assert torch.equal(part.images, archive.images[index])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"class_words": ("a",)}, ValueError, "class_words must give one text a class: 3 classes, 1 texts"),
+        (
+            {"image_fields": {"drawer": torch.zeros(2, dtype=torch.int64)}},
+            ValueError,
+            r"image_fields\['drawer'\] must give one value an image: 12 images, 2 values",
+        ),
+        ({"image_fields": {"drawer": torch.zeros(12)}}, TypeError, r"image_fields\['drawer'\] must be a torch\.int64"),
+    ],
+)
+def test_bad_optional_parts_are_named(archive, changes, error, message):
+    with pytest.raises(error, match=message):
+        replace(archive, **changes)
+
+
+def test_roles_choose_and_order_the_classes(archive):
+    chosen = archive.with_roles({"Größe": Split.BASE, "n01": Split.VALIDATION})
+    assert chosen.class_names == ("Größe", "n01")
+    assert chosen.class_words == ("size", "cat")
+    assert chosen.class_split.tolist() == [Split.BASE, Split.VALIDATION]
+    assert torch.equal(chosen.images[chosen.labels == 0], archive.images[archive.labels == 2])
+    with pytest.raises(ValueError, match=r"4 of 5 classes are not in the archive: a, b, c, ..."):
+        archive.with_roles(dict.fromkeys(("a", "n01", "b", "c", "d"), Split.BASE))
+
+
+def test_rotations_are_classes_of_their_own():
+    square = torch.arange(4 * 9, dtype=torch.uint8).view(4, 1, 3, 3)
+    archive = ImageArchive(
+        images=square,
+        labels=torch.tensor([0, 1, 1, 0]),
+        class_names=("a", "b"),
+        class_split=torch.tensor([Split.BASE, Split.NOVEL], dtype=torch.uint8),
+        class_words=("ay", "bee"),
+        image_fields={"drawer": torch.arange(4)},
+    )
+    turned = archive.with_rotations()
+    assert turned.num_classes == 8
+    assert len(turned) == 16
+    for number in range(4):
+        label = turned.class_names.index(f"b/rot{90 * number:03d}")
+        own = turned.labels == label
+        assert torch.equal(turned.images[own], square[1:3].rot90(number, (2, 3)))
+        assert turned.image_fields["drawer"][own].tolist() == [1, 2]
+        assert turned.class_split[label] == Split.NOVEL
+        assert turned.class_words[label] == "bee"
+
+
+def test_only_square_images_are_rotated(archive):
+    with pytest.raises(ValueError, match=r"only square images .* got 6 x 5"):
+        archive.with_rotations()

@@ -70,3 +70,17 @@ def test_impossible_requests_are_named(changes, message):
     arguments = {"episodes": 2, "way": 3, "shot": 1, "queries": 2, **changes}
     with pytest.raises(ValueError, match=message):
         sample_episodes(labels, generator=torch.Generator(), **arguments)
+
+
+def test_drawing_some_episodes_at_a_time_changes_nothing(monkeypatch):
+    labels = torch.arange(6).repeat_interleave(torch.tensor([30, 40, 50, 60, 33, 44]))
+
+    def draw():
+        return sample_episodes(labels, 101, shot=5, generator=torch.Generator().manual_seed(3))
+
+    whole = draw()
+    monkeypatch.setattr("fewshot_ext.data.episodes._MOST_KEYS", 5 * 60 * 7)
+    parts = draw()
+    assert torch.equal(whole.support, parts.support)
+    assert torch.equal(whole.query, parts.query)
+    assert torch.equal(whole.classes, parts.classes)

@@ -1,0 +1,99 @@
+"""Pack a folder of pictures into one archive that every command takes as --data.
+
+The folder holds a folder of pictures for each class. Folders train, val and test (or base, novel, ...) around those
+of the classes tell the classes' roles; else --split does: the name of an official split (miniimagenet,
+tieredimagenet, cub, cub_easyfsl, cifar_fs, fc100, omniglot_vinyals), or your own CSV, JSON or text file, or base,
+validation or novel for all classes. Without either every class is novel. An unpacked cifar-100-binary.tar.gz is
+taken too.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from fewshot_ext import _extras
+from fewshot_ext.commands.common import writable_folder
+from fewshot_ext.commands.data import report
+from fewshot_ext.data import ImageArchive, Split, load_cifar100, load_split
+from fewshot_ext.data.cifar import is_cifar100
+from fewshot_ext.data.folders import list_folder, read_listing
+from fewshot_ext.data.pictures import check_reading
+
+SUMMARY = "pack a folder of pictures into one archive"
+
+
+def add_arguments(parser) -> None:
+    """Adds the options of ``data pack`` to a jsonargparse parser."""
+    parser.add_argument("--source", required=True, metavar="FOLDER", help="where the pictures are")
+    parser.add_argument("--output", required=True, metavar="FILE.npz", help="the archive to write")
+    parser.add_argument("--split", metavar="NAME|FILE", help="the roles of the classes; see above")
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="side to resize to; needed where the sizes differ")
+    parser.add_argument(
+        "--resize-mode",
+        type=Literal["crop", "stretch"],
+        default="crop",
+        help="crop: the short side becomes SIZE and the middle is cut out; stretch: both sides become SIZE",
+    )
+    parser.add_argument(
+        "--mode", type=Literal["auto", "RGB", "L"], default="auto", help="auto: L (grey) where every picture is grey"
+    )
+    parser.add_argument("--invert", action="store_true", help="turn dark on light into light on dark, for Omniglot")
+    parser.add_argument(
+        "--jpeg-quality", type=int, metavar="1-100", help="store JPEG instead of pixels; 95 changes little"
+    )
+
+
+def prepare(arguments, resolved: str) -> Callable[[], int]:
+    """Checks the settings, lists the pictures and returns the function that packs them."""
+    _extras.require("train", "PIL", "tqdm")
+    output = Path(arguments.output).expanduser()
+    if output.suffix != ".npz":
+        raise ValueError(f"output must be the name of an .npz file, got {arguments.output!r}")
+    if output.is_dir():
+        raise IsADirectoryError(f"output {str(output)!r} is a folder")
+    if arguments.jpeg_quality is not None and not 1 <= arguments.jpeg_quality <= 100:
+        raise ValueError(f"jpeg_quality must lie in [1, 100], got {arguments.jpeg_quality}")
+    read = _reader(arguments)
+    writable_folder(str(output.parent))
+    return lambda: _run(read, output, arguments.invert, arguments.jpeg_quality)
+
+
+def _reader(arguments) -> Callable[[], ImageArchive]:
+    roles = {role.name.lower(): role for role in Split}
+    split = roles.get(arguments.split, arguments.split)
+    if is_cifar100(arguments.source):
+        if arguments.size not in (None, 32) or arguments.mode == "L":
+            raise ValueError("CIFAR-100 is packed as it is, 32 x 32 RGB: leave size and mode out")
+        named = None if split is None or isinstance(split, Split) else load_split(split)
+        archive = load_cifar100(arguments.source)
+        every = dict.fromkeys(archive.class_names, Split.NOVEL if split is None else split)
+        archive = archive.with_roles(every if named is None else named.roles)
+        return lambda: archive
+    check_reading(arguments.size, None, arguments.resize_mode)
+    listing = list_folder(arguments.source, split)
+    if listing.left_out:
+        print(f"{listing.left_out:,} pictures that the split does not name are left out", file=sys.stderr)
+    mode = None if arguments.mode == "auto" else arguments.mode
+    return lambda: read_listing(listing, size=arguments.size, mode=mode, resize=arguments.resize_mode, progress=True)
+
+
+def _run(read: Callable[[], ImageArchive], output: Path, invert: bool, jpeg_quality: int | None) -> int:
+    # Unlike most mistakes, a damaged picture or a full disk shows itself only when the work is under way.
+    try:
+        archive = read()
+        if invert:
+            archive = replace(archive, images=255 - archive.images)
+        if sys.stderr.isatty():
+            print(f"writing {output}", file=sys.stderr)
+        archive.save(output, jpeg_quality)
+    except (OSError, ValueError) as error:
+        print(f"fewshot-ext data pack: error: {error}; nothing was written", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"interrupted; nothing was written to {output}", file=sys.stderr)
+        return 130
+    print(report.table(archive))
+    print(f"written: {output} ({output.stat().st_size / 1e6:,.1f} MB)")
+    return 0

@@ -1,0 +1,163 @@
+"""The image sets that have a public address: fetched, held against their checksum, unpacked."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from fewshot_ext import _extras
+from fewshot_ext.data.unpack import unpack
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file to fetch, its size in bytes."""
+
+    url: str
+    sha256: str
+    size: int
+
+    @property
+    def name(self) -> str:
+        return self.url.partition("?")[0].rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class RemoteSet:
+    """An image set to fetch: what it is, its files, and how to go on from what they unpack to."""
+
+    summary: str
+    files: tuple[RemoteFile, ...]
+    next_step: str
+
+
+_OMNIGLOT = "https://github.com/brendenlake/omniglot/raw/master/python"
+# The checksums are those that TensorFlow Datasets (Apache 2.0) keeps for the same addresses.
+REMOTE: dict[str, RemoteSet] = {
+    "omniglot": RemoteSet(
+        "1623 characters of 50 alphabets, 20 drawings each (MIT)",
+        (
+            RemoteFile(
+                f"{_OMNIGLOT}/images_background.zip",
+                "ad41ab679c8b5d90b271ef46be6987cc81211774a695c29dcc5367b2b26ee640",
+                9_464_212,
+            ),
+            RemoteFile(
+                f"{_OMNIGLOT}/images_evaluation.zip",
+                "1f61a8f3366785b057fc117d9228e78a16e3d976c8953b2a10fcc74cf0609cee",
+                6_462_886,
+            ),
+        ),
+        "fewshot-ext data pack --source {folder} --size 28 --mode L --invert --output omniglot28.npz",
+    ),
+    "cifar100": RemoteSet(
+        "100 classes of 600 photographs, 32 x 32: the source of CIFAR-FS and FC100",
+        (
+            RemoteFile(
+                "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+                "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
+                168_513_733,
+            ),
+        ),
+        "fewshot-ext data pack --source {folder}/cifar-100-binary --split cifar_fs --output cifar_fs.npz "
+        "(or --split fc100)",
+    ),
+    "cub": RemoteSet(
+        "Caltech-UCSD Birds 200-2011: 11,788 photographs of 200 kinds of birds",
+        (
+            RemoteFile(
+                "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1",
+                "0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081",
+                1_150_585_339,
+            ),
+        ),
+        "fewshot-ext data pack --source {folder}/CUB_200_2011/images --split cub --size 84 --jpeg-quality 95 "
+        "--output cub84.npz",
+    ),
+}
+_IMAGENET = (
+    "its pictures are ImageNet's, which are given to those who accept its terms: register at "
+    "https://image-net.org, download the ILSVRC 2012 training images, and unpack them into one folder a class "
+    "(n01440764, ...)"
+)
+BY_HAND = {
+    "miniimagenet": f"{_IMAGENET}; or, if you have the pictures of mini-ImageNet (n0153282900000005.jpg, ...), put "
+    "them into one folder. Then: fewshot-ext data pack --source FOLDER --split miniimagenet --size 84 --jpeg-quality "
+    "95 --output miniimagenet84.npz. From all of ImageNet that takes every picture of the 100 classes, not the 600 "
+    "a class of Ravi and Larochelle",
+    "tieredimagenet": f"{_IMAGENET}. Then: fewshot-ext data pack --source FOLDER --split tieredimagenet --size 84 "
+    "--jpeg-quality 95 --output tieredimagenet84.npz",
+}
+
+
+def remote_set(name: str) -> RemoteSet:
+    """The set called ``name``.
+
+    Raises:
+        ValueError: there is none; for a set that must be fetched by hand the message says how.
+    """
+    if name in BY_HAND:
+        raise ValueError(f"{name} cannot be downloaded by a program: {BY_HAND[name]}")
+    if name not in REMOTE:
+        raise ValueError(f"name must be one of {', '.join(REMOTE)} (by hand: {', '.join(BY_HAND)}), got {name!r}")
+    return REMOTE[name]
+
+
+def download(remote: RemoteSet, folder: str | Path, *, progress: bool = True) -> list[Path]:
+    """Fetches the files of a set, unpacks them into ``folder``, and removes the packed files.
+
+    A file fetched by an earlier call that was interrupted while it unpacked is not fetched again.
+
+    Args:
+        remote: what to fetch; see ``remote_set``.
+        folder: where it goes; must exist.
+        progress: show bars on a terminal.
+
+    Returns:
+        What was unpacked.
+
+    Raises:
+        ImportError: pooch or tqdm is missing.
+        OSError: no network, an address that is gone, a full disk.
+        ValueError: a file that does not match its checksum (which is removed), or that ``unpack`` refuses.
+    """
+    _extras.require("train", "pooch", "tqdm")
+    folder = Path(folder).expanduser()
+    unpacked = []
+    for file in remote.files:
+        packed = _fetch(file, folder, progress)
+        with _bar(progress, f"unpacking {file.name}") as bar:
+            unpacked += unpack(packed, folder, bar.update)
+        packed.unlink()
+    return unpacked
+
+
+def _fetch(file: RemoteFile, folder: Path, progress: bool) -> Path:
+    import pooch
+    import requests
+
+    logger = pooch.get_logger()
+    level = logger.level
+    with _bar(progress, f"fetching {file.name}", file.size) as bar:
+        try:
+            logger.setLevel("ERROR")
+            # Pooch's own 1 KiB are written to the disk one by one.
+            fetch = pooch.HTTPDownloader(progressbar=bar, chunk_size=1 << 18, timeout=30)
+            packed = pooch.retrieve(file.url, f"sha256:{file.sha256}", file.name, folder, downloader=fetch)
+        except (requests.ConnectionError, requests.Timeout) as error:
+            host = urlsplit(file.url).netloc
+            raise OSError(f"cannot fetch {file.url}: {host} does not answer; is there a network?") from error
+        except ValueError as error:
+            raise ValueError(f"{file.url} gave another file than expected, which was removed: {error}") from error
+        except OSError as error:
+            raise OSError(f"cannot fetch {file.url}: {error}") from error
+        finally:
+            logger.setLevel(level)
+    return Path(packed)
+
+
+def _bar(progress: bool, what: str, total: int | None = None):
+    from tqdm import tqdm
+
+    disable = None if progress else True
+    return tqdm(None, what, total, file=sys.stderr, disable=disable, unit="B", unit_scale=True, dynamic_ncols=True)

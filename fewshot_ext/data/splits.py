@@ -1,0 +1,254 @@
+"""Class splits: the official ones by name, and the files that the field keeps them in."""
+
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fewshot_ext.data.archive import Split
+
+# What a role is called in the names of folders, of files and of the entries of a JSON file.
+ROLES = {
+    **dict.fromkeys(("base", "train", "training", "background", "images_background"), Split.BASE),
+    **dict.fromkeys(("validation", "val", "valid"), Split.VALIDATION),
+    **dict.fromkeys(("novel", "test", "testing", "evaluation", "images_evaluation"), Split.NOVEL),
+}
+SPLIT_NAMES = (
+    "miniimagenet",
+    "tieredimagenet",
+    "cub",
+    "cub_easyfsl",
+    "cifar_fs",
+    "fc100",
+    "omniglot_vinyals",
+)
+_SUFFIXES = (".csv", ".json", ".txt")
+_ROTATION = re.compile(r"/rot(000|090|180|270)$")
+
+
+@dataclass(frozen=True)
+class ClassSplit:
+    """Which classes are base, validation and novel, and, where the split lists files, which files they hold.
+
+    Attributes:
+        roles: the role of each class, by the class's name.
+        files: the class of each listed file, by its path as listed; empty where the split names classes alone.
+        name: what to call the split in messages.
+
+    Example:
+        >>> split = load_split("miniimagenet")
+        >>> len(split.of(Split.BASE)), len(split.of(Split.VALIDATION)), len(split.of(Split.NOVEL))
+        (64, 16, 20)
+    """
+
+    roles: Mapping[str, Split]
+    files: Mapping[str, str] = field(default_factory=dict)
+    name: str = "split"
+
+    def of(self, role: Split) -> list[str]:
+        """The classes of one role."""
+        return [name for name, given in self.roles.items() if given == role]
+
+
+@dataclass
+class _Draft:
+    """A split while its files are read."""
+
+    name: str
+    roles: dict[str, Split] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+    def add(self, names: Iterable[str], role: Split) -> None:
+        for name in names:
+            if self.roles.setdefault(name, role) != role:
+                raise ValueError(
+                    f"{self.name}: class {name!r} is both {self.roles[name].name.lower()} and {role.name.lower()}"
+                )
+
+    def add_file(self, path: str, name: str) -> None:
+        if self.files.setdefault(path, name) != name:
+            raise ValueError(f"{self.name}: file {path!r} belongs to both {self.files[path]!r} and {name!r}")
+
+    def finish(self) -> ClassSplit:
+        if not self.roles:
+            raise ValueError(f"{self.name} names no class")
+        return ClassSplit(self.roles, self.files, self.name)
+
+
+def load_split(name_or_path: str | Path) -> ClassSplit:
+    """An official split by name, or one from files.
+
+    Args:
+        name_or_path: ``miniimagenet`` (Ravi and Larochelle), ``tieredimagenet``, ``cub`` (100 / 50 / 50 classes,
+            Chen et al.), ``cub_easyfsl`` (140 / 30 / 30), ``cifar_fs``, ``fc100``, ``omniglot_vinyals``; or a path,
+            which is that of
+
+            - one file for all roles: JSON ``{"train": [class, ...], "val": [...], "test": [...]}``, or CSV with
+              the columns ``filename``, ``label`` and ``split``;
+            - one of three files that differ in a word such as train, val and test, or base, val and novel; the
+              other two are looked for beside it;
+            - a folder with one such set of files.
+
+            Files for one role are CSV (``filename,label``, as mini-ImageNet has it), JSON (a list of classes or of
+            [superclass, class]; or ``class_names``; or ``label_names``, ``image_labels`` and ``image_names``, as the
+            closer-look code writes it) or text (a class a line); each may end in ``.gz``. Base may be called train,
+            training or background, validation val or valid, novel test, testing or evaluation.
+
+    Raises:
+        OSError: no such name or file.
+        ValueError: a file that cannot be read so, no class at all, a class with two roles; the message names the
+            file and the class.
+    """
+    name = str(name_or_path)
+    if name in SPLIT_NAMES:
+        draft = _Draft(f"split {name!r}")
+        text = resources.files("fewshot_ext.data").joinpath("class_splits", f"{name}.json").read_text("utf-8")
+        _add_json(draft, json.loads(text), None, name)
+        return draft.finish()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        files = _files_of_folder(path)
+    elif path.is_file():
+        files = _files_beside(path)
+    else:
+        raise FileNotFoundError(
+            f"there is no split {name!r}: not a file or folder, nor one of {', '.join(SPLIT_NAMES)}"
+        )
+    draft = _Draft(f"split {name!r}")
+    for file, role in files:
+        _add_file(draft, file, role)
+    return draft.finish()
+
+
+def role_of(name: str) -> Split | None:
+    """The role that a word such as "train" stands for, or None."""
+    return ROLES.get(name.lower())
+
+
+def _role_in(file: Path) -> tuple[Split | None, str]:
+    """The role that a file's name tells, and the name with that word left out."""
+    words = re.split(r"([^A-Za-z]+)", file.name.removesuffix(".gz"))
+    found = [index for index, word in enumerate(words) if role_of(word) is not None]
+    if len(found) != 1:
+        return None, file.name
+    role = role_of(words[found[0]])
+    words[found[0]] = "*"
+    return role, "".join(words)
+
+
+def _is_split_file(path: Path) -> bool:
+    name = path.name.removesuffix(".gz")
+    return path.is_file() and not name.startswith(".") and name.endswith(_SUFFIXES)
+
+
+def _files_beside(path: Path) -> list[tuple[Path, Split | None]]:
+    role, pattern = _role_in(path)
+    if role is None:
+        return [(path, None)]
+    beside = ((file, *_role_in(file)) for file in sorted(path.parent.iterdir()) if _is_split_file(file))
+    found = [(file, role) for file, role, other in beside if role is not None and other == pattern]
+    return found or [(path, role)]
+
+
+def _files_of_folder(folder: Path) -> list[tuple[Path, Split | None]]:
+    groups: dict[str, list[tuple[Path, Split | None]]] = {}
+    for file in sorted(folder.iterdir()):
+        role, pattern = _role_in(file)
+        if role is not None and _is_split_file(file):
+            groups.setdefault(pattern, []).append((file, role))
+    if len(groups) != 1:
+        found = f"{', '.join(groups)}; name one of the files" if groups else "none"
+        raise ValueError(
+            f"{str(folder)!r} must hold one set of split files such as train, val and test.csv; got {found}"
+        )
+    return next(iter(groups.values()))
+
+
+def _add_file(draft: _Draft, path: Path, role: Split | None) -> None:
+    content = path.read_bytes()
+    try:
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+        text = content.decode("utf-8-sig")
+        kind = Path(path.name.removesuffix(".gz")).suffix
+        if kind == ".json":
+            _add_json(draft, json.loads(text), role, str(path))
+        elif kind == ".csv":
+            _add_csv(draft, text, role, str(path))
+        elif kind == ".txt":
+            if role is None:
+                raise ValueError(
+                    f"split file {str(path)!r} holds one role, which its name must tell: train.txt, val.txt, test.txt"
+                )
+            draft.add((_ROTATION.sub("", line.strip()) for line in text.splitlines() if line.strip()), role)
+        else:
+            raise ValueError(f"split file {str(path)!r} must end in {', '.join(_SUFFIXES)} or one of these and .gz")
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError, EOFError, zlib.error, csv.Error) as error:
+        raise ValueError(f"split file {str(path)!r} is damaged: {error}") from error
+
+
+def _add_csv(draft: _Draft, text: str, role: Split | None, path: str) -> None:
+    rows = csv.DictReader(io.StringIO(text))
+    columns = set(rows.fieldnames or ())
+    needed = {"filename", "label"} if role is not None else {"filename", "label", "split"}
+    if not needed <= columns:
+        raise ValueError(
+            f"split file {path!r} must have the columns {', '.join(sorted(needed))}, got {', '.join(sorted(columns))}"
+        )
+    for number, row in enumerate(rows, start=2):
+        given = role if role is not None else role_of(row["split"] or "")
+        if given is None or not row["filename"] or not row["label"]:
+            raise ValueError(f"split file {path!r}, line {number}: got {dict(row)}")
+        draft.add([row["label"]], given)
+        draft.add_file(row["filename"], row["label"])
+
+
+def _add_json(draft: _Draft, content: Any, role: Split | None, path: str) -> None:
+    if role is None:
+        lists = (
+            {name: value for name, value in content.items() if role_of(name) is not None}
+            if isinstance(content, dict)
+            else {}
+        )
+        if not lists:
+            raise ValueError(f'split file {path!r} must be a JSON object such as {{"train": [...], "test": [...]}}')
+        for name, value in lists.items():
+            draft.add(_class_names(value, path), role_of(name))
+    elif isinstance(content, dict) and "label_names" in content:
+        _add_image_lists(draft, content, role, path)
+    else:
+        draft.add(_class_names(content.get("class_names") if isinstance(content, dict) else content, path), role)
+
+
+def _add_image_lists(draft: _Draft, content: dict, role: Split, path: str) -> None:
+    """The closer-look form, whose ``label_names`` are the classes of all roles."""
+    names, labels = content["label_names"], content.get("image_labels")
+    images = content.get("image_names")
+    if not (_is_list_of(names, str) and _is_list_of(labels, int) and _is_list_of(images, str)):
+        raise ValueError(f"split file {path!r} must have lists label_names, image_labels and image_names")
+    if len(labels) != len(images) or not all(0 <= label < len(names) for label in labels):
+        raise ValueError(f"split file {path!r}: image_labels must give a number below {len(names)} for each image")
+    draft.add((names[label] for label in dict.fromkeys(labels)), role)
+    for image, label in zip(images, labels, strict=True):
+        # The paths are those of the machine that wrote the file; the class's folder and the file's name last.
+        draft.add_file("/".join(PurePosixPath(image).parts[-2:]), names[label])
+
+
+def _class_names(value: Any, path: str) -> list[str]:
+    if not isinstance(value, list):
+        raise ValueError(f"split file {path!r} must hold a list of classes, got {type(value).__name__}")
+    names = [entry[-1] if isinstance(entry, list) and entry else entry for entry in value]
+    if not _is_list_of(names, str):
+        raise ValueError(f"split file {path!r} must hold a list of class names or of [superclass, class]")
+    return names
+
+
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, kind) for entry in value)

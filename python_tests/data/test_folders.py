@@ -1,0 +1,170 @@
+import pytest
+import torch
+from PIL import Image
+
+from fewshot_ext.data import Split, load_cifar100, load_split, read_folder
+from fewshot_ext.data.folders import list_folder
+from fewshot_ext.data.splits import ClassSplit
+
+SQUARE = (8, 8)
+
+
+def roles(listing):
+    return dict(zip(listing.class_names, listing.class_split, strict=True))
+
+
+def test_pictures_and_labels_belong_together(picture_tree):
+    root = picture_tree({"b/2.png": SQUARE, "a/1.png": SQUARE, "b/3.png": SQUARE})
+    archive = read_folder(root)
+    assert archive.class_names == ("a", "b")
+    assert archive.labels.tolist() == [0, 1, 1]
+    assert archive.images.shape == (3, 3, 8, 8)
+    assert archive.images[:, 0, 0, 0].tolist() == [10, 0, 20]
+    assert archive.class_split.tolist() == [Split.NOVEL] * 2
+
+
+def test_folders_of_roles(picture_tree):
+    root = picture_tree(
+        {"train/a/1.png": SQUARE, "val/b/1.png": SQUARE, "test/c/1.png": SQUARE, "test/d/1.png": SQUARE}
+    )
+    listing = list_folder(root)
+    assert roles(listing) == {"a": Split.BASE, "b": Split.VALIDATION, "c": Split.NOVEL, "d": Split.NOVEL}
+
+
+def test_omniglot_as_it_comes(picture_tree):
+    root = picture_tree(
+        {
+            "python/images_background/Greek/character01/0001_01.png": SQUARE,
+            "python/images_background/Greek/character02/0002_01.png": SQUARE,
+            "python/images_evaluation/Tengwar/character01/0003_01.png": SQUARE,
+        }
+    )
+    listing = list_folder(root)
+    assert roles(listing) == {
+        "Greek/character01": Split.BASE,
+        "Greek/character02": Split.BASE,
+        "Tengwar/character01": Split.NOVEL,
+    }
+    split = ClassSplit({"Greek/character02": Split.BASE, "Tengwar/character01": Split.VALIDATION})
+    assert roles(list_folder(root, split)) == dict(split.roles)
+    assert list_folder(root, split).left_out == 1
+
+
+def test_one_role_for_all_even_where_folders_tell_another(picture_tree):
+    assert roles(list_folder(picture_tree({"a/1.png": SQUARE, "b/1.png": SQUARE}), Split.BASE)) == {"a": 0, "b": 0}
+
+
+def test_a_class_called_train_is_a_class(picture_tree):
+    assert list_folder(picture_tree({"bus/1.png": SQUARE, "train/1.png": SQUARE})).class_names == ["bus", "train"]
+
+
+def test_one_folder_of_one_class(picture_tree):
+    assert list_folder(picture_tree({"a/1.png": SQUARE})).class_names == ["a"]
+    assert list_folder(picture_tree({"a/1.png": SQUARE}) / "..").class_names == ["a"]
+
+
+def test_an_official_split_finds_its_classes_by_folder_or_by_file_name(picture_tree):
+    names = load_split("miniimagenet").roles
+    flat = {f"images/{name}{number:08d}.jpg": SQUARE for name in names for number in range(2)}
+    deep = {f"ILSVRC/train/{name}/{name}_7.jpg": SQUARE for name in names}
+    root = picture_tree({**flat, **deep, "ILSVRC/train/n99999999/n99999999_7.jpg": SQUARE})
+    for folder, images in ((root / "images", 200), (root / "ILSVRC", 100), (root, 300)):
+        listing = list_folder(folder, "miniimagenet")
+        assert roles(listing) == dict(names)
+        assert len(listing.files) == images
+    assert list_folder(root, "miniimagenet").left_out == 1
+
+
+def test_lists_of_files_tell_the_classes_of_a_flat_folder(picture_tree, tmp_path):
+    root = picture_tree({f"images/{number}.png": SQUARE for number in range(4)})
+    (tmp_path / "train.csv").write_text("filename,label\n0.png,a\n3.png,b\n")
+    (tmp_path / "test.csv").write_text("filename,label\n1.png,c\n")
+    listing = list_folder(root, tmp_path / "train.csv")
+    assert [
+        (file.name, listing.class_names[label]) for file, label in zip(listing.files, listing.labels, strict=True)
+    ] == [
+        ("0.png", "a"),
+        ("3.png", "b"),
+        ("1.png", "c"),
+    ]
+    assert listing.left_out == 1
+
+
+@pytest.mark.parametrize(
+    ("pictures", "split", "message"),
+    [
+        (["train/a/1.png", "test/a/1.png"], None, "class 'a' of .* is both novel and base"),
+        (["train/a/1.png", "test/b/1.png", "extra/c/1.png"], None, "folders for roles, .* beside the folder 'extra'"),
+        (["1.png", "a/2.png"], None, r"'1\.png' in .* lies in no class's folder"),
+        (["1.png"], None, "lies in no class's folder"),
+        (["train/1.png", "test/b/1.png"], None, r"'train/1\.png' in .* lies in no class's folder"),
+        (["a/1.png"], "miniimagenet", "'miniimagenet' names 100 classes; 100 of them have no picture in .*: n01532829"),
+        ([], None, "no pictures in"),
+    ],
+)
+def test_trees_that_make_no_sense(picture_tree, tmp_path, pictures, split, message):
+    (tmp_path / "pictures").mkdir()
+    root = picture_tree(dict.fromkeys(pictures, SQUARE))
+    (tmp_path / "pictures").mkdir(exist_ok=True)
+    with pytest.raises(ValueError, match=message):
+        list_folder(tmp_path / "pictures" if not pictures else root, split)
+
+
+def test_sizes_must_be_equal_or_given(picture_tree):
+    root = picture_tree({"a/1.png": (8, 8), "b/2.png": (8, 9)})
+    with pytest.raises(ValueError, match=r"2\.png' is 8 x 9, but '.*1\.png' is 8 x 8: give a size"):
+        read_folder(root)
+    assert read_folder(root, size=5).images.shape == (2, 3, 5, 5)
+
+
+@pytest.mark.parametrize(("mode", "channels"), [(None, 1), ("L", 1), ("RGB", 3)])
+def test_grey_pictures_stay_grey_unless_told(picture_tree, mode, channels):
+    root = picture_tree({"a/1.png": SQUARE, "b/2.png": SQUARE}, mode="L")
+    assert read_folder(root, mode=mode).images.shape[1] == channels
+    assert read_folder(root, mode=mode, size=4).images[1].unique().tolist() == [10]
+
+
+def test_one_colour_picture_makes_the_archive_colour(picture_tree):
+    root = picture_tree({"a/1.png": SQUARE}, mode="L")
+    Image.new("RGB", (8, 8), "red").save(root / "a" / "2.png")
+    assert read_folder(root).images[:, :, 0, 0].tolist() == [[0, 0, 0], [255, 0, 0]]
+
+
+def test_a_damaged_picture_is_named(picture_tree):
+    root = picture_tree({"a/1.png": SQUARE, "b/2.png": SQUARE, "b/3.png": SQUARE})
+    content = (root / "b/2.png").read_bytes()
+    (root / "b/2.png").write_bytes(content[:45])
+    with pytest.raises(ValueError, match=r"cannot decode '.*b/2\.png'"):
+        read_folder(root, size=8)
+
+
+@pytest.mark.parametrize("arguments", [{"size": -1}, {"mode": "CMYK"}, {"resize": "fold"}])
+def test_bad_arguments_come_before_any_work(arguments):
+    with pytest.raises(ValueError, match="must be"):
+        read_folder("no_such_folder", **arguments)
+
+
+def test_cifar_from_its_binary_files(cifar):
+    archive = load_cifar100(cifar)
+    assert archive.images.shape == (600, 3, 32, 32)
+    assert archive.labels.bincount().tolist() == [6] * 100
+    assert archive.images[507, :, 31, 5].tolist() == [7, 57, 107]
+    split = archive.with_roles(load_split("fc100").roles)
+    assert split.class_split.bincount().tolist() == [60, 20, 20]
+    label = split.class_names.index("apple")
+    assert split.images[split.labels == label][:, 0].unique().tolist() == [archive.class_names.index("apple")]
+    (cifar / "test.bin").write_bytes((cifar / "test.bin").read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"test\.bin' must have 307400 bytes \(100 images\), got 307399"):
+        load_cifar100(cifar)
+    (cifar / "fine_label_names.txt").write_text("apple")
+    with pytest.raises(ValueError, match="must name 100 classes, got 1"):
+        load_cifar100(cifar)
+    (cifar / "train.bin").unlink()
+    with pytest.raises(OSError, match=r"fine_label_names|train\.bin"):
+        load_cifar100(cifar / "missing")
+
+
+def test_reading_leaves_torch_a_tensor_that_may_be_written(picture_tree):
+    archive = read_folder(picture_tree({"a/1.png": SQUARE}))
+    archive.images.zero_()
+    assert torch.equal(archive.images, torch.zeros_like(archive.images))

@@ -1,0 +1,182 @@
+import gzip
+import json
+
+import pytest
+
+from fewshot_ext.data import SPLIT_NAMES, Split, load_split
+
+SIZES = {
+    "miniimagenet": (64, 16, 20),
+    "tieredimagenet": (351, 97, 160),
+    "cub": (100, 50, 50),
+    "cub_easyfsl": (140, 30, 30),
+    "cifar_fs": (64, 16, 20),
+    "fc100": (60, 20, 20),
+    "omniglot_vinyals": (1028, 172, 423),
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a file of text, of anything JSON can say, or of bytes, and returns its path."""
+
+    def write(name, content):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+
+    return write
+
+
+def sizes(split):
+    return tuple(len(split.of(role)) for role in Split)
+
+
+def test_every_official_split_has_its_published_sizes():
+    assert set(SIZES) == set(SPLIT_NAMES)
+    for name, expected in SIZES.items():
+        assert sizes(load_split(name)) == expected
+
+
+def test_official_splits_name_the_classes_of_their_sets():
+    assert load_split("cub").roles.keys() == load_split("cub_easyfsl").roles.keys()
+    assert load_split("cifar_fs").roles.keys() == load_split("fc100").roles.keys()
+    assert load_split("cifar_fs").roles["train"] == Split.BASE
+    assert load_split("cub").roles["001.Black_footed_Albatross"] == Split.BASE
+    # Superclasses stay together in FC100.
+    assert {load_split("fc100").roles[fish] for fish in ("flatfish", "ray", "shark", "trout")} == {Split.BASE}
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("miniimagenet", "miniimagenet_ravi"),
+        ("tieredimagenet", "tieredimagenet/test.json"),
+        ("cub", "cub/torchmeta_closerlook_val.json"),
+        ("cub_easyfsl", "cub/easyfsl_train.json"),
+        ("cifar_fs", "cifar_fs/train.txt"),
+        ("cifar_fs", "cifar_fs/torchmeta_train.json"),
+        ("omniglot_vinyals", "omniglot_vinyals"),
+    ],
+)
+def test_shipped_lists_are_those_of_the_official_files(real_data, name, path):
+    official = load_split(real_data("splits") / path)
+    assert dict(official.roles) == dict(load_split(name).roles)
+    if name == "miniimagenet":
+        assert len(official.files) == 60000
+        assert official.files["n0153282900000005.jpg"] == "n01532829"
+
+
+def test_fc100_superclasses(real_data):
+    assert sizes(load_split(real_data("splits") / "fc100")) == (12, 4, 4)
+
+
+def test_miniimagenet_pack_has_the_split_that_ships(real_data):
+    from fewshot_ext.data import ImageArchive
+
+    pack = ImageArchive.load(real_data("miniimagenet32_small.npz"))
+    assert dict(zip(pack.class_names, pack.class_split.tolist(), strict=True)) == dict(load_split("miniimagenet").roles)
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        ({"train": ["a"], "val": ["b"], "test": ["c"]}, "mine.json"),
+        ({"base": ["a"], "validation": [["super", "b"]], "novel": ["c"], "author": "me"}, "mine.json"),
+        ("filename,label,split\n1.jpg,a,train\n2.jpg,b,val\n3.jpg,c,test\n", "mine.csv"),
+    ],
+)
+def test_one_file_for_all_roles(write, content, name):
+    split = load_split(write(name, content))
+    assert dict(split.roles) == {"a": Split.BASE, "b": Split.VALIDATION, "c": Split.NOVEL}
+    assert dict(split.files) == ({"1.jpg": "a", "2.jpg": "b", "3.jpg": "c"} if name.endswith("csv") else {})
+
+
+def test_three_csv_files_by_one_of_them_or_by_their_folder(write):
+    path = write("s/train.csv", "filename,label\na1.jpg,a\na2.jpg,a\n")
+    write("s/val.csv.gz", gzip.compress(b"filename,label\nb1.jpg,b\n"))
+    write("s/test.csv", "\ufefffilename,label\nc1.jpg,c\n")
+    write("s/README.txt", "about")
+    assert sizes(load_split(path.parent)) == (1, 1, 1)
+    assert sizes(load_split(path)) == (1, 1, 1)
+    assert load_split(path).files["b1.jpg"] == "b"
+
+
+def test_closer_look_files_name_all_classes_in_each(write):
+    def lists(labels):
+        images = [f"/home/somebody/CUB/images/c{label}/{label}.jpg" for label in labels]
+        return {"label_names": ["c0", "c1", "c2", "c3"], "image_names": images, "image_labels": labels}
+
+    path = write("base.json", lists([0, 0, 2]))
+    write("val.json", lists([1]))
+    write("novel.json", lists([3]))
+    split = load_split(path)
+    assert dict(split.roles) == {"c0": 0, "c2": 0, "c1": 1, "c3": 2}
+    assert split.files["c2/2.jpg"] == "c2"
+
+
+def test_rotated_classes_count_once(write):
+    split = load_split(write("test.txt", "A/character01/rot000\nA/character01/rot090\n\nB/character02/rot270\n"))
+    assert dict(split.roles) == {"A/character01": Split.NOVEL, "B/character02": Split.NOVEL}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"mine.json": {"train": ["a", "b"], "test": ["b"]}}, r"class 'b' is both base and novel"),
+        ({"train.json": ["a"], "test.json": ["a"]}, "class 'a' is both novel and base"),
+        ({"train.csv": "filename,label\n1.jpg,a\n1.jpg,b\n"}, r"file '1\.jpg' belongs to both 'a' and 'b'"),
+        ({"train.csv": "file,label\n1.jpg,a\n"}, "must have the columns filename, label, got file, label"),
+        ({"all.csv": "filename,label\n1.jpg,a\n"}, "must have the columns filename, label, split"),
+        ({"all.csv": "filename,label,split\n1.jpg,a,train\n2.jpg,b,holiday\n"}, "line 3: got .*holiday"),
+        ({"train.csv": "filename,label\n1.jpg\n"}, "line 2: got"),
+        ({"train.csv": ""}, "must have the columns filename, label, got "),
+        ({"train.json": "[1"}, r"train\.json' is damaged"),
+        ({"train.json": [1, 2]}, r"must hold a list of class names or of \[superclass, class\]"),
+        ({"train.json": [[]]}, "must hold a list of class names"),
+        ({"train.json": {"classes": ["a"]}}, "must hold a list of classes, got NoneType"),
+        ({"train.json": "3"}, "must hold a list of classes, got int"),
+        ({"mine.json": ["a"]}, "must be a JSON object such as"),
+        ({"train.json": []}, "names no class"),
+        (
+            {"train.json": {"label_names": ["a"], "image_labels": [0]}},
+            "must have lists label_names, image_labels and im",
+        ),
+        (
+            {"train.json": {"label_names": ["a"], "image_labels": [1], "image_names": ["x"]}},
+            "image_labels must give a number below 1 for each image",
+        ),
+        (
+            {"train.json": {"label_names": ["a"], "image_labels": [0, 0], "image_names": ["x"]}},
+            "image_labels must give a number",
+        ),
+        ({"mine.txt": "a"}, r"mine\.txt' holds one role, which its name must tell"),
+        ({"train.xml": "a"}, r"train\.xml' must end in \.csv, \.json, \.txt"),
+        ({"train.txt": b"\xff\xfe\x00"}, r"train\.txt' is damaged"),
+        ({"train.csv.gz": b"not gzip"}, r"train\.csv\.gz' is damaged"),
+        ({"train.csv.gz": gzip.compress(b"filename,label\n" * 50)[:-12]}, r"train\.csv\.gz' is damaged"),
+    ],
+)
+def test_files_that_are_no_split(write, files, message):
+    paths = [write(name, content) for name, content in files.items()]
+    with pytest.raises(ValueError, match=message):
+        load_split(paths[0])
+
+
+def test_folders_without_one_clear_set_of_files(write, tmp_path):
+    with pytest.raises(ValueError, match=r"must hold one set of split files such as .* got none"):
+        load_split(tmp_path)
+    write("easyfsl_train.json", ["a"])
+    write("torchmeta_train.json", ["b"])
+    with pytest.raises(ValueError, match=r"got easyfsl_\*\.json, torchmeta_\*\.json; name one of the files"):
+        load_split(tmp_path)
+    assert load_split(tmp_path / "torchmeta_train.json").of(Split.BASE) == ["b"]
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(FileNotFoundError, match=r"there is no split 'minimagenet': .*miniimagenet, tieredimagenet"):
+        load_split("minimagenet")
