@@ -28,3 +28,9 @@ def check_fraction(name: str, value: float) -> None:
     check_finite(name, value)
     if not 0 <= value < 1:
         raise ValueError(f"{name} must lie in [0, 1), got {value}")
+
+
+def check_choice(name: str, value: str, *choices: str) -> None:
+    """Raises ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")

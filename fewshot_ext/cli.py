@@ -7,13 +7,14 @@ from types import ModuleType
 
 from fewshot_ext import _extras
 from fewshot_ext._version import __version__
-from fewshot_ext.commands import data, demo
+from fewshot_ext.commands import data, demo, pretrain
 
 # Each command is a module with SUMMARY, add_arguments(parser) and prepare(arguments, resolved) -> run. `prepare`
 # finds every mistake of the user and raises it as ImportError, OSError, TypeError or ValueError; `run` does the
 # work, and what it raises is a defect of ours that deserves its traceback. A module with SUMMARY and COMMANDS, a
-# mapping of the same kind, is a group: "fewshot-ext data pack".
-COMMANDS: dict[str, ModuleType] = {"data": data, "demo": demo}
+# mapping of the same kind, is a group: "fewshot-ext data pack". A module may have config_action() -> the argparse
+# action of its --config.
+COMMANDS: dict[str, ModuleType] = {"data": data, "demo": demo, "pretrain": pretrain}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,7 +83,8 @@ def _add_commands(parser, prog: str, commands: Mapping[str, ModuleType]) -> None
         if is_group:
             _add_commands(subparser, path, module.COMMANDS)
         else:
-            subparser.add_argument("--config", action="config", help="YAML file with any of the settings below")
+            config_action = module.config_action() if hasattr(module, "config_action") else "config"
+            subparser.add_argument("--config", action=config_action, help="YAML file with any of the settings below")
             module.add_arguments(subparser)
 
 

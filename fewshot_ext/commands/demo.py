@@ -27,6 +27,7 @@ SUMMARY = "accuracy over margins on handwritten digits, in one or two minutes"
 PRETRAINING = PreTrainingConfig(
     epochs=20,
     batch_size=64,
+    checkpoint_epochs=5,
     backbone=BackboneConfig(pooled_blocks=3),
     augmentation=AugmentationConfig(rotation=10.0, translation=0.1, zoom=0.1),
 )

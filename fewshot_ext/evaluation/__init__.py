@@ -1,9 +1,19 @@
-"""The few-shot protocol: features, episodes, fine-tuned classifiers, accuracy with intervals, figures."""
+"""The few-shot protocol: features, episodes, classification heads, accuracy with intervals, figures."""
 
 from fewshot_ext.evaluation.finetune import finetune_episodes
+from fewshot_ext.evaluation.heads import (
+    HEADS,
+    FineTuning,
+    FineTuningConfig,
+    Head,
+    MatchingNet,
+    NearestNeighbor,
+    ProtoNet,
+    SimpleShot,
+    find_head,
+)
 from fewshot_ext.evaluation.plots import plot_accuracy_over_margin
 from fewshot_ext.evaluation.protocol import (
-    FineTuningConfig,
     ProtocolConfig,
     episode_accuracies,
     extract_features,
@@ -11,10 +21,18 @@ from fewshot_ext.evaluation.protocol import (
 )
 
 __all__ = [
+    "HEADS",
+    "FineTuning",
     "FineTuningConfig",
+    "Head",
+    "MatchingNet",
+    "NearestNeighbor",
+    "ProtoNet",
     "ProtocolConfig",
+    "SimpleShot",
     "episode_accuracies",
     "extract_features",
+    "find_head",
     "finetune_episodes",
     "mean_and_interval",
     "plot_accuracy_over_margin",

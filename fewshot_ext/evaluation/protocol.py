@@ -2,19 +2,20 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
-from fewshot_ext._checks import check_at_least, check_finite, check_fraction, check_positive
+from fewshot_ext._checks import check_at_least
 from fewshot_ext.data import Episodes
-from fewshot_ext.evaluation.finetune import finetune_episodes
+from fewshot_ext.evaluation.heads import HEADS, Head
 
 # Classifiers and momenta of this many 5-way episodes at D = 256 fill about 1.3 MB: they stay in a core's
-# cache.
+# cache. Episodes of hundreds of shots are held back by the memory of their features instead.
 _EPISODES_AT_ONCE = 100
+_FEATURE_BYTES_AT_ONCE = 2**28
 
 
 @dataclass(frozen=True)
@@ -46,45 +47,13 @@ class ProtocolConfig:
             check_at_least("shots", shot, 1)
 
 
-@dataclass(frozen=True)
-class FineTuningConfig:
-    """Fine-tuning of the episode's classifier, by default the official protocol; see ``finetune_episodes``.
-
-    Args:
-        scale: multiplies the similarities before the softmax.
-        margin: subtracted from the similarity with the true class (the paper's Fig. 9 varies it).
-        steps: passes over the support set.
-        batch_size: support images a minibatch.
-        lr: learning rate of SGD.
-        momentum: of SGD.
-        dampening: of SGD.
-        weight_decay: of SGD.
-
-    Raises:
-        ValueError: a value out of range; the message names it.
-    """
-
-    scale: float = 5.0
-    margin: float = 0.0
-    steps: int = 100
-    batch_size: int = 4
-    lr: float = 0.01
-    momentum: float = 0.9
-    dampening: float = 0.9
-    weight_decay: float = 1e-3
-
-    def __post_init__(self) -> None:
-        check_positive("scale", self.scale)
-        check_finite("margin", self.margin)
-        check_at_least("steps", self.steps, 1)
-        check_at_least("batch_size", self.batch_size, 1)
-        check_positive("lr", self.lr)
-        check_fraction("momentum", self.momentum)
-        check_fraction("dampening", self.dampening)
-        check_at_least("weight_decay", self.weight_decay, 0)
-
-
-def extract_features(model: nn.Module, images: Tensor, *, batch_size: int = 1024) -> Tensor:
+def extract_features(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    batch_size: int = 1024,
+    on_progress: Callable[[int], None] | None = None,
+) -> Tensor:
     """Features of all images, in evaluation mode and without gradients.
 
     Args:
@@ -92,16 +61,23 @@ def extract_features(model: nn.Module, images: Tensor, *, batch_size: int = 1024
             restored.
         images: ``[N, C, H, W]`` uint8, on any device.
         batch_size: images a forward pass.
+        on_progress: called with the number of images done so far.
 
     Returns:
         ``[N, D]`` float32 on the device of the model.
     """
-    device = next(model.parameters()).device
+    tensor = next(chain(model.parameters(), model.buffers()), images)
     was_training = model.training
     model.eval()
+    features, done = [], 0
     try:
         with torch.inference_mode():
-            return torch.cat([model(batch.to(device)).float() for batch in images.split(batch_size)])
+            for batch in images.split(batch_size):
+                features.append(model(batch.to(tensor.device)).float())
+                done += len(batch)
+                if on_progress:
+                    on_progress(done)
+            return torch.cat(features)
     finally:
         model.train(was_training)
 
@@ -110,43 +86,50 @@ def episode_accuracies(
     features: Tensor,
     episodes: Episodes,
     *,
-    similarity: Literal["cosine", "softmax"] = "cosine",
-    config: FineTuningConfig = FineTuningConfig(),
+    head: Head = HEADS["finetune"],
+    base_mean: Tensor | None = None,
     seed: int = 0,
     on_progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Accuracy of fine-tuned classifiers on the queries of each episode.
+    """Accuracy of a head on the queries of each episode.
 
     Args:
         features: ``[N, D]``, one row an image.
         episodes: index tensors into the rows of ``features``.
-        similarity: that of the pre-training.
-        config: see ``FineTuningConfig``.
-        seed: decides initial classifiers and the order of the passes: two backbones evaluated with the same
-            seed and episodes meet the same conditions, so their difference may be taken episode by episode.
+        head: the classifier; by default the official fine-tuning for a cosine backbone.
+        base_mean: ``[D]`` mean feature of the base classes, for heads that need it.
+        seed: decides what is random in the head: two backbones evaluated with the same seed and episodes meet
+            the same conditions, so their difference may be taken episode by episode.
         on_progress: called with the number of episodes done so far.
 
     Returns:
         ``[E]`` float64 in [0, 1], on the CPU.
+
+    Raises:
+        ValueError: features that are not finite, or a head without the ``base_mean`` that it needs.
     """
+    if not features.isfinite().all():
+        raise ValueError("features must be finite, got NaN or infinity")
     generator = torch.Generator().manual_seed(seed)
-    way, shot = episodes.support.shape[1:]
+    _, way, shot = episodes.support.shape
+    target = torch.arange(way, device=features.device)
+    truth = target.repeat_interleave(episodes.query.shape[2])
+    episode_bytes = features[0].nbytes * (way * shot + len(truth))
+    at_once = max(1, min(_EPISODES_AT_ONCE, _FEATURE_BYTES_AT_ONCE // episode_bytes))
     accuracies, done = [], 0
     for support, query in zip(
-        episodes.support.to(features.device).split(_EPISODES_AT_ONCE),
-        episodes.query.to(features.device).split(_EPISODES_AT_ONCE),
+        episodes.support.to(features.device).split(at_once),
+        episodes.query.to(features.device).split(at_once),
         strict=True,
     ):
-        target = torch.arange(way, device=features.device)
-        scores = finetune_episodes(
+        scores = head(
             features[support.flatten(1)],
             target.repeat_interleave(shot).expand(len(support), -1),
             features[query.flatten(1)],
-            similarity=similarity,
+            way,
+            base_mean=base_mean,
             generator=generator,
-            **asdict(config),
         )
-        truth = target.repeat_interleave(query.shape[2])
         accuracies.append((scores.argmax(-1) == truth).double().mean(1).cpu())
         done += len(support)
         if on_progress:

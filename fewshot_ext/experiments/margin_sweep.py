@@ -1,14 +1,12 @@
 """Accuracy on base and novel classes over the pre-training margin: the paper's Fig. 1."""
 
 import json
-import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,11 @@ import torch
 from fewshot_ext import _extras
 from fewshot_ext._checks import check_at_least, check_finite
 from fewshot_ext._random import derive_generator, derive_seed
-from fewshot_ext._version import __version__
+from fewshot_ext._record import check_same_settings, versions
 from fewshot_ext.data import Episodes, ImageArchive, Split, sample_episodes
-from fewshot_ext.evaluation import FineTuningConfig, ProtocolConfig, episode_accuracies, extract_features
+from fewshot_ext.evaluation import FineTuning, FineTuningConfig, ProtocolConfig, episode_accuracies, extract_features
 from fewshot_ext.experiments.results import CLASSES, Accuracy, SweepResults
-from fewshot_ext.models import conv4
-from fewshot_ext.training import PreTrainingConfig
+from fewshot_ext.training import FeatureExtractor, PreTrainingConfig
 
 # Second entries of the keys that `derive_seed` makes independent seeds of, after the seed of the run.
 _HOLD_OUT, _EPISODES, _FINE_TUNING = 1, 2, 3
@@ -106,9 +103,12 @@ class MarginSweep:
         )
         base, novel = archive.subset(Split.BASE), archive.subset(Split.NOVEL)
         self._runs = [_Run(run, config, base, novel, derive_seed(config.seed, run)) for run in range(config.runs)]
-        backbone = config.pretraining.backbone
-        conv4(width=backbone.width, pooled_blocks=backbone.pooled_blocks).feature_size(*archive.images.shape[2:])
-        self.results = SweepResults(_plain(config, self.device), _versions(), config.protocol.way)
+        channels, height, width = archive.images.shape[1:]
+        with torch.device("meta"):
+            FeatureExtractor(config.pretraining, (channels, height, width), (0.0,) * channels, (1.0,) * channels)
+        self.results = SweepResults(
+            _plain(config, self.device), versions("torch", "numpy", "lightning", "kornia"), config.protocol.way
+        )
         if resume and (self.output / "results.json").exists():
             earlier = SweepResults.read(self.output / "results.json")
             _check_same_run(earlier, self.results, self.output)
@@ -153,6 +153,7 @@ class MarginSweep:
                 resume=self.resume,
                 on_epoch=lambda epochs, loss: report(epochs, f"loss {loss:.4f}"),
             )
+        head = FineTuning.from_config(self.config.finetuning, self.config.pretraining.similarity)
         accuracies, done = [], 0
         with progress.stage(f"{name}: episodes", len(run.episodes) * self.config.protocol.episodes) as report:
             features = {
@@ -163,8 +164,7 @@ class MarginSweep:
                 per_episode = episode_accuracies(
                     features[classes],
                     episodes,
-                    similarity=self.config.pretraining.similarity,
-                    config=self.config.finetuning,
+                    head=head,
                     seed=derive_seed(run.seed, _FINE_TUNING, CLASSES.index(classes), shot),
                     on_progress=lambda count, before=done: report(before + count),
                 )
@@ -210,27 +210,9 @@ def _plain(config: MarginSweepConfig, device: torch.device) -> dict[str, Any]:
     return {**values, "device": device.type}
 
 
-def _versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("torch", "numpy", "lightning", "kornia")}
-    return {"fewshot_ext": __version__, "python": platform.python_version(), **packages}
-
-
 def _check_same_run(earlier: SweepResults, now: SweepResults, output: Path) -> None:
-    before, after = (_flatten({**r.config, **r.versions, "margins": None, "runs": None}) for r in (earlier, now))
-    different = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
-    if different:
-        key = different[0]
-        raise ValueError(
-            f"cannot resume {output}: its {key} is {before.get(key)}, not {after.get(key)}; "
-            "take the same settings or another output"
-        )
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+    before, after = ({**r.config, **r.versions, "margins": None, "runs": None} for r in (earlier, now))
+    check_same_settings(before, after, output)
 
 
 class _Progress:

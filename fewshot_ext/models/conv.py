@@ -2,20 +2,23 @@
 
 from torch import Tensor, nn
 
+from fewshot_ext.models.backbone import Backbone, pooled_size
+
 
 class ConvBlock(nn.Sequential):
-    """3 x 3 convolution, batch normalisation, ReLU and, where ``pool`` is set, 2 x 2 max-pooling."""
+    """3 x 3 convolution, batch normalisation, 2 x 2 max-pooling where ``pool`` is set, ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, pool: bool) -> None:
         super().__init__(
             nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1),
             nn.BatchNorm2d(out_channels),
-            nn.ReLU(inplace=True),
+            # The maximum first: it commutes with ReLU, which then has a quarter of the map to work on.
             nn.MaxPool2d(2) if pool else nn.Identity(),
+            nn.ReLU(inplace=True),
         )
 
 
-class ConvBackbone(nn.Module):
+class ConvBackbone(Backbone):
     """A stack of ``ConvBlock``s whose last map, flattened, is the feature vector.
 
     Args:
@@ -46,26 +49,24 @@ class ConvBackbone(nn.Module):
         if not 0 <= pooled_blocks <= len(channels):
             raise ValueError(f"pooled_blocks must lie in [0, {len(channels)}], got {pooled_blocks}")
         self.channels, self.pooled_blocks = tuple(channels), pooled_blocks
+        self.out_channels = channels[-1]
         inputs = (in_channels, *channels[:-1])
         self.blocks = nn.Sequential(
             *(ConvBlock(i, o, pool=k < pooled_blocks) for k, (i, o) in enumerate(zip(inputs, channels, strict=True)))
         )
 
-    def feature_size(self, height: int, width: int) -> int:
-        """Features D of an image of ``height`` x ``width`` pixels.
+    def feature_map(self, images: Tensor) -> Tensor:
+        return self.blocks(images)
 
-        Raises:
-            ValueError: the pooled blocks leave nothing of an image this small.
-        """
-        side = 2**self.pooled_blocks
-        if min(height, width) < side:
-            raise ValueError(
-                f"{self.pooled_blocks} pooled blocks need images of at least {side} x {side}, got {height} x {width}"
-            )
-        return self.channels[-1] * (height // side) * (width // side)
+    def map_size(self, height: int, width: int) -> tuple[int, int]:
+        return pooled_size(f"{self.pooled_blocks} pooled blocks", self.pooled_blocks, height, width)
+
+    def feature_size(self, height: int, width: int) -> int:
+        map_height, map_width = self.map_size(height, width)
+        return self.out_channels * map_height * map_width
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.blocks(images).flatten(1)
+        return self.feature_map(images).flatten(1)
 
 
 def conv4(in_channels: int = 3, *, width: int = 64, pooled_blocks: int = 4) -> ConvBackbone:

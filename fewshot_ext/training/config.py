@@ -3,26 +3,47 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fewshot_ext._checks import check_at_least, check_finite, check_fraction, check_positive
+from fewshot_ext._checks import (
+    check_at_least,
+    check_choice,
+    check_finite,
+    check_fraction,
+    check_positive,
+)
 from fewshot_ext.data.augmentation import AugmentationConfig
+from fewshot_ext.models import BackboneConfig
+
+# The four losses of the paper's table 3, each with its similarity.
+LOSSES = {"neg-cosine": "cosine", "neg-softmax": "softmax", "cosine": "cosine", "softmax": "softmax"}
 
 
 @dataclass(frozen=True)
-class BackboneConfig:
-    """Shape of the Conv-4 backbone.
+class ValidationConfig:
+    """Episodes of validation classes, from which the best checkpoint is chosen.
+
+    The head is the nearest class mean by cosine: it has no training of its own, so that hundreds of episodes take
+    seconds, and it ranks epochs of one backbone as the fine-tuned classifier does.
 
     Args:
-        width: channels of each of the four blocks.
-        pooled_blocks: how many of them, from the first on, halve the image: 4 for 84 x 84 images, at most 3 for 8 x 8.
+        epochs: epochs between two validations; the last epoch is always validated.
+        episodes: how many, the same at every validation.
+        way: classes an episode.
+        shot: support images a class.
+        queries: query images a class.
+
+    Raises:
+        ValueError: a value out of range; the message names it.
     """
 
-    width: int = 64
-    pooled_blocks: int = 4
+    epochs: int = 20
+    episodes: int = 600
+    way: int = 5
+    shot: int = 5
+    queries: int = 16
 
     def __post_init__(self) -> None:
-        check_at_least("width", self.width, 1)
-        if not 0 <= self.pooled_blocks <= 4:
-            raise ValueError(f"pooled_blocks must lie in [0, 4], got {self.pooled_blocks}")
+        for name, least in (("epochs", 1), ("episodes", 1), ("way", 2), ("shot", 1), ("queries", 1)):
+            check_at_least(name, getattr(self, name), least)
 
 
 @dataclass(frozen=True)
@@ -38,16 +59,22 @@ class PreTrainingConfig:
             product).
         label_smoothing: share of the target spread over all classes.
         epochs: passes over the base images.
-        batch_size: images a step.
+        batch_size: images a step, over all devices.
         learning_rate: Adam's rate at the end of the warm-up.
         minimum_learning_rate: the rate that the cosine decay ends at.
         warmup: share of the steps spent in the linear warm-up (the paper: 50 of 200 epochs, 100 of 400).
         warmup_multiplier: how many times smaller than ``learning_rate`` the first rate is.
         weight_decay: L2 penalty that Adam adds to the gradient.
         precision: Lightning's name of the arithmetic, as "32-true" or "bf16-mixed".
+        channels_last: keep feature maps in the channels-last layout, which most convolutions are faster in.
+        compile: compile the backbone by torch.compile; the first steps then take minutes.
         checkpoint_epochs: epochs between two checkpoints; a broken run resumes at the last of them.
+        image_size: side of the square images that the backbone sees; null for the size of the archive's.
+        mean: of each channel, for pixels in [0, 1]; null for that of the training images.
+        std: likewise the standard deviation.
         backbone: see ``BackboneConfig``.
         augmentation: see ``AugmentationConfig``.
+        validation: see ``ValidationConfig``.
 
     Raises:
         ValueError: a value out of range; the message names it.
@@ -65,13 +92,19 @@ class PreTrainingConfig:
     warmup_multiplier: float = 16.0
     weight_decay: float = 0.0
     precision: Literal["32-true", "16-mixed", "bf16-mixed", "64-true"] = "32-true"
-    checkpoint_epochs: int = 5
+    channels_last: bool = False
+    compile: bool = False
+    checkpoint_epochs: int = 1
+    image_size: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
-        if self.similarity not in ("cosine", "softmax"):
-            raise ValueError(f"similarity must be 'cosine' or 'softmax', got {self.similarity!r}")
+        check_choice("similarity", self.similarity, "cosine", "softmax")
+        check_choice("precision", self.precision, "32-true", "16-mixed", "bf16-mixed", "64-true")
         check_finite("margin", self.margin)
         check_positive("scale", self.scale)
         check_fraction("label_smoothing", self.label_smoothing)
@@ -83,12 +116,53 @@ class PreTrainingConfig:
         check_at_least("warmup_multiplier", self.warmup_multiplier, 1)
         check_at_least("weight_decay", self.weight_decay, 0)
         check_at_least("checkpoint_epochs", self.checkpoint_epochs, 1)
+        if self.image_size is not None:
+            check_at_least("image_size", self.image_size, 1)
+        if (self.mean is None) != (self.std is None):
+            raise ValueError(f"mean and std must both be given or both be null, got {self.mean} and {self.std}")
+        for name, check in (("mean", check_finite), ("std", check_positive)):
+            for value in getattr(self, name) or ():
+                check(name, value)
+
+    @classmethod
+    def for_loss(
+        cls, loss: str, *, margin: float | None = None, scale: float | None = None, **settings: Any
+    ) -> "PreTrainingConfig":
+        """Settings for a loss by its name in the paper.
+
+        Args:
+            loss: "neg-cosine", "neg-softmax", "cosine" or "softmax"; the last two are the first two with margin 0.
+            margin: needed for the first two, absent or 0 for the last two.
+            scale: the paper's where None: 30 for cosines, 5 for inner products and 10 for those of ResNet-12.
+            settings: the other fields; nested ones may be dictionaries, as a YAML file gives them.
+
+        Raises:
+            ValueError: an unknown loss, or a margin that does not go with it.
+
+        Example:
+            >>> PreTrainingConfig.for_loss("softmax").scale
+            5.0
+        """
+        check_choice("loss", loss, *LOSSES)
+        settings = cls._build_parts(settings)
+        if loss.startswith("neg-"):
+            if margin is None:
+                raise ValueError(f"margin must be given for loss {loss!r}, as in margin -0.02")
+        elif margin:
+            raise ValueError(f"margin must be 0 for loss {loss!r}, got {margin}; loss 'neg-{loss}' takes any")
+        if scale is None:
+            backbone = settings.get("backbone", BackboneConfig())
+            scale = 30.0 if LOSSES[loss] == "cosine" else 10.0 if backbone.name == "resnet12" else 5.0
+        return cls(similarity=LOSSES[loss], margin=margin or 0.0, scale=scale, **settings)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "PreTrainingConfig":
         """Rebuilds a config from ``dataclasses.asdict``, as a checkpoint keeps it."""
-        backbone, augmentation = (
-            BackboneConfig(**values["backbone"]),
-            AugmentationConfig(**values["augmentation"]),
-        )
-        return cls(**{**values, "backbone": backbone, "augmentation": augmentation})
+        return cls(**cls._build_parts(values))
+
+    @staticmethod
+    def _build_parts(values: dict[str, Any]) -> dict[str, Any]:
+        parts = {"backbone": BackboneConfig, "augmentation": AugmentationConfig, "validation": ValidationConfig}
+        built = {name: part(**values[name]) for name, part in parts.items() if isinstance(values.get(name), dict)}
+        built |= {name: tuple(values[name]) for name in ("mean", "std") if values.get(name) is not None}
+        return {**values, **built}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +21,20 @@ import lightning.pytorch as pl  # noqa: E402  (the check above words a missing L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint  # noqa: E402
 from lightning.pytorch.loggers import TensorBoardLogger  # noqa: E402
 
+from fewshot_ext._checks import check_at_least  # noqa: E402
 from fewshot_ext._random import derive_seed  # noqa: E402
-from fewshot_ext.data import ImageArchive, ImageInput, training_batches  # noqa: E402
+from fewshot_ext._record import check_same_settings  # noqa: E402
+from fewshot_ext.data import ImageArchive, training_batches  # noqa: E402
 from fewshot_ext.losses import MarginCosineLoss, MarginSoftmaxLoss  # noqa: E402
-from fewshot_ext.models import conv4  # noqa: E402
+from fewshot_ext.models import Backbone  # noqa: E402
+from fewshot_ext.training.callbacks import EpochMeans, ProgressBar, Validation  # noqa: E402
+from fewshot_ext.training.checkpoints import AtomicCheckpointIO  # noqa: E402
 from fewshot_ext.training.config import PreTrainingConfig  # noqa: E402
+from fewshot_ext.training.distributed import RankBatches, share_batches  # noqa: E402
+from fewshot_ext.training.features import FeatureExtractor, read_checkpoint  # noqa: E402
 from fewshot_ext.training.schedule import warmup_cosine  # noqa: E402
 
+LAST, BEST = "last.ckpt", "best.ckpt"
 HEADS = {"cosine": MarginCosineLoss, "softmax": MarginSoftmaxLoss}
 
 # Facts about this kind of run that a user can do nothing about; every other warning still comes through.
@@ -34,6 +42,8 @@ _EXPECTED_WARNINGS = (
     ".*does not have many workers.*",  # batches are cut from a tensor in memory: workers would only copy
     ".*exists and is not empty.*",  # resuming writes where the broken run wrote
     ".*treespec, LeafSpec.*",  # between Lightning and torch
+    ".*callbacks used to create the checkpoint.*",  # a resumed run may write checkpoints further apart
+    ".*sync_dist=True.*",  # the validation accuracy is the same in every process
 )
 
 
@@ -77,11 +87,9 @@ class PreTraining(pl.LightningModule):
                 "seed": seed,
             }
         )
-        channels, height, width = image_size
-        self.input = ImageInput(mean, std, config.augmentation)
-        self.backbone = conv4(channels, width=config.backbone.width, pooled_blocks=config.backbone.pooled_blocks)
+        self.extractor = FeatureExtractor(config, image_size, mean, std)
         self.head = HEADS[config.similarity](
-            self.backbone.feature_size(height, width),
+            self.extractor.out_features,
             num_classes,
             margin=config.margin,
             scale=config.scale,
@@ -90,32 +98,50 @@ class PreTraining(pl.LightningModule):
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> "PreTraining":
-        """The trained module behind a checkpoint, on the CPU; the file is read without running code in it."""
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        """The trained module behind a checkpoint, on the CPU; the file is read without running code in it.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is not the checkpoint of a pre-training.
+        """
+        checkpoint = read_checkpoint(path)
         arguments = dict(checkpoint["hyper_parameters"])
         module = cls(PreTrainingConfig.from_dict(arguments.pop("config")), **arguments)
         module.load_state_dict(checkpoint["state_dict"])
         return module.eval()
 
+    @property
+    def backbone(self) -> Backbone:
+        return self.extractor.backbone
+
     def forward(self, images: Tensor) -> Tensor:
-        return self.backbone(self.input(images))
+        return self.extractor(images)
 
     def on_train_epoch_start(self) -> None:
-        # Augmentation draws from the global generator. Setting it by the epoch's number makes a resumed run
-        # draw what the unbroken run would have drawn.
-        torch.manual_seed(derive_seed(self.seed, self.current_epoch))
+        # Augmentation and dropout draw from the global generator. Setting it by the epoch's number makes a resumed
+        # run draw what the unbroken run would have drawn; other processes draw other numbers for their images.
+        rank = (self.global_rank,) if self.global_rank else ()
+        torch.manual_seed(derive_seed(self.seed, self.current_epoch, *rank))
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> dict[str, Tensor]:
         images, target = batch
         loss, prediction = self.head(self(images), target, return_prediction=True)
-        accuracy = (prediction == target).float().mean()
-        self.log_dict(
-            {"train/loss": loss, "train/accuracy": accuracy},
-            on_step=False,
-            on_epoch=True,
-            batch_size=len(target),
-        )
-        return loss
+        return {
+            "loss": loss * self._weight(len(target), batch_index),
+            "mean_loss": loss.detach(),
+            "accuracy": (prediction == target).float().mean(),
+        }
+
+    def _weight(self, count: int, batch_index: int) -> float:
+        """What turns this process's mean loss into its part of the mean over the whole batch.
+
+        Gradients are averaged over processes as if each had as many images as the next, which a ragged last batch
+        denies.
+        """
+        sampler = self.trainer.train_dataloader.sampler
+        if not isinstance(sampler, RankBatches):
+            return 1.0
+        return count * sampler.world_size / sampler.total(batch_index)
 
     def on_train_epoch_end(self) -> None:
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
@@ -140,92 +166,165 @@ class PreTraining(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-class _EpochReport(Callback):
-    """Hands the epoch's number and mean loss to whoever draws the progress bar."""
-
-    def __init__(self, on_epoch: Callable[[int, float], None]) -> None:
-        self.on_epoch = on_epoch
-
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if trainer.current_epoch:
-            self.on_epoch(trainer.current_epoch, float("nan"))
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.on_epoch(trainer.current_epoch + 1, trainer.callback_metrics["train/loss"].item())
-
-
-def pretrain(
-    config: PreTrainingConfig,
-    archive: ImageArchive,
-    directory: str | Path,
-    *,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    resume: bool = False,
-    on_epoch: Callable[[int, float], None] | None = None,
-) -> PreTraining:
-    """Trains a fresh backbone and margin head on all classes of ``archive``.
+class PreTrainingRun:
+    """Everything that a pre-training needs, checked before its first step.
 
     Args:
         config: see ``PreTrainingConfig``.
         archive: training images of the base classes.
-        directory: receives ``last.ckpt`` and the TensorBoard log.
-        seed: decides initial weights, batch order and augmentation.
+        directory: receives ``last.ckpt``, ``best.ckpt`` and the TensorBoard log.
+        validation: images of validation classes, which choose ``best.ckpt``; without any the last epoch is the best.
+        seed: decides initial weights, batch order, augmentation and validation episodes.
         device: "cpu" or "cuda".
+        devices: processes on this machine, a GPU each where ``device`` is "cuda". They share every batch; torchrun
+            or Lightning starts them.
+        num_nodes: machines, which share the file system that ``directory`` is on.
         resume: continue from ``last.ckpt`` where there is one. At an epoch's end the resumed run is in the
             state that the unbroken run would have had.
         on_epoch: called with (epochs done, mean loss of the last epoch).
+        progress: draw a progress bar.
 
-    Returns:
-        The trained module, in evaluation mode, on the device that trained it.
+    On several GPUs batch normalisation takes its statistics over all of them, as one GPU would. On several CPU
+    processes, which torch offers no such layer for, each takes them over its own share of the batch.
 
     Raises:
         ImportError: Lightning, TensorBoard or kornia (where images are augmented) is missing.
-        ValueError: images too small for the backbone, or fewer than two of them.
-        KeyboardInterrupt: Ctrl-C; ``last.ckpt`` then holds the last checkpointed epoch.
+        OSError: ``last.ckpt`` cannot be read.
+        ValueError: images too small for the backbone, fewer than two of them, too few validation classes or images
+            for the episodes, or a ``last.ckpt`` of other settings.
     """
-    directory, device = Path(directory), torch.device(device)
-    with torch.random.fork_rng(), _quiet_lightning():
-        torch.manual_seed(seed)
-        module = PreTraining(
-            config,
-            archive.num_classes,
-            tuple(archive.images.shape[1:]),
-            *archive.channel_statistics(),
-            seed=seed,
-        )
+
+    def __init__(
+        self,
+        config: PreTrainingConfig,
+        archive: ImageArchive,
+        directory: str | Path,
+        *,
+        validation: ImageArchive | None = None,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        devices: int = 1,
+        num_nodes: int = 1,
+        resume: bool = False,
+        on_epoch: Callable[[int, float], None] | None = None,
+        progress: bool = False,
+    ) -> None:
+        for name, value in (("devices", devices), ("num_nodes", num_nodes)):
+            check_at_least(name, value, 1)
+        self.config, self.archive, self.directory = config, archive, Path(directory)
+        self.device, self.seed = torch.device(device), seed
+        statistics = archive.channel_statistics() if config.mean is None else (config.mean, config.std)
+        image_size = tuple(archive.images.shape[1:])
+        if len(statistics[0]) != image_size[0] or len(statistics[1]) != image_size[0]:
+            raise ValueError(f"mean and std must give one number a channel: the images have {image_size[0]} channels")
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.module = PreTraining(config, archive.num_classes, image_size, *statistics, seed=seed)
+        self.start = self._start(self.directory / LAST) if resume else None
+        # Lightning fetches the first batch of a resumed run before it tells the sampler the epoch.
+        self.epochs_done = _epochs_done(self.start) if self.start else 0
+        self._loader = training_batches(archive, config.batch_size, seed, self.epochs_done)
+        self.validation = validation and Validation(config.validation, validation, self.directory / BEST, seed)
+        self._distributed = devices * num_nodes > 1
+        if self._distributed:
+            # Raises where batches are too small to share; the ranks are known only once processes run.
+            RankBatches(self._loader.sampler, 0, devices * num_nodes)
+        self._devices, self._num_nodes = devices, num_nodes
+        self._means = EpochMeans(on_epoch)
+        self._callbacks: list[Callback] = [self._means]
+        if self.validation:
+            self._callbacks.append(self.validation)
+        if progress:
+            _extras.require("train", "tqdm")
+            self._callbacks.append(ProgressBar(self._means, self.validation))
+
+    def train(self) -> PreTraining:
+        """Trains to the last epoch.
+
+        Returns:
+            The module of ``best.ckpt``, in evaluation mode, on the device that trained it.
+
+        Raises:
+            FloatingPointError: the loss is not a number any more.
+            KeyboardInterrupt: Ctrl-C; ``last.ckpt`` then holds the last checkpointed epoch.
+            OSError: a checkpoint cannot be written; the one before it is whole.
+        """
+        with torch.random.fork_rng(), _quiet_lightning():
+            trainer = self._trainer()
+            loader = self._loader
+            if trainer.world_size > 1:
+                loader = share_batches(loader, trainer.global_rank, trainer.world_size)
+            if self.config.compile:
+                self.module.backbone.compile()
+            with _keyboard_interrupt(trainer):
+                trainer.fit(self.module, loader, ckpt_path=self.start, weights_only=True)
+            trainer.save_checkpoint(self.directory / LAST)
+            if self.validation:
+                self.module.load_state_dict(read_checkpoint(self.directory / BEST)["state_dict"])
+            else:
+                trainer.save_checkpoint(self.directory / BEST)
+        return self.module.to(trainer.strategy.root_device).eval()
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether a broken run could go on from ``last.ckpt``."""
+        return (self.directory / LAST).exists()
+
+    def results(self) -> dict[str, float]:
+        """Loss and accuracy over the last epoch, and the best validation accuracy with its epoch."""
+        found = dict(self._means.means)
+        if self.validation:
+            found["best_validation_accuracy"] = self.validation.best_accuracy
+            found["best_epoch"] = self.validation.best_epoch
+        return found
+
+    def _start(self, last: Path) -> Path | None:
+        if not last.exists():
+            return None
+        before, after = dict(read_checkpoint(last)["hyper_parameters"]), dict(self.module.hparams)
+        # A run may go on with its checkpoints further apart: the result is the same.
+        for settings in (before, after):
+            settings["config"] = {**settings["config"], "checkpoint_epochs": None}
+        check_same_settings(before, after, self.directory)
+        return last
+
+    def _trainer(self) -> pl.Trainer:
+        on_gpu = self.device.type == "cuda"
         checkpoint = ModelCheckpoint(
-            directory,
-            filename="last",
-            every_n_epochs=min(config.checkpoint_epochs, config.epochs),
+            self.directory,
+            filename=Path(LAST).stem,
+            every_n_epochs=min(self.config.checkpoint_epochs, self.config.epochs),
             save_on_train_epoch_end=True,
             enable_version_counter=False,
         )
-        trainer = pl.Trainer(
-            accelerator="gpu" if device.type == "cuda" else "cpu",
-            devices=[device.index or 0] if device.type == "cuda" else 1,
-            precision=config.precision,
-            max_epochs=config.epochs,
-            logger=TensorBoardLogger(directory.parent, name="", version=directory.name),
-            callbacks=[checkpoint, *([_EpochReport(on_epoch)] if on_epoch else [])],
+        return pl.Trainer(
+            accelerator="gpu" if on_gpu else "cpu",
+            devices=[self.device.index or 0] if on_gpu and self._devices == 1 else self._devices,
+            num_nodes=self._num_nodes,
+            strategy="ddp" if self._distributed else "auto",
+            sync_batchnorm=on_gpu and self._distributed,
+            use_distributed_sampler=False,
+            precision=self.config.precision,
+            max_epochs=self.config.epochs,
+            logger=TensorBoardLogger(self.directory.parent, name="", version=self.directory.name),
+            callbacks=[*self._callbacks, checkpoint],
+            plugins=[AtomicCheckpointIO()],
             log_every_n_steps=1,
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        last = directory / "last.ckpt"
-        broken_off = last if resume and last.exists() else None
-        # Lightning fetches the first batch of a resumed run before it tells the sampler the epoch.
-        epoch = _epochs_done(broken_off) if broken_off else 0
-        batches = training_batches(archive, config.batch_size, seed, epoch)
-        with _keyboard_interrupt(trainer):
-            trainer.fit(module, batches, ckpt_path=broken_off, weights_only=True)
-        trainer.save_checkpoint(last)
-    return module.to(device).eval()
+
+
+def pretrain(config: PreTrainingConfig, archive: ImageArchive, directory: str | Path, **options: Any) -> PreTraining:
+    """Trains a fresh backbone and margin head on all classes of ``archive``.
+
+    The arguments are those of ``PreTrainingRun``; what comes back and what is raised are those of it and its ``train``.
+    """
+    return PreTrainingRun(config, archive, directory, **options).train()
 
 
 def _epochs_done(checkpoint: Path) -> int:
-    progress = torch.load(checkpoint, map_location="cpu", weights_only=True)["loops"]["fit_loop"]["epoch_progress"]
-    return progress["current"]["processed"]
+    return read_checkpoint(checkpoint)["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
 
 
 @contextmanager
@@ -246,13 +345,15 @@ def _keyboard_interrupt(trainer: pl.Trainer) -> Iterator[None]:
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
     """Keeps Lightning's start-up notices (accelerators, tips) and ``_EXPECTED_WARNINGS`` off the terminal."""
-    notices = logging.getLogger("lightning.pytorch")
-    level = notices.level
-    notices.setLevel(logging.WARNING)
+    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             for message in _EXPECTED_WARNINGS:
                 warnings.filterwarnings("ignore", message)
             yield
     finally:
-        notices.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

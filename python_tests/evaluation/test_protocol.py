@@ -6,8 +6,10 @@ from torch import nn
 
 from fewshot_ext.data import sample_episodes
 from fewshot_ext.evaluation import (
+    FineTuning,
     FineTuningConfig,
     ProtocolConfig,
+    ProtoNet,
     episode_accuracies,
     extract_features,
     mean_and_interval,
@@ -45,11 +47,11 @@ def test_features_come_in_order_and_the_mode_is_restored():
 
 @pytest.mark.parametrize("similarity", ["cosine", "softmax"])
 def test_separate_classes_are_told_apart_and_equal_ones_are_not(similarity):
-    config = FineTuningConfig(lr=0.1)
+    head = FineTuning(lr=0.1, similarity=similarity)
     for spread, low, high in ((0.05, 0.99, 1.0), (100.0, 0.1, 0.3)):
         features, labels = clusters(spread)
         episodes = sample_episodes(labels, 120, shot=5, generator=torch.Generator().manual_seed(1))
-        accuracy = episode_accuracies(features, episodes, similarity=similarity, config=config)
+        accuracy = episode_accuracies(features, episodes, head=head)
         assert accuracy.shape == (120,)
         assert low <= accuracy.mean() <= high
 
@@ -58,12 +60,39 @@ def test_seed_decides_the_result_and_progress_is_reported():
     features, labels = clusters(1.0)
     episodes = sample_episodes(labels, 230, generator=torch.Generator().manual_seed(1))
     done = []
-    config = FineTuningConfig(steps=5)
-    first = episode_accuracies(features, episodes, config=config, seed=3, on_progress=done.append)
-    assert torch.equal(first, episode_accuracies(features, episodes, config=config, seed=3))
-    assert not torch.equal(first, episode_accuracies(features, episodes, config=config, seed=4))
+    head = FineTuning(steps=5)
+    first = episode_accuracies(features, episodes, head=head, seed=3, on_progress=done.append)
+    assert torch.equal(first, episode_accuracies(features, episodes, head=head, seed=3))
+    assert not torch.equal(first, episode_accuracies(features, episodes, head=head, seed=4))
     assert done == sorted(done)
     assert done[-1] == 230
+
+
+@pytest.mark.parametrize(("bytes_at_once", "counts"), [(1, list(range(1, 11))), (3 * 21 * 16 * 4, [3, 6, 9, 10])])
+def test_memory_bounds_the_episodes_at_once_and_changes_nothing(bytes_at_once, counts, monkeypatch):
+    features, labels = clusters(1.0)
+    episodes = sample_episodes(labels, 10, way=3, shot=5, queries=2, generator=torch.Generator().manual_seed(1))
+    whole = episode_accuracies(features, episodes, head=ProtoNet())
+    monkeypatch.setattr("fewshot_ext.evaluation.protocol._FEATURE_BYTES_AT_ONCE", bytes_at_once)
+    done = []
+    assert torch.equal(episode_accuracies(features, episodes, head=ProtoNet(), on_progress=done.append), whole)
+    assert done == counts
+
+
+def test_features_that_are_not_finite_are_refused():
+    features, labels = clusters(1.0)
+    features[3, 0] = float("nan")
+    episodes = sample_episodes(labels, 2, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(ValueError, match="features must be finite"):
+        episode_accuracies(features, episodes)
+
+
+def test_features_of_a_model_without_parameters_and_progress():
+    images = torch.randint(256, (10, 1, 2, 3), dtype=torch.uint8)
+    done = []
+    features = extract_features(nn.Flatten(), images, batch_size=4, on_progress=done.append)
+    assert torch.equal(features, images.flatten(1).float())
+    assert done == [4, 8, 10]
 
 
 def test_interval_is_that_of_the_protocol():

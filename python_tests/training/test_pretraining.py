@@ -3,35 +3,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fewshot_ext.data import AugmentationConfig, Split, load_digits
 from fewshot_ext.training import BackboneConfig, PreTraining, PreTrainingConfig, pretrain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TINY = PreTrainingConfig(
-    epochs=4,
-    batch_size=32,
-    checkpoint_epochs=1,
-    backbone=BackboneConfig(width=8, pooled_blocks=2),
-    augmentation=AugmentationConfig(rotation=10, translation=0.1),
-)
-
-
-@pytest.fixture(scope="module")
-def archive():
-    base = load_digits().subset(Split.BASE)
-    return base.hold_out(0.2, torch.Generator().manual_seed(0))[1]
-
-
-def weights(module):
-    return torch.cat([value.flatten().double() for value in module.state_dict().values()])
-
 
 @pytest.mark.parametrize("similarity", ["cosine", "softmax"])
-def test_training_lowers_the_loss_and_reports_each_epoch(archive, tmp_path, similarity):
+def test_training_lowers_the_loss_and_reports_each_epoch(tiny, archive, tmp_path, similarity):
     epochs, losses = [], []
     pretrain(
-        replace(TINY, similarity=similarity, scale=5.0, margin=0.0),
+        replace(tiny, similarity=similarity, scale=5.0, margin=0.0),
         archive,
         tmp_path,
         on_epoch=lambda epoch, loss: (epochs.append(epoch), losses.append(loss)),
@@ -41,31 +22,31 @@ def test_training_lowers_the_loss_and_reports_each_epoch(archive, tmp_path, simi
     assert list(tmp_path.glob("events.out.tfevents*"))
 
 
-def test_same_seed_same_weights(archive, tmp_path):
-    first, again, other = (pretrain(TINY, archive, tmp_path / str(k), seed=seed) for k, seed in enumerate((5, 5, 6)))
+def test_same_seed_same_weights(tiny, archive, tmp_path, weights):
+    first, again, other = (pretrain(tiny, archive, tmp_path / str(k), seed=seed) for k, seed in enumerate((5, 5, 6)))
     assert torch.equal(weights(first), weights(again))
     assert not torch.equal(weights(first), weights(other))
 
 
-def test_the_global_generator_is_left_alone(archive, tmp_path):
+def test_the_global_generator_is_left_alone(tiny, archive, tmp_path):
     torch.manual_seed(11)
     before = torch.get_rng_state()
-    pretrain(replace(TINY, epochs=1), archive, tmp_path)
+    pretrain(replace(tiny, epochs=1), archive, tmp_path)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("stop_after", [1, 3])
-def test_an_interrupted_run_resumes_to_the_same_weights(archive, tmp_path, stop_after):
+def test_an_interrupted_run_resumes_to_the_same_weights(tiny, archive, tmp_path, stop_after, weights):
     def interrupt(epoch, loss):
         if epoch > stop_after:
             raise KeyboardInterrupt
 
-    unbroken = pretrain(TINY, archive, tmp_path / "unbroken", seed=1)
+    unbroken = pretrain(tiny, archive, tmp_path / "unbroken", seed=1)
     with pytest.raises(KeyboardInterrupt):
-        pretrain(TINY, archive, tmp_path / "broken", seed=1, on_epoch=interrupt)
+        pretrain(tiny, archive, tmp_path / "broken", seed=1, on_epoch=interrupt)
     epochs = []
     resumed = pretrain(
-        TINY,
+        tiny,
         archive,
         tmp_path / "broken",
         seed=1,
@@ -76,29 +57,29 @@ def test_an_interrupted_run_resumes_to_the_same_weights(archive, tmp_path, stop_
     assert torch.equal(weights(resumed), weights(unbroken))
 
 
-def test_a_finished_run_resumes_without_training(archive, tmp_path):
-    finished = pretrain(TINY, archive, tmp_path, seed=1)
-    again = pretrain(TINY, archive, tmp_path, seed=1, resume=True)
+def test_a_finished_run_resumes_without_training(tiny, archive, tmp_path, weights):
+    finished = pretrain(tiny, archive, tmp_path, seed=1)
+    again = pretrain(tiny, archive, tmp_path, seed=1, resume=True)
     assert torch.equal(weights(again), weights(finished))
 
 
-def test_a_checkpoint_gives_the_module_back(archive, tmp_path):
-    module = pretrain(TINY, archive, tmp_path)
+def test_a_checkpoint_gives_the_module_back(tiny, archive, tmp_path):
+    module = pretrain(tiny, archive, tmp_path)
     loaded = PreTraining.from_checkpoint(tmp_path / "last.ckpt")
-    assert loaded.config == TINY
+    assert loaded.config == tiny
     torch.testing.assert_close(loaded(archive.images), module(archive.images))
 
 
-def test_learning_rate_follows_the_schedule(archive, tmp_path):
+def test_learning_rate_follows_the_schedule(tiny, archive, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    pretrain(TINY, archive, tmp_path)
+    pretrain(tiny, archive, tmp_path)
     events = EventAccumulator(str(tmp_path)).Reload()
     rates = [event.value for event in events.Scalars("train/learning_rate")]
     assert len(rates) == 4
     # The warm-up is the first of the four epochs; the rate after the last step is the minimum.
-    assert rates[0] == pytest.approx(TINY.learning_rate, rel=1e-6)
-    assert rates[-1] == pytest.approx(TINY.minimum_learning_rate, rel=1e-3)
+    assert rates[0] == pytest.approx(tiny.learning_rate, rel=1e-6)
+    assert rates[-1] == pytest.approx(tiny.minimum_learning_rate, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -118,3 +99,139 @@ def test_learning_rate_follows_the_schedule(archive, tmp_path):
 def test_bad_settings_are_named(field, value):
     with pytest.raises(ValueError, match=field):
         PreTrainingConfig(**{field: value})
+
+
+def test_each_epoch_of_every_backbone_resumes_to_the_same_weights(images32, tmp_path, weights):
+    """Dropout draws, and DropBlock's ramp moves; both must go on where they were."""
+    config = PreTrainingConfig(
+        epochs=3,
+        batch_size=8,
+        channels_last=True,
+        backbone=BackboneConfig("resnet12", width=4, drop_rate=0.5, drop_block_size=2, drop_ramp_steps=6),
+    )
+
+    def interrupt(epoch, loss):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    unbroken = pretrain(config, images32, tmp_path / "unbroken")
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(config, images32, tmp_path / "broken", on_epoch=interrupt)
+    resumed = pretrain(config, images32, tmp_path / "broken", resume=True)
+    assert torch.equal(weights(resumed), weights(unbroken))
+    assert resumed.backbone.stages[3].dropout.steps.item() == 9
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"epochs": 3}, {}, "config.epochs is 4, not 3"),
+        ({"margin": 0.0}, {}, "config.margin is -0.3, not 0.0"),
+        ({}, {"seed": 1}, "seed is 0, not 1"),
+    ],
+)
+def test_resume_refuses_other_settings(tiny, archive, tmp_path, changes, options, message):
+    pretrain(tiny, archive, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        pretrain(replace(tiny, **changes), archive, tmp_path, resume=True, **options)
+
+
+def test_resume_may_change_how_often_checkpoints_are_written(tiny, archive, tmp_path):
+    pretrain(tiny, archive, tmp_path)
+    pretrain(replace(tiny, checkpoint_epochs=2), archive, tmp_path, resume=True)
+
+
+def test_resume_refuses_a_file_that_is_no_checkpoint(tiny, archive, tmp_path):
+    (tmp_path / "last.ckpt").write_text("nothing")
+    with pytest.raises(ValueError, match=r"last\.ckpt is not the checkpoint of a pre-training"):
+        pretrain(tiny, archive, tmp_path, resume=True)
+
+
+def test_without_validation_the_last_epoch_is_the_best(tiny, archive, tmp_path, weights):
+    module = pretrain(tiny, archive, tmp_path)
+    for name in ("last.ckpt", "best.ckpt"):
+        assert torch.equal(weights(PreTraining.from_checkpoint(tmp_path / name)), weights(module))
+
+
+def test_bfloat16_trains_close_to_float32(tiny, archive, tmp_path):
+    losses = {}
+    for precision in ("32-true", "bf16-mixed"):
+        found = []
+        pretrain(
+            replace(tiny, precision=precision),
+            archive,
+            tmp_path / precision,
+            on_epoch=lambda epoch, loss, found=found: found.append(loss),
+        )
+        losses[precision] = found
+    assert losses["bf16-mixed"] != losses["32-true"]
+    assert losses["bf16-mixed"] == pytest.approx(losses["32-true"], rel=0.2, abs=0.01)
+
+
+def test_channels_last_trains_to_the_same_weights_up_to_rounding(tiny, archive, tmp_path, weights):
+    double = replace(tiny, precision="64-true", epochs=2)
+    plain = pretrain(double, archive, tmp_path / "plain")
+    channels_last = pretrain(replace(double, channels_last=True), archive, tmp_path / "channels_last")
+    assert channels_last.backbone.blocks[1][0].weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(weights(channels_last), weights(plain))
+
+
+def test_compile_compiles_the_backbone_and_nothing_else(tiny, archive, tmp_path, monkeypatch, weights):
+    compiled, compile_function = [], torch.compile
+
+    def compile_eagerly(function, **options):
+        compiled.append(function.__self__)
+        return compile_function(function, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    config = replace(tiny, epochs=1)
+    module = pretrain(replace(config, compile=True), archive, tmp_path / "compiled")
+    assert compiled == [module.backbone]
+    assert torch.equal(weights(module), weights(pretrain(config, archive, tmp_path / "eager")))
+    assert torch.equal(weights(PreTraining.from_checkpoint(tmp_path / "compiled" / "last.ckpt")), weights(module))
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tiny, archive, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"the loss of epoch \d is (nan|inf)"):
+        pretrain(replace(tiny, learning_rate=1e30, warmup=0.0), archive, tmp_path)
+
+
+def test_given_mean_and_deviation_are_used(tiny, archive, tmp_path):
+    module = pretrain(replace(tiny, epochs=1, mean=(0.25,), std=(0.5,)), archive, tmp_path)
+    assert (module.extractor.input.mean.item(), module.extractor.input.std.item()) == (0.25, 0.5)
+    with pytest.raises(ValueError, match="one number a channel: the images have 1 channels"):
+        pretrain(replace(tiny, mean=(0.25,) * 3, std=(0.5,) * 3), archive, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["devices", "num_nodes"])
+def test_counts_of_processes_are_checked(tiny, archive, tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        pretrain(tiny, archive, tmp_path, **{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "similarity", "margin", "scale"),
+    [
+        ("neg-cosine", {"margin": -0.02}, "cosine", -0.02, 30.0),
+        ("neg-softmax", {"margin": -0.3}, "softmax", -0.3, 5.0),
+        ("neg-softmax", {"margin": -0.3, "backbone": BackboneConfig("resnet12")}, "softmax", -0.3, 10.0),
+        ("cosine", {}, "cosine", 0.0, 30.0),
+        ("softmax", {"margin": 0.0, "scale": 7.0}, "softmax", 0.0, 7.0),
+    ],
+)
+def test_losses_by_name(loss, options, similarity, margin, scale):
+    config = PreTrainingConfig.for_loss(loss, **options)
+    assert (config.similarity, config.margin, config.scale) == (similarity, margin, scale)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"loss": "hinge"}, "loss must be .*'neg-cosine'.*, got 'hinge'"),
+        ({"loss": "neg-cosine"}, "margin must be given for loss 'neg-cosine'"),
+        ({"loss": "softmax", "margin": -0.1}, "margin must be 0 for loss 'softmax', got -0.1; loss 'neg-softmax'"),
+    ],
+)
+def test_margins_that_do_not_go_with_the_loss(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PreTrainingConfig.for_loss(**arguments)

@@ -1,0 +1,81 @@
+"""Backbones by name, with typed settings."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fewshot_ext._checks import check_at_least, check_fraction
+from fewshot_ext.models.backbone import Backbone
+from fewshot_ext.models.conv import conv4
+from fewshot_ext.models.drop_block import RAMP_STEPS
+from fewshot_ext.models.resnet import ResNet12, ResNet18
+from fewshot_ext.models.wide_resnet import WideResNet28
+
+_RESNETS = {"resnet12": ResNet12, "resnet18": ResNet18}
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Which backbone, and its shape.
+
+    Args:
+        name: conv4, resnet12, resnet18 or wrn28_10 (published for 84, 84, 224 and 80 pixels).
+        width: channels of the first stage; null is the published number: 64, and 160 for wrn28_10.
+        pooled_blocks: conv4 alone: blocks that halve the image; 4 for 84 x 84 images, at most 3 for 8 x 8.
+        drop_rate: of dropout and DropBlock in a ResNet, of dropout in wrn28_10; conv4 has neither.
+        drop_block_size: side of DropBlock's blocks in a ResNet.
+        drop_ramp_steps: training steps over which DropBlock's rate grows from 0.
+
+    Raises:
+        ValueError: a value out of range, or an option that the backbone does not have.
+    """
+
+    name: Literal["conv4", "resnet12", "resnet18", "wrn28_10"] = "conv4"
+    width: int | None = None
+    pooled_blocks: int = 4
+    drop_rate: float = 0.0
+    drop_block_size: int = 5
+    drop_ramp_steps: int = RAMP_STEPS
+
+    def __post_init__(self) -> None:
+        if self.name not in ("conv4", "wrn28_10", *_RESNETS):
+            raise ValueError(f"name must be conv4, resnet12, resnet18 or wrn28_10, got {self.name!r}")
+        if self.width is not None:
+            check_at_least("width", self.width, 1)
+            if self.name == "resnet12" and self.width % 2:
+                raise ValueError(
+                    f"width must be even for resnet12, whose second stage has 2.5 times it, got {self.width}"
+                )
+        if not 0 <= self.pooled_blocks <= 4:
+            raise ValueError(f"pooled_blocks must lie in [0, 4], got {self.pooled_blocks}")
+        if self.pooled_blocks != 4 and self.name != "conv4":
+            raise ValueError(f"pooled_blocks is an option of conv4, got {self.pooled_blocks} for {self.name}")
+        check_fraction("drop_rate", self.drop_rate)
+        if self.drop_rate and self.name == "conv4":
+            raise ValueError(f"drop_rate must be 0 for conv4, which has no dropout, got {self.drop_rate}")
+        check_at_least("drop_block_size", self.drop_block_size, 1)
+        check_at_least("drop_ramp_steps", self.drop_ramp_steps, 0)
+
+
+def build_backbone(config: BackboneConfig, in_channels: int = 3) -> Backbone:
+    """A fresh backbone, its weights drawn from torch's global generator.
+
+    Args:
+        config: see ``BackboneConfig``.
+        in_channels: channels of the images.
+
+    Example:
+        >>> build_backbone(BackboneConfig("resnet12")).feature_size(84, 84)
+        640
+    """
+    shape = {} if config.width is None else {"width": config.width}
+    if config.name == "conv4":
+        return conv4(in_channels, **shape, pooled_blocks=config.pooled_blocks)
+    if config.name == "wrn28_10":
+        return WideResNet28(in_channels, **shape, drop_rate=config.drop_rate)
+    return _RESNETS[config.name](
+        in_channels,
+        **shape,
+        drop_rate=config.drop_rate,
+        block_size=config.drop_block_size,
+        ramp_steps=config.drop_ramp_steps,
+    )

@@ -1,0 +1,172 @@
+"""The residual backbones of the few-shot literature: ResNet-12 and ResNet-18."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fewshot_ext.models.backbone import Backbone, initialise, pooled_size
+from fewshot_ext.models.drop_block import RAMP_STEPS, stage_dropout
+
+
+def conv_norm(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Sequential:
+    """Convolution without bias, padded to keep the size at stride 1, and batch normalisation."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False),
+        nn.BatchNorm2d(out_channels),
+    )
+
+
+class ResNet12Block(nn.Module):
+    """Three 3 x 3 convolutions beside a 1 x 1 shortcut, 2 x 2 max-pooling, LeakyReLU of slope 0.1, ``dropout``."""
+
+    def __init__(self, in_channels: int, out_channels: int, dropout: nn.Module) -> None:
+        super().__init__()
+        self.residual = nn.Sequential(
+            conv_norm(in_channels, out_channels, 3),
+            nn.LeakyReLU(0.1, inplace=True),
+            conv_norm(out_channels, out_channels, 3),
+            nn.LeakyReLU(0.1, inplace=True),
+            conv_norm(out_channels, out_channels, 3),
+        )
+        self.shortcut = conv_norm(in_channels, out_channels, 1)
+        self.pool = nn.MaxPool2d(2)
+        self.dropout = dropout
+
+    def forward(self, features: Tensor) -> Tensor:
+        # The maximum first: it commutes with LeakyReLU, which then has a quarter of the map to work on.
+        pooled = self.pool(self.residual(features) + self.shortcut(features))
+        return self.dropout(F.leaky_relu(pooled, 0.1, inplace=True))
+
+
+class ResNet12(Backbone):
+    """ResNet-12 as MetaOptNet, DeepEMD and the negative-margin paper have it, for 84 x 84 images.
+
+    Args:
+        in_channels: channels of the images.
+        width: channels of the first of the four stages; the published 64 gives 64-160-320-640.
+        drop_rate: of dropout after the first two stages and of DropBlock after the last two.
+        block_size: side of DropBlock's blocks.
+        ramp_steps: training steps over which DropBlock's rate grows from 0.
+
+    Shape:
+        ``[N, in_channels, H, W]`` with H, W >= 16 -> ``[N, 10 width]``; the map is ``[N, 10 width, H // 16, W // 16]``.
+
+    Raises:
+        ValueError: a width below 2 or odd, or a value out of ``DropBlock``'s range.
+
+    Reference:
+        Lee et al., Meta-Learning with Differentiable Convex Optimization, CVPR 2019.
+
+    Example:
+        >>> import torch
+        >>> ResNet12().eval().feature_map(torch.zeros(1, 3, 84, 84)).shape
+        torch.Size([1, 640, 5, 5])
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        width: int = 64,
+        *,
+        drop_rate: float = 0.0,
+        block_size: int = 5,
+        ramp_steps: int = RAMP_STEPS,
+    ) -> None:
+        super().__init__()
+        if width < 2 or width % 2:
+            raise ValueError(f"width must be even and at least 2 (the second stage has 2.5 times as many), got {width}")
+        channels = (width, width * 5 // 2, width * 5, width * 10)
+        inputs = (in_channels, *channels[:-1])
+        self.out_channels = channels[-1]
+        self.stages = nn.Sequential(
+            *(
+                ResNet12Block(i, o, stage_dropout(stage, drop_rate, block_size, ramp_steps))
+                for stage, (i, o) in enumerate(zip(inputs, channels, strict=True))
+            )
+        )
+        initialise(self)
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        return self.stages(images)
+
+    def map_size(self, height: int, width: int) -> tuple[int, int]:
+        return pooled_size("the four stages of ResNet-12", 4, height, width)
+
+
+class BasicBlock(nn.Module):
+    """Two 3 x 3 convolutions beside a shortcut, ReLU, ``dropout``."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, dropout: nn.Module) -> None:
+        super().__init__()
+        self.residual = nn.Sequential(
+            conv_norm(in_channels, out_channels, 3, stride),
+            nn.ReLU(inplace=True),
+            conv_norm(out_channels, out_channels, 3),
+        )
+        unchanged = in_channels == out_channels and stride == 1
+        self.shortcut = nn.Identity() if unchanged else conv_norm(in_channels, out_channels, 1, stride)
+        self.dropout = dropout
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.dropout(F.relu(self.residual(features) + self.shortcut(features), inplace=True))
+
+
+class ResNet18(Backbone):
+    """ResNet-18 as A Closer Look at Few-shot Classification has it, for 224 x 224 images; ImageNet's, headless.
+
+    Args:
+        in_channels: channels of the images.
+        width: channels of the first of the four stages; each later one has twice those of the one before.
+        drop_rate: of dropout after the blocks of the first two stages and of DropBlock after those of the last two.
+        block_size: side of DropBlock's blocks.
+        ramp_steps: training steps over which DropBlock's rate grows from 0.
+
+    Shape:
+        ``[N, in_channels, H, W]`` -> ``[N, 8 width]``; the map is ``[N, 8 width, ceil(H / 32), ceil(W / 32)]``.
+
+    Raises:
+        ValueError: a width below 1, or a value out of ``DropBlock``'s range.
+
+    Reference:
+        He et al., Deep Residual Learning for Image Recognition, CVPR 2016; Chen et al., A Closer Look at Few-shot
+        Classification, ICLR 2019.
+
+    Example:
+        >>> import torch
+        >>> ResNet18().eval().feature_map(torch.zeros(1, 3, 224, 224)).shape
+        torch.Size([1, 512, 7, 7])
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        width: int = 64,
+        *,
+        drop_rate: float = 0.0,
+        block_size: int = 5,
+        ramp_steps: int = RAMP_STEPS,
+    ) -> None:
+        super().__init__()
+        if width < 1:
+            raise ValueError(f"width must be at least 1, got {width}")
+        self.out_channels = 8 * width
+        self.stem = nn.Sequential(
+            conv_norm(in_channels, width, 7, stride=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, padding=1)
+        )
+        blocks: list[nn.Module] = []
+        channels = width
+        for stage in range(4):
+            for stride in (1 if stage == 0 else 2, 1):
+                inputs, channels = channels, width * 2**stage
+                blocks.append(
+                    BasicBlock(inputs, channels, stride, stage_dropout(stage, drop_rate, block_size, ramp_steps))
+                )
+        self.blocks = nn.Sequential(*blocks)
+        initialise(self)
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        return self.blocks(self.stem(images))
+
+    def map_size(self, height: int, width: int) -> tuple[int, int]:
+        if min(height, width) < 1:
+            raise ValueError(f"ResNet-18 needs images of at least 1 x 1, got {height} x {width}")
+        return -(-height // 32), -(-width // 32)

@@ -1,0 +1,201 @@
+"""What a pre-training run does between its steps: validation, reports, the progress bar."""
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from fewshot_ext._random import derive_generator
+from fewshot_ext.data import ImageArchive, sample_episodes
+from fewshot_ext.evaluation import ProtoNet, episode_accuracies, extract_features
+from fewshot_ext.training.config import ValidationConfig
+
+# Part of the key that makes the episodes' seed of the run's.
+_EPISODES = 1
+
+
+class EpochMeans(Callback):
+    """Logs loss and accuracy over each epoch's images, and ends a run whose loss is not a number any more.
+
+    Lightning's own means over several processes divide by a rounded count of images.
+
+    Args:
+        on_epoch: called with (epochs done, mean loss of the last epoch).
+
+    Attributes:
+        means: "loss" and "accuracy" over the last epoch; a checkpoint carries them.
+
+    Raises (while training):
+        FloatingPointError: the mean loss of an epoch is NaN or infinite. The last checkpoint is from before.
+    """
+
+    def __init__(self, on_epoch: Callable[[int, float], None] | None = None) -> None:
+        self.on_epoch = on_epoch
+        self.means: dict[str, float] = {}
+        self._sums: Tensor
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.means)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.means = dict(state_dict)
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.current_epoch and self.on_epoch:
+            self.on_epoch(trainer.current_epoch, math.nan)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._sums = torch.zeros(3, dtype=torch.float64, device=module.device)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_index: int
+    ) -> None:
+        count = len(batch[1])
+        means = torch.stack([outputs["mean_loss"], outputs["accuracy"], outputs["accuracy"].new_ones(())])
+        self._sums.add_(means, alpha=count)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._sums = trainer.strategy.reduce(self._sums, reduce_op="sum")
+        self.means = self.so_far()
+        epoch, loss = trainer.current_epoch + 1, self.means["loss"]
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss of epoch {epoch} is {loss}: take a smaller learning_rate or scale")
+        for name, mean in self.means.items():
+            module.log(f"train/{name}", mean)
+        if self.on_epoch:
+            self.on_epoch(epoch, loss)
+
+    def so_far(self) -> dict[str, float]:
+        """Loss and accuracy over the running epoch's images in this process; waits for the device."""
+        loss, accuracy, images = self._sums.tolist()
+        return {"loss": loss / images, "accuracy": accuracy / images}
+
+
+class Validation(Callback):
+    """Measures few-shot accuracy on validation classes and keeps the checkpoint of the best epoch.
+
+    Args:
+        config: see ``ValidationConfig``.
+        archive: images of the validation classes.
+        path: of the best checkpoint.
+        seed: decides the episodes.
+
+    Attributes:
+        accuracy: share of right answers at the last validation, None before it.
+        best_accuracy, best_epoch: of the best epoch, the earliest of equals.
+
+    Raises:
+        ValueError: the classes or their images are too few for the episodes.
+    """
+
+    def __init__(self, config: ValidationConfig, archive: ImageArchive, path: Path, seed: int) -> None:
+        self.config, self.images, self.path = config, archive.images, path
+        try:
+            self.episodes = sample_episodes(
+                archive.labels,
+                config.episodes,
+                way=config.way,
+                shot=config.shot,
+                queries=config.queries,
+                generator=derive_generator(seed, _EPISODES),
+            )
+        except ValueError as error:
+            raise ValueError(f"validation classes: {error}") from error
+        self.accuracy: float | None = None
+        self.best_accuracy, self.best_epoch = -1.0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_accuracy": self.best_accuracy, "best_epoch": self.best_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_accuracy, self.best_epoch = state_dict["best_accuracy"], state_dict["best_epoch"]
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        epoch = trainer.current_epoch + 1
+        self.accuracy = None
+        if epoch % self.config.epochs and epoch != trainer.max_epochs:
+            return
+        # Evaluation has nothing to synchronise, so one process does it and the others wait.
+        accuracy = self._measure(module) if trainer.is_global_zero else 0.0
+        self.accuracy = trainer.strategy.broadcast(accuracy)
+        module.log("validation/accuracy", self.accuracy)
+        if self.accuracy > self.best_accuracy:
+            self.best_accuracy, self.best_epoch = self.accuracy, epoch
+            trainer.save_checkpoint(self.path)
+
+    def _measure(self, module: pl.LightningModule) -> float:
+        features = extract_features(module, self.images)
+        return episode_accuracies(features, self.episodes, head=ProtoNet(metric="cosine")).mean().item()
+
+
+class ProgressBar(Callback):
+    """One bar over the whole run on a terminal, elsewhere one line an epoch; process 0 alone draws.
+
+    Shows the loss and the accuracy over the epoch so far, images a second, and the time left.
+
+    Args:
+        means: whose loss and accuracy are shown; it must come first among the callbacks.
+        validation: whose accuracies are shown, where there is one.
+    """
+
+    def __init__(self, means: EpochMeans, validation: Validation | None = None) -> None:
+        self.means, self.validation = means, validation
+        self._images = 0
+        self._started = self._stepped = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=int(trainer.estimated_stepping_batches),
+            initial=trainer.global_step,
+            desc=_epoch(trainer),
+            bar_format="{desc} |{bar}| {percentage:3.0f}% {elapsed}<{remaining}{postfix}",
+            file=sys.stderr,
+            disable=None if trainer.is_global_zero else True,
+            leave=False,
+            dynamic_ncols=True,
+        )
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._bar.set_description_str(_epoch(trainer), refresh=False)
+        self._images, self._started = 0, time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_index: int
+    ) -> None:
+        self._images += len(batch[1]) * trainer.world_size
+        self._stepped = time.perf_counter()
+        # Reading the means waits for the device, so it is done only where the bar is about to be drawn.
+        if not self._bar.disable and self._bar.n + 1 - self._bar.last_print_n >= self._bar.miniters:
+            self._bar.set_postfix_str(self._figures(), refresh=False)
+        self._bar.update()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self._bar.disable and trainer.is_global_zero:
+            print(f"{_epoch(trainer)}: {self._figures()}", file=sys.stderr, flush=True)
+
+    def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        # A run that was finished before it was resumed never starts to train.
+        if hasattr(self, "_bar"):
+            self._bar.close()
+
+    def _figures(self) -> str:
+        means, rate = self.means.so_far(), self._images / (self._stepped - self._started)
+        figures = [f"loss {means['loss']:.4f}", f"accuracy {100 * means['accuracy']:.1f} %", f"{rate:,.0f} images/s"]
+        if self.validation and self.validation.best_epoch:
+            best = f"best {100 * self.validation.best_accuracy:.2f} % in epoch {self.validation.best_epoch}"
+            now = self.validation.accuracy
+            figures.append(f"validation {best}" if now is None else f"validation {100 * now:.2f} %, {best}")
+        return ", ".join(figures)
+
+
+def _epoch(trainer: pl.Trainer) -> str:
+    return f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"

@@ -1,0 +1,108 @@
+"""What pre-training is for: a network from uint8 images to feature vectors, with or without Lightning."""
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewshot_ext.data import AugmentationConfig, ImageInput
+from fewshot_ext.models import build_backbone
+from fewshot_ext.training.config import PreTrainingConfig
+
+
+class FeatureExtractor(nn.Module):
+    """The preprocessing that a backbone was trained with, and the backbone.
+
+    Args:
+        config: see ``PreTrainingConfig``.
+        image_size: (channels, height, width) of the images that will come.
+        mean, std: one number a channel, for pixels in [0, 1].
+
+    Shape:
+        ``[B, C, H, W]`` uint8 -> features ``[B, D]``.
+
+    Raises:
+        ValueError: images too small for the backbone.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainingConfig,
+        image_size: tuple[int, int, int],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> None:
+        super().__init__()
+        channels, height, width = image_size
+        if config.image_size is not None:
+            height = width = config.image_size
+        self.input = ImageInput(mean, std, config.augmentation, config.image_size)
+        self.backbone = build_backbone(config.backbone, channels)
+        self.out_features = self.backbone.feature_size(height, width)
+        self.channels_last = config.channels_last
+        if config.channels_last:
+            self.backbone.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.backbone(self._pixels(images))
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        """Dense features ``[B, C', h, w]`` of the same images."""
+        return self.backbone.feature_map(self._pixels(images))
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        pixels = self.input(images)
+        return pixels.contiguous(memory_format=torch.channels_last) if self.channels_last else pixels
+
+
+def load_backbone(path: str | Path) -> FeatureExtractor:
+    """The trained backbone behind a checkpoint with its preprocessing, in evaluation mode on the CPU.
+
+    Needs neither Lightning nor kornia; the file is read without running code in it.
+
+    Args:
+        path: ``last.ckpt`` or ``best.ckpt`` of a pre-training.
+
+    Returns:
+        A module from ``[B, C, H, W]`` uint8 images to ``[B, D]`` features.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not the checkpoint of a pre-training.
+    """
+    return build_extractor(read_checkpoint(path))
+
+
+def build_extractor(checkpoint: dict[str, Any]) -> FeatureExtractor:
+    """As ``load_backbone``, from the content of the file, of which hyper-parameters and weights are enough."""
+    arguments = checkpoint["hyper_parameters"]
+    # Augmentation is for training, and would ask for kornia.
+    config = replace(PreTrainingConfig.from_dict(arguments["config"]), augmentation=AugmentationConfig())
+    extractor = FeatureExtractor(config, arguments["image_size"], arguments["mean"], arguments["std"])
+    prefix = "extractor."
+    state = checkpoint["state_dict"].items()
+    extractor.load_state_dict({key.removeprefix(prefix): value for key, value in state if key.startswith(prefix)})
+    return extractor.eval()
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The content of a pre-training's checkpoint, on the CPU, read without running code in it.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not the checkpoint of a pre-training.
+    """
+    with open(path, "rb") as file:
+        try:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        # What torch raises depends on where the file is cut or what lies there instead.
+        except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, LookupError) as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise ValueError(f"{path} is not the checkpoint of a pre-training, or is damaged: {reason}") from error
+    arguments = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
+    if not isinstance(arguments, dict) or not {"config", "image_size"} <= arguments.keys():
+        raise ValueError(f"{path} is not the checkpoint of a pre-training: it holds something else")
+    return checkpoint
