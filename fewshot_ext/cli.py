@@ -7,14 +7,21 @@ from types import ModuleType
 
 from fewshot_ext import _extras
 from fewshot_ext._version import __version__
-from fewshot_ext.commands import data, demo, pretrain
+from fewshot_ext.commands import classify, data, demo, env, evaluate, pretrain
 
 # Each command is a module with SUMMARY, add_arguments(parser) and prepare(arguments, resolved) -> run. `prepare`
 # finds every mistake of the user and raises it as ImportError, OSError, TypeError or ValueError; `run` does the
 # work, and what it raises is a defect of ours that deserves its traceback. A module with SUMMARY and COMMANDS, a
 # mapping of the same kind, is a group: "fewshot-ext data pack". A module may have config_action() -> the argparse
 # action of its --config.
-COMMANDS: dict[str, ModuleType] = {"data": data, "demo": demo, "pretrain": pretrain}
+COMMANDS: dict[str, ModuleType] = {
+    "classify": classify,
+    "data": data,
+    "demo": demo,
+    "env": env,
+    "evaluate": evaluate,
+    "pretrain": pretrain,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

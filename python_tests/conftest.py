@@ -1,6 +1,8 @@
 """Test settings that hold everywhere."""
 
+import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +31,35 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def real_data(monkeypatch):
+    """Gives the path of a file of real data by name, or skips; known sets are looked for beside it."""
+    folder = Path(os.environ.get("FEWSHOT_EXT_DATA") or Path(__file__).parents[1] / "../shared/data").resolve()
+    monkeypatch.setenv("FEWSHOT_EXT_DATA", str(folder))
+
+    def find(name: str) -> Path:
+        if not (folder / name).exists():
+            pytest.skip(f"no real data: {folder / name} is missing; set FEWSHOT_EXT_DATA to its folder")
+        return folder / name
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """Two checkpoints of one epoch on the digits: small, real, and different."""
+    from fewshot_ext.data import Split, load_digits
+    from fewshot_ext.training import BackboneConfig, PreTrainingConfig, pretrain
+
+    folder, threads = tmp_path_factory.mktemp("checkpoints"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    config = PreTrainingConfig(epochs=1, batch_size=64, backbone=BackboneConfig(width=8, pooled_blocks=3))
+    for seed in (0, 1):
+        pretrain(config, load_digits().subset(Split.BASE), folder / f"seed_{seed}", seed=seed)
+    torch.set_num_threads(threads)
+    return [folder / f"seed_{seed}" / "last.ckpt" for seed in (0, 1)]
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -1,8 +1,9 @@
+import hashlib
 import os
 
 import pytest
 
-from fewshot_ext._files import replace_file
+from fewshot_ext._files import file_sha256, replace_file, replace_text
 
 
 def test_the_file_is_replaced_and_readable_as_any_other(tmp_path):
@@ -25,3 +26,11 @@ def test_an_interrupted_write_changes_nothing(tmp_path, error):
         replace_file(tmp_path / "a.txt", write)
     assert os.listdir(tmp_path) == ["a.txt"]
     assert (tmp_path / "a.txt").read_text() == "old"
+
+
+def test_text_and_checksum(tmp_path):
+    replace_text(tmp_path / "a.txt", "Größe")
+    assert (tmp_path / "a.txt").read_bytes() == "Größe".encode()
+    assert file_sha256(tmp_path / "a.txt") == hashlib.sha256("Größe".encode()).hexdigest()
+    with pytest.raises(FileNotFoundError):
+        file_sha256(tmp_path / "missing")

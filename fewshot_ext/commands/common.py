@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from fewshot_ext._checks import check_at_least
+
 
 def resolve_device(name: str) -> torch.device:
     """The device called "auto" (a GPU where there is one), "cpu" or "cuda".
@@ -18,6 +20,17 @@ def resolve_device(name: str) -> torch.device:
     if name == "cuda" and not available:
         raise ValueError(f"device cuda was asked for, but torch {torch.__version__} sees no CUDA device here")
     return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def set_threads(count: int | None) -> None:
+    """Sets the number of CPU threads of this process; None leaves torch's own choice.
+
+    Raises:
+        ValueError: a count below 1.
+    """
+    if count is not None:
+        check_at_least("threads", count, 1)
+        torch.set_num_threads(count)
 
 
 def writable_folder(name: str) -> Path:

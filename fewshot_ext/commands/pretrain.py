@@ -22,7 +22,7 @@ from fewshot_ext import _extras
 from fewshot_ext._checks import check_at_least
 from fewshot_ext._files import replace_file
 from fewshot_ext._record import versions
-from fewshot_ext.commands.common import resolve_device, writable_folder
+from fewshot_ext.commands.common import resolve_device, set_threads, writable_folder
 from fewshot_ext.data import ImageArchive, Split, load_images
 from fewshot_ext.recipes import recipe_names, recipe_path, recipe_table
 from fewshot_ext.training.config import LOSSES, PreTrainingConfig
@@ -99,9 +99,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     for name in ("devices", "num_nodes"):
         check_at_least(name, arguments[name], 1)
     _check_launch(arguments.devices, arguments.num_nodes)
-    if arguments.threads is not None:
-        check_at_least("threads", arguments.threads, 1)
-        torch.set_num_threads(arguments.threads)
+    set_threads(arguments.threads)
     device = resolve_device(arguments.device)
     if device.type == "cuda" and arguments.devices > torch.cuda.device_count():
         raise ValueError(f"devices must be at most {torch.cuda.device_count()}, the GPUs here, got {arguments.devices}")

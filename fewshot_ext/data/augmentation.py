@@ -104,10 +104,15 @@ class ImageInput(nn.Module):
         return pixels.contiguous(memory_format=torch.channels_last) if channels_last else pixels
 
 
+def resized_size(size: int) -> int:
+    """The side that evaluation resizes to before it cuts out the middle ``size``, 1.15 times as large."""
+    return int(1.15 * size)
+
+
 def _resize_and_crop(pixels: Tensor, size: int) -> Tensor:
-    resized_size = int(1.15 * size)
-    resized = functional.interpolate(pixels, (resized_size, resized_size), mode="bilinear", antialias=True)
-    start = round((resized_size - size) / 2)
+    side = resized_size(size)
+    resized = functional.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
+    start = round((side - size) / 2)
     # The clone frees what was cut off, and keeps the in-place steps off a view.
     return resized[..., start : start + size, start : start + size].clone(memory_format=torch.contiguous_format)
 

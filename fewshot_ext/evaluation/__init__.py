@@ -1,5 +1,8 @@
 """The few-shot protocol: features, episodes, classification heads, accuracy with intervals, figures."""
 
+from fewshot_ext.evaluation.backbones import FrozenBackbone
+from fewshot_ext.evaluation.comparison import Comparison, ComparisonConfig
+from fewshot_ext.evaluation.features import FeatureCache
 from fewshot_ext.evaluation.finetune import finetune_episodes
 from fewshot_ext.evaluation.heads import (
     HEADS,
@@ -19,12 +22,19 @@ from fewshot_ext.evaluation.protocol import (
     extract_features,
     mean_and_interval,
 )
+from fewshot_ext.evaluation.results import ComparisonResults, HeadAccuracy, json_with_rows
 
 __all__ = [
     "HEADS",
+    "Comparison",
+    "ComparisonConfig",
+    "ComparisonResults",
+    "FeatureCache",
     "FineTuning",
     "FineTuningConfig",
+    "FrozenBackbone",
     "Head",
+    "HeadAccuracy",
     "MatchingNet",
     "NearestNeighbor",
     "ProtoNet",
@@ -34,6 +44,7 @@ __all__ = [
     "extract_features",
     "find_head",
     "finetune_episodes",
+    "json_with_rows",
     "mean_and_interval",
     "plot_accuracy_over_margin",
 ]

@@ -24,7 +24,7 @@ class Head(ABC):
         support: ``[E, S, D]`` features of any floating dtype; half types are computed in float32.
         support_target: ``[E, S]`` int64 in ``[0, way)``; every class of every episode occurs.
         query: ``[E, Q, D]`` features, dtype and device of ``support``.
-        way: classes an episode.
+        way: classes an episode, at least 2.
         base_mean: ``[D]``, the mean feature of the base classes; needed where ``needs_base_mean`` is true,
             ignored elsewhere.
         generator: CPU generator for what is random (the weights and the order of ``FineTuning``).
@@ -35,8 +35,8 @@ class Head(ABC):
 
     Raises (a call):
         TypeError: an argument that is not a tensor of the dtype above.
-        ValueError: shapes or devices that do not fit each other, a target out of range, a class without a support
-            image, or no ``base_mean`` where one is needed.
+        ValueError: shapes or devices that do not fit each other, fewer than 2 classes, a target out of range, a class
+            without a support image, or no ``base_mean`` where one is needed.
     """
 
     scale: float = 1.0
@@ -329,7 +329,7 @@ def _check_episodes(support: Tensor, support_target: Tensor, query: Tensor, way:
     for name, value in (("support_target", support_target), ("query", query)):
         if value.device != support.device:
             raise ValueError(f"{name} must be on the device of support, {support.device}, got {value.device}")
-    check_at_least("way", way, 1)
+    check_at_least("way", way, 2)
     if ((support_target < 0) | (support_target >= way)).any():
         low, high = support_target.min().item(), support_target.max().item()
         raise ValueError(f"support_target must lie in [0, {way}), got {low} to {high}")

@@ -2,11 +2,7 @@
 
 import json
 import shutil
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +10,7 @@ import torch
 
 from fewshot_ext import _extras
 from fewshot_ext._checks import check_at_least, check_finite
+from fewshot_ext._progress import StagedProgress
 from fewshot_ext._random import derive_generator, derive_seed
 from fewshot_ext._record import check_same_settings, versions
 from fewshot_ext.data import Episodes, ImageArchive, Split, sample_episodes
@@ -127,16 +124,16 @@ class MarginSweep:
             KeyboardInterrupt: Ctrl-C. The files then hold what was finished before, as ``results`` does.
         """
         self.results.write(self.output)
-        with _Progress(len(self)) as progress:
+        with StagedProgress("backbones", len(self)) as progress:
             for run in self._runs:
                 for margin in self.config.margins:
                     if (run.number, margin) not in self.results.finished:
                         self.results.accuracies += self._measure(run, margin, progress)
                         self.results.write(self.output)
-                    progress.finish(run.number, margin, self.results)
+                    progress.finish(_summary(run.number, margin, self.results))
         return self.results
 
-    def _measure(self, run: "_Run", margin: float, progress: "_Progress") -> list[Accuracy]:
+    def _measure(self, run: "_Run", margin: float, progress: StagedProgress) -> list[Accuracy]:
         from fewshot_ext.training import pretrain
 
         directory = self.output / f"run_{run.number}" / f"margin_{margin:+g}"
@@ -215,43 +212,10 @@ def _check_same_run(earlier: SweepResults, now: SweepResults, output: Path) -> N
     check_same_settings(before, after, output)
 
 
-class _Progress:
-    """Two bars on a terminal, backbones above the running stage; elsewhere one line a finished backbone."""
-
-    def __init__(self, backbones: int) -> None:
-        from tqdm import tqdm
-
-        self._bar = partial(tqdm, file=sys.stderr, disable=None, leave=False, dynamic_ncols=True)
-        self._backbones = self._bar(
-            total=backbones,
-            desc="backbones",
-            bar_format="{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}",
-        )
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._backbones.close()
-
-    @contextmanager
-    def stage(self, name: str, total: int) -> Iterator[Callable[..., None]]:
-        """A bar for one stage; yields a function that takes the count so far and a remark."""
-        bar = self._bar(total=total, desc=name, position=1, bar_format="{desc} |{bar}| {percentage:3.0f}%{postfix}")
-
-        def report(count: int, remark: str = "") -> None:
-            bar.set_postfix_str(remark, refresh=False)
-            bar.update(count - bar.n)
-
-        with bar:
-            yield report
-
-    def finish(self, run: int, margin: float, results: SweepResults) -> None:
-        self._backbones.update()
-        if self._backbones.disable:
-            cells = (
-                f"{row.classes} {row.shot}-shot {row.per_episode().mean().item():.2f}"
-                for row in results.accuracies
-                if (row.run, row.margin) == (run, margin)
-            )
-            print(f"run {run}, margin {margin:+g}: {', '.join(cells)}", file=sys.stderr, flush=True)
+def _summary(run: int, margin: float, results: SweepResults) -> str:
+    cells = (
+        f"{row.classes} {row.shot}-shot {row.per_episode().mean().item():.2f}"
+        for row in results.accuracies
+        if (row.run, row.margin) == (run, margin)
+    )
+    return f"run {run}, margin {margin:+g}: {', '.join(cells)}"

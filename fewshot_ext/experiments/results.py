@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fewshot_ext._files import replace_file
-from fewshot_ext.evaluation import mean_and_interval, plot_accuracy_over_margin
+from fewshot_ext.evaluation import json_with_rows, mean_and_interval, plot_accuracy_over_margin
 
 CLASSES = ("base", "novel")
 _PANELS = {"base": "base classes, held-out images", "novel": "novel classes"}
@@ -179,12 +179,8 @@ class SweepResults:
                     mean, interval = self.percent(margin, classes, shot)
                     cell = {"margin": margin, "classes": classes, "shot": shot}
                     summary.append({**cell, "accuracy": round(mean, 4), "interval": round(interval, 4)})
-        head = json.dumps({"config": self.config, "versions": self.versions, "way": self.way}, indent=2)
-        # One row a line: hundreds of episodes, each on a line of its own, would bury the rest of the file.
-        parts = [head.removesuffix("\n}")]
-        for name, rows in (("summary", summary), ("accuracies", self._rows())):
-            parts.append(f'  "{name}": [\n' + ",\n".join(f"    {json.dumps(row)}" for row in rows) + "\n  ]")
-        return ",\n".join(parts) + "\n}\n"
+        head = {"config": self.config, "versions": self.versions, "way": self.way}
+        return json_with_rows(head, {"summary": summary, "accuracies": self._rows()})
 
     def _csv(self) -> str:
         columns = ("run", "margin", "classes", "shot", "accuracy", "interval", "episodes")

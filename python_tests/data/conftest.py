@@ -1,6 +1,5 @@
 """What the tests of the data layer share."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -8,20 +7,6 @@ import pytest
 from PIL import Image
 
 from fewshot_ext.data import ImageArchive, load_split
-
-
-@pytest.fixture
-def real_data(monkeypatch):
-    """Gives the path of a file of real data by name, or skips; known sets are looked for beside it."""
-    folder = Path(os.environ.get("FEWSHOT_EXT_DATA") or Path(__file__).parents[2] / "../shared/data").resolve()
-    monkeypatch.setenv("FEWSHOT_EXT_DATA", str(folder))
-
-    def find(name: str) -> Path:
-        if not (folder / name).exists():
-            pytest.skip(f"no real data: {folder / name} is missing; set FEWSHOT_EXT_DATA to its folder")
-        return folder / name
-
-    return find
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ def test_core_dependencies_are_torch_and_numpy_alone():
 
 def test_extras():
     extras = declared_extras(requirements())
-    assert set(extras) == {"train", "test", "bench", "bench-cuda", "dev"}
+    assert set(extras) == {"train", "test", "bench", "bench-cuda", "dev", "timm"}
     assert {"lightning", "jsonargparse", "kornia", "matplotlib", "tensorboard", "scikit-learn"} <= set(extras["train"])
     assert {"pytest", "hypothesis"} <= set(extras["test"])
     assert "pytorch-metric-learning" in extras["bench"]

@@ -1,0 +1,385 @@
+"""Few-shot classification of one's own images, in the style of scikit-learn."""
+
+import pickle
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fewshot_ext._checks import check_at_least
+from fewshot_ext._files import replace_file
+from fewshot_ext._version import __version__
+from fewshot_ext.evaluation.backbones import FrozenBackbone, state_checksum
+from fewshot_ext.evaluation.heads import HEADS, FineTuning, Head, find_head
+from fewshot_ext.evaluation.images import ImageBatches, class_folders
+from fewshot_ext.evaluation.protocol import extract_features
+
+_FORMAT = "fewshot_ext.FewShotClassifier"
+_FORMAT_VERSION = 1
+_HEAD_TYPES = {type(head).__name__: type(head) for head in HEADS.values()}
+# Scores of this many queries against thousands of support images still fit in a few hundred megabytes.
+_QUERIES_AT_ONCE = 4096
+
+
+class FewShotClassifier:
+    """Learns classes from a few images each, on the frozen features of a backbone.
+
+    Images are a uint8 tensor ``[N, C, H, W]``, a float tensor of that shape in [0, 1], an array ``[N, H, W]`` or
+    ``[N, H, W, C]`` of either kind, a list of picture files, or a folder. Floats are rounded to the 256 levels of
+    picture files. Files are resized so that the short side is ``image_size`` and cut to the middle square; grey is
+    turned to colour, or colour to grey, as the backbone needs. Labels may be of any hashable kind, classes may have
+    any number of images, one included, and different numbers.
+
+    Args:
+        backbone: a module that maps images to features ``[B, D]``; or the path of a checkpoint of
+            ``fewshot-ext pretrain``, which brings its preprocessing; or the name of a model of timm.
+        head: the classifier, by its name in ``fewshot_ext.evaluation.HEADS`` or as a ``Head`` with settings of your
+            own. "finetune" goes on with the similarity that the backbone was pre-trained with.
+        preprocessing: for a module: maps ``[B, C, H, W]`` uint8 images to its input, as ``ImageInput`` does; by
+            default they are scaled to [0, 1].
+        image_size: side that picture files are brought to; by default what the backbone was trained with.
+        device: where features and scores are computed; None leaves a module where it is.
+        batch_size: images a forward pass.
+        seed: decides what is random in the head; predictions of the same images are the same.
+        base_mean: ``[D]`` mean feature of the base classes, for the head "simpleshot".
+
+    Attributes:
+        classes_: the labels, in the order of the columns of ``predict_proba``: sorted where they can be, and those
+            that ``partial_fit`` adds behind them.
+
+    Raises:
+        ImportError: the backbone is a name and timm is missing.
+        OSError: the checkpoint cannot be read.
+        TypeError: a backbone or a head of another kind.
+        ValueError: an unknown head or backbone, a head without the ``base_mean`` that it needs, or a number out of
+            range.
+
+    Example:
+        >>> images = torch.tensor([0, 10, 200, 255], dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 1, 8, 8)
+        >>> classifier = FewShotClassifier(nn.Flatten(), head="protonet")
+        >>> classifier.fit(images[1:3], ["dark", "bright"]).predict(images)
+        ['dark', 'dark', 'bright', 'bright']
+        >>> classifier.partial_fit(images[3:], ["white"]).classes_
+        ('bright', 'dark', 'white')
+        >>> classifier.score(images, ["dark", "dark", "bright", "white"])
+        1.0
+    """
+
+    classes_: tuple[Hashable, ...]
+
+    def __init__(
+        self,
+        backbone: FrozenBackbone | nn.Module | str | Path,
+        head: str | Head = "finetune",
+        *,
+        preprocessing: Callable[[Tensor], Tensor] | None = None,
+        image_size: int | None = None,
+        device: torch.device | str | None = None,
+        batch_size: int = 256,
+        seed: int = 0,
+        base_mean: Tensor | None = None,
+    ) -> None:
+        check_at_least("batch_size", batch_size, 1)
+        check_at_least("seed", seed, 0)
+        if image_size is not None:
+            check_at_least("image_size", image_size, 1)
+        if not isinstance(head, str | Head):
+            raise TypeError(f"head must be a name or a Head, got {type(head).__name__}")
+        chosen = find_head(head) if isinstance(head, str) else head
+        if chosen.needs_base_mean and base_mean is None:
+            name = type(chosen).__name__
+            raise ValueError(f"base_mean must be given for {name}, which subtracts it; 'simpleshot_l2n' does without")
+        self.backbone = FrozenBackbone.open(backbone, preprocessing)
+        if device is not None:
+            self.backbone.module.to(device)
+        if head == "finetune":
+            chosen = FineTuning(similarity=self.backbone.similarity)
+        self.head, self.batch_size, self.seed, self.base_mean = chosen, batch_size, seed, base_mean
+        self.image_size = image_size or self.backbone.image_size
+        self._forget()
+
+    def fit(
+        self,
+        images: Any,
+        labels: Iterable[Hashable] | None = None,
+        *,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> "FewShotClassifier":
+        """Learns the classes of ``images``; what was learned before is forgotten.
+
+        Args:
+            images: see the class. A folder must hold one folder of pictures for each class.
+            labels: one an image; left out where ``images`` is a folder, whose sub-folders name the classes.
+            on_progress: called with the number of images done so far.
+
+        Returns:
+            The classifier itself.
+
+        Raises:
+            ImportError: files are given and Pillow is missing.
+            OSError: a file or folder is missing.
+            TypeError: images of another kind or dtype, or a label that is not hashable.
+            ValueError: no images, a wrong shape, floats outside [0, 1], another number of labels than of images,
+                a damaged file, images that the backbone does not take, or features that are not finite. What was
+                learned before is kept then.
+        """
+        return self._learn(images, labels, on_progress, keep=False)
+
+    def partial_fit(
+        self,
+        images: Any,
+        labels: Iterable[Hashable] | None = None,
+        *,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> "FewShotClassifier":
+        """Adds images of new classes, or more images of known ones, to what was learned; otherwise as ``fit``."""
+        return self._learn(images, labels, on_progress, keep=True)
+
+    def decision_function(self, images: Any, *, on_progress: Callable[[int], None] | None = None) -> Tensor:
+        """The scores of the head, ``[N, classes]`` float32 on the CPU; see ``Head`` for what they mean.
+
+        Raises:
+            RuntimeError: ``fit`` has not been called.
+            ValueError: only one class is known; further errors are those of ``fit``.
+        """
+        if not self.classes_:
+            raise RuntimeError("this classifier has learned nothing yet: call fit first")
+        if len(self.classes_) < 2:
+            raise ValueError(f"classes must be at least two, and only {self.classes_[0]!r} is known")
+        features = self._features(images, on_progress)
+        self._check_size(features)
+        return self._scores(features).cpu()
+
+    def predict_proba(self, images: Any, *, on_progress: Callable[[int], None] | None = None) -> Tensor:
+        """Shares that add up to 1, ``[N, classes]`` float32 on the CPU, columns in the order of ``classes_``.
+
+        They are the softmax of the head's scores times its ``scale`` (``Head.probabilities``): for "finetune" the
+        probabilities that its training maximises, for "protonet" and "matchingnet" those of their papers. None has
+        been calibrated on data: take them to rank images, not as the chance of being right.
+
+        Raises:
+            As ``decision_function``.
+        """
+        return self.head.probabilities(self.decision_function(images, on_progress=on_progress))
+
+    def predict(self, images: Any, *, on_progress: Callable[[int], None] | None = None) -> list[Hashable]:
+        """The most probable label of each image.
+
+        Raises:
+            As ``decision_function``.
+        """
+        scores = self.decision_function(images, on_progress=on_progress)
+        return [self.classes_[index] for index in scores.argmax(1).tolist()]
+
+    def score(self, images: Any, labels: Iterable[Hashable] | None = None) -> float:
+        """The share of images whose label is predicted, in [0, 1]; ``labels`` as in ``fit``.
+
+        Raises:
+            As ``decision_function``.
+        """
+        images, labels = _labelled(images, labels)
+        batches = self._batches(images)
+        _check_count(len(batches), labels)
+        predicted = self.predict(batches)
+        return sum(a == b for a, b in zip(predicted, labels, strict=True)) / len(labels)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the classifier to a file, whole or not at all. No code is in it.
+
+        A backbone that comes from a checkpoint or from timm goes in with its weights, so that the file is enough to
+        predict. Of a module of your own goes in a checksum of its weights, and ``load`` asks for the module.
+
+        Raises:
+            OSError: the file cannot be written.
+            RuntimeError: ``fit`` has not been called.
+            TypeError: a label that is no text, number, boolean, None or tuple of these, or a head that is not one of
+                this package.
+        """
+        if not self.classes_:
+            raise RuntimeError("this classifier has learned nothing yet: call fit first")
+        for label in self.classes_:
+            _check_plain(label)
+        head = type(self.head).__name__
+        if type(self.head) is not _HEAD_TYPES.get(head):
+            raise TypeError(f"head must be one of {', '.join(_HEAD_TYPES)} to be saved, got {head}")
+        origin = self.backbone.origin
+        content = {
+            "format": _FORMAT,
+            "format_version": _FORMAT_VERSION,
+            "fewshot_ext": __version__,
+            "head": {"type": head, "settings": asdict(self.head)},
+            "classes": list(self.classes_),
+            "features": self._support.cpu(),
+            "target": self._target.cpu(),
+            "base_mean": None if self.base_mean is None else self.base_mean.cpu(),
+            "image_size": self.image_size,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "backbone": origin or {"sha256": state_checksum(self.backbone.module)},
+        }
+        replace_file(Path(path).expanduser(), lambda temporary: torch.save(content, temporary))
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        backbone: nn.Module | None = None,
+        *,
+        preprocessing: Callable[[Tensor], Tensor] | None = None,
+        device: torch.device | str | None = None,
+    ) -> "FewShotClassifier":
+        """The classifier in a file that ``save`` wrote; it is read without running code in it.
+
+        Args:
+            path: the file.
+            backbone: the module that it was saved with, where that was a module of your own.
+            preprocessing: the one it was saved with, for such a module.
+            device: as in the constructor.
+
+        Raises:
+            ImportError: the backbone is one of timm, and timm is missing.
+            OSError: the file cannot be read.
+            ValueError: it holds no classifier, is damaged, or needs a backbone that is not given, is given although
+                it has its own, or has other weights than the one it was saved with.
+        """
+        content = _read(Path(path).expanduser())
+        origin = content["backbone"]
+        own = "sha256" in origin
+        if own and backbone is None:
+            raise ValueError(f"backbone must be given: {path} was saved with a module of your own")
+        if not own and (backbone is not None or preprocessing is not None):
+            raise ValueError(f"backbone and preprocessing must be left out: {path} holds its own")
+        source = FrozenBackbone.open(backbone, preprocessing) if own else FrozenBackbone.rebuild(origin)
+        if own and state_checksum(source.module) != origin["sha256"]:
+            raise ValueError(f"backbone must have the weights that {path} was saved with, got others")
+        head = _HEAD_TYPES[content["head"]["type"]](**content["head"]["settings"])
+        settings = {name: content[name] for name in ("image_size", "batch_size", "seed", "base_mean")}
+        classifier = cls(source, head, device=device, **settings)
+        classifier.classes_ = tuple(content["classes"])
+        classifier._support, classifier._target = content["features"], content["target"]
+        return classifier
+
+    def _forget(self) -> None:
+        self.classes_ = ()
+        self._support, self._target = torch.empty(0, 0), torch.empty(0, dtype=torch.int64)
+
+    def _learn(self, images: Any, labels, on_progress, *, keep: bool) -> "FewShotClassifier":
+        images, labels = _labelled(images, labels)
+        batches = self._batches(images)
+        _check_count(len(batches), labels)
+        known = self.classes_ if keep else ()
+        old = set(known)
+        classes = known + tuple(_sorted_if_possible(label for label in labels if label not in old))
+        index = {label: number for number, label in enumerate(classes)}
+        target = torch.tensor([index[label] for label in labels])
+        features = self._features(batches, on_progress).cpu()
+        if known:
+            self._check_size(features)
+            features, target = torch.cat([self._support, features]), torch.cat([self._target, target])
+        self.classes_, self._support, self._target = classes, features, target
+        return self
+
+    def _batches(self, images: Any) -> ImageBatches:
+        return ImageBatches(
+            images, channels=self.backbone.channels, image_size=self.image_size, batch_size=self.batch_size
+        )
+
+    def _features(self, images: Any, on_progress: Callable[[int], None] | None) -> Tensor:
+        batches = images if isinstance(images, ImageBatches) else self._batches(images)
+        features, done = [], 0
+        for batch in batches:
+            try:
+                features.append(extract_features(self.backbone.module, batch))
+            except (RuntimeError, ValueError) as error:
+                shape = "x".join(map(str, batch.shape[1:]))
+                raise ValueError(f"the backbone does not take images of {shape}: {error}") from error
+            done += len(batch)
+            if on_progress:
+                on_progress(done)
+        whole = torch.cat(features)
+        if whole.dim() != 2:
+            raise ValueError(f"the backbone must give features [B, D], got {list(whole.shape)}")
+        if not whole.isfinite().all():
+            raise ValueError("the backbone gives features that are not finite")
+        return whole
+
+    def _check_size(self, features: Tensor) -> None:
+        """Backbones without a global pooling give more features for larger images."""
+        if features.shape[1] != self._support.shape[1]:
+            raise ValueError(
+                f"images must be of the size of those learned: they give {features.shape[1]} features, "
+                f"those gave {self._support.shape[1]}"
+            )
+
+    def _scores(self, query: Tensor) -> Tensor:
+        support, target = (x.to(query.device).unsqueeze(0) for x in (self._support, self._target))
+        return torch.cat(
+            [
+                self.head(
+                    support,
+                    target,
+                    part.unsqueeze(0),
+                    len(self.classes_),
+                    base_mean=self.base_mean,
+                    # The same for every part, so that an image's scores do not depend on its neighbours.
+                    generator=torch.Generator().manual_seed(self.seed),
+                )[0]
+                for part in query.split(_QUERIES_AT_ONCE)
+            ]
+        )
+
+
+def _labelled(images: Any, labels: Iterable[Hashable] | None) -> tuple[Any, list[Hashable]]:
+    """Images and one hashable label each, numpy's and torch's numbers turned into Python's."""
+    if labels is None:
+        if not isinstance(images, str | Path):
+            raise ValueError("labels must be given, unless images is a folder with one folder for each class")
+        return class_folders(images)
+    labels = labels.tolist() if isinstance(labels, Tensor | np.ndarray) else list(labels)
+    labels = [label.item() if isinstance(label, np.generic) else label for label in labels]
+    for label in labels:
+        try:
+            hash(label)
+        except TypeError:
+            raise TypeError(f"labels must be hashable, got {label!r}") from None
+    return images, labels
+
+
+def _check_count(images: int, labels: Sequence[Hashable]) -> None:
+    if len(labels) != images:
+        raise ValueError(f"labels must be one an image: {images} images, {len(labels)} labels")
+
+
+def _sorted_if_possible(labels: Iterable[Hashable]) -> list[Hashable]:
+    """Without repetitions; where some cannot be compared, in the order in which they come first."""
+    distinct = list(dict.fromkeys(labels))
+    try:
+        return sorted(distinct)
+    except TypeError:
+        return distinct
+
+
+def _check_plain(label: Hashable) -> None:
+    if isinstance(label, tuple):
+        for part in label:
+            _check_plain(part)
+    elif not (label is None or type(label) in (str, int, float, bool)):
+        raise TypeError(
+            f"labels must be texts, numbers, booleans, None or tuples of these to be saved, got {type(label).__name__}"
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as stream:
+        try:
+            content = torch.load(stream, map_location="cpu", weights_only=True)
+            if content["format"] == _FORMAT and content["format_version"] == _FORMAT_VERSION:
+                return content
+            reason = f"it holds {content['format']} version {content['format_version']}"
+        except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, AttributeError, EOFError, OSError) as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+    raise ValueError(f"{path} does not hold a FewShotClassifier of version {_FORMAT_VERSION}: {reason}")

@@ -1,0 +1,144 @@
+"""Images of every kind that users have, as batches of uint8 tensors: tensors, arrays, picture files, folders."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewshot_ext.data import list_images, read_image
+from fewshot_ext.data._threads import in_threads
+
+TAKEN = (
+    "a uint8 tensor [N, C, H, W], a float tensor of that shape in [0, 1], an array [N, H, W] or [N, H, W, C] of "
+    "either kind, a list of picture files, or a folder of them"
+)
+# Weights of red, green and blue in ITU-R 601-2 luma, which Pillow takes too.
+_LUMA = (0.299, 0.587, 0.114)
+
+
+class ImageBatches:
+    """Iterates over images in batches of uint8 ``[B, C, H, W]``; files are read when their batch is due.
+
+    Args:
+        images: see ``TAKEN``. Floats are rounded to the 256 levels that picture files have.
+        channels: 1 or 3; grey images are repeated, and coloured ones turned to grey. None leaves tensors as they
+            are and reads files in colour.
+        image_size: side that files are resized and centre-cropped to.
+        batch_size: images a batch.
+
+    Raises:
+        ImportError: files are given and Pillow is missing.
+        OSError: a folder or a file that is not there.
+        TypeError: images of another kind or dtype.
+        ValueError: no images, a wrong shape, floats outside [0, 1], files without an ``image_size``; while
+            iterating, a file that is no picture or damaged. The message names it.
+    """
+
+    def __init__(self, images: Any, *, channels: int | None, image_size: int | None, batch_size: int) -> None:
+        self.channels, self.image_size, self.batch_size = channels, image_size, batch_size
+        self.images: Tensor | Sequence[Path]
+        if isinstance(images, str | Path):
+            images = _files(Path(images).expanduser())
+        if isinstance(images, Tensor | np.ndarray):
+            self.images = _as_tensor(images)
+        elif isinstance(images, Sequence) and all(isinstance(image, str | Path) for image in images):
+            self.images = [Path(image).expanduser() for image in images]
+        else:
+            raise TypeError(f"images must be {TAKEN}, got {_kind(images)}")
+        if not len(self.images):
+            raise ValueError("images must hold at least one image, got none")
+        if not isinstance(self.images, Tensor):
+            self._check_files()
+
+    def __len__(self) -> int:
+        """Images, not batches."""
+        return len(self.images)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for start in range(0, len(self), self.batch_size):
+            batch = self.images[start : start + self.batch_size]
+            if not isinstance(batch, Tensor):
+                mode = "L" if self.channels == 1 else "RGB"
+                read = in_threads(lambda path: read_image(path, self.image_size, mode=mode), batch)  # noqa: B023
+                batch = torch.stack(list(read))
+            yield _with_channels(_as_uint8(batch), self.channels)
+
+    def _check_files(self) -> None:
+        if self.image_size is None:
+            raise ValueError("image_size must be given to read picture files for a backbone that does not say its own")
+        for path in self.images:
+            if not path.is_file():
+                raise FileNotFoundError(f"images: {str(path)!r} is not a file")
+
+
+def class_folders(root: str | Path) -> tuple[list[Path], list[str]]:
+    """The picture files below each sub-folder of ``root``, and for each file the name of that sub-folder.
+
+    Raises:
+        NotADirectoryError: ``root`` is no folder.
+        ValueError: it has no sub-folders, or one of them has no pictures.
+    """
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        raise NotADirectoryError(f"{str(root)!r} is not a folder")
+    folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+    if not folders:
+        raise ValueError(f"{str(root)!r} must hold a folder of pictures for each class, and has no folders")
+    files, labels = [], []
+    for folder in folders:
+        found = list_images(folder)
+        files += found
+        labels += [folder.name] * len(found)
+    return files, labels
+
+
+def _files(path: Path) -> list[Path]:
+    return list_images(path) if path.is_dir() else [path]
+
+
+def _as_tensor(images: Tensor | np.ndarray) -> Tensor:
+    """``[N, C, H, W]``, uint8 or floats in [0, 1], sharing the memory of ``images``."""
+    if isinstance(images, np.ndarray):
+        if images.dtype != np.uint8 and images.dtype.kind != "f":
+            raise TypeError(f"images must be uint8 or floats in [0, 1], got an array of {images.dtype}")
+        if images.ndim not in (3, 4):
+            raise ValueError(f"images must be an array [N, H, W] or [N, H, W, C], got shape {images.shape}")
+        # torch warns about arrays that nobody may write to, such as those that Pillow gives.
+        images = torch.from_numpy(np.require(images, requirements=["C", "W"]))
+        images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2)
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise TypeError(f"images must be uint8 or floats in [0, 1], got a tensor of {images.dtype}")
+    if images.dim() != 4:
+        raise ValueError(f"images must be a tensor [N, C, H, W], got shape {tuple(images.shape)}")
+    if images.shape[1] not in (1, 3):
+        order = "[N, H, W, C] arrays" if images.shape[3] in (1, 3) else "1 or 3 channels"
+        raise ValueError(f"images must be [N, C, H, W] tensors or {order}, got {tuple(images.shape)} as [N, C, H, W]")
+    if images.is_floating_point() and images.numel():
+        low, high = images.min().item(), images.max().item()
+        # Written so that NaN, which compares false with everything, is refused too.
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"images must be floats in [0, 1], not yet normalised, got {low:g} to {high:g}")
+    return images
+
+
+def _as_uint8(images: Tensor) -> Tensor:
+    return images if images.dtype == torch.uint8 else (images.float() * 255).round().to(torch.uint8)
+
+
+def _with_channels(images: Tensor, channels: int | None) -> Tensor:
+    if channels in (None, images.shape[1]):
+        return images
+    if channels == 3:
+        return images.expand(-1, 3, -1, -1)
+    luma = torch.tensor(_LUMA, device=images.device).view(3, 1, 1)
+    return (images * luma).sum(1, keepdim=True).round().to(torch.uint8)
+
+
+def _kind(images: Any) -> str:
+    if isinstance(images, Sequence) and not isinstance(images, str | bytes):
+        others = {type(image).__name__ for image in images if not isinstance(image, str | Path)}
+        return f"a {type(images).__name__} of {', '.join(sorted(others))}"
+    return type(images).__name__

@@ -1,0 +1,203 @@
+"""Accuracies of backbones and heads on common episodes, as a table, JSON and CSV."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewshot_ext._files import replace_text
+from fewshot_ext.evaluation.protocol import mean_and_interval
+
+RESULT_FILES = ("results.json", "results.csv")
+
+
+@dataclass(frozen=True)
+class HeadAccuracy:
+    """Accuracy of one head on the features of one backbone at one number of shots.
+
+    Attributes:
+        backbone: its name in the comparison.
+        head: its name in ``HEADS``.
+        shot: support images a class.
+        correct: for each episode the number of queries classified rightly.
+        queries: queries an episode, of all its classes together.
+    """
+
+    backbone: str
+    head: str
+    shot: int
+    correct: tuple[int, ...]
+    queries: int
+
+    def per_episode(self) -> Tensor:
+        """``[episodes]`` float64, in percent."""
+        return torch.tensor(self.correct, dtype=torch.float64) * (100 / self.queries)
+
+
+@dataclass
+class ComparisonResults:
+    """What ``Comparison`` measured, with what is needed to repeat it.
+
+    Args:
+        config: the resolved settings, in plain JSON types.
+        versions: of every package that decides the numbers.
+        data: name, checksum, split and size of the image set.
+        backbones: for each its name, and where known the path and checksum of its checkpoint.
+        way: classes an episode.
+        accuracies: one entry for each backbone, head and number of shots that is finished.
+    """
+
+    config: dict[str, Any]
+    versions: dict[str, str]
+    data: dict[str, Any]
+    backbones: list[dict[str, Any]]
+    way: int
+    accuracies: list[HeadAccuracy] = field(default_factory=list)
+
+    @property
+    def shots(self) -> list[int]:
+        return sorted({row.shot for row in self.accuracies})
+
+    def find(self, backbone: str, head: str, shot: int) -> HeadAccuracy:
+        """The accuracy of a backbone under a head at a number of shots.
+
+        Raises:
+            KeyError: it has not been measured.
+        """
+        for row in self.accuracies:
+            if (row.backbone, row.head, row.shot) == (backbone, head, shot):
+                return row
+        raise KeyError((backbone, head, shot))
+
+    def difference(self, row: HeadAccuracy) -> tuple[float, float] | None:
+        """How far ``row`` lies above the first backbone under the same head, and the half-width of the interval.
+
+        Both met the same episodes, so the interval is that of the mean of the differences, episode by episode:
+        the luck of the draw, which they share, drops out of it. In percentage points; None for the first backbone.
+        """
+        first = self.accuracies[0].backbone
+        if row.backbone == first:
+            return None
+        return mean_and_interval(row.per_episode() - self.find(first, row.head, row.shot).per_episode())
+
+    def table(self) -> str:
+        """The accuracies as text, and the differences to the first backbone where there are several."""
+        first = self.accuracies[0]
+        queries = first.queries // self.way
+        lines = [
+            f"{self.way}-way accuracy (%) on the {self.data['split']} classes of {self.data['name']}",
+            f"mean ± 95 % interval over {len(first.correct)} episodes, {queries} "
+            f"{'query' if queries == 1 else 'queries'} a class",
+            "",
+            *self._rows_of_text(
+                {row: mean_and_interval(row.per_episode()) for row in self.accuracies}, "{:.2f} ± {:.2f}"
+            ),
+        ]
+        differences = {row: self.difference(row) for row in self.accuracies if row.backbone != first.backbone}
+        if differences:
+            lines += [
+                "",
+                f"difference to {first.backbone} on the same episodes, in points",
+                "",
+                *self._rows_of_text(differences, "{:+.2f} ± {:.2f}"),
+            ]
+        return "\n".join(lines)
+
+    def _rows_of_text(self, cells: Mapping[HeadAccuracy, tuple[float, float]], layout: str) -> list[str]:
+        names = list(dict.fromkeys((row.backbone, row.head) for row in cells))
+        backbone_width = max(len("backbone"), *(len(backbone) for backbone, _ in names))
+        head_width = max(len("head"), *(len(head) for _, head in names))
+        text = {(row.backbone, row.head, row.shot): layout.format(*cell) for row, cell in cells.items()}
+        width = max(map(len, text.values())) + 3
+        heads = "".join(f"{shot}-shot".rjust(width) for shot in self.shots)
+        lines = [f"{'backbone':<{backbone_width}}  {'head':<{head_width}}{heads}"]
+        before = None
+        for backbone, head in names:
+            values = "".join(text.get((backbone, head, shot), "").rjust(width) for shot in self.shots)
+            lines.append(f"{backbone if backbone != before else '':<{backbone_width}}  {head:<{head_width}}{values}")
+            before = backbone
+        return lines
+
+    def write(self, directory: Path) -> list[Path]:
+        """Writes ``results.json`` and ``results.csv``, each whole or not; the second once there is a row for it.
+
+        Returns:
+            The files written.
+
+        Raises:
+            OSError: the folder cannot be written to.
+        """
+        texts = dict(zip(RESULT_FILES, (self._json(), self._csv() if self.accuracies else None), strict=True))
+        for name, text in texts.items():
+            if text is None:
+                (directory / name).unlink(missing_ok=True)
+            else:
+                replace_text(directory / name, text)
+        return [directory / name for name, text in texts.items() if text is not None]
+
+    def _json(self) -> str:
+        head = {key: getattr(self, key) for key in ("config", "versions", "data", "backbones", "way")}
+        return json_with_rows(head, {"accuracies": self._rows()})
+
+    def _csv(self) -> str:
+        checksums = {backbone["name"]: backbone["sha256"] for backbone in self.backbones}
+        same = {
+            "seed": self.config.get("seed"),
+            "split": self.data["split"],
+            "data": self.data["name"],
+            "data_sha256": self.data["sha256"],
+            **self.versions,
+        }
+        rows = [{**row, "backbone_sha256": checksums[row["backbone"]], **same} for row in self._rows()]
+        text = io.StringIO()
+        columns = [key for key in rows[0] if key != "correct"]
+        writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+    def _rows(self) -> list[dict[str, Any]]:
+        rows = []
+        for row in self.accuracies:
+            mean, interval = mean_and_interval(row.per_episode())
+            difference = self.difference(row) or (None, None)
+            rows.append(
+                {
+                    "backbone": row.backbone,
+                    "head": row.head,
+                    "way": self.way,
+                    "shot": row.shot,
+                    "episodes": len(row.correct),
+                    "accuracy": round(mean, 4),
+                    "interval": round(interval, 4),
+                    "difference": _rounded(difference[0]),
+                    "difference_interval": _rounded(difference[1]),
+                    "queries": row.queries,
+                    "correct": list(row.correct),
+                }
+            )
+        return rows
+
+
+def json_with_rows(head: Mapping[str, Any], tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """JSON with one line a row: hundreds of episodes, each on a line of its own, would bury the rest of the file.
+
+    Args:
+        head: written first, indented.
+        tables: rows by the name of their table.
+    """
+    parts = [json.dumps(head, indent=2).removesuffix("\n}")]
+    for name, rows in tables.items():
+        lines = ",\n".join(f"    {json.dumps(row)}" for row in rows)
+        parts.append(f'  "{name}": [\n{lines}\n  ]')
+    return ",\n".join(parts) + "\n}\n"
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)

@@ -1,0 +1,226 @@
+import csv
+import json
+import sys
+
+import pytest
+from PIL import Image
+
+from fewshot_ext import FewShotClassifier
+from fewshot_ext.cli import main
+from fewshot_ext.data import load_digits
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def write_digits(folder, digits, numbers, tree=True):
+    archive = load_digits()
+    for digit in digits:
+        images = archive.images[archive.labels == digit]
+        below = folder / f"digit {digit}" if tree else folder
+        below.mkdir(parents=True, exist_ok=True)
+        for number in numbers:
+            Image.fromarray(images[number][0].numpy()).resize((20 + number, 16)).save(below / f"{digit}_{number}.png")
+    return folder
+
+
+@pytest.fixture
+def support(tmp_path):
+    return write_digits(tmp_path / "support", (0, 1, 4), range(3))
+
+
+@pytest.fixture
+def query(tmp_path):
+    return write_digits(tmp_path / "query", (0, 1, 4), range(10, 14))
+
+
+def classify(support, query, checkpoint, output, *arguments):
+    options = {"--support": support, "--query": query, "--checkpoint": checkpoint, "--output": output}
+    given = [str(part) for pair in options.items() if pair[1] is not None for part in pair]
+    return main(["classify", *given, *arguments])
+
+
+def predictions(output):
+    with open(output / "predictions.csv", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_a_class_tree_gives_predictions_a_sheet_and_the_accuracy(support, query, checkpoints, tmp_path, capsys):
+    output = tmp_path / "made" / "here"
+    assert classify(support, query, checkpoints[0], output, "--sheet_pictures", "5") == 0
+    printed = capsys.readouterr()
+    rows = predictions(output)
+    assert len(rows) == 12
+    files = [row["file"] for row in rows]
+    assert files == sorted(str(file) for file in query.rglob("*.png"))
+    classifier = FewShotClassifier(checkpoints[0]).fit(support)
+    assert [row["predicted"] for row in rows] == classifier.predict(files)
+    shares = classifier.predict_proba(files).sort(descending=True).values
+    for row, share in zip(rows, shares.tolist(), strict=True):
+        assert float(row["probability"]) == pytest.approx(share[0], abs=1e-4)
+        assert float(row["runner_up_probability"]) == pytest.approx(share[1], abs=1e-4)
+        assert row["runner_up"] != row["predicted"]
+        assert row["correct"] == str(row["predicted"] == row["true"])
+    accuracy = classifier.score(query)
+    assert f"12 pictures classified into 3 classes from 9 examples\naccuracy {100 * accuracy:.2f} %\n" in printed.out
+    with Image.open(output / "contact_sheet.png") as sheet:
+        assert sheet.width > 5 * 96
+    results = json.loads((output / "results.json").read_text())
+    assert results["accuracy"] == pytest.approx(accuracy)
+    assert results["support"] == {"digit 0": 3, "digit 1": 3, "digit 4": 3}
+    assert results["head"]["type"] == "FineTuning"
+    assert results["backbone"]["sha256"]
+    assert results["versions"]["torch"]
+
+    assert main(["classify", "--config", str(output / "config.yaml"), "--output", str(tmp_path / "again")]) == 0
+    assert predictions(tmp_path / "again") == rows
+
+
+def test_a_flat_folder_has_no_accuracy(support, checkpoints, tmp_path, capsys):
+    query = write_digits(tmp_path / "flat", (0, 4), range(10, 12), tree=False)
+    assert classify(support, query, checkpoints[0], tmp_path / "out", "--head", "protonet") == 0
+    assert "accuracy" not in capsys.readouterr().out
+    assert {row["true"] for row in predictions(tmp_path / "out")} == {""}
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["accuracy"] is None
+
+
+def test_folders_of_other_names_do_not_count(support, query, checkpoints, tmp_path, capsys):
+    write_digits(query, (7,), range(2))
+    assert classify(support, query, checkpoints[0], tmp_path / "out") == 0
+    assert "% of the 12 in folders named after a class" in capsys.readouterr().out
+    assert [row["true"] for row in predictions(tmp_path / "out")][-2:] == ["", ""]
+
+
+def test_corrupt_pictures_are_named_or_left_out(support, query, checkpoints, tmp_path, capsys):
+    (query / "digit 0" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    (support / "digit 1" / "empty.jpg").touch()
+    assert classify(support, query, checkpoints[0], tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert all(text in error for text in ("empty.jpg", "broken.png", "--skip_corrupt leaves them out"))
+    assert not (tmp_path / "out" / "predictions.csv").exists()
+    assert classify(support, query, checkpoints[0], tmp_path / "out", "--skip_corrupt") == 0
+    assert capsys.readouterr().err.count("left out: ") == 2
+    assert len(predictions(tmp_path / "out")) == 12
+    left_out = json.loads((tmp_path / "out" / "results.json").read_text())["left_out"]
+    assert sorted(file.rpartition("/")[2] for file in left_out) == ["broken.png", "empty.jpg"]
+
+
+def test_a_class_of_corrupt_pictures_alone(support, query, checkpoints, tmp_path, capsys):
+    for file in (support / "digit 1").iterdir():
+        file.write_bytes(b"no picture")
+    assert classify(support, query, checkpoints[0], tmp_path / "out", "--skip_corrupt") == 2
+    assert "support has no readable picture of the class 'digit 1'" in capsys.readouterr().err
+    for file in query.rglob("*.png"):
+        file.write_bytes(b"no picture")
+    assert classify(query, support, checkpoints[0], tmp_path / "out") == 2
+    assert "and 12 more" in capsys.readouterr().err
+
+
+def test_queries_that_are_all_corrupt(support, query, checkpoints, tmp_path, capsys):
+    for file in query.rglob("*.png"):
+        file.write_bytes(b"no picture")
+    assert classify(support, query, checkpoints[0], tmp_path / "out", "--skip_corrupt") == 2
+    assert "query has no readable picture" in capsys.readouterr().err
+
+
+def test_one_class_and_empty_folders(support, query, checkpoints, tmp_path, capsys):
+    alone = write_digits(tmp_path / "alone", (0,), range(2))
+    assert classify(alone, query, checkpoints[0], tmp_path / "out") == 2
+    assert "support must hold at least two classes, and" in capsys.readouterr().err
+    (support / "digit 9").mkdir()
+    assert classify(support, query, checkpoints[0], tmp_path / "out") == 2
+    assert "no pictures in" in capsys.readouterr().err
+    empty = tmp_path / "nothing"
+    empty.mkdir()
+    assert classify(empty, query, checkpoints[0], tmp_path / "out") == 2
+    assert "has no folders" in capsys.readouterr().err
+    (support / "digit 9").rmdir()
+    assert classify(support, empty, checkpoints[0], tmp_path / "out") == 2
+    assert "no pictures in" in capsys.readouterr().err
+    assert classify(support, tmp_path / "missing", checkpoints[0], tmp_path / "out") == 2
+    assert "is not a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--backbone", "resnet50"], "either --checkpoint or --backbone must be given, and not both"),
+        (["--head", "svm"], "head must be one of finetune"),
+        (["--head", "simpleshot"], "base_mean must be given for SimpleShot"),
+        (["--device", "tpu"], "device must be auto"),
+        (["--threads", "0"], "threads must be at least 1"),
+        (["--seed", "-1"], "seed must be at least 0"),
+        (["--batch_size", "0"], "batch_size must be at least 1"),
+        (["--image_size", "0"], "image_size must be at least 1"),
+        (["--image_size", "4"], "4"),
+        (["--sheet_pictures", "0"], "sheet_pictures must be at least 1"),
+        (["--checkpoint", __file__], "is not the checkpoint of a pre-training"),
+    ],
+)
+def test_a_wrong_argument_gets_one_line_and_exit_code_2(
+    arguments, message, support, query, checkpoints, tmp_path, capsys
+):
+    assert classify(support, query, checkpoints[0], tmp_path / "out", *arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert len(printed.err.splitlines()) == 1, printed.err
+    assert printed.err.startswith("fewshot-ext classify: error: ")
+    assert message in printed.err
+
+
+def test_neither_checkpoint_nor_backbone(support, query, tmp_path, capsys):
+    assert classify(support, query, None, tmp_path / "out") == 2
+    assert "either --checkpoint or --backbone must be given" in capsys.readouterr().err
+
+
+def test_a_timm_model_without_timm(support, query, tmp_path, capsys, monkeypatch):
+    from fewshot_ext import _extras
+
+    is_installed = _extras.is_installed
+    monkeypatch.setattr(_extras, "is_installed", lambda name: name != "timm" and is_installed(name))
+    assert classify(support, query, None, tmp_path / "out", "--backbone", "resnet50") == 2
+    assert "'timm' is missing; pip install 'fewshot_ext[timm]'" in capsys.readouterr().err
+
+
+def test_ctrl_c_writes_nothing(support, query, checkpoints, tmp_path, capsys, monkeypatch):
+    def interrupted(*arguments, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FewShotClassifier, "predict_proba", interrupted)
+    assert classify(support, query, checkpoints[0], tmp_path / "out") == 130
+    assert "interrupted before the pictures were classified" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "predictions.csv").exists()
+
+
+def test_a_full_disk_prints_the_accuracy_and_says_so(support, query, checkpoints, tmp_path, capsys, monkeypatch):
+    from fewshot_ext.commands import classify as command
+
+    def full(path, write):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(command, "replace_file", full)
+    assert classify(support, query, checkpoints[0], tmp_path / "out") == 1
+    printed = capsys.readouterr()
+    assert "accuracy" in printed.out
+    assert "cannot write the results: " in printed.err
+    assert "No space left on device" in printed.err
+
+
+def test_the_sheet_shows_a_right_and_a_wrong_prediction(support, query, checkpoints, tmp_path):
+    (query / "digit 0").rename(query / "kept")
+    (query / "digit 1").rename(query / "digit 0")
+    (query / "kept").rename(query / "digit 1")
+    assert classify(support, query, checkpoints[0], tmp_path / "out", "--head", "protonet") == 0
+    marks = {row["correct"] for row in predictions(tmp_path / "out")}
+    with Image.open(tmp_path / "out" / "contact_sheet.png") as sheet:
+        colours = {colour for _, colour in sheet.convert("RGB").getcolors(2**20)}
+    assert marks == {"True", "False"}
+    assert {(0x00, 0x9E, 0x73), (0xD5, 0x5E, 0x00)} <= colours
+
+
+def test_help_needs_no_lightning_and_no_pillow(capsys, monkeypatch):
+    for name in ("lightning", "PIL"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit):
+        main(["classify", "--help"])
+    assert "--support DIR" in capsys.readouterr().out

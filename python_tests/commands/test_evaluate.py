@@ -1,0 +1,137 @@
+import json
+import sys
+
+import pytest
+
+from fewshot_ext.cli import main
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SMALL = ["--data", "digits", "--episodes", "8", "--shots", "1", "2", "--queries", "3", "--finetuning.steps", "2"]
+
+
+def evaluate(checkpoints, output, *arguments):
+    return main(["evaluate", "--checkpoint", *map(str, checkpoints), "--output", str(output), *SMALL, *arguments])
+
+
+def test_two_checkpoints_in_one_table(checkpoints, tmp_path, capsys):
+    output = tmp_path / "made" / "here"
+    assert evaluate(checkpoints, output, "--heads", "finetune", "simpleshot", "matchingnet") == 0
+    printed = capsys.readouterr()
+    assert "5-way accuracy (%) on the novel classes of digits" in printed.out
+    assert "difference to seed_0 on the same episodes" in printed.out
+    assert [line.split(":")[0] for line in printed.err.splitlines()] == ["seed_0", "seed_1"]
+    content = json.loads((output / "results.json").read_text())
+    assert len(content["accuracies"]) == 12
+    assert content["config"]["finetuning"]["steps"] == 2
+    assert [backbone["path"] for backbone in content["backbones"]] == [str(path) for path in checkpoints]
+    assert len(list((output / "features").iterdir())) == 4
+
+    config = output / "config.yaml"
+    assert main(["evaluate", "--config", str(config), "--output", str(tmp_path / "b"), "--no_cache"]) == 0
+    again = json.loads((tmp_path / "b" / "results.json").read_text())
+    assert again["accuracies"] == content["accuracies"]
+    assert not (tmp_path / "b" / "features").exists()
+
+
+def test_ctrl_c_prints_what_is_there(checkpoints, tmp_path, capsys, monkeypatch):
+    from fewshot_ext.evaluation import comparison
+
+    calls = []
+
+    def interrupted(*arguments, **settings):
+        calls.append(1)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return measure(*arguments, **settings)
+
+    measure = comparison.episode_accuracies
+    monkeypatch.setattr(comparison, "episode_accuracies", interrupted)
+    assert evaluate(checkpoints, tmp_path, "--heads", "protonet") == 130
+    printed = capsys.readouterr()
+    assert "seed_0" in printed.out
+    assert "seed_1" not in printed.out
+    assert "interrupted, with 1 of 2 backbones done; the same command finds the features" in printed.err
+    assert len(json.loads((tmp_path / "results.json").read_text())["accuracies"]) == 2
+
+
+def test_a_full_disk_loses_no_number(checkpoints, tmp_path, capsys, monkeypatch):
+    from fewshot_ext.evaluation import features, results
+
+    def full(path, write):
+        raise OSError(28, "No space left on device", str(path))
+
+    def full_later(path, text):
+        if path.suffix == ".csv":
+            full(path, text)
+        replace_text(path, text)
+
+    replace_text = results.replace_text
+    monkeypatch.setattr(features, "replace_file", full)
+    monkeypatch.setattr(results, "replace_text", full_later)
+    with pytest.warns(UserWarning, match="features of seed_0 are not kept for the next run: .*No space left"):
+        assert evaluate(checkpoints, tmp_path, "--heads", "protonet") == 1
+    printed = capsys.readouterr()
+    assert "seed_0    protonet" in printed.out
+    assert "No space left on device" in printed.err
+    assert "with 1 of 2 backbones done" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shots", "200"], "200 shots and 3 queries need 203 images a class, but of the novel classes of digits '8'"),
+        (["--way", "20"], "way 20 asks for more classes than there are"),
+        (["--way", "1"], "way must be at least 2, got 1"),
+        (["--split", "validation"], "no validation classes"),
+        (["--split", "test"], "split must be 'base' or 'validation' or 'novel', got 'test'"),
+        (["--heads", "svm"], "head must be one of finetune, protonet,"),
+        (["--heads", "protonet", "protonet"], "none twice"),
+        (["--episodes", "0"], "episodes must be at least 1"),
+        (["--seed", "-1"], "seed must be at least 0"),
+        (["--threads", "0"], "threads must be at least 1"),
+        (["--batch_size", "0"], "batch_size must be at least 1"),
+        (["--device", "tpu"], "device must be auto"),
+        (["--data", "no_such_set"], "no_such_set"),
+        (["--finetuning.lr", "0"], "lr must be above 0"),
+        (["--checkpoint", "missing.ckpt"], "missing.ckpt"),
+        (["--checkpoint", __file__], "is not the checkpoint of a pre-training"),
+    ],
+)
+def test_a_wrong_argument_gets_one_line_and_exit_code_2(arguments, message, checkpoints, tmp_path, capsys):
+    assert evaluate(checkpoints, tmp_path / "out", *arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert len(printed.err.splitlines()) == 1, printed.err
+    assert printed.err.startswith("fewshot-ext evaluate: error: ")
+    assert message in printed.err
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_a_checkpoint_given_twice(checkpoints, tmp_path, capsys):
+    assert evaluate([checkpoints[0], checkpoints[0]], tmp_path) == 2
+    assert "is given twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["--checkpoint", "--data"])
+def test_required_options(missing, checkpoints, capsys):
+    arguments = {"--checkpoint": str(checkpoints[0]), "--data": "digits"}
+    given = [part for pair in arguments.items() if pair[0] != missing for part in pair]
+    assert main(["evaluate", *given]) == 2
+    assert missing.strip("-") in capsys.readouterr().err
+
+
+def test_output_below_a_file(checkpoints, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert evaluate(checkpoints, tmp_path / "file" / "out") == 2
+    assert "cannot write to the output folder" in capsys.readouterr().err
+
+
+def test_help_lists_every_head_and_needs_no_lightning(capsys, monkeypatch):
+    from fewshot_ext.evaluation import HEADS
+
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    shown = capsys.readouterr().out.replace("\n", " ")
+    assert all(head in shown for head in HEADS)

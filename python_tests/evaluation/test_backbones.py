@@ -1,0 +1,172 @@
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fewshot_ext._files import file_sha256
+from fewshot_ext.data import ImageInput, load_digits
+from fewshot_ext.evaluation import FrozenBackbone, extract_features
+from fewshot_ext.evaluation.backbones import distinct_names, state_checksum
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_a_checkpoint_gives_the_features_of_its_module(checkpoints):
+    from fewshot_ext.training import PreTraining
+
+    backbone = FrozenBackbone.from_checkpoint(checkpoints[0])
+    images = load_digits().images[:10]
+    assert torch.equal(
+        extract_features(backbone.module, images), extract_features(PreTraining.from_checkpoint(checkpoints[0]), images)
+    )
+    assert (backbone.channels, backbone.image_size, backbone.similarity) == (1, 8, "cosine")
+    assert backbone.sha256 == file_sha256(checkpoints[0])
+    assert backbone.path == str(checkpoints[0])
+    again = FrozenBackbone.rebuild(backbone.origin)
+    assert torch.equal(extract_features(again.module, images), extract_features(backbone.module, images))
+
+
+@pytest.mark.parametrize("content", ["text", "other dict", "cut", "pickle", "no weights"])
+def test_a_file_that_is_no_checkpoint_is_named(content, checkpoints, tmp_path):
+    path = tmp_path / "x.ckpt"
+    if content == "text":
+        path.write_text("not a checkpoint")
+    elif content == "cut":
+        path.write_bytes(checkpoints[0].read_bytes()[:5000])
+    else:
+        whole = torch.load(checkpoints[0], weights_only=True)
+        torch.save(
+            {
+                "other dict": {"state_dict": {}},
+                "pickle": {"hyper_parameters": Path("x"), "state_dict": nn.Linear(1, 1)},
+                "no weights": {"hyper_parameters": whole["hyper_parameters"], "state_dict": {}},
+            }[content],
+            path,
+        )
+    message = r"x\.ckpt (is not the checkpoint of a pre-training.*|does not fit this version of fewshot_ext): "
+    with pytest.raises(ValueError, match=message):
+        FrozenBackbone.open(path)
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    for source in (tmp_path / "missing", str(tmp_path / "missing.ckpt")):
+        with pytest.raises(FileNotFoundError, match="missing"):
+            FrozenBackbone.open(source)
+
+
+def test_a_module_gets_pixels_in_0_to_1_or_what_the_preprocessing_makes():
+    images = torch.randint(256, (4, 3, 2, 2), dtype=torch.uint8)
+    plain = FrozenBackbone.open(nn.Flatten())
+    torch.testing.assert_close(plain.module(images), images.flatten(1) / 255)
+    assert (plain.channels, plain.image_size, plain.sha256, plain.origin) == (None, None, None, {})
+    centred = FrozenBackbone.open(nn.Flatten(), lambda x: x - 100.0)
+    torch.testing.assert_close(centred.module(images), images.flatten(1) - 100.0)
+    normalised = FrozenBackbone.open(nn.Flatten(), ImageInput((0.5,) * 3, (0.25,) * 3))
+    torch.testing.assert_close(normalised.module(images), (images.flatten(1) / 255 - 0.5) / 0.25)
+    assert normalised.channels == 3
+
+
+def test_files_come_in_the_size_that_evaluation_cuts_the_middle_out_of(tmp_path):
+    from fewshot_ext.training import BackboneConfig, PreTraining, PreTrainingConfig
+
+    assert FrozenBackbone.open(nn.Flatten(), ImageInput((0.5,), (0.25,), image_size=20)).image_size == 23
+    config = PreTrainingConfig(image_size=20, backbone=BackboneConfig(width=4))
+    module = PreTraining(config, 2, (1, 40, 30), (0.5,), (0.25,))
+    torch.save(
+        {"hyper_parameters": dict(module.hparams), "state_dict": module.state_dict()}, tmp_path / "resizing.ckpt"
+    )
+    assert FrozenBackbone.open(tmp_path / "resizing.ckpt").image_size == 23
+
+
+def test_a_module_with_an_image_input_takes_uint8_itself(checkpoints):
+    from fewshot_ext.training import PreTraining
+
+    images = load_digits().images[:3]
+    module = PreTraining.from_checkpoint(checkpoints[0])
+    backbone = FrozenBackbone.open(module)
+    assert backbone.module is module
+    assert (backbone.channels, backbone.similarity) == (1, "cosine")
+    assert backbone.module(images).shape[0] == 3
+
+
+def fake_timm(monkeypatch):
+    """A timm with one model, whose weights are random until somebody asks for the trained ones."""
+    module = types.ModuleType("timm")
+    module.__spec__ = types.SimpleNamespace(name="timm")
+    module.data = types.ModuleType("timm.data")
+
+    def create_model(name, pretrained, num_classes):
+        assert (name, num_classes) == ("tiny", 0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(48, 4))
+        if pretrained:
+            nn.init.constant_(model[1].weight, 0.5)
+        return model
+
+    module.is_model = lambda name: name == "tiny"
+    module.create_model = create_model
+    module.data.resolve_model_data_config = lambda model: {
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.25, 0.25, 0.25),
+        "input_size": (3, 4, 4),
+    }
+    monkeypatch.setitem(sys.modules, "timm", module)
+    monkeypatch.setattr("fewshot_ext._extras.is_installed", lambda name: True)
+
+
+def test_a_timm_model_by_name(monkeypatch):
+    fake_timm(monkeypatch)
+    backbone = FrozenBackbone.open("tiny")
+    images = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
+    linear = backbone.module.backbone[1]
+    torch.testing.assert_close(backbone.module(images), linear((images.flatten(1) / 255 - 0.5) / 0.25))
+    assert (linear.weight == 0.5).all()
+    assert (backbone.channels, backbone.image_size) == (3, 4)
+    torch.testing.assert_close(FrozenBackbone.rebuild(backbone.origin).module(images), backbone.module(images))
+    with pytest.raises(ValueError, match="a checkpoint file or a model that timm knows, got 'huge'"):
+        FrozenBackbone.open("huge")
+
+
+def test_without_timm_a_name_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr("fewshot_ext._extras.is_installed", lambda name: name != "timm")
+    with pytest.raises(ImportError, match=r"'timm' is missing; pip install 'fewshot_ext\[timm\]'"):
+        FrozenBackbone.open("resnet50")
+
+
+def test_sources_that_are_none():
+    with pytest.raises(TypeError, match=r"backbone must be a module, the path of a checkpoint or .*, got int"):
+        FrozenBackbone.open(3)
+    with pytest.raises(ValueError, match="preprocessing must be left out for 'resnet50'"):
+        FrozenBackbone.open("resnet50", preprocessing=nn.Identity())
+
+
+def test_checksum_of_weights_sees_every_change():
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    before = state_checksum(model)
+    assert state_checksum(model) == before
+    with torch.no_grad():
+        model[1].running_mean[0] += 1
+    assert state_checksum(model) != before
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["a/m_1/last.ckpt", "a/m_2/last.ckpt"], ["m_1", "m_2"]),
+        (["a/x.ckpt", "a/y.ckpt"], ["x.ckpt", "y.ckpt"]),
+        (["a/x.ckpt"], ["x.ckpt"]),
+        (["a/x.ckpt", "b/c/x.ckpt"], ["a", "b/c"]),
+        (["a", "a/b"], ["a", "a/b"]),
+    ],
+)
+def test_names_tell_paths_apart(paths, names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert distinct_names(paths) == names
+
+
+def test_a_path_given_twice(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="is given twice"):
+        distinct_names(["a/x.ckpt", str(tmp_path / "a" / "x.ckpt")])

@@ -1,0 +1,387 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from fewshot_ext import FewShotClassifier
+from fewshot_ext.data import ImageInput, load_digits
+from fewshot_ext.evaluation import HEADS, FineTuning, ProtoNet, SimpleShot, extract_features
+from fewshot_ext.evaluation.images import ImageBatches
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DIGITS = load_digits()
+
+
+def some(*counts, start=0):
+    """The first images of the digits 0, 1, ..., as many of each as ``counts`` says, and their names."""
+    rows = [(DIGITS.labels == digit).nonzero()[start : start + count, 0] for digit, count in enumerate(counts)]
+    index = torch.cat(rows)
+    return DIGITS.images[index], [f"digit {label}" for label in DIGITS.labels[index].tolist()]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Picture files of three digits in a folder for each."""
+    for image, label in zip(*some(2, 3, 1), strict=True):
+        (tmp_path / "tree" / label).mkdir(parents=True, exist_ok=True)
+        number = len(list((tmp_path / "tree" / label).iterdir()))
+        Image.fromarray(image[0].numpy()).save(tmp_path / "tree" / label / f"{number}.png")
+    return tmp_path / "tree"
+
+
+@pytest.mark.parametrize("head", [name for name in HEADS if name != "simpleshot"])
+def test_digits_are_told_apart_by_every_head(head):
+    classifier = FewShotClassifier(nn.Flatten(), head)
+    assert classifier.fit(*some(5, 5, 5)) is classifier
+    query, labels = some(20, 20, 20, start=10)
+    assert classifier.score(query, labels) > 0.8
+    shares = classifier.predict_proba(query)
+    assert shares.shape == (60, 3)
+    torch.testing.assert_close(shares.sum(1), torch.ones(60))
+    assert [classifier.classes_[index] for index in shares.argmax(1)] == classifier.predict(query)
+
+
+def test_it_is_an_episode_of_the_head():
+    support, labels = some(1, 4, 2)
+    query, _ = some(3, 3, 3, start=10)
+    classifier = FewShotClassifier(nn.Flatten(), FineTuning(steps=7), seed=3).fit(support, labels)
+    features = (support.flatten(1) / 255, query.flatten(1) / 255)
+    target = torch.tensor([int(label[-1]) for label in labels])
+    expected = FineTuning(steps=7)(
+        features[0][None], target[None], features[1][None], 3, generator=torch.Generator().manual_seed(3)
+    )[0]
+    torch.testing.assert_close(classifier.decision_function(query), expected)
+    torch.testing.assert_close(classifier.predict_proba(query), (5 * expected).softmax(1))
+
+
+def test_scores_do_not_depend_on_the_neighbours(monkeypatch):
+    query, _ = some(4, 4, start=10)
+    classifier = FewShotClassifier(nn.Flatten(), batch_size=3).fit(*some(2, 2))
+    whole = classifier.decision_function(query)
+    torch.testing.assert_close(classifier.decision_function(query[5:6]), whole[5:6])
+    monkeypatch.setattr("fewshot_ext.classifier._QUERIES_AT_ONCE", 3)
+    torch.testing.assert_close(classifier.decision_function(query), whole)
+
+
+def test_the_module_is_used_in_evaluation_mode_and_without_gradients():
+    module = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Dropout(0.5)).train()
+    classifier = FewShotClassifier(module, "protonet").fit(*some(2, 2))
+    assert module[1].num_batches_tracked == 0
+    query, _ = some(1, 1)
+    assert torch.equal(classifier.predict_proba(query), classifier.predict_proba(query))
+    assert not classifier.predict_proba(query).requires_grad
+
+
+def test_uint8_floats_arrays_and_files_are_the_same_images(folder):
+    files = sorted(folder.rglob("*.png"))
+    labels = [file.parent.name for file in files]
+    tensor = torch.stack([torch.from_numpy(np.array(Image.open(file))) for file in files]).unsqueeze(1)
+    forms = {
+        "uint8 tensor": tensor,
+        "float tensor": tensor / 255,
+        "double tensor": tensor.double() / 255,
+        "uint8 array": tensor[:, 0].numpy(),
+        "uint8 array with channels": tensor.permute(0, 2, 3, 1).numpy(),
+        "float array": tensor[:, 0].numpy() / 255,
+        "list of paths": files,
+        "list of texts": [str(file) for file in files],
+    }
+    module = nn.Sequential(ImageInput((0.0,), (1.0,)), nn.Flatten())
+    query, _ = some(3, 3, 3, start=10)
+    expected = FewShotClassifier(module, image_size=8).fit(tensor, labels).decision_function(query)
+    for name, images in forms.items():
+        classifier = FewShotClassifier(module, image_size=8, batch_size=4).fit(images, labels)
+        torch.testing.assert_close(classifier.decision_function(query), expected, msg=name)
+    tree = FewShotClassifier(module, image_size=8).fit(folder)
+    torch.testing.assert_close(tree.decision_function(query), expected)
+    assert tree.classes_ == ("digit 0", "digit 1", "digit 2")
+    assert tree.predict(folder) == tree.predict(files)
+    assert tree.predict(files[0]) == [labels[0]]
+    assert tree.score(folder) == tree.score(files, labels) == 1.0
+
+
+def test_grey_and_colour_are_turned_into_what_the_backbone_takes():
+    grey = torch.randint(256, (2, 1, 4, 4), dtype=torch.uint8)
+    colour = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
+
+    def batches(images, channels):
+        return next(iter(ImageBatches(images, channels=channels, image_size=None, batch_size=8)))
+
+    assert torch.equal(batches(grey, 3), grey.repeat(1, 3, 1, 1))
+    luma = (colour.double() * torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64).view(3, 1, 1)).sum(1)
+    assert (batches(colour, 1)[:, 0].double() - luma).abs().max() < 0.51
+    for images, channels in ((grey, 1), (grey, None), (colour, 3), (colour, None)):
+        assert torch.equal(batches(images, channels), images)
+
+
+def test_files_of_mixed_sizes_and_kinds_are_brought_to_one_size(tmp_path):
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "a.jpg")
+    Image.new("L", (9, 33), 255).save(tmp_path / "b.png")
+    Image.new("RGBA", (16, 16), (0, 0, 255, 255)).save(tmp_path / "c.png")
+    (batch,) = ImageBatches(tmp_path, channels=None, image_size=8, batch_size=4)
+    assert batch.shape == (3, 3, 8, 8)
+    assert (batch[1] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (["b", "a", "b", "c"], ("a", "b", "c")),
+        ([3, 1, 3, 2], (1, 2, 3)),
+        (torch.tensor([3, 1, 3, 2]), (1, 2, 3)),
+        (np.array(["x", "w", "x", "y"]), ("w", "x", "y")),
+        ([("b", 1), ("a", 2), ("b", 1), None], (("b", 1), ("a", 2), None)),
+        ([1, "a", 1, 2.5], (1, "a", 2.5)),
+        ([np.int64(4), True, np.int64(4), 9], (True, 4, 9)),
+    ],
+)
+def test_labels_of_any_hashable_kind(labels, classes, tmp_path):
+    images, _ = some(1, 1, 1, 1)
+    classifier = FewShotClassifier(nn.Flatten(), "nearest_neighbor").fit(images, labels)
+    assert classifier.classes_ == classes
+    plain = labels.tolist() if hasattr(labels, "tolist") else labels
+    assert classifier.predict(images)[1:2] + classifier.predict(images)[3:] == [plain[1], plain[3]]
+    classifier.save(tmp_path / "classifier.pt")
+    assert FewShotClassifier.load(tmp_path / "classifier.pt", nn.Flatten()).classes_ == classes
+
+
+def test_classes_and_images_can_be_added_one_after_the_other():
+    images, labels = some(3, 2, 4)
+    whole = FewShotClassifier(nn.Flatten(), "protonet").fit(images, labels)
+    grown = FewShotClassifier(nn.Flatten(), "protonet").fit(images[:3], labels[:3])
+    with pytest.raises(ValueError, match="classes must be at least two, and only 'digit 0' is known"):
+        grown.predict(images)
+    grown.partial_fit(images[3:4], labels[3:4]).partial_fit(images[4:], labels[4:])
+    assert grown.classes_ == whole.classes_
+    torch.testing.assert_close(grown.decision_function(images), whole.decision_function(images))
+    assert FewShotClassifier(nn.Flatten()).partial_fit(images, labels).classes_ == whole.classes_
+    assert whole.fit(images[:5], labels[:5]).classes_ == ("digit 0", "digit 1")
+
+
+def test_fit_anew_with_images_of_another_size():
+    classifier = FewShotClassifier(nn.Flatten(), "protonet").fit(*some(1, 1))
+    larger = torch.randint(256, (2, 1, 9, 9), dtype=torch.uint8)
+    classifier.fit(larger, ["a", "b"])
+    assert classifier.predict(larger) == ["a", "b"]
+
+
+def test_progress_counts_images():
+    done = []
+    images, labels = some(4, 3)
+    classifier = FewShotClassifier(nn.Flatten(), batch_size=3).fit(images, labels, on_progress=done.append)
+    classifier.predict_proba(images[:2], on_progress=done.append)
+    assert done == [3, 6, 7, 2]
+
+
+def test_a_checkpoint_brings_preprocessing_size_channels_and_similarity(checkpoints, folder):
+    from fewshot_ext.training import load_backbone
+
+    classifier = FewShotClassifier(checkpoints[0])
+    assert (classifier.image_size, classifier.backbone.channels) == (8, 1)
+    assert classifier.head == FineTuning(similarity="cosine")
+    classifier.fit(folder)
+    files = sorted(folder.rglob("*.png"))
+    pixels = torch.stack([torch.from_numpy(np.array(Image.open(file))) for file in files]).unsqueeze(1)
+    torch.testing.assert_close(classifier._support, extract_features(load_backbone(checkpoints[0]), pixels))
+    assert FewShotClassifier(str(checkpoints[0]), ProtoNet("cosine")).fit(folder).score(folder) > 0.5
+
+
+def test_simpleshot_with_the_mean_of_the_base_classes():
+    images, labels = some(2, 2)
+    mean = DIGITS.images.flatten(1).float().div(255).mean(0)
+    classifier = FewShotClassifier(nn.Flatten(), "simpleshot", base_mean=mean).fit(images, labels)
+    expected = FewShotClassifier(
+        nn.Flatten(), "simpleshot", preprocessing=lambda x: x / 255 - mean.view(1, 8, 8), base_mean=torch.zeros(64)
+    ).fit(images, labels)
+    torch.testing.assert_close(
+        classifier.decision_function(images), expected.decision_function(images), rtol=1e-4, atol=1e-5
+    )
+
+
+class TestSaveAndLoad:
+    @pytest.mark.parametrize("head", ["finetune", "protonet", SimpleShot("l2n", scale=3.0)])
+    def test_a_checkpoint_goes_in_whole(self, head, checkpoints, tmp_path):
+        query, _ = some(3, 3, 3, start=10)
+        classifier = FewShotClassifier(checkpoints[0], head, seed=5, batch_size=7).fit(*some(2, 3, 1))
+        classifier.save(tmp_path / "classifier.pt")
+        again = FewShotClassifier.load(tmp_path / "classifier.pt")
+        assert torch.equal(again.predict_proba(query), classifier.predict_proba(query))
+        assert again.predict(query) == classifier.predict(query)
+        assert (again.head, again.seed, again.batch_size, again.image_size) == (classifier.head, 5, 7, 8)
+        again.partial_fit(query[:1], ["new"])
+        again.save(tmp_path / "again.pt")
+        assert FewShotClassifier.load(tmp_path / "again.pt").classes_[-1] == "new"
+
+    def test_a_module_is_known_by_its_weights(self, tmp_path):
+        module = nn.Sequential(nn.Flatten(), nn.Linear(64, 8))
+        query, _ = some(3, 3, start=10)
+        scale = ImageInput((0.5,), (0.5,))
+        classifier = FewShotClassifier(module, preprocessing=scale).fit(*some(2, 2))
+        classifier.save(tmp_path / "classifier.pt")
+        again = FewShotClassifier.load(tmp_path / "classifier.pt", module, preprocessing=scale)
+        assert torch.equal(again.predict_proba(query), classifier.predict_proba(query))
+        with pytest.raises(ValueError, match=r"backbone must be given: .* was saved with a module of your own"):
+            FewShotClassifier.load(tmp_path / "classifier.pt")
+        for other, preprocessing in (
+            (nn.Sequential(nn.Flatten(), nn.Linear(64, 8)), scale),
+            (module, ImageInput((0.4,), (0.5,))),
+        ):
+            with pytest.raises(ValueError, match=r"backbone must have the weights that .* was saved with"):
+                FewShotClassifier.load(tmp_path / "classifier.pt", other, preprocessing=preprocessing)
+
+    def test_what_cannot_be_saved(self, tmp_path, checkpoints):
+        class Other(ProtoNet):
+            pass
+
+        images, labels = some(1, 1)
+        path = tmp_path / "classifier.pt"
+        with pytest.raises(RuntimeError, match="learned nothing yet: call fit first"):
+            FewShotClassifier(nn.Flatten()).save(path)
+        with pytest.raises(TypeError, match=r"head must be one of .* to be saved, got Other"):
+            FewShotClassifier(nn.Flatten(), Other()).fit(images, labels).save(path)
+        for label in (frozenset("a"), (1, frozenset("a"))):
+            with pytest.raises(TypeError, match=r"labels must be texts, .* to be saved, got frozenset"):
+                FewShotClassifier(nn.Flatten()).fit(images, ["a", label]).save(path)
+        with pytest.raises(OSError, match="missing"):
+            FewShotClassifier(nn.Flatten()).fit(images, labels).save(tmp_path / "missing" / "classifier.pt")
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("content", ["text", "cut", "other", "later", "pickle"])
+    def test_a_file_that_is_no_classifier(self, content, tmp_path):
+        path = tmp_path / "classifier.pt"
+        FewShotClassifier(nn.Flatten()).fit(*some(1, 1)).save(path)
+        if content == "text":
+            path.write_text("classifier")
+        elif content == "cut":
+            path.write_bytes(path.read_bytes()[:-500])
+        else:
+            later = {**torch.load(path, weights_only=True), "format_version": 99}
+            torch.save({"other": {"a": 1}, "later": later, "pickle": nn.Flatten()}[content], path)
+        with pytest.raises(ValueError, match=r"classifier\.pt does not hold a FewShotClassifier of version 1: "):
+            FewShotClassifier.load(path, nn.Flatten())
+
+    def test_a_backbone_too_many_and_a_missing_file(self, checkpoints, tmp_path):
+        FewShotClassifier(checkpoints[0]).fit(*some(1, 1)).save(tmp_path / "classifier.pt")
+        with pytest.raises(ValueError, match=r"must be left out: .* holds its own"):
+            FewShotClassifier.load(tmp_path / "classifier.pt", nn.Flatten())
+        with pytest.raises(FileNotFoundError):
+            FewShotClassifier.load(tmp_path / "missing.pt")
+
+
+class Flat(nn.Module):
+    def forward(self, images):
+        return images
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"head": "svm"}, ValueError, r"head must be one of finetune, .*, got 'svm'"),
+        ({"head": 3}, TypeError, "head must be a name or a Head, got int"),
+        ({"head": "simpleshot"}, ValueError, "base_mean must be given for SimpleShot"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+        ({"seed": -1}, ValueError, "seed must be at least 0"),
+        ({"image_size": 0}, ValueError, "image_size must be at least 1"),
+        ({"backbone": 3}, TypeError, "backbone must be a module"),
+    ],
+)
+def test_bad_settings_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        FewShotClassifier(**{"backbone": nn.Flatten(), **arguments})
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "error", "message"),
+    [
+        (torch.zeros(2, 1, 8, 8), ["a"], ValueError, "labels must be one an image: 2 images, 1 labels"),
+        (torch.zeros(2, 1, 8, 8), None, ValueError, "labels must be given, unless images is a folder"),
+        (torch.zeros(2, 1, 8, 8), ["a", []], TypeError, r"labels must be hashable, got \[\]"),
+        (torch.zeros(0, 1, 8, 8), [], ValueError, "images must hold at least one image, got none"),
+        ([], [], ValueError, "images must hold at least one image, got none"),
+        (
+            torch.zeros(2, 8, 8),
+            ["a", "b"],
+            ValueError,
+            r"images must be a tensor \[N, C, H, W\], got shape \(2, 8, 8\)",
+        ),
+        (torch.zeros(2, 8, 8, 3), ["a", "b"], ValueError, r"or \[N, H, W, C\] arrays, got \(2, 8, 8, 3\)"),
+        (torch.zeros(2, 4, 8, 8), ["a", "b"], ValueError, r"1 or 3 channels, got \(2, 4, 8, 8\)"),
+        (torch.zeros(2, 1, 8, 8, dtype=torch.int64), ["a", "b"], TypeError, "uint8 or floats .* tensor of torch.int64"),
+        (np.zeros((2, 8, 8), dtype=np.int32), ["a", "b"], TypeError, "uint8 or floats .* array of int32"),
+        (
+            np.zeros((8, 8), dtype=np.uint8),
+            ["a"],
+            ValueError,
+            r"array \[N, H, W\] or \[N, H, W, C\], got shape \(8, 8\)",
+        ),
+        (
+            torch.full((2, 1, 8, 8), 1.5),
+            ["a", "b"],
+            ValueError,
+            r"floats in \[0, 1\], not yet normalised, got 1.5 to 1.5",
+        ),
+        (torch.full((2, 1, 8, 8), -0.1), ["a", "b"], ValueError, "got -0.1 to -0.1"),
+        (torch.full((2, 1, 8, 8), float("nan")), ["a", "b"], ValueError, "got nan to nan"),
+        ({"a": 1}, ["a"], TypeError, "images must be a uint8 tensor .*, got dict"),
+        ([torch.zeros(1, 8, 8), "x.png"], ["a", "b"], TypeError, "got a list of Tensor"),
+        (["missing.png"], ["a"], ValueError, "image_size must be given to read picture files"),
+    ],
+)
+def test_bad_images_and_labels_are_named_and_nothing_is_lost(images, labels, error, message):
+    classifier = FewShotClassifier(nn.Flatten(), "protonet").fit(*some(1, 1))
+    query, _ = some(2, 2, start=5)
+    before = classifier.decision_function(query)
+    for learn in (classifier.fit, classifier.partial_fit):
+        with pytest.raises(error, match=message):
+            learn(images, labels)
+    assert torch.equal(classifier.decision_function(query), before)
+
+
+def test_bad_files_and_folders_are_named(tmp_path, folder):
+    classifier = FewShotClassifier(nn.Flatten(), image_size=8)
+    with pytest.raises(FileNotFoundError, match=r"images: '.*missing\.png' is not a file"):
+        classifier.fit([tmp_path / "missing.png"], ["a"])
+    with pytest.raises(NotADirectoryError, match="missing"):
+        classifier.fit(tmp_path / "missing")
+    with pytest.raises(ValueError, match="must hold a folder of pictures for each class, and has no folders"):
+        classifier.fit(folder / "digit 0")
+    (folder / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no pictures in '.*empty'"):
+        classifier.fit(folder)
+    (folder / "empty" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(ValueError, match=r"broken\.png"):
+        classifier.fit(folder)
+    assert classifier.classes_ == ()
+
+
+def test_backbones_that_do_not_fit_are_named():
+    images, labels = some(1, 1)
+    with pytest.raises(ValueError, match="the backbone does not take images of 1x8x8"):
+        FewShotClassifier(nn.Conv2d(3, 4, 3)).fit(images, labels)
+    with pytest.raises(ValueError, match=r"the backbone must give features \[B, D\], got \[2, 1, 8, 8\]"):
+        FewShotClassifier(Flat()).fit(images, labels)
+    with pytest.raises(ValueError, match="features that are not finite"):
+        FewShotClassifier(nn.Flatten(), preprocessing=lambda x: x * float("nan")).fit(images, labels)
+
+
+def test_queries_of_another_size_are_named():
+    classifier = FewShotClassifier(nn.Flatten()).fit(*some(1, 1))
+    larger = torch.zeros(2, 1, 9, 9, dtype=torch.uint8)
+    message = "images must be of the size of those learned: they give 81 features, those gave 64"
+    with pytest.raises(ValueError, match=message):
+        classifier.predict(larger)
+    with pytest.raises(ValueError, match=message):
+        classifier.partial_fit(larger, ["a", "b"])
+
+
+def test_score_counts_labels_before_any_work():
+    classifier = FewShotClassifier(nn.Flatten()).fit(*some(1, 1))
+    with pytest.raises(ValueError, match="labels must be one an image: 2 images, 3 labels"):
+        classifier.score(some(1, 1)[0], ["a", "b", "c"])
+
+
+def test_nothing_learned_yet():
+    with pytest.raises(RuntimeError, match="learned nothing yet: call fit first"):
+        FewShotClassifier(nn.Flatten()).predict(some(1)[0])
