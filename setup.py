@@ -136,7 +136,17 @@ def libraries(toolkit, architectures):
     system = [flag for folder in cpp_extension.include_paths() for flag in ("-isystem", folder)]
     # torch adds -std=c++20, and in ISO mode g++ contracts nothing; the kernels count on fused multiply-add.
     # -g0 undoes the -g of a distribution's Python: debugging is what the CMake build is for.
-    cxx = ["-O3", "-g0", target, "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wextra", *system]
+    cxx = [
+        "-O3",
+        "-g0",
+        target,
+        "-ffp-contract=fast",
+        "-fno-math-errno",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wextra",
+        *system,
+    ]
     nvcc = ["-O3", "-DNDEBUG", target, "-DUSE_CUDA", "-Xcompiler", "-fvisibility=hidden,-Wall,-Wextra", *system]
     # Profilers show source lines, and python_tests/packaging/kernel_resources.py reads the log of the build.
     nvcc += ["-lineinfo", "--resource-usage", f"--threads={NVCC_THREADS}", *architectures]

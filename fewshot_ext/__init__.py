@@ -3,7 +3,7 @@
 from fewshot_ext._version import __version__
 from fewshot_ext.classifier import FewShotClassifier
 from fewshot_ext.losses import MarginCosineLoss, MarginSoftmaxLoss
-from fewshot_ext.ops import EMD, emd, margin_cosine_loss, margin_softmax_loss
+from fewshot_ext.ops import EMD, emd, finetune_episodes, margin_cosine_loss, margin_softmax_loss
 
 __all__ = [
     "EMD",
@@ -12,6 +12,7 @@ __all__ = [
     "MarginSoftmaxLoss",
     "__version__",
     "emd",
+    "finetune_episodes",
     "margin_cosine_loss",
     "margin_softmax_loss",
 ]

@@ -35,4 +35,14 @@ struct Arena {
   }
 };
 
+// Parts of one piece of memory for arrays of any type.
+struct ByteArena {
+  Arena<unsigned char> bytes;
+
+  template <class T>
+  T* take(int64_t count) {
+    return reinterpret_cast<T*>(bytes.take(count * static_cast<int64_t>(sizeof(T))));
+  }
+};
+
 }  // namespace fewshot_ext

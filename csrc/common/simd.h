@@ -52,6 +52,42 @@ FEWSHOT_EXT_INLINE T horizontal_sum(const Vector<T>& v) {
   return lanes[0];
 }
 
+// Each lane gets the value of the lane that lies `distance`, a power of two, away.
+template <class T, int distance, int... lane>
+FEWSHOT_EXT_INLINE Vector<T> swap_lanes(const Vector<T>& v, std::integer_sequence<int, lane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(v, v, (lane ^ distance)...);
+#else
+  constexpr typename Simd<T>::IntVector order = {(lane ^ distance)...};
+  return __builtin_shuffle(v, order);
+#endif
+}
+
+template <class T, int distance>
+FEWSHOT_EXT_INLINE Vector<T> swap_lanes(const Vector<T>& v) {
+  return swap_lanes<T, distance>(v, std::make_integer_sequence<int, Simd<T>::lanes>());
+}
+
+// The sum of all lanes, in each of them.
+template <class T, int distance = Simd<T>::lanes / 2>
+FEWSHOT_EXT_INLINE Vector<T> sum_in_lanes(const Vector<T>& v) {
+  if constexpr (distance == 0)
+    return v;
+  else
+    return sum_in_lanes<T, distance / 2>(v + swap_lanes<T, distance>(v));
+}
+
+// The largest of all lanes, in each of them.
+template <class T, int distance = Simd<T>::lanes / 2>
+FEWSHOT_EXT_INLINE Vector<T> max_in_lanes(const Vector<T>& v) {
+  if constexpr (distance == 0) {
+    return v;
+  } else {
+    const Vector<T> other = swap_lanes<T, distance>(v);
+    return max_in_lanes<T, distance / 2>(v > other ? v : other);
+  }
+}
+
 template <class T>
 struct InverseFactorials {
   T of[14] = {};

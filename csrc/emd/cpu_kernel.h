@@ -8,16 +8,6 @@
 
 namespace fewshot_ext::FEWSHOT_EXT_ISA {
 
-// Parts of one piece of memory for arrays of any type.
-struct ByteArena {
-  Arena<unsigned char> bytes;
-
-  template <class T>
-  T* take(int64_t count) {
-    return reinterpret_cast<T*>(bytes.take(count * static_cast<int64_t>(sizeof(T))));
-  }
-};
-
 // One thread's solver: memory for one problem, used again for the next.
 template <class Storage, class Accumulate>
 class EmdSolver {

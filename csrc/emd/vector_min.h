@@ -44,22 +44,6 @@ FEWSHOT_EXT_INLINE typename Simd<T>::UintVector lane_numbers() {
       std::make_integer_sequence<int, Simd<T>::lanes>());
 }
 
-// Each lane gets the value of the lane that lies `distance`, a power of two, away.
-template <class T, int distance, int... lane>
-FEWSHOT_EXT_INLINE Vector<T> swap_lanes(const Vector<T>& v, std::integer_sequence<int, lane...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(v, v, (lane ^ distance)...);
-#else
-  constexpr typename Simd<T>::IntVector order = {(lane ^ distance)...};
-  return __builtin_shuffle(v, order);
-#endif
-}
-
-template <class T, int distance>
-FEWSHOT_EXT_INLINE Vector<T> swap_lanes(const Vector<T>& v) {
-  return swap_lanes<T, distance>(v, std::make_integer_sequence<int, Simd<T>::lanes>());
-}
-
 template <class T, int distance = Simd<T>::lanes / 2>
 FEWSHOT_EXT_INLINE T horizontal_min(const Vector<T>& v) {
   if constexpr (distance == 0)

@@ -3,7 +3,6 @@
 from fewshot_ext.evaluation.backbones import FrozenBackbone
 from fewshot_ext.evaluation.comparison import Comparison, ComparisonConfig
 from fewshot_ext.evaluation.features import FeatureCache
-from fewshot_ext.evaluation.finetune import finetune_episodes
 from fewshot_ext.evaluation.heads import (
     HEADS,
     FineTuning,
@@ -43,7 +42,6 @@ __all__ = [
     "episode_accuracies",
     "extract_features",
     "find_head",
-    "finetune_episodes",
     "json_with_rows",
     "mean_and_interval",
     "plot_accuracy_over_margin",

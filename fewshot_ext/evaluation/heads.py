@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewshot_ext._checks import check_at_least, check_choice, check_finite, check_fraction, check_positive
-from fewshot_ext.evaluation.finetune import finetune_episodes
+from fewshot_ext.ops import finetune_episodes
 
 
 class Head(ABC):
@@ -149,7 +149,7 @@ class FineTuning(FineTuningConfig, Head):
 
     @torch.no_grad()
     def _scores(self, support, target, query, way, generator):
-        return finetune_episodes(support, target, query, generator=generator, **asdict(self))
+        return finetune_episodes(support, target, query, way=way, generator=generator, **asdict(self))
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from fewshot_ext._checks import check_at_least
 from fewshot_ext.data import Episodes
 from fewshot_ext.evaluation.heads import HEADS, Head
 
-# Classifiers and momenta of this many 5-way episodes at D = 256 fill about 1.3 MB: they stay in a core's
-# cache. Episodes of hundreds of shots are held back by the memory of their features instead.
+# Features are copied for their episodes: few of them at a time keep the copies small and let the caller draw progress.
 _EPISODES_AT_ONCE = 100
 _FEATURE_BYTES_AT_ONCE = 2**28
 

@@ -15,6 +15,7 @@ except ImportError:
     raise
 
 from fewshot_ext.ops.emd import EMD, emd
+from fewshot_ext.ops.episode_finetune import finetune_episodes
 from fewshot_ext.ops.margin_softmax import margin_cosine_loss, margin_softmax_loss
 
-__all__ = ["EMD", "emd", "margin_cosine_loss", "margin_softmax_loss"]
+__all__ = ["EMD", "emd", "finetune_episodes", "margin_cosine_loss", "margin_softmax_loss"]

@@ -30,15 +30,19 @@ def one_by_one(op: Callable) -> Callable:
 
 
 def merged_batch(op: Callable) -> Callable:
-    """vmap as one call, for an operator of tensors alone that all begin with its own batch dimension."""
+    """vmap as one call, for an operator whose tensors all begin with its own batch dimension."""
 
     def rule(info, in_dims, *args):
         def merged(arg, dim):
+            if not isinstance(arg, Tensor):
+                return arg
             arg = arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
             return arg.flatten(0, 1)
 
         batch = args[0].shape[0 if in_dims[0] != 0 else 1]
         results = op(*(merged(arg, dim) for arg, dim in zip(args, in_dims, strict=True)))
+        if isinstance(results, Tensor):
+            return results.unflatten(0, (info.batch_size, batch)), 0
         return tuple(result.unflatten(0, (info.batch_size, batch)) for result in results), (0,) * len(results)
 
     return rule

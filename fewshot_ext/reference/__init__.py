@@ -2,6 +2,7 @@
 benchmarks."""
 
 from fewshot_ext.reference.emd import emd
+from fewshot_ext.reference.episode_finetune import finetune_episodes
 from fewshot_ext.reference.margin_softmax import margin_cosine_loss, margin_softmax_loss
 
-__all__ = ["emd", "margin_cosine_loss", "margin_softmax_loss"]
+__all__ = ["emd", "finetune_episodes", "margin_cosine_loss", "margin_softmax_loss"]

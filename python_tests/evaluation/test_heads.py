@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from fewshot_ext import finetune_episodes
 from fewshot_ext.evaluation import (
     HEADS,
     FineTuning,
@@ -13,7 +14,6 @@ from fewshot_ext.evaluation import (
     ProtoNet,
     SimpleShot,
     find_head,
-    finetune_episodes,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -176,7 +176,7 @@ class OperatorCase:
     name: str
     function: Callable[..., Tensor | tuple[Tensor, ...]]
     reference: Callable[..., Tensor | tuple[Tensor, ...]]
-    differentiable: tuple[str, ...]
+    differentiable: tuple[str, ...]  # tensors that gradients reach; empty where there are none
     # Problems of a dtype, of every shape, stride, value and option that the operator takes.
     problems: Callable[[torch.dtype], SearchStrategy[Problem]]
     # problem, upstream gradients of the floating-point results, Backend.operand_errors of the dtype -> bounds
@@ -237,7 +237,7 @@ def evaluate(
         upstream = upstream(outputs)
     upstream = [part.to(output) for part, output in zip(upstream, outputs, strict=True)]
     leaves = [problem.tensors[name] for name in names]
-    gradients = torch.autograd.grad(outputs, leaves, upstream, retain_graph=retain_graph)
+    gradients = torch.autograd.grad(outputs, leaves, upstream, retain_graph=retain_graph) if leaves else ()
     detached = tuple(result.detach() for result in results)
     return detached, dict(zip(names, gradients, strict=True))
 
@@ -288,7 +288,7 @@ def assert_equals_reference(
     with backend.activate():
         placed = problem.to(device=backend.device)
         results, gradients = evaluate(case.function, placed, case.differentiable, upstream, retain_graph)
-    operand_error = backend.operand_errors.get(problem.tensors[case.differentiable[0]].dtype, 0.0)
+    operand_error = backend.operand_errors.get(next(iter(problem.tensors.values())).dtype, 0.0)
     bounds = case.bounds(problem, upstream, operand_error)
     for result, value, bound in zip(floating(results), floating(expected), bounds.results, strict=True):
         assert_within(result, value, bound, f"{case.name}")

@@ -1,6 +1,7 @@
 """The operators on the emulator: CPU tensors go through the CUDA kernels, compiled by g++."""
 
 import functools
+import os
 import threading
 import warnings
 from collections.abc import Iterator
@@ -46,6 +47,8 @@ def emulated(kernel: str, *, blocks: int = 3, chunk_samples: int = 48, chunk_pro
         "scale_gradients_": _scale_gradients,
         "emd": emd,
         "emd_flow_backward": emd_flow_backward,
+        "finetune_episodes": _finetune_episodes,
+        "draw_episodes": _draw_episodes,
     }
     with torch.library._scoped_library("fewshot_ext", "IMPL") as library:
         with warnings.catch_warnings():
@@ -213,6 +216,49 @@ def emd_flow_backward(grad_flow: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]
             fields = _sizes(grad_flow) | _described(inputs) | _described(results)
             kernels().emd_flow_backward(DTYPES.index(grad_flow.dtype), fields)
     return tuple(results.values())
+
+
+def _finetune_episodes(support, support_target, query, weight, order, *settings):
+    names = ("cosine", "scale", "margin", "batch_size", "lr", "momentum", "dampening", "weight_decay")
+    accumulate = torch.float64 if support.dtype == torch.float64 else torch.float32
+    scores = _poison([*query.shape[:2], weight.shape[1]], support, accumulate)
+    # Rows that are not dense and integers that lie scattered are copied by the binding.
+    support, query = (x if x.shape[2] <= 1 or x.stride(2) == 1 else x.contiguous() for x in (support, query))
+    dense = {"target": support_target.contiguous(), "weight": weight.contiguous(), "order": order.contiguous()}
+    fields = {
+        **dict(zip(("episodes", "support_size", "dimensions"), support.shape, strict=True)),
+        "query_size": query.shape[1],
+        "way": weight.shape[1],
+        "passes": order.shape[1],
+        **dict(zip(names, settings, strict=True)),
+        **_described({"support": support, "query": query}),
+        **{name: _address(tensor) for name, tensor in {**dense, "scores": scores}.items()},
+    }
+    form = ("", "span", "direct").index(os.environ.get("FEWSHOT_EXT_EPISODE_FINETUNE_FORM", ""))
+    if len(support):
+        with _one_at_a_time:
+            kernels().finetune_episodes(DTYPES.index(support.dtype), fields, form)
+    return scores
+
+
+def _draw_episodes(support, seed, way, steps):
+    episodes, size, dimensions = support.shape
+    accumulate = torch.float64 if support.dtype == torch.float64 else torch.float32
+    weight = _poison([episodes, way, dimensions], support, accumulate)
+    order = _poison([episodes, steps, size], support, torch.int64)
+    fields = {
+        "seed": seed.item(),
+        "episodes": episodes,
+        "way": way,
+        "dimensions": dimensions,
+        "passes": steps,
+        "support_size": size,
+        "weight": _address(weight),
+        "order": _address(order),
+    }
+    with _one_at_a_time:
+        kernels().draw_episodes(DTYPES.index(support.dtype), fields)
+    return weight, order
 
 
 def _sizes(matrices: Tensor) -> dict[str, int]:

@@ -76,5 +76,6 @@ T* pointer(const pybind11::dict& fields, const char* name) {
 // Each binds its operators. In files of their own, because their kernels take long to compile.
 void bind_margin_softmax(pybind11::module_& module);
 void bind_emd(pybind11::module_& module);
+void bind_episode_finetune(pybind11::module_& module);
 
 }  // namespace fewshot_ext

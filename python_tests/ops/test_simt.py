@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewshot_ext import margin_cosine_loss
+from fewshot_ext import finetune_episodes, margin_cosine_loss
 
 from ..simt import build
 from .contract import BACKENDS, Backend, assert_equals_reference, assert_same, evaluate, on_backends
@@ -145,6 +145,8 @@ def test_every_kernel_has_run():
                 masses = torch.ones(1, size)
                 *_, basis, _ = torch.ops.fewshot_ext.emd(torch.rand(1, size, size), masses, masses)
             torch.ops.fewshot_ext.emd_flow_backward(torch.ones(1, size, size), basis)
+            features, target = torch.rand(1, 4, 3), torch.arange(4)[None] % 2
+            finetune_episodes(features, target, features, steps=1)
     launched = {name.rpartition("::")[2] for name in (name.partition("<")[0] for name in kernels().launches())}
     assert declared and launched == declared
 

@@ -18,7 +18,13 @@ import zipfile
 from pathlib import Path
 
 TAG = re.compile(r"-cp310-abi3-[^-]+\.whl$")
-REQUIRED = ("fewshot_ext/_C.abi3.so", "fewshot_ext/_build_info.json", "fewshot_ext/py.typed")
+REQUIRED = (
+    "fewshot_ext/_C.abi3.so",
+    "fewshot_ext/_build_info.json",
+    "fewshot_ext/py.typed",
+    "fewshot_ext/data/class_splits/miniimagenet.json",
+    "fewshot_ext/recipes/miniimagenet_resnet12_neg_cosine_1shot.yaml",
+)
 CUDA_LIBRARY = "fewshot_ext/_C_cuda.abi3.so"
 LIBRARIES = re.compile(r"lib(c10|torch|torch_cpu|stdc\+\+|gcc_s|c|m|dl|rt|pthread)\.so[.\d]*|ld-linux.*")
 

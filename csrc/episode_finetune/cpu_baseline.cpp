@@ -1,0 +1,20 @@
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "common/half.h"
+#include "common/isa.h"
+#include "common/memory.h"
+#include "common/parallel.h"
+#include "episode_finetune/problem.h"
+
+#define FEWSHOT_EXT_ISA baseline
+#define FEWSHOT_EXT_VECTOR_BYTES 16
+#include "episode_finetune/cpu_kernel.h"
