@@ -95,10 +95,10 @@ def peak_memory(prepare: Callable[..., Callable[[], object]], *arguments: object
     call compiles and loads, and scratch memory that a library keeps for a calling thread must count.
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        return process.submit(_peak_memory, torch.get_num_threads(), prepare, *arguments).result()
+        return process.submit(peak_memory_here, torch.get_num_threads(), prepare, *arguments).result()
 
 
-def _peak_memory(threads: int, prepare: Callable[..., Callable[[], object]], *arguments: object) -> int | None:
+def peak_memory_here(threads: int, prepare: Callable[..., Callable[[], object]], *arguments: object) -> int | None:
     torch.set_num_threads(threads)
     call = prepare(*arguments)
     call()

@@ -21,8 +21,8 @@ namespace {
 void check_labels(const MarginSoftmaxProblem& problem) {
   for (int64_t i = 0; i < problem.samples; ++i) {
     const int64_t label = problem.target[i];
-    STD_TORCH_CHECK(label == problem.ignore_index || (label >= 0 && label < problem.classes), "target: label ", label,
-                    " at index ", i, " is outside [0, ", problem.classes, ")");
+    STD_TORCH_CHECK(label == problem.ignore_index || (label >= 0 && label < problem.total_classes), "target: label ",
+                    label, " at index ", i, " is outside [0, ", problem.total_classes, ")");
   }
 }
 

@@ -46,7 +46,6 @@ class MarginSoftmax {
   static constexpr int lanes = Simd<T>::lanes;
   static constexpr int width = panel_width<T>;
   static constexpr int pack = packed_rows<T>;
-  // The eps of torch.nn.functional.normalize.
 
  public:
   MarginSoftmax(const MarginSoftmaxProblem& problem, bool backward)
@@ -289,12 +288,14 @@ class MarginSoftmax {
       const Gap<double> gap(others - target);
       double row = 0;
       if (!ignored(i)) {
-        const double mean_logit = (joined.sum_logits - problem_.scale * problem_.margin) / double(classes_);
+        const double mean_logit = (joined.sum_logits - problem_.scale * problem_.margin) / problem_.total_classes;
         row = row_loss(gap, target, mean_logit, problem_.label_smoothing);
       }
       total += row;
       statistics[i] = T(others);
       statistics[samples_ + i] = T(target);
+      statistics[2 * samples_ + i] = T(joined.sum_logits);
+      statistics[3 * samples_ + i] = joined.best;
       if (problem_.reduction == Reduction::none)
         loss[i] = T(row);
       else
@@ -307,7 +308,7 @@ class MarginSoftmax {
   void set_coefficients(int64_t i, double target, const Gap<double>& gap, double upstream) {
     if (ignored(i)) return;
     coefficients_.set(i, GradientCoefficients<double>::of(gap, target, upstream * problem_.scale,
-                                                          problem_.label_smoothing, classes_));
+                                                          problem_.label_smoothing, problem_.total_classes));
   }
 
   void gradients() {

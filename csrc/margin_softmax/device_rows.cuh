@@ -74,17 +74,17 @@ struct PartOfRow {
   }
 };
 
-enum class Label { counted, ignored, invalid };
+enum class Label { counted, elsewhere, ignored, invalid };
 
 // Labels, settings and results of a call's rows.
 template <class T>
 struct Rows {
   const int64_t* target;  // [N]
   int64_t ignore_index;
-  int64_t samples, classes;
+  int64_t samples, classes, total_classes;
   T margin, scale, smoothing;
   Reduction reduction;
-  T* statistics;        // [2, N]
+  T* statistics;        // [4, N]
   const T* upstream;    // [N]; null in the forward pass
   T* loss;              // [] or [N]
   int64_t* prediction;  // [N] or null
@@ -94,6 +94,7 @@ struct Rows {
             problem.ignore_index,
             problem.samples,
             problem.classes,
+            problem.total_classes,
             T(problem.margin),
             T(problem.scale),
             T(problem.label_smoothing),
@@ -107,10 +108,11 @@ struct Rows {
   __device__ __forceinline__ Label label(int64_t i) const {
     const int64_t label = target[i];
     if (label == ignore_index) return Label::ignored;
-    return label >= 0 && label < classes ? Label::counted : Label::invalid;
+    if (label < 0 || label >= total_classes) return Label::invalid;
+    return label < classes ? Label::counted : Label::elsewhere;
   }
 
-  // -1 unless the row counts.
+  // -1 unless the row counts and its class is here.
   __device__ __forceinline__ int target_class(int64_t i) const {
     return label(i) == Label::counted ? static_cast<int>(target[i]) : -1;
   }
@@ -132,8 +134,10 @@ struct Rows {
     if (kind == Label::invalid) others = at_target = PartOfRow<T>::infinity - PartOfRow<T>::infinity;
     statistics[i] = others;
     statistics[samples + i] = at_target;
+    statistics[2 * samples + i] = row.sum_logits;
+    statistics[3 * samples + i] = row.best;
     if (prediction != nullptr) prediction[i] = row.best_class == PartOfRow<T>::no_class ? 0 : row.best_class;
-    const T mean_logit = (row.sum_logits - scale * margin) / T(classes);
+    const T mean_logit = (row.sum_logits - scale * margin) / T(total_classes);
     const T value =
         kind == Label::ignored ? T(0) : row_loss(Gap<T>(others - at_target), at_target, mean_logit, smoothing);
     if (reduction == Reduction::none) loss[i] = value;
@@ -144,7 +148,7 @@ struct Rows {
   // result by the row's loss.
   __device__ GradientCoefficients<T> coefficients(int64_t i, T others, T at_target, T weight) const {
     if (label(i) == Label::ignored) return GradientCoefficients<T>::none(-4 * PartOfRow<T>::lowest);
-    return GradientCoefficients<T>::of(Gap<T>(others - at_target), at_target, weight * scale, smoothing, classes);
+    return GradientCoefficients<T>::of(Gap<T>(others - at_target), at_target, weight * scale, smoothing, total_classes);
   }
 };
 

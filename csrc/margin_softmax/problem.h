@@ -11,8 +11,11 @@ enum class Reduction : int { none = 0, mean = 1, sum = 2 };
 
 // One call. `Accumulate` below is double for float64 inputs and float for every other dtype.
 struct MarginSoftmaxProblem {
-  int64_t samples = 0;     // N
-  int64_t classes = 0;     // C
+  int64_t samples = 0;  // N
+  int64_t classes = 0;  // C
+  // Where the weight is one of several shards: the classes of all of them. Labels from C on then lie in another shard,
+  // and the row's loss is the caller's to form, from the statistics of all shards.
+  int64_t total_classes = 0;
   int64_t dimensions = 0;  // D
 
   Dtype dtype = Dtype::float32;    // of features, weight and their gradients
@@ -32,8 +35,9 @@ struct MarginSoftmaxProblem {
   // Results; a null pointer is a result nobody asked for.
   void* loss = nullptr;           // Accumulate, [] or [N]
   int64_t* prediction = nullptr;  // [N]
-  // Accumulate [2, N]: the log-sum-exp over the classes other than the target, and the target's margin-adjusted logit.
-  // The forward pass writes it, the backward pass reads it.
+  // Accumulate [4, N]: the log-sum-exp over the classes other than the target; the target's margin-adjusted logit; the
+  // sum of the logits without margin, where labels are smoothed; the largest of them, where predictions are wanted.
+  // The forward pass writes it, the backward pass reads the first two, which have to be those of all shards.
   void* row_statistics = nullptr;
   void* grad_features = nullptr;  // [N, D], contiguous
   void* grad_weight = nullptr;    // [C, D], contiguous

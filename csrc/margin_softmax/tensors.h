@@ -43,7 +43,7 @@ inline Tensor with_dense_rows(const Tensor& matrix) {
 }
 
 // fewshot_ext/ops raises the errors that name arguments; these keep a direct call from reading foreign memory.
-inline void check(const Tensor& features, const Tensor& weight, const Tensor& target) {
+inline void check(const Tensor& features, const Tensor& weight, const Tensor& target, int64_t total_classes) {
   STD_TORCH_CHECK(features.dim() == 2 && weight.dim() == 2 && target.dim() == 1,
                   "expected features [N, D], weight [C, D], target [N]");
   STD_TORCH_CHECK(features.size(1) == weight.size(1) && features.size(0) == target.size(0),
@@ -52,15 +52,20 @@ inline void check(const Tensor& features, const Tensor& weight, const Tensor& ta
                   "features, weight and target are on different devices");
   STD_TORCH_CHECK(features.scalar_type() == weight.scalar_type(), "features and weight differ in dtype");
   STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long, "target: expected int64");
-  STD_TORCH_CHECK(weight.size(0) >= 2 && weight.size(0) < (int64_t(1) << 31) && weight.size(1) >= 1,
-                  "weight: expected [C, D] with 2 <= C < 2^31 and D >= 1");
+  const int64_t classes = weight.size(0), most = int64_t(1) << 31;
+  STD_TORCH_CHECK(classes < most && weight.size(1) >= 1 && (total_classes == 0 ? classes >= 2 : classes >= 1),
+                  "weight: expected [C, D] with 2 <= C < 2^31 (or 1 <= C for a shard) and D >= 1");
+  STD_TORCH_CHECK(total_classes == 0 || (total_classes >= 2 && total_classes >= classes && total_classes < most),
+                  "total_classes: expected 0 or a number in [max(2, C), 2^31), got ", total_classes);
 }
 
 inline MarginSoftmaxProblem describe(const Tensor& features, const Tensor& weight, const Tensor& target, double margin,
-                                     double scale, double label_smoothing, int64_t ignore_index, bool cosine) {
+                                     double scale, double label_smoothing, int64_t ignore_index, bool cosine,
+                                     int64_t total_classes) {
   MarginSoftmaxProblem problem;
   problem.samples = features.size(0);
   problem.classes = weight.size(0);
+  problem.total_classes = total_classes == 0 ? problem.classes : total_classes;
   problem.dimensions = features.size(1);
   problem.dtype = dtype_of(features);
   problem.features = features.const_data_ptr();
@@ -88,14 +93,15 @@ inline Tensor gradient(const Tensor& like, bool wanted, bool zero) {
 template <class Kernels>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor features, Tensor weight, Tensor target, double margin,
                                                            double scale, double label_smoothing, int64_t ignore_index,
-                                                           bool cosine, int64_t reduction, bool features_grad,
-                                                           bool weight_grad, bool return_prediction) {
-  check(features, weight, target);
+                                                           bool cosine, int64_t total_classes, int64_t reduction,
+                                                           bool features_grad, bool weight_grad,
+                                                           bool return_prediction) {
+  check(features, weight, target, total_classes);
   features = with_dense_rows(features);
   weight = with_dense_rows(weight);
   target = torch::stable::contiguous(target);
   MarginSoftmaxProblem problem =
-      describe(features, weight, target, margin, scale, label_smoothing, ignore_index, cosine);
+      describe(features, weight, target, margin, scale, label_smoothing, ignore_index, cosine, total_classes);
   STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "reduction: expected 0, 1 or 2, got ", reduction);
   problem.reduction = static_cast<Reduction>(reduction);
   const bool none = problem.reduction == Reduction::none;
@@ -109,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor features, Tens
                 : empty ? torch::stable::new_zeros(features, {}, accumulate)
                         : torch::stable::new_empty(features, {}, accumulate);
   Tensor prediction = torch::stable::new_empty(features, {return_prediction ? samples : 0}, ScalarType::Long);
-  Tensor statistics = torch::stable::new_empty(features, {2, samples}, accumulate);
+  Tensor statistics = torch::stable::new_empty(features, {4, samples}, accumulate);
   Tensor grad_features = gradient(features, features_grad, empty);
   Tensor grad_weight = gradient(weight, weight_grad, empty);
   if (!empty) {
@@ -126,22 +132,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor features, Tens
 template <class Kernels>
 std::tuple<Tensor, Tensor> backward(Tensor grad_loss, Tensor features, Tensor weight, Tensor target,
                                     Tensor row_statistics, double margin, double scale, double label_smoothing,
-                                    int64_t ignore_index, bool cosine, bool features_grad, bool weight_grad) {
-  check(features, weight, target);
+                                    int64_t ignore_index, bool cosine, int64_t total_classes, bool features_grad,
+                                    bool weight_grad) {
+  check(features, weight, target, total_classes);
   const ScalarType accumulate = accumulate_type(features);
   STD_TORCH_CHECK(
       grad_loss.dim() == 1 && grad_loss.size(0) == features.size(0) && grad_loss.scalar_type() == accumulate,
       "grad_loss: expected [N] in the accumulation dtype");
-  STD_TORCH_CHECK(row_statistics.dim() == 2 && row_statistics.size(0) == 2 &&
+  STD_TORCH_CHECK(row_statistics.dim() == 2 && row_statistics.size(0) == 4 &&
                       row_statistics.size(1) == features.size(0) && row_statistics.scalar_type() == accumulate,
-                  "row_statistics: expected [2, N] as the forward pass returned it");
+                  "row_statistics: expected [4, N] as the forward pass returned it");
   features = with_dense_rows(features);
   weight = with_dense_rows(weight);
   target = torch::stable::contiguous(target);
   grad_loss = torch::stable::contiguous(grad_loss);
   row_statistics = torch::stable::contiguous(row_statistics);
   MarginSoftmaxProblem problem =
-      describe(features, weight, target, margin, scale, label_smoothing, ignore_index, cosine);
+      describe(features, weight, target, margin, scale, label_smoothing, ignore_index, cosine, total_classes);
   const bool empty = problem.samples == 0;
   Tensor grad_features = gradient(features, features_grad, empty);
   Tensor grad_weight = gradient(weight, weight_grad, empty);

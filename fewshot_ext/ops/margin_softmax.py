@@ -23,6 +23,7 @@ from fewshot_ext.ops._validation import (
 from fewshot_ext.ops.scale_gradients import scaled
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # the codes of csrc/margin_softmax/problem.h
+ALL_CLASSES = 0  # as total_classes: the weight is not a shard
 
 _forward_op = torch.ops.fewshot_ext.margin_softmax.default
 _backward_op = torch.ops.fewshot_ext.margin_softmax_backward.default
@@ -38,6 +39,7 @@ def _(
     label_smoothing,
     ignore_index,
     cosine,
+    total_classes,
     reduction,
     features_grad,
     weight_grad,
@@ -48,7 +50,7 @@ def _(
     return (
         features.new_empty([samples] if reduction == REDUCTIONS["none"] else [], dtype=accumulate),
         target.new_empty([samples if return_prediction else 0]),
-        features.new_empty([2, samples], dtype=accumulate),
+        features.new_empty([4, samples], dtype=accumulate),
         features.new_empty(features.shape if features_grad else [0]),
         weight.new_empty(weight.shape if weight_grad else [0]),
     )
@@ -66,6 +68,7 @@ def _(
     label_smoothing,
     ignore_index,
     cosine,
+    total_classes,
     features_grad,
     weight_grad,
 ):
@@ -139,19 +142,8 @@ def _autocast(features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return features.to(dtype), weight.to(dtype)
 
 
-def _margin_loss(
-    features: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    margin: float,
-    scale: float,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-    return_prediction: bool,
-    check: bool,
-    cosine: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
+def check_tensors(features: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Everything about them but the number of classes and the labels. Returns features and weight in one dtype."""
     check_tensor("features", features, "[N, D]", 2)
     check_tensor("weight", weight, "[C, D]", 2)
     check_tensor("target", target, "[N]", 1)
@@ -167,15 +159,41 @@ def _margin_loss(
         raise ValueError(f"weight: expected shape [C, {features.shape[1]}] to fit features, got {list(weight.shape)}")
     if features.shape[1] == 0:
         raise ValueError(f"features: expected at least one dimension, got shape {list(features.shape)}")
-    if weight.shape[0] < 2:
-        raise ValueError(f"weight: expected at least 2 classes, got shape {list(weight.shape)}")
     if target.shape[0] != features.shape[0]:
         raise ValueError(f"target: expected shape [{features.shape[0]}] to fit features, got {list(target.shape)}")
-    margin = check_number("margin", margin)
-    scale = check_number("scale", scale, positive=True)
-    label_smoothing = check_number("label_smoothing", label_smoothing, between=(0.0, 1.0))
-    ignore_index = check_integer("ignore_index", ignore_index)
+    return features, weight
+
+
+def check_settings(
+    margin: float, scale: float, label_smoothing: float, ignore_index: int, reduction: str
+) -> tuple[float, float, float, int]:
+    """Margin, scale, label smoothing and ignore_index in the order and types that the operators take."""
     check_choice("reduction", reduction, tuple(REDUCTIONS))
+    return (
+        check_number("margin", margin),
+        check_number("scale", scale, positive=True),
+        check_number("label_smoothing", label_smoothing, between=(0.0, 1.0)),
+        check_integer("ignore_index", ignore_index),
+    )
+
+
+def _margin_loss(
+    features: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    margin: float,
+    scale: float,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    return_prediction: bool,
+    check: bool,
+    cosine: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    features, weight = check_tensors(features, weight, target)
+    if weight.shape[0] < 2:
+        raise ValueError(f"weight: expected at least 2 classes, got shape {list(weight.shape)}")
+    settings = check_settings(margin, scale, label_smoothing, ignore_index, reduction)
     check_flag("return_prediction", return_prediction)
     check_flag("check", check)
     if reduction == "mean" and features.shape[0] == 0:
@@ -190,11 +208,9 @@ def _margin_loss(
         features,
         weight,
         target,
-        margin,
-        scale,
-        label_smoothing,
-        ignore_index,
+        *settings,
         cosine,
+        ALL_CLASSES,
         REDUCTIONS[reduction],
         with_gradients and features.requires_grad,
         with_gradients and weight.requires_grad,

@@ -221,7 +221,7 @@ def _overloads(cosine: bool):
 
     def overloads(problem: Problem):
         features, weight, target = (problem.tensors[name] for name in ("features", "weight", "target"))
-        settings = (-0.3, 5.0, 0.1, 2, cosine)
+        settings = (-0.3, 5.0, 0.1, 2, cosine, 0)
         calls = []
         for reduction, hints, prediction in (
             ("mean", (True, True), True),

@@ -62,13 +62,16 @@ def _address(tensor: Tensor | None) -> int:
     return tensor.data_ptr() if tensor is not None and tensor.numel() else 0
 
 
-def _run(plan, features, weight, target, margin, scale, label_smoothing, ignore_index, cosine, **others) -> None:
+def _run(
+    plan, features, weight, target, margin, scale, label_smoothing, ignore_index, cosine, total_classes, **others
+) -> None:
     """``others``: the reduction's code, and tensors or None by the names of MarginSoftmaxProblem."""
     features, weight = (x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous() for x in (features, weight))
     target = target.contiguous()
     fields = {
         "samples": features.shape[0],
         "classes": weight.shape[0],
+        "total_classes": total_classes or weight.shape[0],
         "dimensions": features.shape[1],
         "dtype": DTYPES.index(features.dtype),
         "features": _address(features),
@@ -104,6 +107,7 @@ def _margin_softmax(
     label_smoothing,
     ignore_index,
     cosine,
+    total_classes,
     reduction,
     features_grad,
     weight_grad,
@@ -113,7 +117,7 @@ def _margin_softmax(
     accumulate = torch.float64 if features.dtype == torch.float64 else torch.float32
     loss = _poison([samples] if reduction == 0 else [], features, accumulate)
     prediction = _poison([samples if return_prediction else 0], target)
-    statistics = _poison([2, samples], features, accumulate)
+    statistics = _poison([4, samples], features, accumulate)
     grad_features = _poison(features.shape if features_grad else [0], features)
     grad_weight = _poison(weight.shape if weight_grad else [0], weight)
     if samples == 0:
@@ -128,6 +132,7 @@ def _margin_softmax(
         label_smoothing,
         ignore_index,
         cosine,
+        total_classes,
         reduction=reduction,
         loss=loss,
         prediction=prediction,
@@ -151,6 +156,7 @@ def _margin_softmax_backward(
     label_smoothing,
     ignore_index,
     cosine,
+    total_classes,
     features_grad,
     weight_grad,
 ):
@@ -168,6 +174,7 @@ def _margin_softmax_backward(
         label_smoothing,
         ignore_index,
         cosine,
+        total_classes,
         loss=None,
         prediction=None,
         row_statistics=row_statistics.contiguous(),

@@ -15,6 +15,7 @@ void margin_softmax(const py::dict& fields, const std::string& kernel, int most_
   MarginSoftmaxProblem problem;
   problem.samples = fields["samples"].cast<int64_t>();
   problem.classes = fields["classes"].cast<int64_t>();
+  problem.total_classes = fields["total_classes"].cast<int64_t>();
   problem.dimensions = fields["dimensions"].cast<int64_t>();
   problem.dtype = static_cast<Dtype>(fields["dtype"].cast<int>());
   problem.features = pointer(fields, "features");

@@ -346,7 +346,7 @@ def test_kernel_refuses_labels_that_compiled_code_did_not_check():
 def test_kernel_refuses_what_would_read_foreign_memory(change):
     arguments = change(*draw(6, 5, 4).tensors.values())
     with pytest.raises(RuntimeError):
-        torch.ops.fewshot_ext.margin_softmax(*arguments, -0.3, 5.0, 0.0, -100, True, 1, False, False, False)
+        torch.ops.fewshot_ext.margin_softmax(*arguments, -0.3, 5.0, 0.0, -100, True, 0, 1, False, False, False)
 
 
 MEMORY = """
