@@ -2,17 +2,30 @@
 
 from fewshot_ext._version import __version__
 from fewshot_ext.classifier import FewShotClassifier
-from fewshot_ext.losses import MarginCosineLoss, MarginSoftmaxLoss
-from fewshot_ext.ops import EMD, emd, finetune_episodes, margin_cosine_loss, margin_softmax_loss
+from fewshot_ext.losses import AntiCollapseLoss, MarginCosineLoss, MarginSoftmaxLoss
+from fewshot_ext.ops import (
+    EMD,
+    RateReduction,
+    coding_rate,
+    emd,
+    finetune_episodes,
+    margin_cosine_loss,
+    margin_softmax_loss,
+    rate_reduction,
+)
 
 __all__ = [
     "EMD",
+    "AntiCollapseLoss",
     "FewShotClassifier",
     "MarginCosineLoss",
     "MarginSoftmaxLoss",
+    "RateReduction",
     "__version__",
+    "coding_rate",
     "emd",
     "finetune_episodes",
     "margin_cosine_loss",
     "margin_softmax_loss",
+    "rate_reduction",
 ]

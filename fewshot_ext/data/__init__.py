@@ -10,6 +10,7 @@ from fewshot_ext.data.folders import read_folder
 from fewshot_ext.data.mnist import load_mnist
 from fewshot_ext.data.named import load_images
 from fewshot_ext.data.pictures import contact_sheet, list_images, read_image
+from fewshot_ext.data.pk_batches import PKBatches
 from fewshot_ext.data.splits import SPLIT_NAMES, ClassSplit, load_split
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Episodes",
     "ImageArchive",
     "ImageInput",
+    "PKBatches",
     "ShuffledBatches",
     "Split",
     "contact_sheet",

@@ -1,4 +1,4 @@
-"""The few-shot protocol: features, episodes, classification heads, accuracy with intervals, figures."""
+"""The few-shot protocol (features, episodes, classification heads, accuracy with intervals), retrieval, and figures."""
 
 from fewshot_ext.evaluation.backbones import FrozenBackbone
 from fewshot_ext.evaluation.comparison import Comparison, ComparisonConfig
@@ -22,6 +22,7 @@ from fewshot_ext.evaluation.protocol import (
     mean_and_interval,
 )
 from fewshot_ext.evaluation.results import ComparisonResults, HeadAccuracy, json_with_rows
+from fewshot_ext.evaluation.retrieval import RetrievalMetrics, clustering_nmi, retrieval_metrics
 
 __all__ = [
     "HEADS",
@@ -38,11 +39,14 @@ __all__ = [
     "NearestNeighbor",
     "ProtoNet",
     "ProtocolConfig",
+    "RetrievalMetrics",
     "SimpleShot",
+    "clustering_nmi",
     "episode_accuracies",
     "extract_features",
     "find_head",
     "json_with_rows",
     "mean_and_interval",
     "plot_accuracy_over_margin",
+    "retrieval_metrics",
 ]

@@ -14,8 +14,19 @@ except ImportError:
         sys.exit(env.main())
     raise
 
+from fewshot_ext.ops.coding_rate import coding_rate
 from fewshot_ext.ops.emd import EMD, emd
 from fewshot_ext.ops.episode_finetune import finetune_episodes
 from fewshot_ext.ops.margin_softmax import margin_cosine_loss, margin_softmax_loss
+from fewshot_ext.ops.rate_reduction import RateReduction, rate_reduction
 
-__all__ = ["EMD", "emd", "finetune_episodes", "margin_cosine_loss", "margin_softmax_loss"]
+__all__ = [
+    "EMD",
+    "RateReduction",
+    "coding_rate",
+    "emd",
+    "finetune_episodes",
+    "margin_cosine_loss",
+    "margin_softmax_loss",
+    "rate_reduction",
+]

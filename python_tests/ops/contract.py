@@ -198,14 +198,22 @@ class OperatorCase:
     check_discrete: Callable[[Problem, tuple[Tensor, ...]], None] | None = None
     # Tensors that vmap maps over; empty where batching makes no sense.
     batched: tuple[str, ...] = ()
-    # The backends that have its kernels, by name ("simt-chunked") or by what the names begin with ("simt").
+    # The backends that have its kernels, by name ("simt-chunked") or by what the names begin with ("simt"); empty where
+    # torch's own do all the work.
     kernels: tuple[str, ...] = ("cpu", "simt", "cuda")
     # Whether autocast brings it to float32 on every device, instead of to the lower dtype where that buys speed.
     autocast_to_float32: bool = False
 
+    def backends(self, offered: Sequence[Backend]) -> Sequence[Backend]:
+        """Those of the backends ``offered`` that tell its results apart: without kernels of its own, the devices."""
+        if self.kernels:
+            return offered
+        devices = {backend.device for backend in offered}
+        return tuple(backend for backend in DEVICES if backend.device in devices)
+
     def missing_on(self, backend: Backend) -> str | None:
         """Why it cannot run on ``backend``; None where it can."""
-        if not any(f"{backend.name}-".startswith(f"{kernels}-") for kernels in self.kernels):
+        if self.kernels and not any(f"{backend.name}-".startswith(f"{kernels}-") for kernels in self.kernels):
             return f"{self.name} has no kernels of the backend {backend.name}"
         return backend.missing
 

@@ -33,8 +33,8 @@ def each_operator(backends, operators=OPERATORS):
             pytest.param(
                 case, backend, id=f"{backend.name}-{case.name}", marks=skip_if_missing(case.missing_on(backend))
             )
-            for backend in backends
             for case in operators
+            for backend in case.backends(backends)
         ],
     )
 
@@ -196,19 +196,27 @@ def test_second_derivatives_are_right_or_refused(case, backend):
 
 
 @each_differentiable(DEVICES)
-def test_forward_mode_and_functional_second_derivatives_are_refused(case, backend):
-    if case.no_second_derivative is None:
-        pytest.skip(f"{case.name} has second derivatives")
+def test_functional_second_derivatives_are_right_or_refused(case, backend):
     function, inputs = problem_function(case, case.examples[0].to(device=backend.device))
     inputs = tuple(tensor.detach() for tensor in inputs)
 
     def scalar(*tensors):
         return floating(function(*tensors))[0].sum()
 
+    second_derivative = torch.func.jacrev(torch.func.grad(scalar))
+    if case.no_second_derivative is None:
+        torch.testing.assert_close(second_derivative(*inputs), torch.autograd.functional.hessian(scalar, inputs[0]))
+        return
     with pytest.raises(RuntimeError, match=case.no_second_derivative):
-        torch.func.jacrev(torch.func.grad(scalar))(*inputs)
+        second_derivative(*inputs)
+
+
+@each_differentiable(DEVICES)
+def test_forward_mode_is_refused(case, backend):
+    function, inputs = problem_function(case, case.examples[0].to(device=backend.device))
+    inputs = tuple(tensor.detach() for tensor in inputs)
     with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)forward.mode"):
-        torch.func.jvp(scalar, inputs, inputs)
+        torch.func.jvp(lambda *tensors: floating(function(*tensors))[0].sum(), inputs, inputs)
 
 
 @each_differentiable(DEVICES)

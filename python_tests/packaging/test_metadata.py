@@ -21,8 +21,9 @@ def test_core_dependencies_are_torch_and_numpy_alone():
 
 def test_extras():
     extras = declared_extras(requirements())
-    assert set(extras) == {"train", "test", "bench", "bench-cuda", "dev", "timm"}
+    assert set(extras) == {"train", "metric", "timm", "test", "bench", "bench-cuda", "dev"}
     assert {"lightning", "jsonargparse", "kornia", "matplotlib", "tensorboard", "scikit-learn"} <= set(extras["train"])
+    assert set(extras["metric"]) == {"pytorch-metric-learning", "scikit-learn"}
     assert {"pytest", "hypothesis"} <= set(extras["test"])
     assert "pytorch-metric-learning" in extras["bench"]
     assert {"cut-cross-entropy", "liger-kernel"} == set(extras["bench-cuda"])

@@ -1,0 +1,277 @@
+"""Retrieval against a loop over the definitions, against pytorch-metric-learning, and within its memory."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fewshot_ext.evaluation import clustering_nmi, retrieval_metrics
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def signs(count, seed):
+    """Corners of a square of four dimensions: of length 2, so that cosines are exact and most of them tie."""
+    generator = torch.Generator().manual_seed(seed)
+    return 2.0 * torch.randint(2, (count, 4), generator=generator) - 1
+
+
+def by_the_definitions(queries, labels, gallery, gallery_labels, ks, with_itself):
+    """Query by query; neighbours by similarity and then by index. None for a query that nothing can retrieve."""
+    found = []
+    for index, (query, label) in enumerate(zip(queries, labels.tolist(), strict=True)):
+        similarity = (gallery @ query).tolist()
+        order = sorted(range(len(gallery)), key=lambda other: (-similarity[other], other))
+        hits = [gallery_labels[other].item() == label for other in order if not (with_itself and other == index)]
+        relevant = sum(hits)
+        if relevant == 0:
+            found.append(None)
+            continue
+        precisions = [sum(hits[:rank]) / rank * hits[rank - 1] for rank in range(1, relevant + 1)]
+        found.append([*(float(any(hits[:k])) for k in ks), sum(precisions) / relevant, sum(hits[:relevant]) / relevant])
+    return found
+
+
+def as_list(metrics):
+    return [*metrics.recall.values(), metrics.map_at_r, metrics.r_precision]
+
+
+def mean(rows):
+    return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+
+
+@given(
+    sizes=st.tuples(st.integers(3, 30), st.integers(3, 30)),
+    classes=st.integers(1, 6),
+    with_itself=st.booleans(),
+    chunk_size=st.sampled_from((1, 3, None)),
+    lone_queries=st.sampled_from(("error", "exclude", "miss")),
+    seed=st.integers(0, 2**32),
+)
+def test_equals_the_definitions(sizes, classes, with_itself, chunk_size, lone_queries, seed):
+    generator = torch.Generator().manual_seed(seed)
+    queries, gallery = signs(sizes[0], seed), signs(sizes[1], seed + 1)
+    labels = 10 * torch.randint(classes, (sizes[0],), generator=generator) - 20
+    gallery_labels = 10 * torch.randint(classes, (sizes[1],), generator=generator) - 20
+    others = (queries, labels) if with_itself else (gallery, gallery_labels)
+    ks = (2, 1)
+    rows = by_the_definitions(queries, labels, *others, ks, with_itself)
+    arguments = (queries, labels) if with_itself else (queries, labels, gallery, gallery_labels)
+
+    def found():
+        return retrieval_metrics(*arguments, ks=ks, chunk_size=chunk_size, lone_queries=lone_queries)
+
+    counted = [row for row in rows if row is not None]
+    if None in rows and lone_queries == "error":
+        with pytest.raises(ValueError, match=f"got none for {rows.count(None)} queries"):
+            found()
+        return
+    if not counted and lone_queries == "exclude":
+        with pytest.raises(ValueError, match="expected a query with another sample of its class"):
+            found()
+        return
+    if lone_queries == "miss":
+        counted = [row or [0.0] * (len(ks) + 2) for row in rows]
+    metrics = found()
+    assert list(metrics.recall) == list(ks)
+    assert metrics.queries == len(counted)
+    assert as_list(metrics) == pytest.approx(mean(counted))
+
+
+def test_collapsed_embeddings_are_retrieved_in_the_order_of_the_gallery():
+    """Every distance ties: an order that differed would make chance look like skill."""
+    labels = torch.tensor([3, 1, 1, 3, 1])
+    metrics = retrieval_metrics(torch.ones(5, 8), labels, ks=(1, 2, 3, 4))
+    rows = by_the_definitions(torch.ones(5, 8), labels, torch.ones(5, 8), labels, (1, 2, 3, 4), True)
+    assert as_list(metrics) == pytest.approx(mean(rows))
+
+
+@pytest.mark.parametrize("distance", ("cosine", "euclidean"))
+@pytest.mark.parametrize("separate", (False, True))
+def test_agrees_with_pytorch_metric_learning(separate, distance):
+    pytest.importorskip("pytorch_metric_learning", reason="needs the extra metric")
+    from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
+    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+    from pytorch_metric_learning.utils.inference import CustomKNN
+    from sklearn.cluster import KMeans
+
+    torch.manual_seed(0)
+    centres = 2 * torch.randn(20, 16)
+    labels, gallery_labels = torch.randint(20, (300,)), torch.randint(20, (400,))
+    embeddings = centres[labels] + 3 * torch.randn(300, 16)
+    gallery = centres[gallery_labels] + 3 * torch.randn(400, 16)
+
+    def clusters(points, count):
+        points = F.normalize(points) if distance == "cosine" else points
+        return torch.as_tensor(KMeans(count, n_init=1, random_state=7).fit_predict(points))
+
+    measure = CosineSimilarity() if distance == "cosine" else LpDistance(normalize_embeddings=False)
+    calculator = AccuracyCalculator(
+        include=("precision_at_1", "r_precision", "mean_average_precision_at_r", "NMI"),
+        k="max_bin_count",
+        device=torch.device("cpu"),
+        knn_func=CustomKNN(measure),
+        kmeans_func=clusters,
+    )
+    others = (gallery, gallery_labels) if separate else ()
+    expected = calculator.get_accuracy(embeddings, labels, *others)
+    metrics = retrieval_metrics(embeddings, labels, *others, ks=(1,), distance=distance)
+    assert metrics.recall[1] == pytest.approx(expected["precision_at_1"])
+    assert metrics.r_precision == pytest.approx(expected["r_precision"])
+    assert metrics.map_at_r == pytest.approx(expected["mean_average_precision_at_r"])
+    assert clustering_nmi(embeddings, labels, distance=distance, seed=7) == pytest.approx(expected["NMI"])
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.float16), ids=str)
+def test_dtypes_and_gradients(dtype):
+    torch.manual_seed(0)
+    labels = torch.arange(40) % 8
+    embeddings = torch.randn(40, 6).to(torch.bfloat16)
+    expected = retrieval_metrics(embeddings.float(), labels)
+    assert retrieval_metrics(embeddings.to(dtype).requires_grad_(), labels) == expected
+
+
+def test_euclidean_distances_far_from_the_origin():
+    """The squares are 1e8 and differ by 1: in float32 nothing would be left of their differences."""
+    torch.manual_seed(0)
+    embeddings, labels = torch.randn(60, 3), torch.arange(60) % 6
+    near = retrieval_metrics(embeddings, labels, distance="euclidean")
+    assert retrieval_metrics(embeddings + 1e4, labels, distance="euclidean").map_at_r == pytest.approx(
+        near.map_at_r, abs=0.02
+    )
+
+
+def test_progress_reaches_all_queries():
+    seen = []
+    retrieval_metrics(signs(10, 0), torch.arange(10) % 2, ks=(1,), chunk_size=4, on_progress=seen.append)
+    assert seen == [4, 8, 10]
+
+
+def test_chunks_do_not_change_the_metrics():
+    torch.manual_seed(0)
+    embeddings, labels = torch.randn(200, 16), torch.randint(9, (200,))
+    expected = as_list(retrieval_metrics(embeddings, labels))
+    for chunk_size in (1, 7, 64):
+        assert as_list(retrieval_metrics(embeddings, labels, chunk_size=chunk_size)) == pytest.approx(expected)
+
+
+def test_nmi_is_one_for_clusters_that_are_the_classes_and_seeded():
+    torch.manual_seed(0)
+    labels = torch.arange(60) % 3
+    embeddings = 10 * torch.eye(3)[labels] + torch.rand(60, 3)
+    assert clustering_nmi(embeddings, labels) == pytest.approx(1.0)
+    noise = torch.randn(60, 3)
+    assert clustering_nmi(noise, labels, seed=3) == clustering_nmi(noise, labels, seed=3)
+    assert 0 <= clustering_nmi(noise, labels) < 0.3
+
+
+def test_nmi_of_lengths_alone():
+    """Cosines see no difference between near and far in one direction."""
+    labels = torch.arange(40) % 2
+    embeddings = (1.0 + 9.0 * labels)[:, None] * torch.ones(40, 2)
+    assert clustering_nmi(embeddings, labels, distance="euclidean") == pytest.approx(1.0)
+
+
+def entry(value):
+    embeddings = signs(6, 0)
+    embeddings[4, 1] = value
+    return embeddings
+
+
+LABELS = torch.tensor([0, 0, 1, 1, 2, 2])
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    (
+        ({"embeddings": [[1.0]]}, TypeError, "embeddings: expected a tensor [n, D], got list"),
+        ({"embeddings": torch.zeros(6)}, ValueError, "embeddings: expected shape [n, D], got [6]"),
+        ({"embeddings": torch.zeros(6, 2).long()}, TypeError, "embeddings: expected a floating dtype"),
+        (
+            {"embeddings": torch.zeros(6, 0)},
+            ValueError,
+            "embeddings: expected samples and dimensions, got shape [6, 0]",
+        ),
+        ({"embeddings": entry(math.nan)}, ValueError, "embeddings: expected finite entries, got others in row 4"),
+        ({"embeddings": entry(math.inf)}, ValueError, "embeddings: expected finite entries, got others in row 4"),
+        ({"labels": LABELS[:5]}, ValueError, "labels: expected shape [6] to fit embeddings, got [5]"),
+        ({"labels": LABELS[:, None]}, ValueError, "labels: expected shape [n], got [6, 1]"),
+        ({"labels": LABELS.float()}, TypeError, "labels: expected dtype torch.int64, got torch.float32"),
+        ({"labels": LABELS.to("meta")}, ValueError, "labels: expected device cpu as embeddings is on, got meta"),
+        ({"labels": torch.tensor([0, 0, 1, 1, 2, 3])}, ValueError, "got none for 2 queries, the first of class 2"),
+        ({"gallery": signs(6, 1)}, ValueError, "gallery_labels: expected with gallery, got None"),
+        ({"gallery_labels": LABELS}, ValueError, "gallery: expected with gallery_labels, got None"),
+        ({"gallery": torch.ones(6, 3), "gallery_labels": LABELS}, ValueError, "gallery: expected shape [N, 4] to fit"),
+        (
+            {"gallery": signs(6, 1).double(), "gallery_labels": LABELS},
+            TypeError,
+            "gallery: expected dtype torch.float32",
+        ),
+        ({"gallery": entry(math.nan), "gallery_labels": LABELS}, ValueError, "gallery: expected finite entries"),
+        (
+            {"gallery": signs(6, 1), "gallery_labels": LABELS[:4]},
+            ValueError,
+            "gallery_labels: expected shape [6] to fit",
+        ),
+        ({"ks": (1, 6)}, ValueError, "ks: expected K in [1, 5], the neighbours that each query has, got 6"),
+        ({"ks": (0,)}, ValueError, "got 0"),
+        ({"ks": ()}, ValueError, "ks: expected at least one K"),
+        ({"ks": (1, 1)}, ValueError, "ks: expected at least one K, and none twice, got [1, 1]"),
+        ({"ks": (1.0,)}, TypeError, "ks: expected integers, got float"),
+        ({"distance": "manhattan"}, ValueError, "distance: expected one of cosine, euclidean, got 'manhattan'"),
+        ({"lone_queries": "drop"}, ValueError, "lone_queries: expected one of error, exclude, miss, got 'drop'"),
+        ({"chunk_size": 0}, ValueError, "chunk_size: expected an integer of at least 1, got 0"),
+    ),
+)
+def test_bad_input(change, error, message):
+    with pytest.raises(error) as raised:
+        retrieval_metrics(**{"embeddings": signs(6, 0), "labels": LABELS, "ks": (1,), **change})
+    assert message in str(raised.value)
+
+
+def test_bad_input_of_nmi(monkeypatch):
+    with pytest.raises(ValueError, match="embeddings: expected finite entries, got others in row 4"):
+        clustering_nmi(entry(math.nan), LABELS)
+    with pytest.raises(ValueError, match="distance: expected one of cosine, euclidean"):
+        clustering_nmi(signs(6, 0), LABELS, distance="dot")
+    monkeypatch.setattr("fewshot_ext._extras.is_installed", lambda module: False)
+    with pytest.raises(ImportError, match=r"'sklearn' is missing; pip install 'fewshot_ext\[metric\]'"):
+        clustering_nmi(signs(6, 0), LABELS)
+
+
+_PEAK = """
+import resource, sys, torch
+from fewshot_ext.evaluation import retrieval_metrics
+samples, queries, spread = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+torch.manual_seed(0)
+labels = torch.arange(samples) // 5
+gallery = torch.randn(512) + spread * torch.randn(samples, 512)
+metrics = retrieval_metrics(gallery[:queries], labels[:queries], gallery, labels)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+def peak_gib(samples, queries, spread):
+    output = subprocess.run(
+        [sys.executable, "-c", _PEAK, str(samples), str(queries), str(spread)],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    return float(output)
+
+
+@pytest.mark.parametrize("spread", (1.0, 0.0), ids=("spread", "collapsed"))
+def test_a_gallery_of_120_000_stays_within_4_gib(spread):
+    """Two chunks of queries: those that follow use the same memory."""
+    assert peak_gib(120_000, 700, spread) < 4
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_queries():
+    assert peak_gib(120_000, 12_000, 1.0) < 4
