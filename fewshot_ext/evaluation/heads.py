@@ -4,13 +4,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fewshot_ext._checks import check_at_least, check_choice, check_finite, check_fraction, check_positive
+from fewshot_ext._episodes import check_support_target, class_means
 from fewshot_ext.ops import finetune_episodes
 
 
@@ -40,6 +41,8 @@ class Head(ABC):
     """
 
     scale: float = 1.0
+    takes_maps: ClassVar[bool] = False
+    """Whether features are maps, ``[E, images, N, C]`` with N local features an image; see ``MapHead``."""
 
     @property
     def needs_base_mean(self) -> bool:
@@ -178,7 +181,7 @@ class ProtoNet(Head):
         check_positive("scale", self.scale)
 
     def _scores(self, support, target, query, way, generator):
-        return _similarities(query, _class_means(support, target, way), self.metric)
+        return _similarities(query, class_means(support, target, way), self.metric)
 
 
 @dataclass(frozen=True)
@@ -276,7 +279,7 @@ class SimpleShot(Head):
     def _scores(self, support, target, query, way, generator):
         if self.transform != "un":
             support, query = (F.normalize(x, dim=-1) for x in (support, query))
-        return _similarities(query, _class_means(support, target, way), "euclidean")
+        return _similarities(query, class_means(support, target, way), "euclidean")
 
 
 HEADS: Mapping[str, Head] = MappingProxyType(
@@ -314,35 +317,16 @@ def _check_episodes(support: Tensor, support_target: Tensor, query: Tensor, way:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             came = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"{name} must be a floating-point tensor, got {came}")
-    if not isinstance(support_target, Tensor) or support_target.dtype != torch.int64:
-        came = support_target.dtype if isinstance(support_target, Tensor) else type(support_target).__name__
-        raise TypeError(f"support_target must be an int64 tensor, got {came}")
     if support.dim() != 3:
         raise ValueError(f"support must be [E, S, D], got {list(support.shape)}")
     episodes, _, dimension = support.shape
-    if support_target.shape != support.shape[:2]:
-        raise ValueError(f"support_target must be {list(support.shape[:2])}, got {list(support_target.shape)}")
+    check_support_target(support_target, support, way)
     if query.dim() != 3 or query.shape[0] != episodes or query.shape[2] != dimension:
         raise ValueError(f"query must be [{episodes}, Q, {dimension}], got {list(query.shape)}")
     if query.dtype != support.dtype:
         raise TypeError(f"query must have the dtype of support, {support.dtype}, got {query.dtype}")
-    for name, value in (("support_target", support_target), ("query", query)):
-        if value.device != support.device:
-            raise ValueError(f"{name} must be on the device of support, {support.device}, got {value.device}")
-    check_at_least("way", way, 2)
-    if ((support_target < 0) | (support_target >= way)).any():
-        low, high = support_target.min().item(), support_target.max().item()
-        raise ValueError(f"support_target must lie in [0, {way}), got {low} to {high}")
-    missing = (F.one_hot(support_target, way).sum(1) == 0).nonzero()
-    if len(missing):
-        episode, label = missing[0].tolist()
-        raise ValueError(f"support_target must name every class: class {label} of episode {episode} has no image")
-
-
-def _class_means(support: Tensor, target: Tensor, way: int) -> Tensor:
-    """``[E, way, D]`` mean support feature of each class."""
-    member = F.one_hot(target, way).to(support.dtype)  # [E, S, way]
-    return torch.bmm(member.mT, support) / member.sum(1).unsqueeze(-1)
+    if query.device != support.device:
+        raise ValueError(f"query must be on the device of support, {support.device}, got {query.device}")
 
 
 def _similarities(query: Tensor, points: Tensor, metric: Literal["cosine", "euclidean"]) -> Tensor:

@@ -3,19 +3,37 @@
 from fewshot_ext.models.backbone import Backbone
 from fewshot_ext.models.config import BackboneConfig, build_backbone
 from fewshot_ext.models.conv import ConvBackbone, ConvBlock, conv4
+from fewshot_ext.models.deepemd import DeepEMD, LocalFeaturesConfig, build_local_features, class_prototypes
 from fewshot_ext.models.drop_block import DropBlock
+from fewshot_ext.models.local_features import FCN, Grid, LocalFeatures, Sampling
+from fewshot_ext.models.matching import Match, cross_reference_weights, emd_logits, match_flows
 from fewshot_ext.models.resnet import ResNet12, ResNet18
+from fewshot_ext.models.structured_classifier import StructuredClassifierConfig, fit_prototypes
 from fewshot_ext.models.wide_resnet import WideResNet28
 
 __all__ = [
+    "FCN",
     "Backbone",
     "BackboneConfig",
     "ConvBackbone",
     "ConvBlock",
+    "DeepEMD",
     "DropBlock",
+    "Grid",
+    "LocalFeatures",
+    "LocalFeaturesConfig",
+    "Match",
     "ResNet12",
     "ResNet18",
+    "Sampling",
+    "StructuredClassifierConfig",
     "WideResNet28",
     "build_backbone",
+    "build_local_features",
+    "class_prototypes",
     "conv4",
+    "cross_reference_weights",
+    "emd_logits",
+    "fit_prototypes",
+    "match_flows",
 ]

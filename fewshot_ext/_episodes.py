@@ -1,0 +1,50 @@
+"""What every classifier of few-shot episodes does with the labels of the support set."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fewshot_ext._checks import check_at_least
+
+
+def check_support_target(support_target: Tensor, support: Tensor, way: int) -> None:
+    """Every support image has a class in [0, way), and every class of every episode an image.
+
+    Args:
+        support_target: ``[E, S]`` int64.
+        support: ``[E, S, ...]`` features.
+        way: classes an episode, at least 2.
+
+    Raises:
+        TypeError: targets that are not an int64 tensor.
+        ValueError: another shape or device, fewer than 2 classes, a target out of range, or a class without a
+            support image.
+    """
+    if not isinstance(support_target, Tensor) or support_target.dtype != torch.int64:
+        came = support_target.dtype if isinstance(support_target, Tensor) else type(support_target).__name__
+        raise TypeError(f"support_target must be an int64 tensor, got {came}")
+    if support_target.shape != support.shape[:2]:
+        raise ValueError(f"support_target must be {list(support.shape[:2])}, got {list(support_target.shape)}")
+    if support_target.device != support.device:
+        raise ValueError(
+            f"support_target must be on the device of support, {support.device}, got {support_target.device}"
+        )
+    check_at_least("way", way, 2)
+    if ((support_target < 0) | (support_target >= way)).any():
+        low, high = support_target.min().item(), support_target.max().item()
+        raise ValueError(f"support_target must lie in [0, {way}), got {low} to {high}")
+    missing = (F.one_hot(support_target, way).sum(1) == 0).nonzero()
+    if len(missing):
+        episode, label = missing[0].tolist()
+        raise ValueError(f"support_target must name every class: class {label} of episode {episode} has no image")
+
+
+def class_means(support: Tensor, support_target: Tensor, way: int) -> Tensor:
+    """``[E, way, ...]``, the mean feature of each class's support images ``[E, S, ...]``, for checked targets.
+
+    Example:
+        >>> class_means(torch.tensor([[[1.0], [3.0], [5.0]]]), torch.tensor([[1, 0, 1]]), 2).flatten()
+        tensor([3., 3.])
+    """
+    member = F.one_hot(support_target, way).to(support.dtype)  # [E, S, way]
+    return torch.einsum("esw,es...->ew...", member / member.sum(1, keepdim=True), support)

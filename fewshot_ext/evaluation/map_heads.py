@@ -1,0 +1,240 @@
+"""Classifiers of few-shot episodes on feature maps: DeepEMD and what its paper compares it with."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fewshot_ext._checks import check_at_least, check_choice, check_positive
+from fewshot_ext._episodes import check_support_target, class_means
+from fewshot_ext.evaluation.heads import FineTuning, Head, MatchingNet, ProtoNet
+from fewshot_ext.models import StructuredClassifierConfig, class_prototypes, emd_logits
+from fewshot_ext.models.matching import TEMPERATURE, Weighting, check_finite_maps, checked_maps
+
+_BYTES_AT_ONCE = 2**28
+_CLASSIFIER = StructuredClassifierConfig()
+
+
+class MapHead(Head):
+    """A head whose features are maps: N local features an image, in place of one.
+
+    Args (of a call):
+        support: ``[E, S, N, C]`` local features of any floating dtype; half types are computed in float32.
+        query: ``[E, Q, N, C]``, dtype and device of ``support``.
+
+    The other arguments, the scores and the errors are those of :class:`Head`, but that ``base_mean`` is ignored and
+    features that are not finite raise a ValueError. ``episode_accuracies`` takes maps ``[images, N, C]`` for such a
+    head.
+    """
+
+    takes_maps: ClassVar[bool] = True
+
+    def __call__(
+        self,
+        support: Tensor,
+        support_target: Tensor,
+        query: Tensor,
+        way: int,
+        *,
+        base_mean: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        support, query = checked_maps(support=support, query=query)
+        check_support_target(support_target, support, way)
+        check_finite_maps(support=support, query=query)
+        return self._scores(support, support_target, query, way, generator)
+
+
+@dataclass(frozen=True)
+class DeepEMDHead(MapHead):
+    """Optimal matching with the one support map of each class, or with prototypes fitted to several.
+
+    The scores are the logits of the paper; gradients reach the features as in ``fewshot_ext.models.DeepEMD``.
+
+    Args:
+        temperature, weighting: as in ``fewshot_ext.models.emd_logits``.
+        classifier: of the structured fully connected layer; see ``fewshot_ext.models.StructuredClassifierConfig``.
+
+    Reference:
+        Zhang et al., DeepEMD, CVPR 2020.
+
+    Example:
+        >>> support, target = torch.rand(3, 5, 9, 16), torch.arange(5).expand(3, 5)
+        >>> DeepEMDHead()(support, target, support, way=5).argmax(-1)
+        tensor([[0, 1, 2, 3, 4],
+                [0, 1, 2, 3, 4],
+                [0, 1, 2, 3, 4]])
+    """
+
+    temperature: float = TEMPERATURE
+    weighting: Weighting = "cross_reference"
+    classifier: StructuredClassifierConfig = _CLASSIFIER
+
+    def __post_init__(self) -> None:
+        check_positive("temperature", self.temperature)
+        check_choice("weighting", self.weighting, "cross_reference", "uniform")
+
+    def _scores(self, support, target, query, way, generator):
+        options = {"temperature": self.temperature, "weighting": self.weighting}
+        prototypes = class_prototypes(support, target, way, self.classifier, **options, generator=generator)
+        return emd_logits(query, prototypes, **options)
+
+
+@dataclass(frozen=True)
+class LocalNearestNeighbors(MapHead):
+    """Each local feature of the query takes its nearest among all those of a class; the cosines are summed.
+
+    Args:
+        neighbors: how many are taken, k; at most the local features of the class with the fewest.
+        scale: of ``probabilities``.
+
+    Raises (a call):
+        ValueError: more neighbours than a class has local features, besides those of :class:`MapHead`.
+
+    Reference:
+        Li et al., Revisiting Local Descriptor Based Image-to-Class Measure for Few-Shot Learning (DN4), CVPR 2019,
+        with their k = 3.
+
+    Example:
+        >>> support, target = torch.eye(4).view(1, 2, 2, 4), torch.tensor([[0, 1]])
+        >>> LocalNearestNeighbors(neighbors=1)(support, target, support, way=2)
+        tensor([[[2., 0.],
+                 [0., 2.]]])
+    """
+
+    neighbors: int = 3
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_at_least("neighbors", self.neighbors, 1)
+        check_positive("scale", self.scale)
+
+    def _scores(self, support, target, query, way, generator):
+        nodes = support.shape[2]
+        member = F.one_hot(target, way).mT  # [E, way, S]
+        counts = member.sum(-1)
+        if counts.numel() and counts.min() * nodes < self.neighbors:
+            raise ValueError(
+                f"neighbors must be at most {counts.min().item() * nodes}, the local features of the class with the "
+                f"fewest, got {self.neighbors}"
+            )
+        # Every class gets room for the images of the largest; what is left over must never be near.
+        present, images = member.topk(int(counts.max()) if counts.numel() else support.shape[1], -1)  # [E, way, K]
+        rows = torch.arange(len(support), device=support.device)[:, None, None]
+        points = F.normalize(support, dim=-1)[rows, images].flatten(1, 3)  # [E, way K N, C]
+        missing = (present == 0).repeat_interleave(nodes, -1)[:, None]  # [E, 1, way, K N]
+        units = F.normalize(query, dim=-1)
+        scores = []
+        for part in units.split(_queries_at_once(units, points.shape[1]), 1):
+            cosines = torch.bmm(part.flatten(1, 2), points.mT).unflatten(-1, missing.shape[2:])
+            nearest = cosines.masked_fill(missing, float("-inf")).topk(self.neighbors, -1).values.sum(-1)
+            scores.append(nearest.unflatten(1, part.shape[1:3]).sum(2))
+        return torch.cat(scores, 1)
+
+
+@dataclass(frozen=True)
+class PredictionFusion(MapHead):
+    """Each local feature of the query is classified by itself, and the predictions are averaged.
+
+    A local feature is compared by cosine with the mean local feature of each class; the scores are the logarithms of
+    the averaged probabilities, so that ``probabilities`` gives them back.
+
+    Args:
+        local_scale: multiplies the cosines before the softmax over the classes.
+
+    Reference:
+        The dense classification of Lifchitz et al., Dense Classification and Implanting for Few-Shot Learning, CVPR
+        2019, as a baseline of Zhang et al., DeepEMD, CVPR 2020. Neither gives the scale of a classifier
+        without training; 10 is usual for cosines.
+
+    Example:
+        >>> support, target = torch.eye(2).view(1, 2, 1, 2), torch.tensor([[0, 1]])
+        >>> query = torch.tensor([[[[1.0, 0.0], [1.0, 1.0]]]])
+        >>> PredictionFusion(local_scale=100.0)(support, target, query, way=2).exp()
+        tensor([[[0.7500, 0.2500]]])
+    """
+
+    local_scale: float = 10.0
+
+    def __post_init__(self) -> None:
+        check_positive("local_scale", self.local_scale)
+
+    def _scores(self, support, target, query, way, generator):
+        means = F.normalize(class_means(support.mean(2), target, way), dim=-1)  # [E, way, C]
+        cosines = torch.einsum("eqnc,ewc->eqnw", F.normalize(query, dim=-1), means)
+        logarithms = torch.log_softmax(self.local_scale * cosines, -1)
+        return logarithms.logsumexp(2) - math.log(query.shape[2])
+
+
+@dataclass(frozen=True)
+class Pooled(MapHead):
+    """A head for single features, on the mean of each image's local features.
+
+    Args:
+        head: such as ``ProtoNet()``, without need of a ``base_mean``; its scores and probabilities are this one's.
+
+    Raises:
+        TypeError: a head for maps, or one that needs a ``base_mean``.
+
+    Example:
+        >>> support, target = torch.tensor([[[[0.0], [2.0]], [[4.0], [6.0]]]]), torch.tensor([[0, 1]])
+        >>> Pooled(ProtoNet())(support, target, support, way=2)
+        tensor([[[ -0., -16.],
+                 [-16.,  -0.]]])
+    """
+
+    head: Head
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.head, Head) or self.head.takes_maps or self.head.needs_base_mean:
+            raise TypeError(
+                f"head must be a head for single features that needs no mean of the base classes, got {self.head!r}"
+            )
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        return self.head.probabilities(scores)
+
+    def _scores(self, support, target, query, way, generator):
+        return self.head(support.mean(2), target, query.mean(2), way, generator=generator)
+
+
+MAP_HEADS: Mapping[str, MapHead] = MappingProxyType(
+    {
+        "deepemd": DeepEMDHead(),
+        "deepemd_uniform": DeepEMDHead(weighting="uniform"),
+        "knn": LocalNearestNeighbors(),
+        "prediction_fusion": PredictionFusion(),
+        "protonet": Pooled(ProtoNet()),
+        "protonet_cosine": Pooled(ProtoNet("cosine", scale=10.0)),
+        "matchingnet": Pooled(MatchingNet()),
+        "fc_dot": Pooled(FineTuning(similarity="softmax")),
+        "fc_cosine": Pooled(FineTuning(similarity="cosine")),
+    }
+)
+"""The heads for feature maps by name: the rows of the comparison in the DeepEMD paper."""
+
+
+def find_map_head(name: str) -> MapHead:
+    """The head called ``name`` in ``MAP_HEADS``.
+
+    Raises:
+        ValueError: there is none; the message lists those there are.
+
+    Example:
+        >>> find_map_head("knn")
+        LocalNearestNeighbors(neighbors=3, scale=1.0)
+    """
+    if name not in MAP_HEADS:
+        raise ValueError(f"head must be one of {', '.join(MAP_HEADS)}, got {name!r}")
+    return MAP_HEADS[name]
+
+
+def _queries_at_once(query: Tensor, points: int) -> int:
+    """So many queries of every episode that their similarities to ``points`` local features, twice, fit."""
+    bytes_a_query = 2 * query.element_size() * len(query) * query.shape[2] * points
+    return max(1, _BYTES_AT_ONCE // max(1, bytes_a_query))

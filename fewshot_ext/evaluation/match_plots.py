@@ -1,0 +1,211 @@
+"""Pictures of a match: the strongest flows between the regions of two images, and how much each region counts."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fewshot_ext import _extras
+from fewshot_ext._checks import check_at_least
+from fewshot_ext.models.matching import (
+    Match,
+    Weighting,
+    check_finite_maps,
+    check_floating,
+    checked_maps,
+    match_flows,
+)
+
+# Okabe and Ito's colours that stand out on photographs and stay apart for every common kind of colour blindness; the
+# number at both ends of a line tells the flows apart without them.
+_COLORS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
+_WIDTH = 3.4  # inches of a column
+
+
+def square_regions(nodes: int, height: int, width: int) -> Tensor:
+    """The regions behind the positions of a square feature map, ``[nodes, 4]`` (left, top, right, bottom) in pixels.
+
+    Raises:
+        ValueError: a number that is no square.
+
+    Example:
+        >>> square_regions(4, 8, 8)[1]
+        tensor([4., 0., 8., 4.])
+    """
+    side = math.isqrt(nodes)
+    if side * side != nodes or nodes == 0:
+        raise ValueError(f"regions must be given for {nodes} local features, which form no square map")
+    left, top = torch.arange(side).repeat(side), torch.arange(side).repeat_interleave(side)
+    corners = torch.stack([left * width, top * height, (left + 1) * width, (top + 1) * height], -1)
+    return corners / side
+
+
+def plot_match(
+    query_image: Tensor,
+    support_image: Tensor,
+    query_map: Tensor,
+    support_map: Tensor,
+    path: str | Path,
+    *,
+    query_regions: Tensor | None = None,
+    support_regions: Tensor | None = None,
+    weighting: Weighting = "cross_reference",
+    flows: int = 5,
+    titles: tuple[str, str] = ("query", "support"),
+) -> Match:
+    """Draws the strongest flows between two images above, and the weights of their regions as heat maps below.
+
+    A line's width, and the number in per cent at its ends, is the share of the whole mass that it moves. A weight of 1
+    is the average. Where regions overlap, a pixel shows the mean of those that cover it.
+
+    Args:
+        query_image: ``[C, H, W]`` uint8, or floating in [0, 1]; one or three channels.
+        support_image: likewise.
+        query_map: ``[N, C']`` local features.
+        support_map: ``[M, C']``.
+        path: where the picture goes; the suffix names the format.
+        query_regions: ``[N, 4]`` (left, top, right, bottom) in pixels; those of a square feature map where None.
+        support_regions: ``[M, 4]``, likewise.
+        weighting: as in ``fewshot_ext.models.emd_logits``.
+        flows: how many lines, at most; those that move nothing are left out.
+        titles: above the two images.
+
+    Returns:
+        The match that was drawn; see ``fewshot_ext.models.match_flows``.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        TypeError: maps that are not floating-point tensors.
+        ValueError: images, maps or regions of another shape, features that are not finite, or fewer than one flow.
+        OSError: the file cannot be written.
+
+    Example:
+        >>> image, features = torch.rand(3, 32, 32), torch.rand(16, 8)
+        >>> plot_match(image, image.flip(2), features, features, "match.png").flow.shape
+        torch.Size([16, 16])
+    """
+    check_at_least("flows", flows, 1)
+    _extras.require("train", "matplotlib")
+    images, regions = [], []
+    for name, image, maps, boxes in (
+        ("query", query_image, query_map, query_regions),
+        ("support", support_image, support_map, support_regions),
+    ):
+        images.append(_checked_image(f"{name}_image", image))
+        check_floating(**{f"{name}_map": maps})
+        if maps.dim() != 2:
+            raise ValueError(f"{name}_map must be [N, C], got {list(maps.shape)}")
+        height, width = image.shape[1:]
+        boxes = square_regions(len(maps), height, width) if boxes is None else boxes
+        if boxes.shape != (len(maps), 4):
+            raise ValueError(f"{name}_regions must be [{len(maps)}, 4], got {list(boxes.shape)}")
+        empty = (boxes[:, 2:] <= boxes[:, :2]).any(1)
+        if empty.any():
+            raise ValueError(f"{name}_regions must have an area, got {boxes[empty][0].tolist()}")
+        regions.append(boxes.double().cpu())
+    checked_maps(query_map=query_map[None, None], support_map=support_map[None, None])
+    check_finite_maps(query_map=query_map, support_map=support_map)
+    match = Match(*(part.cpu() for part in match_flows(query_map, support_map, weighting=weighting)))
+    _draw(images, regions, match, flows, titles, path)
+    return match
+
+
+def _checked_image(name: str, image: Tensor) -> Tensor:
+    """``[H, W, 3]`` in [0, 1]."""
+    if not isinstance(image, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(image).__name__}")
+    if image.dim() != 3 or image.shape[0] not in (1, 3) or image.numel() == 0:
+        raise ValueError(f"{name} must be [C, H, W] with one or three channels, got {list(image.shape)}")
+    if image.dtype != torch.uint8 and not image.is_floating_point():
+        raise TypeError(f"{name} must be uint8 or floating-point, got {image.dtype}")
+    pixels = image.detach().cpu().float()
+    if image.dtype == torch.uint8:
+        pixels = pixels / 255
+    elif not ((pixels >= 0) & (pixels <= 1)).all():
+        raise ValueError(f"{name} must lie in [0, 1], got {pixels.min().item():g} to {pixels.max().item():g}")
+    return pixels.expand(3, -1, -1).permute(1, 2, 0)
+
+
+def _draw(
+    images: list[Tensor],
+    regions: list[Tensor],
+    match: Match,
+    flows: int,
+    titles: tuple[str, str],
+    path: str | Path,
+) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    # A Figure without pyplot leaves the caller's backend and open figures alone.
+    figure = Figure(figsize=(_WIDTH, 0.49 * _WIDTH * 2 + 0.75), dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle("strongest flows, in % of the mass", fontsize=8)
+    axes = figure.subplots(2, 2)
+    weights = [_heat_map(*part) for part in zip(images, regions, match[1:], strict=True)]
+    covered = torch.cat([part[part.isfinite()] for part in weights])
+    low, high = float(covered.min()), float(covered.max())
+    scale = ScalarMappable(
+        Normalize(low if high - low > 1e-6 else 0.0, high), "viridis"
+    )  # equal weights are a range too
+    for column, (image, weight, title) in enumerate(zip(images, weights, titles, strict=True)):
+        axes[0, column].imshow(image.numpy(), interpolation="nearest")
+        axes[0, column].set_title(title, fontsize=8)
+        # Colour for the weight and brightness for the picture: a layer that shines through would blur both.
+        brightness = 0.5 + 0.5 * image.mean(-1, keepdim=True).numpy()
+        axes[1, column].imshow(scale.to_rgba(weight.numpy())[..., :3] * brightness, interpolation="nearest")
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.spines[:].set_visible(False)
+    _draw_flows(figure, axes[0], regions, match.flow, flows)
+    bar = figure.colorbar(scale, ax=axes[1], orientation="horizontal", fraction=0.05, pad=0.04, aspect=40)
+    bar.set_label("weight of the region (1 is the average)", fontsize=7)
+    bar.ax.tick_params(labelsize=7)
+    bar.outline.set_visible(False)
+    figure.savefig(path)
+
+
+def _draw_flows(figure, axes, regions: list[Tensor], flow: Tensor, flows: int) -> None:
+    from matplotlib.patches import ConnectionPatch, Rectangle
+    from matplotlib.text import Text
+
+    shares = (flow / flow.sum()).flatten()
+    strongest = shares.topk(min(flows, shares.numel()))
+    moved = [(share, place) for share, place in zip(*(part.tolist() for part in strongest), strict=True) if share > 0]
+    for rank, (share, place) in reversed(list(enumerate(moved))):  # the strongest last, on top
+        color = _COLORS[rank % len(_COLORS)]
+        boxes = [boxes[index] for boxes, index in zip(regions, divmod(place, flow.shape[1]), strict=True)]
+        centres = [((box[:2] + box[2:]) / 2 - 0.5).tolist() for box in boxes]  # pixel i is drawn around i
+        width = 0.8 + 2.2 * share / moved[0][0]
+        for axis, box in zip(axes, boxes, strict=True):
+            left, top, right, bottom = box.tolist()
+            corner, size = (left - 0.5, top - 0.5), (right - left, bottom - top)
+            axis.add_patch(Rectangle(corner, *size, fill=False, edgecolor=color, linewidth=1.2))
+        # Lines bent apart: between regions of one row they would lie on top of each other.
+        bend = (-1) ** rank * (0.08 + 0.05 * (rank // 2))
+        line = {"coordsA": "data", "coordsB": "data", "axesA": axes[0], "axesB": axes[1]}
+        for under, extra in (("black", 0.8), (color, 0.0)):  # a dark edge, for light pictures
+            curve = ConnectionPatch(*centres, **line, connectionstyle=f"arc3,rad={bend}", capstyle="round")
+            curve.set(color=under, linewidth=width + extra)
+            figure.add_artist(curve)
+        for axis, centre in zip(axes, centres, strict=True):
+            label = {"facecolor": color, "edgecolor": "black", "linewidth": 0.4, "boxstyle": "round,pad=0.15"}
+            style = {"fontsize": 5.5, "ha": "center", "va": "center", "bbox": label}
+            # Of the figure, as the lines are: what belongs to an axis lies below them.
+            figure.add_artist(Text(*centre, f"{100 * share:.0f}", transform=axis.transData, zorder=9, **style))
+
+
+def _heat_map(image: Tensor, regions: Tensor, weight: Tensor) -> Tensor:
+    """``[H, W]``, the mean weight of the regions over each pixel, in average weights; NaN where there is none."""
+    height, width = image.shape[:2]
+    centres = [torch.arange(size, dtype=regions.dtype) + 0.5 for size in (width, height)]
+    inside = [
+        (centre >= regions[:, axis, None]) & (centre < regions[:, axis + 2, None])
+        for axis, centre in enumerate(centres)
+    ]
+    over = torch.einsum("nh,nw->nhw", inside[1].double(), inside[0].double())
+    return torch.einsum("nhw,n->hw", over, weight.double() / weight.mean()) / over.sum(0)

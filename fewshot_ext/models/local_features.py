@@ -1,0 +1,321 @@
+"""Local features of images, the three ways of DeepEMD: positions of a feature map, crops on a grid, random crops."""
+
+import zlib
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fewshot_ext._checks import check_at_least
+from fewshot_ext._random import derive_generator
+from fewshot_ext.models.backbone import Backbone
+
+# Of torchvision's RandomResizedCrop, which the official implementation draws its regions with.
+_SMALLEST_AREA = 0.08
+_LARGEST_ASPECT = 4 / 3
+_ATTEMPTS = 10
+
+
+class LocalFeatures(nn.Module):
+    """A module from images ``[B, ...]`` to N local features each, ``[B, N, C]``, in the mode that its backbone is in.
+
+    Args:
+        backbone: offers ``feature_map``, images ``[B, ...]`` to ``[B, C, h, w]``.
+        preprocessing: applied to the images first, such as ``fewshot_ext.data.ImageInput``; nothing where None. Of a
+            trained network, ``extractor = fewshot_ext.training.load_backbone(path)``, the two are
+            ``extractor.backbone`` and ``extractor.input``.
+
+    Raises:
+        TypeError: a backbone without ``feature_map``.
+    """
+
+    def __init__(self, backbone: Backbone | nn.Module, preprocessing: nn.Module | None = None) -> None:
+        super().__init__()
+        if not callable(getattr(backbone, "feature_map", None)):
+            raise TypeError(f"backbone must have a method feature_map, {type(backbone).__name__} has none")
+        self.backbone = backbone
+        self.preprocessing = nn.Identity() if preprocessing is None else preprocessing
+        self.training = backbone.training  # what wraps a trained network is not about to train it
+
+    def forward(self, images: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class FCN(LocalFeatures):
+    """Every position of the feature map is a region: 5 x 5 for a ResNet-12 on 84 x 84 pixels.
+
+    Args:
+        backbone, preprocessing: see :class:`LocalFeatures`.
+        pyramid: sides of coarser grids that the map is pooled to beside it, such as (2, 3); their regions come first.
+
+    Shape:
+        ``[B, channels, H, W]`` -> ``[B, N, C]``, N = h w plus the squares of the pyramid's sides.
+
+    Raises:
+        TypeError: a backbone without ``feature_map``.
+        ValueError: a pyramid with a side below 1.
+
+    Reference:
+        Zhang et al., DeepEMD, CVPR 2020; the pyramid is that of the official implementation.
+
+    Example:
+        >>> from fewshot_ext.models import conv4
+        >>> FCN(conv4(), pyramid=(2, 3))(torch.rand(2, 3, 84, 84)).shape
+        torch.Size([2, 38, 64])
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone | nn.Module,
+        pyramid: Sequence[int] = (),
+        *,
+        preprocessing: nn.Module | None = None,
+    ) -> None:
+        super().__init__(backbone, preprocessing)
+        self.pyramid = _checked_sides("pyramid", pyramid)
+
+    def forward(self, images: Tensor) -> Tensor:
+        feature_map = self.backbone.feature_map(self.preprocessing(images))
+        levels = [F.adaptive_avg_pool2d(feature_map, side) for side in self.pyramid]
+        return torch.cat([level.flatten(2) for level in (*levels, feature_map)], 2).mT
+
+    def extra_repr(self) -> str:
+        return f"pyramid={self.pyramid}"
+
+
+class _Crops(LocalFeatures):
+    """Each region is a crop, resized to the whole image's size; its feature is the mean over the crop's map."""
+
+    def __init__(self, backbone: Backbone | nn.Module, horizontal_flip: bool, preprocessing: nn.Module | None) -> None:
+        super().__init__(backbone, preprocessing)
+        self.horizontal_flip = horizontal_flip
+
+    def forward(self, images: Tensor) -> Tensor:
+        pixels = self.preprocessing(images)
+        if pixels.dim() != 4 or not pixels.is_floating_point():
+            raise TypeError(
+                "images must be floating-point [B, C, H, W], or a preprocessing must make them so, "
+                f"got {pixels.dtype} {list(pixels.shape)}"
+            )
+        boxes, mirrored = self.draw(images, *pixels.shape[2:])
+        crops = resized_crops(pixels, boxes, mirrored)
+        features = self.backbone.feature_map(crops.flatten(0, 1)).mean((2, 3))
+        return features.unflatten(0, crops.shape[:2])
+
+    def draw(self, images: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """The regions of images ``[B, ...]`` that are ``height`` x ``width`` after the preprocessing.
+
+        Returns:
+            Boxes ``[B, N, 4]`` int64, (left, top, right, bottom) in pixels, and whether each is mirrored, ``[B, N]``
+            bool; both on the CPU.
+        """
+        raise NotImplementedError
+
+
+class Grid(_Crops):
+    """The image cut into grids of several sizes; every cell, enlarged around its centre, is a region.
+
+    In training the enlargement is drawn for every image and grid, 1 + 2 U(0, 1), from torch's global generator.
+
+    Args:
+        backbone, preprocessing: see :class:`LocalFeatures`.
+        grids: sides of the grids.
+        ratio: side of a region in evaluation, in sides of a cell; what reaches over the image's edge is cut off.
+        horizontal_flip: mirror half of the regions in training. Never for digits or letters.
+
+    Shape:
+        ``[B, channels, H, W]`` -> ``[B, N, C]``, N the sum of the squares of the grids' sides: 13 by default.
+
+    Raises:
+        TypeError: a backbone without ``feature_map``.
+        ValueError: grids without a cell or a ratio below 1; in a call, images smaller than a grid.
+
+    Reference:
+        Zhang et al., DeepEMD: Differentiable Earth Mover's Distance for Few-Shot Learning, TPAMI 2022; numbers and
+        rounding are those of the official implementation.
+
+    Example:
+        >>> from fewshot_ext.models import conv4
+        >>> Grid(conv4())(torch.rand(2, 3, 32, 32)).shape
+        torch.Size([2, 13, 64])
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone | nn.Module,
+        grids: Sequence[int] = (2, 3),
+        ratio: float = 2.0,
+        *,
+        horizontal_flip: bool = True,
+        preprocessing: nn.Module | None = None,
+    ) -> None:
+        super().__init__(backbone, horizontal_flip, preprocessing)
+        self.grids, self.ratio = _checked_sides("grids", grids), ratio
+        if not self.grids:
+            raise ValueError("grids must name at least one side, got none")
+        check_at_least("ratio", ratio, 1)
+
+    def draw(self, images: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+        # A cell of one pixel, not enlarged, has half a pixel on either side of its centre: rounded, no area at all.
+        if min(height, width) < 2 * max(self.grids):
+            raise ValueError(
+                f"images must be at least {2 * max(self.grids)} x {2 * max(self.grids)} pixels for a grid of "
+                f"{max(self.grids)} x {max(self.grids)}, got {height} x {width}"
+            )
+        boxes = []
+        for side in self.grids:
+            ratio = torch.full((len(images), 1), self.ratio, dtype=torch.float64)
+            if self.training:
+                ratio = 1 + 2 * torch.rand_like(ratio)
+            (top, bottom), (left, right) = (_enlarged_cells(size, side, ratio) for size in (height, width))
+            left, right = (part.repeat(1, side) for part in (left, right))
+            top, bottom = (part.repeat_interleave(side, 1) for part in (top, bottom))
+            boxes.append(torch.stack([left, top, right, bottom], -1))
+        drawn = torch.cat(boxes, 1)
+        mirrored = torch.rand(drawn.shape[:2]) < 0.5 * (self.training and self.horizontal_flip)
+        return drawn, mirrored
+
+    def extra_repr(self) -> str:
+        return f"grids={self.grids}, ratio={self.ratio}, horizontal_flip={self.horizontal_flip}"
+
+
+class Sampling(_Crops):
+    """Random resized crops: 8 to 100 % of the image's area, with sides in a ratio of 3:4 to 4:3.
+
+    In training they come from torch's global generator. In evaluation they are decided by ``seed`` and the pixels of
+    the image, so that the features of an image are the same in every batch and in every run.
+
+    Args:
+        backbone, preprocessing: see :class:`LocalFeatures`.
+        regions: crops an image.
+        seed: decides the crops in evaluation.
+        horizontal_flip: mirror half of the crops, in evaluation too, as the official implementation does. Never for
+            digits or letters.
+
+    Shape:
+        ``[B, channels, H, W]`` -> ``[B, regions, C]``.
+
+    Raises:
+        TypeError: a backbone without ``feature_map``.
+        ValueError: no regions, or a negative seed.
+
+    Reference:
+        Zhang et al., DeepEMD: Differentiable Earth Mover's Distance for Few-Shot Learning, TPAMI 2022; numbers are
+        those of the official implementation.
+
+    Example:
+        >>> from fewshot_ext.models import conv4
+        >>> features, images = Sampling(conv4()).eval(), torch.rand(2, 3, 32, 32)
+        >>> features(images).shape
+        torch.Size([2, 9, 64])
+        >>> torch.allclose(features(images)[1:], features(images[1:]), atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone | nn.Module,
+        regions: int = 9,
+        *,
+        seed: int = 0,
+        horizontal_flip: bool = True,
+        preprocessing: nn.Module | None = None,
+    ) -> None:
+        super().__init__(backbone, horizontal_flip, preprocessing)
+        check_at_least("regions", regions, 1)
+        check_at_least("seed", seed, 0)
+        self.regions, self.seed = regions, seed
+
+    def draw(self, images: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+        uniform = torch.empty(len(images), self.regions, 2 * _ATTEMPTS + 3, dtype=torch.float64)
+        if self.training:
+            uniform.uniform_()
+        else:
+            for row, image in zip(uniform, images, strict=True):
+                content = image.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+                row.uniform_(generator=derive_generator(self.seed, zlib.crc32(content)))
+        return random_boxes(uniform[..., 1:], height, width), (uniform[..., 0] < 0.5) & self.horizontal_flip
+
+    def extra_repr(self) -> str:
+        return f"regions={self.regions}, seed={self.seed}, horizontal_flip={self.horizontal_flip}"
+
+
+def resized_crops(images: Tensor, boxes: Tensor, mirrored: Tensor) -> Tensor:
+    """Parts of images, enlarged bilinearly to the size of the whole; nothing outside of a part shines in.
+
+    Args:
+        images: ``[B, C, H, W]``, floating.
+        boxes: ``[B, P, 4]`` (left, top, right, bottom) in whole pixels, each of at least one pixel.
+        mirrored: ``[B, P]`` bool, whether the crop is flipped from left to right.
+
+    Returns:
+        ``[B, P, C, H, W]``, differentiable to the images.
+
+    Example:
+        >>> image = torch.arange(16.0).view(1, 1, 4, 4)
+        >>> resized_crops(image, torch.tensor([[[2, 0, 4, 1]]]), torch.tensor([[False]]))[0, 0, 0, 0]
+        tensor([2.0000, 2.2500, 2.7500, 3.0000])
+    """
+    batch, channels, height, width = images.shape
+    regions = boxes.shape[1]
+    left, top, right, bottom = boxes.to(images.device, torch.float32).unsqueeze(-1).unbind(2)  # [B, P, 1]
+
+    def positions(start: Tensor, stop: Tensor, size: int) -> Tensor:
+        centres = (torch.arange(size, device=images.device) + 0.5) / size  # [size], in sides of the box
+        return torch.clamp(start + centres * (stop - start) - 0.5, start, stop - 1)  # [B, P, size]
+
+    across, down = positions(left, right, width), positions(top, bottom, height)
+    across = torch.where(mirrored.to(images.device).unsqueeze(-1), across.flip(-1), across)
+    # grid_sample runs over [-1, 1] from edge to edge. The regions of an image lie below each other in one tall grid.
+    across = ((2 * across + 1) / width - 1).unsqueeze(2).expand(-1, -1, height, -1)
+    down = ((2 * down + 1) / height - 1).unsqueeze(3).expand(-1, -1, -1, width)
+    grid = torch.stack([across, down], -1).flatten(1, 2).to(images.dtype)
+    crops = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return crops.view(batch, channels, regions, height, width).transpose(1, 2)
+
+
+def random_boxes(uniform: Tensor, height: int, width: int) -> Tensor:
+    """Boxes of random area, aspect and place, distributed as those of torchvision's ``RandomResizedCrop``.
+
+    It draws area and aspect again while the box does not fit, ten times at most, and then takes the largest box of a
+    legal aspect, in the middle of the image; here that one has a random place too.
+
+    Args:
+        uniform: ``[..., 22]`` numbers of [0, 1) that decide them.
+        height, width: of the image, in pixels.
+
+    Returns:
+        ``[..., 4]`` int64 (left, top, right, bottom).
+
+    Example:
+        >>> random_boxes(torch.full((22,), 0.5), 32, 32)
+        tensor([ 4,  4, 28, 28])
+    """
+    place, draws = uniform[..., :2], uniform[..., 2:].unflatten(-1, (_ATTEMPTS, 2))
+    area = height * width * (_SMALLEST_AREA + (1 - _SMALLEST_AREA) * draws[..., 0])
+    aspect = _LARGEST_ASPECT ** (2 * draws[..., 1] - 1)
+    size = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], -1).round().long()  # [..., attempts, 2]
+    limit = torch.tensor([width, height])
+    fits = ((size >= 1) & (size <= limit)).all(-1)
+    widest = min(width, round(height * _LARGEST_ASPECT))
+    highest = min(height, round(width * _LARGEST_ASPECT))
+    size = torch.cat([size, torch.tensor([widest, highest]).expand(*size.shape[:-2], 1, 2)], -2)
+    first = F.pad(fits, (0, 1), value=True).long().argmax(-1)
+    size = size.gather(-2, first[..., None, None].expand(*first.shape, 1, 2)).squeeze(-2)
+    start = (place * (limit - size + 1)).long()
+    return torch.cat([start, start + size], -1)
+
+
+def _enlarged_cells(size: int, side: int, ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the cells of a line begin and end, ``[B, side]`` each, enlarged by ratios ``[B, 1]``."""
+    half = (size / side * ratio).long() // 2
+    cell = size // side
+    centre = cell // 2 + cell * torch.arange(side)
+    return (centre - half).clamp_min(0), (centre + half).clamp_max(size)
+
+
+def _checked_sides(name: str, sides: Sequence[int]) -> tuple[int, ...]:
+    for side in sides:
+        check_at_least(name, side, 1)
+    return tuple(sides)

@@ -1,0 +1,114 @@
+"""The picture of a match: what it shows, and what it refuses."""
+
+import pytest
+import torch
+
+from fewshot_ext.evaluation import plot_match, square_regions
+from fewshot_ext.evaluation.match_plots import _heat_map
+from fewshot_ext.models import match_flows
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def pair(nodes=4):
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.rand(2, nodes, 6, generator=generator)
+    images = (torch.rand(2, 3, 12, 16, generator=generator) * 255).byte()
+    return images[0], images[1], maps[0], maps[1]
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved, instead of files."""
+    from matplotlib.figure import Figure
+
+    saved = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: saved.append(figure))
+    return saved
+
+
+def test_square_regions_cover_the_image():
+    regions = square_regions(4, 12, 16)
+    assert regions.tolist() == [[0, 0, 8, 6], [8, 0, 16, 6], [0, 6, 8, 12], [8, 6, 16, 12]]
+
+
+def test_writes_a_picture_of_a_column(tmp_path):
+    image_module = pytest.importorskip("PIL.Image")
+    query, support, query_map, support_map = pair()
+    match = plot_match(query, support, query_map, support_map, tmp_path / "match.png")
+    for found, expected in zip(match, match_flows(query_map, support_map), strict=True):
+        assert torch.equal(found, expected)
+    width, height = image_module.open(tmp_path / "match.png").size
+    assert width == 680 and 600 < height < 1000
+
+
+def test_shows_the_strongest_flows_and_their_shares(figures):
+    query, support, query_map, support_map = pair(nodes=9)
+    match = plot_match(query, support, query_map, support_map, "unused.png", flows=3)
+    shares = (match.flow / 9).flatten().topk(3)
+    figure = figures[0]
+    labels = [artist.get_text() for artist in figure.artists if hasattr(artist, "get_text")]
+    expected = [f"{100 * share:.0f}" for share in shares.values.flip(0).tolist() for _ in range(2)]
+    assert labels == expected
+    boxes = [[rectangle.get_bbox().bounds for rectangle in axis.patches] for axis in figure.axes[:2]]
+    for rank, place in enumerate(shares.indices.flip(0).tolist()):
+        for side, index in enumerate(divmod(place, 9)):
+            left, top, right, bottom = square_regions(9, 12, 16)[index].tolist()
+            assert boxes[side][rank] == pytest.approx((left - 0.5, top - 0.5, right - left, bottom - top), rel=1e-5)
+
+
+def test_no_line_for_what_does_not_move(figures):
+    image, features = torch.rand(1, 8, 8), torch.eye(4)
+    plot_match(image, image, features, features, "unused.png", flows=50)
+    assert len(figures[0].axes[0].patches) == 4
+
+
+def test_equal_weights_have_a_scale(figures):
+    query, support, query_map, support_map = pair()
+    plot_match(query, support, query_map, support_map, "unused.png", weighting="uniform")
+    assert figures[0].axes[4].get_xlim() == (0.0, 1.0)
+
+
+def test_heat_map_averages_the_regions_over_a_pixel():
+    regions = torch.tensor([[0.0, 0.0, 2.0, 2.0], [1.0, 0.0, 4.0, 2.0]])
+    heat = _heat_map(torch.zeros(3, 4, 3), regions, torch.tensor([0.5, 1.5]))
+    torch.testing.assert_close(heat[:2], torch.tensor([[0.5, 1.0, 1.5, 1.5]] * 2, dtype=torch.float64))
+    assert heat[2].isnan().all()
+
+
+IMAGE, MAP = torch.zeros(3, 8, 8), torch.rand(4, 6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"query_image": [1]}, TypeError, "query_image must be a tensor, got list"),
+        ({"query_image": IMAGE[0]}, ValueError, r"query_image must be \[C, H, W\] .* got \[8, 8\]"),
+        ({"support_image": torch.zeros(2, 8, 8)}, ValueError, "support_image must be .* one or three channels"),
+        ({"support_image": IMAGE.int()}, TypeError, "support_image must be uint8 or floating-point, got torch.int32"),
+        ({"support_image": IMAGE + 7}, ValueError, r"support_image must lie in \[0, 1\], got 7 to 7"),
+        ({"query_map": None}, TypeError, "query_map must be a floating-point tensor, got NoneType"),
+        ({"query_map": MAP[None]}, ValueError, r"query_map must be \[N, C\], got \[1, 4, 6\]"),
+        ({"support_map": MAP[:, :5]}, ValueError, "support_map must have the 6 channels of query_map, got 5"),
+        ({"support_map": MAP[:3]}, ValueError, "regions must be given for 3 local features"),
+        ({"support_map": MAP[:0]}, ValueError, "regions must be given for 0 local features"),
+        ({"query_map": MAP * float("nan")}, ValueError, "query_map must be finite, got NaN"),
+        ({"query_regions": torch.zeros(3, 4)}, ValueError, r"query_regions must be \[4, 4\], got \[3, 4\]"),
+        ({"support_regions": torch.zeros(4, 4)}, ValueError, r"support_regions must have an area, got \[0.0, 0.0, 0"),
+        ({"flows": 0}, ValueError, "flows must be at least 1, got 0"),
+        ({"weighting": "norm"}, ValueError, "weighting must be 'cross_reference' or 'uniform'"),
+    ],
+)
+def test_bad_input_is_named_and_nothing_is_written(changes, error, message, tmp_path):
+    arguments = {"query_image": IMAGE, "support_image": IMAGE, "query_map": MAP, "support_map": MAP, **changes}
+    with pytest.raises(error, match=message):
+        plot_match(**arguments, path=tmp_path / "match.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_matplotlib_is_named(monkeypatch):
+    from fewshot_ext import _extras
+
+    monkeypatch.setattr(_extras, "is_installed", lambda module: module != "matplotlib")
+    with pytest.raises(ImportError, match=r"'matplotlib' is missing; pip install 'fewshot_ext\[train\]'"):
+        plot_match(IMAGE, IMAGE, MAP, MAP, "match.png")
