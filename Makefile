@@ -11,6 +11,7 @@ CUDA_TORCH ?= torch===2.13.0
 VENV ?= .venv
 CUDA_VENV ?= .venv-cuda
 PYTEST_ARGS ?=
+PROCESSES ?= auto
 REPORT_ARGS ?=
 DEMO_ARGS ?= --output demo_output
 
@@ -27,14 +28,14 @@ BUILD := pyproject.toml setup.py $(wildcard build_backend/*.py)
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*  ## /\t/' | expand -t 14
-	@echo "Variables: PYTHON=$(PYTHON) TORCH=\"$(TORCH)\" VENV=$(VENV) PYTEST_ARGS DEMO_ARGS REPORT_ARGS"
+	@echo "Variables: PYTHON=$(PYTHON) TORCH=\"$(TORCH)\" VENV=$(VENV) PYTEST_ARGS PROCESSES=$(PROCESSES) DEMO_ARGS REPORT_ARGS"
 	@echo "           CUDA_TORCH=\"$(CUDA_TORCH)\" CUDA_VENV=$(CUDA_VENV) TORCH_CUDA_ARCH_LIST MAX_JOBS"
 
 demo: $(VENV)/.train  ## Pre-train with five margins on real images, evaluate few-shot accuracy, draw the figure
 	$(BIN)/fewshot-ext demo $(DEMO_ARGS)
 
 test: $(VENV)/.test  ## Run the tests
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest --numprocesses $(PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.test  ## Run the tests marked slow
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)

@@ -18,7 +18,7 @@ what it had; the last lines it prints say how far it got. Exit code: 0 for a rep
 tests failed, a sanitizer found errors or an operator's result was wrong; 2 where there is no GPU to run on; 128 + n
 after signal n.
 """
-OPERATORS = ("margin_softmax", "emd")  # each has a module gpu_<name>, see benchmarks/README.md
+OPERATORS = ("margin_softmax", "emd", "episode_finetune")  # each has a module gpu_<name>, see benchmarks/README.md
 SECTIONS = ("tests", *OPERATORS)
 
 

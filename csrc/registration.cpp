@@ -18,7 +18,8 @@ STABLE_TORCH_LIBRARY(fewshot_ext, m) {
       "-> (Tensor value, Tensor flow, Tensor supply_dual, Tensor demand_dual, Tensor basis, Tensor pivots)");
   m.def("emd_flow_backward(Tensor grad_flow, Tensor basis) -> (Tensor grad_supply, Tensor grad_demand)");
   m.def(
-      "finetune_episodes(Tensor support, Tensor support_target, Tensor query, Tensor weight, Tensor order, bool cosine, "
+      "finetune_episodes(Tensor support, Tensor support_target, Tensor query, Tensor weight, Tensor order, bool "
+      "cosine, "
       "float scale, float margin, int batch_size, float lr, float momentum, float dampening, float weight_decay) "
       "-> Tensor");
   m.def("draw_episodes(Tensor support, Tensor seed, int way, int steps) -> (Tensor weight, Tensor order)");

@@ -7,7 +7,7 @@ from types import ModuleType
 
 from fewshot_ext import _extras
 from fewshot_ext._version import __version__
-from fewshot_ext.commands import classify, data, demo, env, evaluate, pretrain
+from fewshot_ext.commands import analyze, classify, data, demo, env, evaluate, pretrain
 
 # Each command is a module with SUMMARY, add_arguments(parser) and prepare(arguments, resolved) -> run. `prepare`
 # finds every mistake of the user and raises it as ImportError, OSError, TypeError or ValueError; `run` does the
@@ -15,6 +15,7 @@ from fewshot_ext.commands import classify, data, demo, env, evaluate, pretrain
 # mapping of the same kind, is a group: "fewshot-ext data pack". A module may have config_action() -> the argparse
 # action of its --config.
 COMMANDS: dict[str, ModuleType] = {
+    "analyze": analyze,
     "classify": classify,
     "data": data,
     "demo": demo,

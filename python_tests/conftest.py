@@ -24,6 +24,10 @@ settings.register_profile(
 settings.load_profile("repeatable")
 
 
+# Workers of pytest-xdist share the cores.
+torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
+
 @pytest.fixture
 def one_thread():
     """For tests on tensors so small that threads mostly wait for each other, and long on a busy machine."""

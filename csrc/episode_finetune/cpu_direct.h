@@ -51,10 +51,22 @@ class DirectTraining {
     }
   }
 
-  // A step of SGD on `count` support vectors.
-  void step(const int32_t* batch, int64_t count, const int32_t* labels, bool first) {
+  // Steps of SGD through the support in this order.
+  bool pass(const int32_t* order, const int32_t* labels, bool first, double) {
+    const int64_t batch = settings_.batch_size;
+    for (int64_t begin = 0; begin < size_; begin += batch)
+      step(order + begin, std::min(batch, size_ - begin), labels, settings_.sgd_step(first && begin == 0));
+    return true;
+  }
+
+  // w_c [D].
+  void finish(const T* const*, int64_t dimensions, int64_t c, double* weight) const {
+    std::copy(weight_ + c * stride_, weight_ + c * stride_ + dimensions, weight);
+  }
+
+ private:
+  void step(const int32_t* batch, int64_t count, const int32_t* labels, const SgdStep& sgd) {
     const int64_t width = rows_.width();
-    const SgdStep sgd = settings_.sgd_step(first);
     const T factor = T(sgd.taken * settings_.scale / double(count));
     for (int64_t b = 0; b < count; ++b) images_[b] = support_ + batch[b] * stride_;
     each_dot<T>(images_, count, classifiers_, way_, stride_,
@@ -79,14 +91,6 @@ class DirectTraining {
     }
   }
 
-  static bool sound(double) { return true; }
-
-  // w_c [D].
-  void finish(const T* const*, int64_t dimensions, int64_t c, double* weight) const {
-    std::copy(weight_ + c * stride_, weight_ + c * stride_ + dimensions, weight);
-  }
-
- private:
   // v = kept v + decay w + sum_b errors_b x_b, w -= lr v; returns |w|^2.
   T move(int64_t c, int64_t count, T kept, T decay) {
     constexpr int64_t most = 4;

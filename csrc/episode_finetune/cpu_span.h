@@ -25,12 +25,14 @@ class SpanTraining {
       : settings_(settings), rows_(way), size_(support_size), way_(way) {}
 
   void lay_out(ByteArena& arena) {
-    const int64_t width = rows_.width(), batch = std::min(settings_.batch_size, size_);
+    const int64_t width = rows_.width(), steps = (size_ + settings_.batch_size - 1) / settings_.batch_size;
     gram_ = arena.take<double>(size_ * size_);
     products_ = arena.take<double>(size_ * 2 * width);
     coefficients_ = arena.take<double>((size_ + 1) * 2 * width);
-    errors_ = arena.take<double>(batch * width);
-    for (double** row : {&squares_, &along_, &speeds_, &inverse_, &decay_, &lengths_}) *row = arena.take<double>(width);
+    errors_ = arena.take<double>(size_ * width);
+    decays_ = arena.take<double>(steps * width);
+    entered_ = arena.take<double>(steps * 2 * width);
+    for (double** row : {&squares_, &along_, &speeds_, &inverse_, &lengths_}) *row = arena.take<double>(width);
     scales_ = arena.take<double>(size_);
     factors_ = arena.take<double>(size_ + 1);
     terms_ = arena.take<const void*>(size_ + 1);
@@ -71,14 +73,36 @@ class SpanTraining {
       store(inverse_ + v * lanes, inverse_norms<double>(load(squares_ + v * lanes)));
   }
 
-  // A step of SGD on `count` support vectors.
-  FEWSHOT_EXT_INLINE void step(const int32_t* batch, int64_t count, const int32_t* labels, bool first) {
+  // Steps of SGD through the support in this order; false if the coefficients can no longer tell the classifiers.
+  bool pass(const int32_t* order, const int32_t* labels, bool first, double largest_share) {
+    const int64_t width = rows_.width(), batch = settings_.batch_size;
+    for (int64_t begin = 0; begin < size_; begin += batch)
+      step(order + begin, std::min(batch, size_ - begin), labels, settings_.sgd_step(first && begin == 0),
+           errors_ + begin * width, decays_ + begin / batch * width);
+    move_coefficients(order, first);
+    return sound(largest_share);
+  }
+
+  // w_c [D].
+  template <class From>
+  void finish(const From* const* vectors, int64_t dimensions, int64_t c, double* weight) {
     const int64_t width = rows_.width();
-    const SgdStep sgd = settings_.sgd_step(first);
+    const auto** terms = reinterpret_cast<const From**>(terms_);
+    for (int64_t s = 0; s <= size_; ++s) {
+      factors_[s] = coefficients_[s * 2 * width + c] * (s < size_ ? scales_[s] : 1.0);
+      terms[s] = vectors[s < size_ ? s : size_ + c];
+    }
+    combine(factors_, terms, size_ + 1, dimensions, weight);
+  }
+
+ private:
+  void step(const int32_t* batch, int64_t count, const int32_t* labels, const SgdStep& sgd, double* errors,
+            double* decays) {
+    const int64_t width = rows_.width();
     const double factor = sgd.taken * settings_.scale / double(count);
     for (int64_t b = 0; b < count; ++b) {
       const double* product = products_ + batch[b] * 2 * width;
-      rows_.errors(product, inverse_, labels[batch[b]], settings_.scale, settings_.margin, factor, errors_ + b * width);
+      rows_.errors(product, inverse_, labels[batch[b]], settings_.scale, settings_.margin, factor, errors + b * width);
     }
     // The gradient is P + decay w with P = sum_b errors_b x_b, both times `taken` already.
     for (int64_t v = 0; v < rows_.vectors(); ++v) {
@@ -87,8 +111,8 @@ class SpanTraining {
         const Row inverse = load(inverse_ + v * lanes);
         for (int64_t b = 0; b < count; ++b) {
           const double* product = products_ + batch[b] * 2 * width + v * lanes;
-          const Row error = load(errors_ + b * width + v * lanes) * inverse;
-          store(errors_ + b * width + v * lanes, error);
+          const Row error = load(errors + b * width + v * lanes) * inverse;
+          store(errors + b * width + v * lanes, error);
           with_weight += error * load(product);
           with_velocity += error * load(product + width);
         }
@@ -100,11 +124,10 @@ class SpanTraining {
         store(along_ + v * lanes, sgd.kept * along + with_weight + decay * squares);
         store(speeds_ + v * lanes, sgd.kept * speeds + with_velocity + decay * along);
       }
-      store(decay_ + v * lanes, decay);
+      store(decays + v * lanes, decay);
     }
-    move_products(batch, count, sgd.kept);
-    if (settings_.cosine) move_norms(batch, count, sgd.kept);
-    move_coefficients(batch, count, sgd.kept);
+    move_products(batch, count, sgd.kept, errors, decays);
+    if (settings_.cosine) move_norms(batch, count, sgd.kept, errors, decays);
   }
 
   // Whether the coefficients still tell the classifiers. Where a classifier is short and points along its gradient, a
@@ -124,37 +147,24 @@ class SpanTraining {
     return true;
   }
 
-  // w_c [D].
-  template <class From>
-  void finish(const From* const* vectors, int64_t dimensions, int64_t c, double* weight) {
-    const int64_t width = rows_.width();
-    const auto** terms = reinterpret_cast<const From**>(terms_);
-    for (int64_t s = 0; s <= size_; ++s) {
-      factors_[s] = coefficients_[s * 2 * width + c] * (s < size_ ? scales_[s] : 1.0);
-      terms[s] = vectors[s < size_ ? s : size_ + c];
-    }
-    combine(factors_, terms, size_ + 1, dimensions, weight);
-  }
-
- private:
   static FEWSHOT_EXT_INLINE Row magnitude(const Row& x) { return x < 0 ? -x : x; }
 
   // p = kept p + decay u + sum_b errors_b K_b, u -= lr p.
-  void move_products(const int32_t* batch, int64_t count, double kept) {
+  void move_products(const int32_t* batch, int64_t count, double kept, const double* errors, const double* decays) {
     constexpr int64_t most = 4;
     for (int64_t b = 0; b < count; b += most) {
       const bool begins = b == 0, ends = b + most >= count;
       const double keep = begins ? kept : 1.0, lr = ends ? settings_.lr : 0.0;
-      move_products<most>(std::min(most, count - b), batch + b, errors_ + b * rows_.width(), keep, begins ? 1.0 : 0.0,
-                          lr);
+      move_products<most>(std::min(most, count - b), batch + b, errors + b * rows_.width(), decays, keep,
+                          begins ? 1.0 : 0.0, lr);
     }
   }
 
   template <int samples>
-  FEWSHOT_EXT_INLINE void move_products(int64_t count, const int32_t* batch, const double* errors, double kept,
-                                        double decays, double lr) {
+  FEWSHOT_EXT_INLINE void move_products(int64_t count, const int32_t* batch, const double* errors, const double* decays,
+                                        double kept, double decay_factor, double lr) {
     if constexpr (samples > 1) {
-      if (count != samples) return move_products<samples - 1>(count, batch, errors, kept, decays, lr);
+      if (count != samples) return move_products<samples - 1>(count, batch, errors, decays, kept, decay_factor, lr);
     }
     const int64_t width = rows_.width();
     const double* similarity[samples];
@@ -163,7 +173,7 @@ class SpanTraining {
       Row error[samples];
 #pragma GCC unroll 4
       for (int b = 0; b < samples; ++b) error[b] = load(errors + b * width + v * lanes);
-      const Row decay = decays * load(decay_ + v * lanes);
+      const Row decay = decay_factor * load(decays + v * lanes);
       double* product = products_ + v * lanes;
       for (int64_t s = 0; s < size_; ++s, product += 2 * width) {
         const Row with_weight = load(product);
@@ -176,36 +186,53 @@ class SpanTraining {
     }
   }
 
-  // B = kept B + decay A + errors, A -= lr B.
-  void move_coefficients(const int32_t* batch, int64_t count, double kept) {
-    const int64_t width = rows_.width();
+  // Every step B = kept B + decay A + errors, A -= lr B. Between the few steps that have errors for it, a coefficient
+  // goes through the same linear maps as all others of its class: a pass multiplies these up, from its end, and
+  // then touches every coefficient once.
+  void move_coefficients(const int32_t* order, bool first) {
+    const int64_t width = rows_.width(), batch = settings_.batch_size, steps = (size_ + batch - 1) / batch;
     const double lr = settings_.lr;
     for (int64_t v = 0; v < rows_.vectors(); ++v) {
-      const Row decay = load(decay_ + v * lanes);
-      double* coefficient = coefficients_ + v * lanes;
-      for (int64_t s = 0; s <= size_; ++s, coefficient += 2 * width) {
-        const Row of_weight = load(coefficient);
-        const Row of_velocity = kept * load(coefficient + width) + decay * of_weight;
-        store(coefficient + width, of_velocity);
-        store(coefficient, of_weight - lr * of_velocity);
+      // The map from A and B after a step to those after the pass.
+      Row a_from_a = splat(1.0), a_from_b{}, b_from_a{}, b_from_b = splat(1.0);
+      for (int64_t step = steps - 1; step >= 0; --step) {
+        double* entered = entered_ + step * 2 * width + v * lanes;
+        const double kept = settings_.sgd_step(first && step == 0).kept;
+        const Row decay = load(decays_ + step * width + v * lanes);
+        // What enters B leaves A by lr times as much.
+        const Row a = a_from_b - lr * a_from_a, b = b_from_b - lr * b_from_a;
+        store(entered, a);
+        store(entered + width, b);
+        a_from_a += decay * a;
+        b_from_a += decay * b;
+        a_from_b = kept * a;
+        b_from_b = kept * b;
       }
-      for (int64_t b = 0; b < count; ++b) {
-        double* moved = coefficients_ + batch[b] * 2 * width + v * lanes;
-        const Row error = load(errors_ + b * width + v * lanes);
-        store(moved + width, load(moved + width) + error);
-        store(moved, load(moved) - lr * error);
+      for (int64_t k = 0; k <= size_; ++k) {
+        double* coefficient = coefficients_ + (k < size_ ? order[k] : size_) * 2 * width + v * lanes;
+        const Row of_weight = load(coefficient), of_velocity = load(coefficient + width);
+        Row next_weight = a_from_a * of_weight + a_from_b * of_velocity;
+        Row next_velocity = b_from_a * of_weight + b_from_b * of_velocity;
+        if (k < size_) {
+          const double* entered = entered_ + k / batch * 2 * width + v * lanes;
+          const Row error = load(errors_ + k * width + v * lanes);
+          next_weight += load(entered) * error;
+          next_velocity += load(entered + width) * error;
+        }
+        store(coefficient, next_weight);
+        store(coefficient + width, next_velocity);
       }
     }
   }
 
-  void move_norms(const int32_t* batch, int64_t count, double kept) {
+  void move_norms(const int32_t* batch, int64_t count, double kept, const double* errors, const double* decays) {
     const int64_t width = rows_.width();
     const double lr = settings_.lr;
     for (int64_t v = 0; v < rows_.vectors(); ++v) {
-      Row speed = kept * load(speeds_ + v * lanes) + load(decay_ + v * lanes) * load(along_ + v * lanes);
+      Row speed = kept * load(speeds_ + v * lanes) + load(decays + v * lanes) * load(along_ + v * lanes);
       for (int64_t b = 0; b < count; ++b) {
         const double* product = products_ + batch[b] * 2 * width + v * lanes;
-        speed += load(errors_ + b * width + v * lanes) * load(product + width);
+        speed += load(errors + b * width + v * lanes) * load(product + width);
       }
       const Row along = load(along_ + v * lanes);
       const Row squares = load(squares_ + v * lanes) - lr * (2 * along - lr * speed);
@@ -222,9 +249,11 @@ class SpanTraining {
   double* gram_;                        // [S, S]
   double* products_;                    // [S, 2, width]: u and p
   double* coefficients_;                // [S + 1, 2, width]: A and B, in the last row a and b
-  double* errors_;                      // [batch, width]
+  double* errors_;                      // [S, width], in the order of the pass
+  double* decays_;                      // [steps of a pass, width]: the factor of w in the gradient
+  double* entered_;                     // [steps of a pass, 2, width]: what an error of the step adds to A and B
   double *squares_, *along_, *speeds_;  // [width] each: |w|^2, w . v, |v|^2; for cosines alone
-  double *inverse_, *decay_;            // [width]: 1 / |w| or 1; the factor of w in the gradient
+  double* inverse_;                     // [width]: 1 / |w| or 1
   double* lengths_;                     // [width]: |w0|
   double* scales_;                      // [S]: 1 / |x_s| or 1
   double* factors_;                     // [S + 1]

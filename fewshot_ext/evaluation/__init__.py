@@ -1,7 +1,16 @@
 """The few-shot protocol (features, episodes, classification heads, accuracy with intervals), retrieval, and figures."""
 
+from fewshot_ext.evaluation.angles import angle_histogram, count_peaks
 from fewshot_ext.evaluation.backbones import FrozenBackbone
 from fewshot_ext.evaluation.comparison import Comparison, ComparisonConfig
+from fewshot_ext.evaluation.discriminability import (
+    Discriminability,
+    class_centers,
+    discriminative_function,
+    inter_class_variance,
+    intra_class_variance,
+    measure_discriminability,
+)
 from fewshot_ext.evaluation.features import FeatureCache
 from fewshot_ext.evaluation.heads import (
     HEADS,
@@ -13,6 +22,13 @@ from fewshot_ext.evaluation.heads import (
     ProtoNet,
     SimpleShot,
     find_head,
+)
+from fewshot_ext.evaluation.label_distribution import (
+    MarginMeasures,
+    PropositionCheck,
+    base_class_probabilities,
+    check_proposition,
+    same_class_probability,
 )
 from fewshot_ext.evaluation.map_heads import (
     MAP_HEADS,
@@ -42,6 +58,7 @@ __all__ = [
     "ComparisonConfig",
     "ComparisonResults",
     "DeepEMDHead",
+    "Discriminability",
     "FeatureCache",
     "FineTuning",
     "FineTuningConfig",
@@ -50,24 +67,36 @@ __all__ = [
     "HeadAccuracy",
     "LocalNearestNeighbors",
     "MapHead",
+    "MarginMeasures",
     "MatchingNet",
     "NearestNeighbor",
     "Pooled",
     "PredictionFusion",
+    "PropositionCheck",
     "ProtoNet",
     "ProtocolConfig",
     "RetrievalMetrics",
     "SimpleShot",
+    "angle_histogram",
+    "base_class_probabilities",
+    "check_proposition",
+    "class_centers",
     "clustering_nmi",
+    "count_peaks",
+    "discriminative_function",
     "episode_accuracies",
     "extract_features",
     "find_head",
     "find_map_head",
+    "inter_class_variance",
+    "intra_class_variance",
     "json_with_rows",
     "mean_and_interval",
+    "measure_discriminability",
     "plot_accuracy_over_margin",
     "plot_match",
     "rerank",
     "retrieval_metrics",
+    "same_class_probability",
     "square_regions",
 ]

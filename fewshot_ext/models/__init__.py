@@ -5,6 +5,7 @@ from fewshot_ext.models.config import BackboneConfig, build_backbone
 from fewshot_ext.models.conv import ConvBackbone, ConvBlock, conv4
 from fewshot_ext.models.deepemd import DeepEMD, LocalFeaturesConfig, build_local_features, class_prototypes
 from fewshot_ext.models.drop_block import DropBlock
+from fewshot_ext.models.embedding import EmbeddedBackbone
 from fewshot_ext.models.local_features import FCN, Grid, LocalFeatures, Sampling
 from fewshot_ext.models.matching import Match, cross_reference_weights, emd_logits, match_flows
 from fewshot_ext.models.resnet import ResNet12, ResNet18
@@ -19,6 +20,7 @@ __all__ = [
     "ConvBlock",
     "DeepEMD",
     "DropBlock",
+    "EmbeddedBackbone",
     "Grid",
     "LocalFeatures",
     "LocalFeaturesConfig",

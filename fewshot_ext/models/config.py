@@ -7,6 +7,7 @@ from fewshot_ext._checks import check_at_least, check_fraction
 from fewshot_ext.models.backbone import Backbone
 from fewshot_ext.models.conv import conv4
 from fewshot_ext.models.drop_block import RAMP_STEPS
+from fewshot_ext.models.embedding import EmbeddedBackbone
 from fewshot_ext.models.resnet import ResNet12, ResNet18
 from fewshot_ext.models.wide_resnet import WideResNet28
 
@@ -24,6 +25,7 @@ class BackboneConfig:
         drop_rate: of dropout and DropBlock in a ResNet, of dropout in wrn28_10; conv4 has neither.
         drop_block_size: side of DropBlock's blocks in a ResNet.
         drop_ramp_steps: training steps over which DropBlock's rate grows from 0.
+        embedding: dimensions that a linear layer projects the features to; null for no such layer.
 
     Raises:
         ValueError: a value out of range, or an option that the backbone does not have.
@@ -35,6 +37,7 @@ class BackboneConfig:
     drop_rate: float = 0.0
     drop_block_size: int = 5
     drop_ramp_steps: int = RAMP_STEPS
+    embedding: int | None = None
 
     def __post_init__(self) -> None:
         if self.name not in ("conv4", "wrn28_10", *_RESNETS):
@@ -54,6 +57,8 @@ class BackboneConfig:
             raise ValueError(f"drop_rate must be 0 for conv4, which has no dropout, got {self.drop_rate}")
         check_at_least("drop_block_size", self.drop_block_size, 1)
         check_at_least("drop_ramp_steps", self.drop_ramp_steps, 0)
+        if self.embedding is not None:
+            check_at_least("embedding", self.embedding, 1)
 
 
 def build_backbone(config: BackboneConfig, in_channels: int = 3) -> Backbone:
@@ -67,6 +72,11 @@ def build_backbone(config: BackboneConfig, in_channels: int = 3) -> Backbone:
         >>> build_backbone(BackboneConfig("resnet12")).feature_size(84, 84)
         640
     """
+    backbone = _build_plain(config, in_channels)
+    return backbone if config.embedding is None else EmbeddedBackbone(backbone, config.embedding)
+
+
+def _build_plain(config: BackboneConfig, in_channels: int) -> Backbone:
     shape = {} if config.width is None else {"width": config.width}
     if config.name == "conv4":
         return conv4(in_channels, **shape, pooled_blocks=config.pooled_blocks)

@@ -3,7 +3,7 @@
 Operator contract: each episode ends where ``torch.optim.SGD`` ends on the same initial classifier and in the same
 order, to rounding; the scores carry no gradient, and asking for one raises. The native operator takes episodes
 [E, S, D]; what is not given is drawn by a native operator too, from one number of the generator and the same on every
-device, because torch would take ten times as long to sort random numbers as the training takes.
+device, because to sort random numbers torch takes about as long as the training.
 """
 
 import math

@@ -1,5 +1,6 @@
 """Compiles a pybind11 module of emulated kernels, and keeps it as long as its sources stay the same."""
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -85,25 +86,30 @@ def build(name, sources, includes=()):
 
     folder = CACHE / digest(jobs, link, includes)
     library = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if library.exists():
-        return library
     folder.mkdir(parents=True, exist_ok=True)
+    # Processes that test side by side want the same library: one compiles, the others wait.
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            compile_library(jobs, link, library)
+    return library
 
+
+def compile_library(jobs, link, library):
     def compile_unit(job):
         unit, command = job
-        built = folder / f"{unit.stem}.{os.getpid()}.o"
+        built = library.with_name(f"{unit.stem}.o")
         run([*command, "-c", str(unit), "-o", str(built)])
         return built
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_unit, jobs))
-    # Under its own name only when complete: other processes may be building the same.
-    partial = folder / f"{name}.{os.getpid()}.so"
+    # Under its own name only when complete: who builds may be killed.
+    partial = library.with_suffix(".partial")
     run([*link, *map(str, objects), "-o", str(partial)])
     partial.rename(library)
     for built in objects:
         built.unlink()
-    return library
 
 
 def run(command):

@@ -1,0 +1,34 @@
+"""The experiments of the negative-margin paper, one command each.
+
+"margins" trains backbones over margins and measures them; other commands look at those backbones, or train more. Each
+writes its numbers as JSON and CSV and a picture, takes over what is already trained, and goes on where it was
+interrupted. "report" then holds the numbers against the paper's claims.
+"""
+
+from fewshot_ext.commands.analyze import (
+    angles,
+    finetuning_margin,
+    label_distribution,
+    label_smoothing,
+    margins,
+    regularizers,
+    report,
+    shots,
+    tsne,
+    variance,
+)
+
+SUMMARY = "the experiments of the negative-margin paper"
+
+COMMANDS = {
+    "margins": margins,
+    "variance": variance,
+    "angles": angles,
+    "label_distribution": label_distribution,
+    "regularizers": regularizers,
+    "label_smoothing": label_smoothing,
+    "tsne": tsne,
+    "shots": shots,
+    "finetuning_margin": finetuning_margin,
+    "report": report,
+}

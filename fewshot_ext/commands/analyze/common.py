@@ -1,0 +1,336 @@
+"""Options that the analyses share, and what becomes of them."""
+
+import sys
+from argparse import ArgumentError
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from fewshot_ext._checks import check_at_least, check_choice
+from fewshot_ext._files import replace_file
+from fewshot_ext._record import versions
+from fewshot_ext.commands.common import resolve_device, writable_folder
+from fewshot_ext.data import load_images
+from fewshot_ext.evaluation import FineTuningConfig, ProtocolConfig
+from fewshot_ext.experiments.measurements import FewShotAccuracy, Measurement
+from fewshot_ext.experiments.runs import SweepRun
+from fewshot_ext.experiments.sweep import Sweep
+from fewshot_ext.recipes import load_recipe, recipe_names
+from fewshot_ext.training import PreTrainingConfig
+
+# Settings of a recipe that --set leaves alone, because loss and margin are what an analysis varies.
+_DECIDED_BY_THE_ANALYSIS = ("similarity", "margin", "scale")
+
+# Options that say where things are on one machine and how the work is spread.
+_PLACES = ("config", "output", "runs", "sweep", "device", "jobs", "threads")
+
+
+def add_run_arguments(parser, data: str | None = None) -> None:
+    """Adds where things are and how the work is spread."""
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--data", default=data, metavar="NAME|FILE", help="image set: a known name, such as miniimagenet32, or a file"
+    )
+    run.add_argument("--output", metavar="FOLDER", help="where numbers, pictures and checkpoints go")
+    run.add_argument(
+        "--runs",
+        type=str | None,
+        default=None,
+        metavar="FOLDER",
+        help="where trained backbones are kept and looked for; null for runs/ in the output folder",
+    )
+    _add_machine_arguments(run)
+
+
+def add_sweep_arguments(parser, losses: Sequence[str] = ("cosine",)) -> None:
+    """Adds which trained runs are looked at, and where the results go."""
+    run = parser.add_argument_group("run")
+    run.add_argument("--sweep", metavar="FOLDER", help="output folder of fewshot-ext analyze margins")
+    run.add_argument(
+        "--output", type=str | None, default=None, metavar="FOLDER", help="null for the folder of the sweep"
+    )
+    _add_machine_arguments(run)
+    chosen = parser.add_argument_group("runs of the sweep to look at")
+    chosen.add_argument("--losses", nargs="+", default=list(losses), metavar="LOSS", help="cosine, softmax")
+    chosen.add_argument(
+        "--margins", type=float, nargs="*", default=[], metavar="M", help="pre-training margins; all by default"
+    )
+    chosen.add_argument("--seeds", type=int, nargs="*", default=[], metavar="S", help="all by default")
+
+
+def _add_machine_arguments(group) -> None:
+    group.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu or cuda")
+    group.add_argument("--jobs", type=int, default=1, help="processes that the runs are spread over")
+    group.add_argument("--threads", type=int, default=1, help="CPU threads of each process")
+
+
+def add_training_arguments(parser, seeds: Sequence[int] = (0, 1)) -> None:
+    """Adds the settings that all runs of a sweep share."""
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--recipe",
+        type=str | None,
+        default=None,
+        help="settings by name (fewshot-ext pretrain --list-recipes); null for DATA_conv4_cosine where there is one",
+    )
+    training.add_argument("--epochs", type=int | None, default=None, help="null for the recipe's")
+    training.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="other settings in place of the recipe's, as weight_decay=0.0001 backbone.width=32",
+    )
+    training.add_argument(
+        "--seeds", type=int, nargs="+", default=list(seeds), metavar="S", help="each repeats all runs"
+    )
+    training.add_argument(
+        "--held_out", type=float, default=0.2, help="share of each base class that is kept from training"
+    )
+
+
+def add_protocol_arguments(parser, shots: Sequence[int] = (1, 5), *, base: bool = True) -> None:
+    """Adds the settings of the few-shot episodes; ``base`` where some are of base classes."""
+    protocol = ProtocolConfig()
+    episodes = parser.add_argument_group("episodes")
+    episodes.add_argument("--way", type=int, default=protocol.way, help="classes an episode")
+    episodes.add_argument(
+        "--shots", type=int, nargs="+", default=list(shots), metavar="K", help="support images a class"
+    )
+    episodes.add_argument("--queries", type=int, default=protocol.queries, help="query images a class")
+    if base:
+        episodes.add_argument(
+            "--base_queries",
+            type=int | None,
+            default=None,
+            help="the same for base classes, whose held-out images are fewer; null for --queries",
+        )
+    episodes.add_argument("--episodes", type=int, default=protocol.episodes, help="episodes for each number of shots")
+    parser.add_class_arguments(FineTuningConfig, "finetuning")
+    # Otherwise the title is a sentence of the docstring.
+    parser.groups["finetuning"].title = "finetuning"
+
+
+def add_classes_argument(parser) -> None:
+    """Adds the set of classes that an analysis is about."""
+    episodes = parser.add_argument_group("classes")
+    episodes.add_argument("--classes", default="novel", help="base, validation or novel")
+
+
+def read_accuracy(arguments, **changes: Any) -> FewShotAccuracy:
+    """The accuracy that the options ask for."""
+    return FewShotAccuracy(
+        ProtocolConfig(
+            episodes=arguments.episodes,
+            way=arguments.way,
+            shots=tuple(arguments.shots),
+            queries=arguments.queries,
+        ),
+        base_queries=arguments.get("base_queries"),
+        finetuning=arguments.finetuning,
+        **changes,
+    )
+
+
+def read_pretraining(arguments) -> PreTrainingConfig:
+    """The recipe with what the options change in it.
+
+    Raises:
+        ValueError: an unknown recipe or setting, or a value that it does not take.
+    """
+    from jsonargparse import ArgumentParser
+
+    name = _recipe(arguments)
+    recipe = load_recipe(name) if name else PreTrainingConfig()
+    decided = {field: getattr(recipe, field) for field in _DECIDED_BY_THE_ANALYSIS}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(PreTrainingConfig, "set", default=recipe, skip=set(decided))
+    changes = [*arguments.set, *([] if arguments.epochs is None else [f"epochs={arguments.epochs}"])]
+    for text in changes:
+        if "=" not in text:
+            raise ValueError(f"set must be KEY=VALUE, as weight_decay=0.0001, got {text!r}")
+    try:
+        config = parser.instantiate(parser.parse_args([f"--set.{text}" for text in changes])).set
+    except ArgumentError as error:
+        _, unknown, key = str(error).partition("unrecognized arguments: --set.")
+        if not unknown:
+            raise
+        known = sorted({field.name for field in fields(PreTrainingConfig)} - set(decided))
+        key = key.partition("=")[0]
+        raise ValueError(f"set: there is no setting {key!r}; the settings are {', '.join(known)}") from error
+    return replace(config, **decided)
+
+
+def prepare_sweep(
+    arguments, runs: Callable[[PreTrainingConfig], Sequence[SweepRun]], measurement: Measurement
+) -> Sweep:
+    """Checks everything and returns the sweep.
+
+    Args:
+        arguments: the parsed options of all groups above.
+        runs: makes the runs of the shared settings.
+        measurement: what is measured on each.
+    """
+    for name in ("data", "output"):
+        if arguments[name] is None:
+            raise ValueError(f"--{name} must be given")
+    for name in ("jobs", "threads"):
+        check_at_least(name, arguments[name], 1)
+    planned = runs(read_pretraining(arguments))
+    device = resolve_device(arguments.device)
+    archive = load_images(arguments.data)
+    output = writable_folder(arguments.output)
+    checkpoints = None if arguments.runs is None else writable_folder(arguments.runs)
+    return Sweep(planned, archive, output, measurement=measurement, device=device.type, checkpoints=checkpoints)
+
+
+def check_one_loss(arguments) -> None:
+    """Raises ValueError where several losses are asked for and a picture has room for one."""
+    if len(set(arguments.losses)) != 1:
+        raise ValueError(f"losses must name one loss here, got {' '.join(arguments.losses) or 'none'}")
+
+
+def open_sweep(arguments, measurement: Measurement) -> tuple[Sweep, Path]:
+    """Checks everything and returns the trained runs that the options choose, and the folder for what is found.
+
+    Args:
+        arguments: the parsed options.
+        measurement: what is measured on each.
+    """
+    if arguments.sweep is None:
+        raise ValueError("--sweep must be given")
+    for name in ("jobs", "threads"):
+        check_at_least(name, arguments[name], 1)
+    for loss in arguments.losses:
+        check_choice("losses", loss, "cosine", "softmax")
+
+    def choose(run: SweepRun) -> bool:
+        config = run.pretraining
+        return (
+            config.similarity in arguments.losses
+            and (not arguments.margins or config.margin in arguments.margins)
+            and (not arguments.seeds or run.seed in arguments.seeds)
+        )
+
+    device = resolve_device(arguments.device)
+    sweep = Sweep.read(arguments.sweep, measurement, choose=choose, device=device.type)
+    return sweep, writable_folder(arguments.output or arguments.sweep)
+
+
+def train_and_write(
+    name: str,
+    sweep: Sweep,
+    arguments,
+    resolved: str,
+    write: Callable[..., Sequence[Path]],
+    table: Callable[[list[dict[str, Any]]], str],
+) -> int:
+    """Trains and measures every run, writes the files again after each of them, and prints the table.
+
+    Args:
+        name: of the analysis.
+        sweep: of ``prepare_sweep``.
+        arguments: the parsed options.
+        resolved: the same as YAML.
+        write: called with folder, rows and the head of a results file; returns the files written.
+        table: makes a text of the rows.
+
+    Returns:
+        The exit code.
+    """
+    head = head_of(sweep, resolved)
+    write_config(sweep.output, name, resolved)
+
+    def write_rows(rows: list[dict[str, Any]]) -> Sequence[Path]:
+        return write(sweep.output, rows=rows, **head)
+
+    exit_code = run_sweep(sweep, arguments, write_rows)
+    if rows := sweep.rows:
+        written = write_rows(rows)
+        print(table(rows))
+        print_written(written)
+    return exit_code
+
+
+def analyze_sweep(
+    name: str, sweep: Sweep, arguments, resolved: str, write: Callable[..., Sequence[Path]], output: Path
+) -> int:
+    """Measures every run and writes what was found.
+
+    Args:
+        name: of the analysis.
+        sweep: of ``open_sweep``.
+        arguments: the parsed options.
+        resolved: the same as YAML.
+        write: called with the folder, all rows and the head of a results file; returns the files written.
+        output: the folder.
+
+    Returns:
+        The exit code.
+    """
+    write_config(output, name, resolved)
+    exit_code = run_sweep(sweep, arguments)
+    if rows := sweep.rows:
+        print_written(write(output, rows, **head_of(sweep, resolved)))
+    return exit_code
+
+
+def head_of(sweep: Sweep, resolved: str) -> dict[str, Any]:
+    """What a results file says about how its numbers came about."""
+    run = sweep.tasks[0].run
+    shared = run.settings(sweep.checksum)["pretraining"]
+    return {
+        "config": settings_of(resolved),
+        "pretraining": {key: value for key, value in shared.items() if key not in _DECIDED_BY_THE_ANALYSIS},
+        "data": {"name": run.data, "sha256": sweep.checksum},
+        "versions": versions("torch", "numpy", "lightning", "kornia"),
+    }
+
+
+def settings_of(resolved: str) -> dict[str, Any]:
+    """The settings that decide the numbers: where things lie on one machine is no part of them."""
+    import yaml
+
+    settings = yaml.safe_load(resolved)
+    return {key: value for key, value in settings.items() if key not in _PLACES}
+
+
+def write_config(folder: Path, name: str, resolved: str) -> None:
+    """Writes ``NAME.yaml``, which ``--config`` of the same command takes."""
+    import yaml
+
+    text = yaml.safe_dump(settings_of(resolved), sort_keys=False)
+    replace_file(folder / f"{name}.yaml", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def run_sweep(sweep: Sweep, arguments, on_rows: Callable[[list[dict[str, Any]]], Any] | None = None) -> int:
+    """Trains and measures; ``on_rows`` is called with all rows after every run. Returns the exit code."""
+    try:
+        sweep.run(jobs=arguments.jobs, threads=arguments.threads, on_rows=on_rows)
+    except KeyboardInterrupt:
+        done = sum(not task.work for task in sweep.tasks)
+        print(
+            f"interrupted with {done} of {len(sweep.tasks)} runs done; the same command goes on from there",
+            file=sys.stderr,
+        )
+        return 130
+    for failure in sweep.failures:
+        print(f"failed: {failure.name}: {failure.error} (see {failure.log})", file=sys.stderr)
+    if sweep.failures:
+        print(
+            f"{len(sweep.failures)} of {len(sweep.tasks)} runs failed; the same command tries them again",
+            file=sys.stderr,
+        )
+    return 1 if sweep.failures else 0
+
+
+def print_written(paths: Sequence[Path]) -> None:
+    print("written:", ", ".join(map(str, paths)), flush=True)
+
+
+def _recipe(arguments) -> str | None:
+    if arguments.recipe is not None:
+        return arguments.recipe
+    name = f"{Path(arguments.data).stem}_conv4_cosine"
+    return name if name in recipe_names() else None

@@ -1,0 +1,46 @@
+"""Regularisers of the pre-training one at a time: margin, weight decay, DropBlock and others (Table 4); trains.
+
+The first variant has margin 0 and no further regulariser, the second the margin alone, and each further one the margin
+and one regulariser more. Writes regularizers.json, .csv and .png, and prints the differences on the same episodes.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from fewshot_ext.commands.analyze import common
+from fewshot_ext.experiments.variants import regularizer_configs, variant_runs, variants_table, write_variants
+
+SUMMARY = "regularisers one at a time (Table 4); trains"
+NAME = "regularizers"
+
+
+def add_arguments(parser) -> None:
+    """Adds the options of ``analyze regularizers`` to a jsonargparse parser."""
+    common.add_run_arguments(parser)
+    variants = parser.add_argument_group("variants")
+    variants.add_argument("--margin", type=float, default=-0.1, help="of all variants but the first")
+    variants.add_argument("--weight_decay", type=float | None, default=1e-4, help="null for no such variant")
+    variants.add_argument(
+        "--drop_rate", type=float | None, default=None, help="of DropBlock, which conv4 does not have; null for none"
+    )
+    variants.add_argument("--drop_block_size", type=int, default=5, help="goes with --drop_rate")
+    variants.add_argument("--label_smoothing", type=float | None, default=None, help="null for no such variant")
+    variants.add_argument(
+        "--without_augmentation", type=bool, default=True, help="a variant whose images are not augmented"
+    )
+    common.add_training_arguments(parser)
+    common.add_protocol_arguments(parser)
+
+
+def prepare(arguments, resolved: str) -> Callable[[], int]:
+    """Checks the settings and returns the function that runs the analysis."""
+    names = ("weight_decay", "drop_rate", "drop_block_size", "label_smoothing", "without_augmentation")
+    settings = {name: arguments[name] for name in names}
+
+    def runs(config):
+        configs = regularizer_configs(config, arguments.margin, **settings)
+        return variant_runs(arguments.data, configs, arguments.seeds, arguments.held_out)
+
+    sweep = common.prepare_sweep(arguments, runs, common.read_accuracy(arguments))
+    write = partial(write_variants, name=NAME)
+    return lambda: common.train_and_write(NAME, sweep, arguments, resolved, write, variants_table)

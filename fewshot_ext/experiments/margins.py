@@ -1,0 +1,124 @@
+"""Accuracy on base, validation and novel classes over the pre-training margin: the paper's Fig. 1 and 6."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fewshot_ext._checks import check_choice, check_finite
+from fewshot_ext._files import replace_file
+from fewshot_ext.experiments.accuracies import Row, mean_accuracy, select, values
+from fewshot_ext.experiments.figures import CLASS_TITLES, LOSS_TITLES, draw_grid
+from fewshot_ext.experiments.runs import CLASSES, SweepRun
+from fewshot_ext.experiments.tables import write_table
+from fewshot_ext.training import PreTrainingConfig
+
+NAME = "margins"
+
+
+def margin_runs(
+    data: str,
+    pretraining: PreTrainingConfig,
+    margins: Mapping[str, Sequence[float]],
+    seeds: Sequence[int],
+    held_out: float = 0.2,
+) -> list[SweepRun]:
+    """The training runs of a margin sweep, seed by seed, so that the first seed is there early.
+
+    Args:
+        data: image set, as ``load_images`` takes it.
+        pretraining: settings of every run, but for similarity, margin and scale: the scale is the paper's.
+        margins: for each loss, "cosine" or "softmax", the margins to train with.
+        seeds: each trains every margin.
+        held_out: share of each base class's images that measures base accuracy.
+
+    Raises:
+        ValueError: no losses, margins or seeds, an unknown loss, or a margin that is not finite.
+
+    Example:
+        >>> [run.name for run in margin_runs("digits", PreTrainingConfig(), {"cosine": [-0.1, 0.0]}, [0])]
+        ['cosine, margin -0.1, seed 0', 'cosine, margin +0, seed 0']
+    """
+    if not margins or not all(margins.values()):
+        raise ValueError("margins must name at least one margin for each loss, got none")
+    if not seeds:
+        raise ValueError("seeds must name at least one seed, got none")
+    configs = []
+    for loss, of_loss in margins.items():
+        check_choice("loss", loss, "cosine", "softmax")
+        for margin in of_loss:
+            check_finite("margins", margin)
+            scale = PreTrainingConfig.for_loss(loss, backbone=pretraining.backbone).scale
+            configs.append(replace(pretraining, similarity=loss, margin=margin, scale=scale))
+    return [SweepRun(data, config, seed, held_out) for seed in seeds for config in configs]
+
+
+def write_margins(folder: Path, rows: Sequence[Row], **head: Any) -> list[Path]:
+    """Writes ``margins.json``, ``margins.csv`` and ``margins.png``.
+
+    Args:
+        folder: must exist.
+        rows: of ``Sweep.run``.
+        head: what is needed to repeat the sweep.
+    """
+    written = write_table(folder, NAME, rows, **head, summary=summarize(rows))
+    replace_file(folder / f"{NAME}.png", lambda path: plot_margins(rows, path))
+    return [*written, folder / f"{NAME}.png"]
+
+
+def summarize(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Mean accuracy and interval over seeds and episodes for each loss, set of classes, number of shots and margin."""
+    keys = ("loss", "classes", "shot", "margin")
+    cells = {tuple(row[key] for key in keys) for row in rows}
+    order = sorted(cells, key=lambda cell: (cell[0], CLASSES.index(cell[1]), *cell[2:]))
+    found = []
+    for cell in order:
+        labels = dict(zip(keys, cell, strict=True))
+        of_cell = select(rows, **labels)
+        mean, interval = mean_accuracy(of_cell)
+        labels |= {"accuracy": round(mean, 4), "interval": round(interval, 4), "seeds": len(of_cell)}
+        found.append(labels)
+    return found
+
+
+def plot_margins(rows: Sequence[Row], path: str | Path) -> None:
+    """Draws accuracy over the margin: a column of panels a loss, a row a set of classes, a curve a number of shots."""
+    summary = summarize(rows)
+
+    def curves(classes: str, loss: str) -> dict[str, list[tuple[float, float, float]]]:
+        return {
+            f"{shot}-shot": [
+                (row["margin"], row["accuracy"], row["interval"])
+                for row in select(summary, classes=classes, loss=loss, shot=shot)
+            ]
+            for shot in values(select(summary, classes=classes, loss=loss), "shot")
+        }
+
+    draw_grid(
+        path,
+        [classes for classes in CLASSES if select(rows, classes=classes)],
+        values(rows, "loss"),
+        curves,
+        x="margin $m$",
+        y=f"{rows[0]['way']}-way accuracy (%)",
+        titles={**CLASS_TITLES, **LOSS_TITLES},
+    )
+
+
+def margins_table(rows: Sequence[Row]) -> str:
+    """The accuracies as text: a block a loss, a line a margin."""
+    summary, width = summarize(rows), 20
+    lines = [
+        f"{rows[0]['way']}-way accuracy (%), mean ± 95 % interval over episodes of {len(values(rows, 'seed'))} seeds"
+    ]
+    for loss in values(rows, "loss"):
+        of_loss = select(summary, loss=loss)
+        columns = list(dict.fromkeys((row["classes"], row["shot"]) for row in of_loss))
+        lines += ["", f"{LOSS_TITLES[loss]:<15}" + "".join(f"{c} {s}-shot".rjust(width) for c, s in columns)]
+        for margin in values(of_loss, "margin"):
+            cells = []
+            for classes, shot in columns:
+                found = select(of_loss, margin=margin, classes=classes, shot=shot)
+                cells += [f"{row['accuracy']:.2f} ± {row['interval']:.2f}" for row in found] or [""]
+            lines.append(f"{f'margin {margin:+g}':<15}" + "".join(cell.rjust(width) for cell in cells))
+    return "\n".join(lines)

@@ -1,0 +1,55 @@
+"""Accuracy over the number of support images, for a few margins: the paper's Fig. 8."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fewshot_ext._files import replace_file
+from fewshot_ext.experiments.accuracies import Row, difference, mean_accuracy, select, values
+from fewshot_ext.experiments.figures import CLASS_TITLES, STYLES, draw_curves, figure
+from fewshot_ext.experiments.tables import write_table
+
+NAME = "shots"
+
+
+def write_shots(folder: Path, rows: Sequence[Row], **head: Any) -> list[Path]:
+    """Writes ``shots.json``, ``shots.csv`` and ``shots.png``.
+
+    Args:
+        folder: must exist.
+        rows: of ``Sweep.run`` with a ``FewShotAccuracy`` of many shots on one set of classes.
+        head: what is needed to repeat the analysis.
+    """
+    written = write_table(folder, NAME, rows, **head)
+    replace_file(folder / f"{NAME}.png", lambda path: plot_shots(rows, path))
+    return [*written, folder / f"{NAME}.png"]
+
+
+def plot_shots(rows: Sequence[Row], path: str | Path) -> None:
+    """Draws accuracy over shots, a curve a margin; below, the differences to margin 0, where accuracies hide them."""
+    margins, shots, classes = values(rows, "margin"), values(rows, "shot"), rows[0]["classes"]
+    others = [margin for margin in margins if margin] if 0.0 in margins else []
+    with figure(path, rows=1 + bool(others), sharex=True) as axes:
+        accuracies = {
+            f"margin {margin:g}": [(shot, *mean_accuracy(select(rows, margin=margin, shot=shot))) for shot in shots]
+            for margin in margins
+        }
+        way = rows[0]["way"]
+        styles = dict(zip(accuracies, STYLES * len(accuracies), strict=False))
+        draw_curves(axes[0, 0], accuracies, title=CLASS_TITLES[classes], y=f"{way}-way accuracy (%)")
+        if others:
+            gains = {}
+            for margin in others:
+                found = [
+                    difference(select(rows, margin=margin, shot=shot), select(rows, margin=0.0, shot=shot))
+                    for shot in shots
+                ]
+                gains[f"margin {margin:g}"] = [
+                    (shot, one.mean, one.interval) for shot, one in zip(shots, found, strict=True)
+                ]
+            draw_curves(axes[1, 0], gains, y="gain over margin 0 (points)", styles=styles, legend=False)
+            axes[1, 0].axhline(0, color="0.5", linewidth=0.8)
+        axes[-1, 0].set_xscale("log")
+        axes[-1, 0].set_xticks(shots, [str(shot) for shot in shots])
+        axes[-1, 0].minorticks_off()
+        axes[-1, 0].set_xlabel("shots", fontsize=8)

@@ -1,0 +1,130 @@
+"""Training a run and measuring it, as a task that any process can do."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from fewshot_ext._files import replace_file
+from fewshot_ext._record import check_same_settings, versions
+from fewshot_ext.data import ImageArchive, load_images
+from fewshot_ext.experiments.measurements import Measurement, TrainedRun
+from fewshot_ext.experiments.runs import SweepImages, SweepRun
+
+RECORD = "run.json"
+
+
+class TrainAndMeasure:
+    """The task of one run: train it where that is not done, then measure it where that is not done.
+
+    Args:
+        run: see ``SweepRun``.
+        runs: folder of all runs.
+        checksum: of the image set.
+        measurement: what is measured; nothing where None.
+        device: "cpu" or "cuda".
+
+    Returns (a call):
+        The rows of the measurement.
+    """
+
+    def __init__(
+        self, run: SweepRun, runs: Path, checksum: str, measurement: Measurement | None = None, device: str = "cpu"
+    ) -> None:
+        self.run, self.measurement, self.device = run, measurement, device
+        self.folder = run.folder(runs, checksum)
+        self._checksum = checksum
+
+    @property
+    def name(self) -> str:
+        return self.run.name
+
+    @property
+    def work(self) -> int:
+        """Epochs to train, and one for what is measured."""
+        trained = 0 if self.is_trained else self.run.pretraining.epochs
+        return trained + (self.measurement is not None and self.rows() is None)
+
+    @property
+    def is_trained(self) -> bool:
+        return (self.folder / RECORD).exists()
+
+    @property
+    def checkpoint(self) -> Path:
+        """The weights after the last epoch."""
+        return self.folder / "last.ckpt"
+
+    def rows(self) -> list[dict[str, Any]] | None:
+        """What was measured before, None where nothing was."""
+        if self.measurement is None:
+            return []
+        path = self._measured
+        return json.loads(path.read_text(encoding="utf-8")) if self.is_trained and path.exists() else None
+
+    def check_record(self) -> None:
+        """Raises ValueError where the run in the folder was trained with other settings after all."""
+        if self.is_trained:
+            before = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))["settings"]
+            now = self.run.settings(self._checksum)
+            # What only one of two releases knows had its default in the other.
+            common = before["pretraining"].keys() & now["pretraining"].keys()
+            for settings in (before, now):
+                settings["pretraining"] = {key: settings["pretraining"][key] for key in common}
+            check_same_settings(before, now, self.folder)
+
+    def __call__(self, report: Callable[..., None]) -> list[dict[str, Any]]:
+        images = SweepImages.part(_load(self.run.data, self._checksum), self.run)
+        epochs = 0
+        if not self.is_trained:
+            epochs = self.run.pretraining.epochs
+            self._train(images, report)
+        rows = self.rows()
+        if rows is None:
+            trained = TrainedRun(self.run, self.checkpoint, images, self.device)
+            rows = self.measurement(trained, lambda remark: report(epochs, remark))
+            write_json(self._measured, rows)
+        return rows
+
+    @property
+    def _measured(self) -> Path:
+        text = json.dumps(self.measurement.settings(), sort_keys=True)
+        return self.folder / f"{self.measurement.name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+
+    def _train(self, images: SweepImages, report: Callable[..., None]) -> None:
+        from fewshot_ext.training import PreTrainingRun
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        training = PreTrainingRun(
+            self.run.pretraining,
+            images.training,
+            self.folder,
+            seed=self.run.seed,
+            device=self.device,
+            resume=True,
+            on_epoch=lambda epochs, loss: report(epochs, f"epoch {epochs}, loss {loss:.4f}"),
+        )
+        training.train()
+        record = {
+            "name": self.run.name,
+            "settings": self.run.settings(self._checksum),
+            "results": training.results(),
+            "versions": versions("torch", "numpy", "lightning", "kornia"),
+        }
+        write_json(self.folder / RECORD, record)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file, whole or not at all."""
+    text = json.dumps(content) + "\n"
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+@lru_cache(maxsize=1)
+def _load(data: str, checksum: str) -> ImageArchive:
+    """The image set, read once a process; the checksum guards against another file under the same name."""
+    archive = load_images(data)
+    if archive.checksum() != checksum:
+        raise ValueError(f"data {data} has changed since the sweep was planned")
+    return archive

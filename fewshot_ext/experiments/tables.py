@@ -1,0 +1,60 @@
+"""Numbers of an analysis on disk: JSON for programs, CSV for spreadsheets, the same rows in both."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fewshot_ext._files import replace_file
+from fewshot_ext.evaluation import json_with_rows
+
+Row = Mapping[str, Any]
+
+
+def write_table(folder: Path, name: str, rows: Sequence[Row], **head: Any) -> list[Path]:
+    """Writes ``NAME.json`` with ``head`` and all rows, and ``NAME.csv`` with the columns that hold one value each.
+
+    Args:
+        folder: must exist.
+        name: of the analysis.
+        rows: at least one. Rows may lack a column that others have; it stays empty in the CSV.
+        head: what is needed to repeat the analysis.
+
+    Returns:
+        The files written.
+    """
+    texts = {f"{name}.json": json_with_rows({"analysis": name, **head}, {"rows": rows}), f"{name}.csv": _csv(rows)}
+    for file, text in texts.items():
+        replace_file(folder / file, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+    return [folder / file for file in texts]
+
+
+def read_table(folder: Path, name: str) -> dict[str, Any]:
+    """The content of ``NAME.json``: the head, and the rows under "rows".
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not one that ``write_table`` wrote for this analysis.
+    """
+    path = folder / f"{name}.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["analysis"] == name and isinstance(content["rows"], list):
+            return content
+        reason = f"it holds the analysis {content['analysis']!r}"
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        reason = repr(error)
+    raise ValueError(f"{path} does not hold the results of {name}: {reason}")
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    columns = list(
+        dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, list | tuple | dict))
+    )
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,205 @@
+"""Variants of one training: regularisers one at a time (Table 4), label smoothing beside the margin (Table 5)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fewshot_ext._checks import check_positive
+from fewshot_ext._files import replace_file
+from fewshot_ext.data import AugmentationConfig
+from fewshot_ext.experiments.accuracies import Row, difference, mean_accuracy, select, values
+from fewshot_ext.experiments.figures import CLASS_TITLES, STYLES, figure, shared_legend
+from fewshot_ext.experiments.runs import CLASSES, SweepRun
+from fewshot_ext.experiments.tables import write_table
+from fewshot_ext.training import PreTrainingConfig
+
+# What the first variant of both tables is called: all others are compared with it.
+PLAIN = "margin 0"
+
+
+def regularizer_configs(
+    config: PreTrainingConfig,
+    margin: float,
+    *,
+    weight_decay: float | None = None,
+    drop_rate: float | None = None,
+    drop_block_size: int = 5,
+    label_smoothing: float | None = None,
+    without_augmentation: bool = False,
+) -> dict[str, PreTrainingConfig]:
+    """The trainings of Table 4: margin 0, the margin alone, and the margin with one more regulariser at a time.
+
+    The paper adds one to the other; one at a time shows what each does by itself.
+
+    Args:
+        config: settings that all share.
+        margin: of all but the first.
+        weight_decay, drop_rate, label_smoothing: of a variant each; none where None.
+        drop_block_size: goes with ``drop_rate``.
+        without_augmentation: whether there is a variant whose images are not augmented.
+
+    Returns:
+        Settings by the name of the variant.
+
+    Raises:
+        ValueError: a margin of 0, a value that is not positive, one that ``config`` has already, or a drop rate for a
+            backbone without dropout.
+
+    Example:
+        >>> list(regularizer_configs(PreTrainingConfig(), -0.1, weight_decay=1e-4))
+        ['margin 0', 'margin -0.1', 'margin -0.1, weight decay 0.0001']
+    """
+    if not margin:
+        raise ValueError(f"margin must not be 0, which is the first variant, got {margin}")
+    with_margin, name = replace(config, margin=margin), f"margin {margin:g}"
+    variants = {PLAIN: replace(config, margin=0.0), name: with_margin}
+    if weight_decay is not None:
+        check_positive("weight_decay", weight_decay)
+        variants[f"{name}, weight decay {weight_decay:g}"] = replace(with_margin, weight_decay=weight_decay)
+    if drop_rate is not None:
+        check_positive("drop_rate", drop_rate)
+        backbone = replace(config.backbone, drop_rate=drop_rate, drop_block_size=drop_block_size)
+        variants[f"{name}, DropBlock {drop_rate:g}"] = replace(with_margin, backbone=backbone)
+    if label_smoothing is not None:
+        check_positive("label_smoothing", label_smoothing)
+        variants[f"{name}, label smoothing {label_smoothing:g}"] = replace(with_margin, label_smoothing=label_smoothing)
+    if without_augmentation:
+        variants[f"{name}, no augmentation"] = replace(with_margin, augmentation=AugmentationConfig())
+    for variant, settings in variants.items():
+        if variant != name and settings == with_margin:
+            raise ValueError(
+                f"variant {variant!r} has the settings of {name!r}: take it out of the recipe or leave it out"
+            )
+    return variants
+
+
+def label_smoothing_configs(
+    config: PreTrainingConfig, margin: float, label_smoothing: float
+) -> dict[str, PreTrainingConfig]:
+    """The trainings of Table 5: neither, label smoothing, the margin.
+
+    Args:
+        config: settings that all share.
+        margin: of the last.
+        label_smoothing: of the second, the share of the target that is spread over all classes.
+
+    Raises:
+        ValueError: a margin of 0, or a share that is not in (0, 1).
+    """
+    if not margin:
+        raise ValueError(f"margin must not be 0, which is the first variant, got {margin}")
+    check_positive("label_smoothing", label_smoothing)
+    plain = replace(config, margin=0.0, label_smoothing=0.0)
+    return {
+        PLAIN: plain,
+        f"label smoothing {label_smoothing:g}": replace(plain, label_smoothing=label_smoothing),
+        f"margin {margin:g}": replace(plain, margin=margin),
+    }
+
+
+def variant_runs(
+    data: str, configs: Mapping[str, PreTrainingConfig], seeds: Sequence[int], held_out: float
+) -> list[SweepRun]:
+    """The training runs, seed by seed; the arguments are those of ``SweepRun``.
+
+    Raises:
+        ValueError: no seeds.
+    """
+    if not seeds:
+        raise ValueError("seeds must name at least one seed, got none")
+    return [SweepRun(data, config, seed, held_out, variant) for seed in seeds for variant, config in configs.items()]
+
+
+def summarize(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Accuracy of each variant and its difference to the first, for each set of classes and number of shots."""
+    found = []
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    for classes in filter(lambda name: select(rows, classes=name), CLASSES):
+        for shot in values(rows, "shot"):
+            of_cell = select(rows, classes=classes, shot=shot)
+            plain = select(of_cell, variant=variants[0])
+            for variant in variants:
+                own = select(of_cell, variant=variant)
+                mean, interval = mean_accuracy(own)
+                row = {"variant": variant, "classes": classes, "shot": shot, "accuracy": round(mean, 4)}
+                row |= {"interval": round(interval, 4), "seeds": len(own)}
+                if variant != variants[0] and {row["seed"] for row in own} & {row["seed"] for row in plain}:
+                    gain = difference(own, plain)
+                    row |= {"difference": round(gain.mean, 4), "difference_interval": round(gain.interval, 4)}
+                found.append(row)
+    return found
+
+
+def write_variants(folder: Path, name: str, rows: Sequence[Row], **head: Any) -> list[Path]:
+    """Writes ``NAME.json``, ``NAME.csv`` and ``NAME.png``.
+
+    Args:
+        folder: must exist.
+        name: of the analysis.
+        rows: of ``Sweep.run`` with a ``FewShotAccuracy``.
+        head: what is needed to repeat the analysis.
+    """
+    written = write_table(folder, name, rows, **head, summary=summarize(rows))
+    replace_file(folder / f"{name}.png", lambda path: plot_variants(rows, path))
+    return [*written, folder / f"{name}.png"]
+
+
+def plot_variants(rows: Sequence[Row], path: str | Path) -> None:
+    """Draws the accuracy of each variant with its interval, a panel a set of classes."""
+    summary = summarize(rows)
+    variants = list(dict.fromkeys(row["variant"] for row in summary))
+    panels = list(dict.fromkeys(row["classes"] for row in summary))
+    with figure(path, rows=len(panels), height=0.9 + 0.22 * len(variants)) as axes:
+        for axis, classes in zip(axes[:, 0], panels, strict=True):
+            for shot, style in zip(values(summary, "shot"), STYLES, strict=False):
+                own = {row["variant"]: row for row in select(summary, classes=classes, shot=shot)}
+                axis.errorbar(
+                    [own[variant]["accuracy"] for variant in own],
+                    [variants.index(variant) for variant in own],
+                    xerr=[own[variant]["interval"] for variant in own],
+                    color=style["color"],
+                    marker=style["marker"],
+                    linestyle="none",
+                    markersize=4,
+                    capsize=2.5,
+                    elinewidth=1,
+                    label=f"{shot}-shot",
+                )
+            axis.set_yticks(range(len(variants)), variants)
+            axis.set_ylim(len(variants) - 0.5, -0.5)
+            axis.set_title(CLASS_TITLES[classes], fontsize=8, loc="left")
+            axis.grid(alpha=0.25, linewidth=0.5)
+        shared_legend(axes[0, 0])
+        axes[-1, 0].set_xlabel(f"{rows[0]['way']}-way accuracy (%)", fontsize=8)
+
+
+def variants_table(rows: Sequence[Row]) -> str:
+    """Accuracies and, in a second block, differences to the first variant on the same episodes, as text."""
+    summary, width = summarize(rows), 20
+    variants = list(dict.fromkeys(row["variant"] for row in summary))
+    columns = list(dict.fromkeys((row["classes"], row["shot"]) for row in summary))
+    first = max(map(len, variants)) + 1
+    head = " " * first + "".join(f"{classes} {shot}-shot".rjust(width) for classes, shot in columns)
+    blocks = (
+        (
+            f"{rows[0]['way']}-way accuracy (%), mean ± 95 % interval over episodes",
+            variants,
+            "accuracy",
+            "interval",
+            "",
+        ),
+        (f"difference to {variants[0]} in points", variants[1:], "difference", "difference_interval", "+"),
+    )
+    lines = []
+    for title, names, value, interval, sign in blocks:
+        lines += [title, head]
+        for variant in names:
+            cells = ""
+            for classes, shot in columns:
+                row = next(iter(select(summary, variant=variant, classes=classes, shot=shot)), {})
+                cell = f"{row[value]:{sign}.2f} ± {row[interval]:.2f}" if value in row else ""
+                cells += cell.rjust(width)
+            lines.append(f"{variant:<{first}}{cells}")
+        lines.append("")
+    return "\n".join(lines[:-1])

@@ -1,0 +1,36 @@
+import pytest
+import torch
+
+from fewshot_ext.models import BackboneConfig, EmbeddedBackbone, build_backbone
+
+
+def test_features_are_a_linear_map_of_the_mean_feature():
+    torch.manual_seed(0)
+    backbone = build_backbone(BackboneConfig(width=8, embedding=2), in_channels=1).eval()
+    images = torch.randn(30, 1, 32, 32)
+    with torch.no_grad():
+        features = backbone(images)
+        inner = backbone.backbone.feature_map(images).mean((2, 3))
+        expected = inner @ backbone.projection.weight.T + backbone.projection.bias
+    torch.testing.assert_close(features, expected)
+    assert (features < 0).any(), "a ReLU behind the projection would leave a quarter of the plane"
+
+
+@pytest.mark.parametrize("name", ["conv4", "resnet12", "resnet18", "wrn28_10"])
+def test_every_backbone_can_be_projected(name):
+    with torch.device("meta"):
+        backbone = build_backbone(BackboneConfig(name, embedding=2))
+        assert isinstance(backbone, EmbeddedBackbone)
+        assert backbone.feature_size(84, 84) == 2
+        assert backbone(torch.zeros(2, 3, 84, 84)).shape == (2, 2)
+        plain = build_backbone(BackboneConfig(name))
+    assert backbone.map_size(84, 84) == plain.map_size(84, 84)
+    assert backbone.out_channels == plain.out_channels
+
+
+def test_images_too_small_and_bad_sizes_are_named():
+    backbone = build_backbone(BackboneConfig(width=8, embedding=2), in_channels=1)
+    with pytest.raises(ValueError, match="at least 16 x 16, got 8 x 8"):
+        backbone.feature_size(8, 8)
+    with pytest.raises(ValueError, match="embedding must be at least 1, got 0"):
+        BackboneConfig(embedding=0)
