@@ -21,6 +21,19 @@ def is_traced(tensor: Tensor) -> bool:
     )
 
 
+def float32_under_autocast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What autocast makes of them for an operator that needs float32, as torch's losses do; float64 stays as it is. The
+    device is that of the first."""
+    device = next(iter(tensors.values())).device.type
+    if (
+        device == "meta"
+        or not torch.is_autocast_enabled(device)
+        or any(tensor.dtype == torch.float64 for tensor in tensors.values())
+    ):
+        return tensors
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
 def check_tensor(name: str, value: object, shape: str, dimensions: int, *, batched: bool = False) -> None:
     """A tensor of so many dimensions, behind any number of others where ``batched``."""
     if not isinstance(value, Tensor):

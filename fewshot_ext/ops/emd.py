@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from fewshot_ext.ops._autograd import accumulate_dtype, differentiable, first_derivative_only, merged_batch
-from fewshot_ext.ops._validation import check_device, check_flag, check_floating, check_tensor, is_traced
+from fewshot_ext.ops._validation import (
+    check_device,
+    check_flag,
+    check_floating,
+    check_tensor,
+    float32_under_autocast,
+    is_traced,
+)
 
 MOST_POINTS_ON_CUDA = 256  # of csrc/emd: suppliers, and consumers, that its CUDA kernels take
 MASS_TOLERANCE = 1e-4  # of csrc/emd: by how much, relatively, the masses of supply and demand may differ
@@ -209,18 +216,6 @@ def _check_certificate(cost: Tensor, supply: Tensor, demand: Tensor, result: EMD
         )
 
 
-def _autocast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """float32 under autocast, as for the losses of torch: masses that are rounded further no longer agree."""
-    device = tensors["cost"].device.type
-    if (
-        device == "meta"
-        or not torch.is_autocast_enabled(device)
-        or any(tensor.dtype == torch.float64 for tensor in tensors.values())
-    ):
-        return tensors
-    return {name: tensor.float() for name, tensor in tensors.items()}
-
-
 def _checked(cost: object, supply: object, demand: object) -> dict[str, Tensor]:
     """The tensors of the problems, in one dtype, but that masses which are made here are not rounded to half types."""
     check_tensor("cost", cost, "[..., n, m]", 2, batched=True)
@@ -230,7 +225,8 @@ def _checked(cost: object, supply: object, demand: object) -> dict[str, Tensor]:
         check_tensor(name, marginal, "[..., n]" if name == "supply" else "[..., m]", 1, batched=True)
         check_floating(name, marginal)
     check_device("cost", cost, **given)
-    tensors = _autocast({"cost": cost, **given})
+    # Masses that are rounded further no longer agree.
+    tensors = float32_under_autocast({"cost": cost, **given})
     cost = tensors["cost"]
     n, m = cost.shape[-2:]
     if n == 0 or m == 0:

@@ -20,6 +20,7 @@ from fewshot_ext.ops._validation import (
     check_integer,
     check_number,
     check_tensor,
+    float32_under_autocast,
     is_traced,
 )
 
@@ -64,18 +65,6 @@ def _refuse_gradients(**tensors: Tensor | None) -> None:
             raise RuntimeError(f"{name}: {_NO_GRADIENT.format('it')}")
 
 
-def _autocast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """float32 under autocast, as for the losses of torch: a step of SGD is far below the resolution of half types."""
-    device = tensors["support"].device.type
-    if (
-        device == "meta"
-        or not torch.is_autocast_enabled(device)
-        or any(tensor.dtype == torch.float64 for tensor in tensors.values())
-    ):
-        return tensors
-    return {name: tensor.float() for name, tensor in tensors.items()}
-
-
 def _checked_features(support: object, query: object, weight: object) -> dict[str, Tensor]:
     """The floating tensors, in the dtypes that the operator takes."""
     check_tensor("support", support, "[E, S, D]", 3)
@@ -86,7 +75,8 @@ def _checked_features(support: object, query: object, weight: object) -> dict[st
         given["weight"] = weight
     for name, tensor in given.items():
         check_floating(name, tensor)
-    tensors = _autocast(given)
+    # A step of SGD is far below the resolution of half types.
+    tensors = float32_under_autocast(given)
     dtype = tensors["support"].dtype
     if tensors["query"].dtype != dtype:
         raise TypeError(f"query: expected dtype {dtype} as support has, got {tensors['query'].dtype}")

@@ -10,7 +10,7 @@ from torch import Tensor
 import fewshot_ext
 from fewshot_ext import reference
 
-from .contract import BadInput, Bounds, OperatorCase, Problem
+from .contract import BadInput, Bounds, OperatorCase, Problem, option, replaced
 from .layouts import LAYOUTS, with_layout
 
 NAMES = ("embeddings",)
@@ -77,14 +77,6 @@ def _overloads(problem: Problem):
     return [(torch.ops.fewshot_ext.coding_rate.default, (embeddings, alpha))]
 
 
-def _replaced(change) -> object:
-    return lambda tensors: {"embeddings": change(tensors["embeddings"].detach())}
-
-
-def _option(name: str, value: object):
-    return lambda tensors: {name: value}
-
-
 def _bad_numbers() -> list[BadInput]:
     found = []
     for name in ("eps", "alpha"):
@@ -96,13 +88,13 @@ def _bad_numbers() -> list[BadInput]:
             ("0.5", TypeError, "expected a number, got str"),
             (True, TypeError, "expected a number, got bool"),
         ):
-            found.append(BadInput(f"{name} {value!r}", _option(name, value), error, f"{name}: {message}"))
+            found.append(BadInput(f"{name} {value!r}", option(name, value), error, f"{name}: {message}"))
     return found
 
 
 BAD_INPUTS = (
     *_bad_numbers(),
-    BadInput("no eps", _option("eps", None), TypeError, "eps: expected a number, got NoneType"),
+    BadInput("no eps", option("eps", None), TypeError, "eps: expected a number, got NoneType"),
     BadInput(
         "embeddings a list",
         lambda t: {"embeddings": t["embeddings"].tolist()},
@@ -110,10 +102,13 @@ BAD_INPUTS = (
         "embeddings: expected a tensor [..., n, D], got list",
     ),
     BadInput(
-        "one sample alone", _replaced(lambda z: z[0, 0]), ValueError, "embeddings: expected shape [..., n, D], got [8]"
+        "one sample alone",
+        replaced("embeddings", lambda z: z[0, 0]),
+        ValueError,
+        "embeddings: expected shape [..., n, D], got [8]",
     ),
-    BadInput("integers", _replaced(lambda z: z.long()), TypeError, "embeddings: expected dtype float32"),
-    BadInput("complex", _replaced(lambda z: z.cfloat()), TypeError, "got torch.complex64"),
+    BadInput("integers", replaced("embeddings", lambda z: z.long()), TypeError, "embeddings: expected dtype float32"),
+    BadInput("complex", replaced("embeddings", lambda z: z.cfloat()), TypeError, "got torch.complex64"),
 )
 
 coding_rate = OperatorCase(

@@ -160,13 +160,36 @@ class Bounds:
     gradients: dict[str, Tensor]
 
 
+Change = Callable[[dict[str, Tensor]], dict[str, object]]  # tensors -> the arguments that go wrong
+
+
 @dataclass(frozen=True)
 class BadInput:
     name: str
-    change: Callable[[dict[str, Tensor]], dict[str, object]]  # tensors -> the arguments that go wrong
+    change: Change
     error: type[Exception]
     message: str  # text that the error contains: the argument, what came, what is taken
     reads_values: bool = False  # of tensors, which goes without waiting on the CPU alone
+
+
+def replaced(name: str, change: Callable[[Tensor], object]) -> Change:
+    """What ``change`` makes of a tensor, in its place."""
+    return lambda tensors: {name: change(tensors[name].detach())}
+
+
+def entry(name: str, index: int | tuple[int, ...], value: float, **options: object) -> Change:
+    """A tensor with one entry of another value, and options beside it."""
+
+    def change(tensors: dict[str, Tensor]) -> dict[str, object]:
+        tensor = tensors[name].detach().clone()
+        tensor[index] = value
+        return {name: tensor, **options}
+
+    return change
+
+
+def option(name: str, value: object) -> Change:
+    return lambda tensors: {name: value}
 
 
 @dataclass(frozen=True)

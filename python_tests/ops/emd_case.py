@@ -10,7 +10,7 @@ from torch import Tensor
 import fewshot_ext
 from fewshot_ext import reference
 
-from .contract import BadInput, Bounds, OperatorCase, Problem
+from .contract import BadInput, Bounds, OperatorCase, Problem, entry, option, replaced
 from .layouts import LAYOUTS, with_layout
 
 NAMES = ("cost", "supply", "demand")
@@ -139,36 +139,19 @@ def _overloads(problem: Problem):
     return [(operators.emd.default, arguments), (operators.emd_flow_backward.default, (grad_flow, basis))]
 
 
-def _replaced(name: str, change) -> object:
-    return lambda tensors: {name: change(tensors[name].detach())}
-
-
-def _entry(name: str, index: tuple[int, ...], value: float, **options) -> object:
-    def change(tensors: dict[str, Tensor]) -> dict[str, object]:
-        tensor = tensors[name].detach().clone()
-        tensor[index] = value
-        return {name: tensor, **options}
-
-    return change
-
-
-def _option(name: str, value: object):
-    return lambda tensors: {name: value}
-
-
 def _bad_values() -> list[BadInput]:
     """On the CPU they raise by themselves, on a GPU with ``check``."""
     found = []
     for name, change, message in (
-        ("NaN cost", _entry("cost", (3, 1, 2), math.nan), "cost: expected finite entries, got nan at [1, 2] at batch"),
-        ("infinite cost", _entry("cost", (3, 1, 2), math.inf), "cost: expected finite entries, got inf"),
-        ("negative supply", _entry("supply", (4, 2), -0.5), "supply: expected finite entries of at least 0, got -0.5"),
-        ("negative demand", _entry("demand", (4, 2), -0.5), "demand: expected finite entries of at least 0, got -0.5"),
-        ("NaN supply", _entry("supply", (2, 3), math.nan), "got nan at [3] at batch index (2,)"),
-        ("infinite demand", _entry("demand", (2, 3), math.inf), "got inf at [3] at batch index (2,)"),
-        ("all supplies negative", _replaced("supply", lambda a: -a), "supply: expected finite entries of at least 0"),
-        ("no supply", _entry("supply", (5,), 0.0), "supply: expected a total mass above 0, got 0 at batch index (5,)"),
-        ("no demand", _entry("demand", (5,), 0.0), "demand: expected a total mass above 0, got 0 at batch index (5,)"),
+        ("NaN cost", entry("cost", (3, 1, 2), math.nan), "cost: expected finite entries, got nan at [1, 2] at batch"),
+        ("infinite cost", entry("cost", (3, 1, 2), math.inf), "cost: expected finite entries, got inf"),
+        ("negative supply", entry("supply", (4, 2), -0.5), "supply: expected finite entries of at least 0, got -0.5"),
+        ("negative demand", entry("demand", (4, 2), -0.5), "demand: expected finite entries of at least 0, got -0.5"),
+        ("NaN supply", entry("supply", (2, 3), math.nan), "got nan at [3] at batch index (2,)"),
+        ("infinite demand", entry("demand", (2, 3), math.inf), "got inf at [3] at batch index (2,)"),
+        ("all supplies negative", replaced("supply", lambda a: -a), "supply: expected finite entries of at least 0"),
+        ("no supply", entry("supply", (5,), 0.0), "supply: expected a total mass above 0, got 0 at batch index (5,)"),
+        ("no demand", entry("demand", (5,), 0.0), "demand: expected a total mass above 0, got 0 at batch index (5,)"),
         (
             "masses differ",
             lambda t: {"demand": t["demand"].detach() * 1.001, "normalize": False},
@@ -176,7 +159,7 @@ def _bad_values() -> list[BadInput]:
         ),
         (
             "masses of one problem differ",
-            lambda t: {**_entry("demand", (2, 0), 500.0)(t), "normalize": False},
+            lambda t: {**entry("demand", (2, 0), 500.0)(t), "normalize": False},
             "at batch index (2,) (total mass of supply",
         ),
     ):
@@ -192,28 +175,26 @@ BAD_INPUTS = (
     BadInput("cost a list", lambda t: {"cost": t["cost"].tolist()}, TypeError, "cost: expected a tensor [..., n, m]"),
     BadInput("supply a list", lambda t: {"supply": [1.0]}, TypeError, "supply: expected a tensor [..., n], got list"),
     BadInput("demand a number", lambda t: {"demand": 1.0}, TypeError, "demand: expected a tensor [..., m], got float"),
-    BadInput("cost of rank 1", _replaced("cost", lambda c: c[0, 0]), ValueError, "cost: expected shape [..., n, m]"),
-    BadInput("supply of rank 0", _replaced("supply", lambda a: a[0, 0]), ValueError, "supply: expected shape [..., n]"),
-    BadInput("demand of rank 0", _replaced("demand", lambda b: b[0, 0]), ValueError, "demand: expected shape [..., m]"),
-    BadInput("sides swapped", _replaced("cost", lambda c: c.mT), ValueError, "supply: expected shape [..., 5] to fit"),
-    BadInput(
-        "a demand missing", _replaced("demand", lambda b: b[:, 1:]), ValueError, "demand: expected shape [..., 5]"
-    ),
-    BadInput("no supplies", _replaced("cost", lambda c: c[:, :0]), ValueError, "cost: expected at least one point"),
-    BadInput("no demands", _replaced("cost", lambda c: c[:, :, :0]), ValueError, "on each side, got shape [6, 4, 0]"),
-    BadInput("batches differ", _replaced("cost", lambda c: c[:5]), ValueError, "supply [6, 4], demand [6, 5]"),
-    BadInput("integer cost", _replaced("cost", lambda c: c.long()), TypeError, "cost: expected dtype float32"),
-    BadInput("integer supply", _replaced("supply", lambda a: a.long()), TypeError, "supply: expected dtype float32"),
-    BadInput("complex demand", _replaced("demand", lambda b: b.cfloat()), TypeError, "demand: expected dtype float32"),
+    BadInput("cost of rank 1", replaced("cost", lambda c: c[0, 0]), ValueError, "cost: expected shape [..., n, m]"),
+    BadInput("supply of rank 0", replaced("supply", lambda a: a[0, 0]), ValueError, "supply: expected shape [..., n]"),
+    BadInput("demand of rank 0", replaced("demand", lambda b: b[0, 0]), ValueError, "demand: expected shape [..., m]"),
+    BadInput("sides swapped", replaced("cost", lambda c: c.mT), ValueError, "supply: expected shape [..., 5] to fit"),
+    BadInput("a demand missing", replaced("demand", lambda b: b[:, 1:]), ValueError, "demand: expected shape [..., 5]"),
+    BadInput("no supplies", replaced("cost", lambda c: c[:, :0]), ValueError, "cost: expected at least one point"),
+    BadInput("no demands", replaced("cost", lambda c: c[:, :, :0]), ValueError, "on each side, got shape [6, 4, 0]"),
+    BadInput("batches differ", replaced("cost", lambda c: c[:5]), ValueError, "supply [6, 4], demand [6, 5]"),
+    BadInput("integer cost", replaced("cost", lambda c: c.long()), TypeError, "cost: expected dtype float32"),
+    BadInput("integer supply", replaced("supply", lambda a: a.long()), TypeError, "supply: expected dtype float32"),
+    BadInput("complex demand", replaced("demand", lambda b: b.cfloat()), TypeError, "demand: expected dtype float32"),
     BadInput(
         "dtypes differ",
-        _replaced("supply", lambda a: a.float()),
+        replaced("supply", lambda a: a.float()),
         TypeError,
         "supply: expected dtype torch.float64 as cost has, got torch.float32",
     ),
-    BadInput("devices differ", _replaced("demand", lambda b: b.to("meta")), ValueError, "demand: expected device"),
-    BadInput("normalize a number", _option("normalize", 1), TypeError, "normalize: expected True or False, got int"),
-    BadInput("check a string", _option("check", "yes"), TypeError, "check: expected True or False, got str"),
+    BadInput("devices differ", replaced("demand", lambda b: b.to("meta")), ValueError, "demand: expected device"),
+    BadInput("normalize a number", option("normalize", 1), TypeError, "normalize: expected True or False, got int"),
+    BadInput("check a string", option("check", "yes"), TypeError, "check: expected True or False, got str"),
 )
 
 emd = OperatorCase(

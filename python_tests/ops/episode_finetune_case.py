@@ -10,7 +10,7 @@ from torch import Tensor
 import fewshot_ext
 from fewshot_ext import reference
 
-from .contract import BadInput, Bounds, OperatorCase, Problem
+from .contract import BadInput, Bounds, OperatorCase, Problem, entry, option, replaced
 from .layouts import LAYOUTS, with_layout
 
 NAMES = ("support", "support_target", "query", "weight", "order")
@@ -127,33 +127,16 @@ def _overloads(problem: Problem):
     ]
 
 
-def _replaced(name: str, change) -> object:
-    return lambda tensors: {name: change(tensors[name].detach())}
-
-
-def _entry(name: str, index: tuple[int, ...], value: float, **options) -> object:
-    def change(tensors: dict[str, Tensor]) -> dict[str, object]:
-        tensor = tensors[name].detach().clone()
-        tensor[index] = value
-        return {name: tensor, **options}
-
-    return change
-
-
-def _option(name: str, value: object):
-    return lambda tensors: {name: value}
-
-
 def _bad_values() -> list[BadInput]:
     """On the CPU they raise by themselves, on a GPU with ``check``."""
     found = []
     for name, change, message in (
-        ("label 3", _entry("support_target", (1, 2), 3), "support_target: expected labels in [0, 3), got 3 at [1, 2]"),
-        ("label -1", _entry("support_target", (4, 0), -1), "support_target: expected labels in [0, 3), got -1 at"),
-        ("order beyond", _entry("order", (2, 1, 3), 5), "order: expected rows that are permutations of 0 .. 4, got ["),
-        ("order below", _entry("order", (2, 1, 3), -1), "] at [2, 1]"),
-        ("order far off", _entry("order", (0, 0, 0), 2**40), "order: expected rows that are permutations"),
-        ("order twice", _replaced("order", lambda o: o.clamp_min(1)), "order: expected rows that are permutations"),
+        ("label 3", entry("support_target", (1, 2), 3), "support_target: expected labels in [0, 3), got 3 at [1, 2]"),
+        ("label -1", entry("support_target", (4, 0), -1), "support_target: expected labels in [0, 3), got -1 at"),
+        ("order beyond", entry("order", (2, 1, 3), 5), "order: expected rows that are permutations of 0 .. 4, got ["),
+        ("order below", entry("order", (2, 1, 3), -1), "] at [2, 1]"),
+        ("order far off", entry("order", (0, 0, 0), 2**40), "order: expected rows that are permutations"),
+        ("order twice", replaced("order", lambda o: o.clamp_min(1)), "order: expected rows that are permutations"),
     ):
         found.append(BadInput(name, change, ValueError, message, reads_values=True))
         checked = lambda tensors, change=change: {**change(tensors), "check": True}  # noqa: E731
@@ -184,7 +167,7 @@ def _bad_settings() -> list[BadInput]:
         ("generator", 7, TypeError, "generator: expected a torch.Generator, got int"),
         ("check", 1, TypeError, "check: expected True or False, got int"),
     ):
-        found.append(BadInput(f"{name} {value}", _option(name, value), error, message))
+        found.append(BadInput(f"{name} {value}", option(name, value), error, message))
     return found
 
 
@@ -195,30 +178,26 @@ BAD_INPUTS = (
     BadInput("support a list", lambda t: {"support": [1.0]}, TypeError, "support: expected a tensor [E, S, D], got"),
     BadInput("query a list", lambda t: {"query": [1.0]}, TypeError, "query: expected a tensor [E, Q, D], got list"),
     BadInput("labels a list", lambda t: {"support_target": [0]}, TypeError, "support_target: expected a tensor [E, S]"),
-    BadInput("weight a number", _option("weight", 1.0), TypeError, "weight: expected a tensor [E, way, D], got float"),
-    BadInput("order a list", _option("order", [0]), TypeError, "order: expected a tensor [E, steps, S], got list"),
+    BadInput("weight a number", option("weight", 1.0), TypeError, "weight: expected a tensor [E, way, D], got float"),
+    BadInput("order a list", option("order", [0]), TypeError, "order: expected a tensor [E, steps, S], got list"),
+    BadInput("support of rank 2", replaced("support", lambda x: x[0]), ValueError, "support: expected shape [E, S, D]"),
+    BadInput("query of rank 4", replaced("query", lambda x: x[None]), ValueError, "query: expected shape [E, Q, D]"),
+    BadInput("labels of rank 1", replaced("support_target", lambda y: y[0]), ValueError, "support_target: expected"),
     BadInput(
-        "support of rank 2", _replaced("support", lambda x: x[0]), ValueError, "support: expected shape [E, S, D]"
+        "labels missing", replaced("support_target", lambda y: y[:, 1:]), ValueError, "expected shape [6, 5], got"
     ),
-    BadInput("query of rank 4", _replaced("query", lambda x: x[None]), ValueError, "query: expected shape [E, Q, D]"),
-    BadInput("labels of rank 1", _replaced("support_target", lambda y: y[0]), ValueError, "support_target: expected"),
+    BadInput("episodes differ", replaced("query", lambda x: x[1:]), ValueError, "query: expected shape [6, Q, 4], got"),
     BadInput(
-        "labels missing", _replaced("support_target", lambda y: y[:, 1:]), ValueError, "expected shape [6, 5], got"
+        "dimensions differ", replaced("query", lambda x: x[..., 1:]), ValueError, "query: expected shape [6, Q, 4]"
     ),
+    BadInput("weight of rank 2", replaced("weight", lambda w: w[0]), ValueError, "weight: expected shape [E, way, D]"),
     BadInput(
-        "episodes differ", _replaced("query", lambda x: x[1:]), ValueError, "query: expected shape [6, Q, 4], got"
-    ),
-    BadInput(
-        "dimensions differ", _replaced("query", lambda x: x[..., 1:]), ValueError, "query: expected shape [6, Q, 4]"
-    ),
-    BadInput("weight of rank 2", _replaced("weight", lambda w: w[0]), ValueError, "weight: expected shape [E, way, D]"),
-    BadInput(
-        "weight too narrow", _replaced("weight", lambda w: w[..., 1:]), ValueError, "weight: expected shape [6, 3, 4]"
+        "weight too narrow", replaced("weight", lambda w: w[..., 1:]), ValueError, "weight: expected shape [6, 3, 4]"
     ),
     BadInput(
-        "one class", _replaced("weight", lambda w: w[:, :1]), ValueError, "way: expected at least 2 classes, got 1"
+        "one class", replaced("weight", lambda w: w[:, :1]), ValueError, "way: expected at least 2 classes, got 1"
     ),
-    BadInput("steps missing", _replaced("order", lambda o: o[:, 1:]), ValueError, "order: expected shape [6, 2, 5]"),
+    BadInput("steps missing", replaced("order", lambda o: o[:, 1:]), ValueError, "order: expected shape [6, 2, 5]"),
     BadInput(
         "no support",
         lambda t: {name: t[name][..., :0, :] if name == "support" else t[name][..., :0] for name in NAMES[:2]},
@@ -226,25 +205,25 @@ BAD_INPUTS = (
         "support: expected at least one image and one dimension, got shape [6, 0, 4]",
     ),
     BadInput(
-        "no dimensions", _replaced("support", lambda x: x[..., :0]), ValueError, "one dimension, got shape [6, 5, 0]"
+        "no dimensions", replaced("support", lambda x: x[..., :0]), ValueError, "one dimension, got shape [6, 5, 0]"
     ),
-    BadInput("integer support", _replaced("support", lambda x: x.long()), TypeError, "support: expected dtype float32"),
-    BadInput("complex query", _replaced("query", lambda x: x.cfloat()), TypeError, "query: expected dtype float32"),
+    BadInput("integer support", replaced("support", lambda x: x.long()), TypeError, "support: expected dtype float32"),
+    BadInput("complex query", replaced("query", lambda x: x.cfloat()), TypeError, "query: expected dtype float32"),
     BadInput(
-        "float labels", _replaced("support_target", lambda y: y.float()), TypeError, "support_target: expected dtype"
+        "float labels", replaced("support_target", lambda y: y.float()), TypeError, "support_target: expected dtype"
     ),
-    BadInput("int32 order", _replaced("order", lambda o: o.int()), TypeError, "order: expected dtype torch.int64, got"),
+    BadInput("int32 order", replaced("order", lambda o: o.int()), TypeError, "order: expected dtype torch.int64, got"),
     BadInput(
-        "dtypes differ", _replaced("query", lambda x: x.float()), TypeError, "query: expected dtype torch.float64 as"
+        "dtypes differ", replaced("query", lambda x: x.float()), TypeError, "query: expected dtype torch.float64 as"
     ),
     BadInput(
-        "weight in float32", _replaced("weight", lambda w: w.float()), TypeError, "weight: expected dtype torch.float64"
+        "weight in float32", replaced("weight", lambda w: w.float()), TypeError, "weight: expected dtype torch.float64"
     ),
-    BadInput("devices differ", _replaced("order", lambda o: o.to("meta")), ValueError, "order: expected device"),
+    BadInput("devices differ", replaced("order", lambda o: o.to("meta")), ValueError, "order: expected device"),
     *(
         BadInput(
             f"gradient wanted of {name}",
-            _replaced(name, lambda x: x.clone().requires_grad_()),
+            replaced(name, lambda x: x.clone().requires_grad_()),
             RuntimeError,
             f"{name}: fewshot_ext.finetune_episodes offers no gradient: its scores come out of a whole run of SGD. "
             "Detach it or call it under torch.no_grad().",

@@ -10,7 +10,7 @@ from torch import Tensor
 import fewshot_ext
 from fewshot_ext import reference
 
-from .contract import BadInput, Bounds, OperatorCase, Problem
+from .contract import BadInput, Bounds, OperatorCase, Problem, entry, option, replaced
 from .layouts import LAYOUTS, with_layout
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -243,34 +243,19 @@ def _overloads(cosine: bool):
     return overloads
 
 
-def _replaced(name: str, change) -> object:
-    return lambda tensors: {name: change(tensors[name])}
-
-
-def _label(value: int):
-    def change(target: Tensor) -> Tensor:
-        target = target.clone()
-        target[2] = value
-        return target
-
-    return _replaced("target", change)
-
-
-def _option(name: str, value: object):
-    return lambda tensors: {name: value}
-
-
 # For a float64 problem of 6 samples, 5 classes and 4 dimensions.
 BAD_INPUTS = (
-    BadInput("label too high", _label(5), ValueError, "target: expected labels in [0, 5)", reads_values=True),
-    BadInput("label negative", _label(-1), ValueError, "got -1 at index 2", reads_values=True),
+    BadInput(
+        "label too high", entry("target", 2, 5), ValueError, "target: expected labels in [0, 5)", reads_values=True
+    ),
+    BadInput("label negative", entry("target", 2, -1), ValueError, "got -1 at index 2", reads_values=True),
     BadInput(
         "label too high, looked for",
-        lambda t: {**_label(5)(t), "check": True},
+        lambda t: {**entry("target", 2, 5)(t), "check": True},
         ValueError,
         "target: expected labels in [0, 5)",
     ),
-    BadInput("check a number", _option("check", 1), TypeError, "check: expected True or False"),
+    BadInput("check a number", option("check", 1), TypeError, "check: expected True or False"),
     BadInput(
         "features a list",
         lambda t: {"features": t["features"].tolist()},
@@ -279,58 +264,58 @@ BAD_INPUTS = (
     ),
     BadInput(
         "features of rank 1",
-        _replaced("features", lambda x: x[0]),
+        replaced("features", lambda x: x[0]),
         ValueError,
         "features: expected shape [N, D]",
     ),
-    BadInput("features of rank 3", _replaced("features", lambda x: x[None]), ValueError, "got [1, 6, 4]"),
-    BadInput("weight of rank 1", _replaced("weight", lambda w: w[0]), ValueError, "weight: expected shape [C, D]"),
-    BadInput("target of rank 2", _replaced("target", lambda y: y[None]), ValueError, "target: expected shape [N]"),
-    BadInput("widths differ", _replaced("weight", lambda w: w[:, :3]), ValueError, "weight: expected shape [C, 4]"),
-    BadInput("lengths differ", _replaced("target", lambda y: y[:5]), ValueError, "target: expected shape [6]"),
+    BadInput("features of rank 3", replaced("features", lambda x: x[None]), ValueError, "got [1, 6, 4]"),
+    BadInput("weight of rank 1", replaced("weight", lambda w: w[0]), ValueError, "weight: expected shape [C, D]"),
+    BadInput("target of rank 2", replaced("target", lambda y: y[None]), ValueError, "target: expected shape [N]"),
+    BadInput("widths differ", replaced("weight", lambda w: w[:, :3]), ValueError, "weight: expected shape [C, 4]"),
+    BadInput("lengths differ", replaced("target", lambda y: y[:5]), ValueError, "target: expected shape [6]"),
     BadInput(
         "width 0",
         lambda t: {"features": t["features"][:, :0], "weight": t["weight"][:, :0]},
         ValueError,
         "features: expected at least one dimension",
     ),
-    BadInput("one class", _replaced("weight", lambda w: w[:1]), ValueError, "weight: expected at least 2 classes"),
-    BadInput("integer features", _replaced("features", lambda x: x.long()), TypeError, "features: expected dtype"),
-    BadInput("complex weight", _replaced("weight", lambda w: w.cfloat()), TypeError, "weight: expected dtype"),
+    BadInput("one class", replaced("weight", lambda w: w[:1]), ValueError, "weight: expected at least 2 classes"),
+    BadInput("integer features", replaced("features", lambda x: x.long()), TypeError, "features: expected dtype"),
+    BadInput("complex weight", replaced("weight", lambda w: w.cfloat()), TypeError, "weight: expected dtype"),
     BadInput(
         "dtypes differ",
-        _replaced("weight", lambda w: w.float()),
+        replaced("weight", lambda w: w.float()),
         TypeError,
         "weight: expected dtype torch.float64",
     ),
     BadInput(
         "int32 target",
-        _replaced("target", lambda y: y.int()),
+        replaced("target", lambda y: y.int()),
         TypeError,
         "target: expected dtype torch.int64",
     ),
-    BadInput("devices differ", _replaced("weight", lambda w: w.to("meta")), ValueError, "weight: expected device"),
-    BadInput("NaN scale", _option("scale", math.nan), ValueError, "scale: expected a finite number"),
-    BadInput("zero scale", _option("scale", 0.0), ValueError, "scale: expected a number above 0"),
-    BadInput("infinite margin", _option("margin", -math.inf), ValueError, "margin: expected a finite number"),
-    BadInput("margin a string", _option("margin", "0.3"), TypeError, "margin: expected a number, got str"),
+    BadInput("devices differ", replaced("weight", lambda w: w.to("meta")), ValueError, "weight: expected device"),
+    BadInput("NaN scale", option("scale", math.nan), ValueError, "scale: expected a finite number"),
+    BadInput("zero scale", option("scale", 0.0), ValueError, "scale: expected a number above 0"),
+    BadInput("infinite margin", option("margin", -math.inf), ValueError, "margin: expected a finite number"),
+    BadInput("margin a string", option("margin", "0.3"), TypeError, "margin: expected a number, got str"),
     BadInput(
         "smoothing above 1",
-        _option("label_smoothing", 1.5),
+        option("label_smoothing", 1.5),
         ValueError,
         "label_smoothing: expected a number in",
     ),
     BadInput(
         "fractional ignore_index",
-        _option("ignore_index", 1.5),
+        option("ignore_index", 1.5),
         TypeError,
         "ignore_index: expected an integer",
     ),
-    BadInput("unknown reduction", _option("reduction", "max"), ValueError, "none, mean, sum, got 'max'"),
-    BadInput("reduction None", _option("reduction", None), TypeError, "reduction: expected one of"),
+    BadInput("unknown reduction", option("reduction", "max"), ValueError, "none, mean, sum, got 'max'"),
+    BadInput("reduction None", option("reduction", None), TypeError, "reduction: expected one of"),
     BadInput(
         "prediction flag",
-        _option("return_prediction", 1),
+        option("return_prediction", 1),
         TypeError,
         "return_prediction: expected True or False",
     ),
