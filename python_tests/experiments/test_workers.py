@@ -6,28 +6,9 @@ import time
 
 import pytest
 import torch
+from worker_tasks import Die, Square
 
 from fewshot_ext.experiments.workers import run_tasks, sweep_progress
-
-
-class Square:
-    """A task that any process can do."""
-
-    work = 2
-
-    def __init__(self, number):
-        self.number, self.name = number, f"square of {number}"
-
-    def __call__(self, report):
-        report(1, "half")
-        if self.number < 0:
-            raise ValueError("no negative\nnumbers")
-        return self.number**2, torch.get_num_threads(), os.getpid()
-
-
-class Die(Square):
-    def __call__(self, report):
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
