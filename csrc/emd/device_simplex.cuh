@@ -47,6 +47,7 @@ struct SimplexMemory {
   int arc[nodes];
   int leaving;
   int supplier_moves;
+  int pivots[Team::threads];  // each thread's own: held in a register it would make kernels spill
 };
 
 template <class Price, class Team, class Cost>
@@ -83,10 +84,12 @@ class DeviceSimplex {
       renew_potentials();
       if (!improve<double>(tolerance_)) return false;
     }
+    memory_.pivots[team.thread()] = most_pivots() - pivots_left_;
     return true;
   }
 
-  __device__ __forceinline__ int pivots() const { return most_pivots() - pivots_left_; }
+  // Of a solved problem.
+  __device__ __forceinline__ int pivots() const { return memory_.pivots[team.thread()]; }
 
   // The root becomes supplier 0. Ends with a barrier.
   __device__ __forceinline__ void move_root() {
