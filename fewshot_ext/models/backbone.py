@@ -1,10 +1,12 @@
 """What every backbone offers: feature vectors, dense feature maps, and their sizes beforehand."""
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, ABC):
     """A convolutional network from images to feature vectors.
 
     A subclass computes ``feature_map`` and foretells its size by ``map_size``; the feature vector is the mean over the
@@ -19,17 +21,17 @@ class Backbone(nn.Module):
 
     out_channels: int
 
+    @abstractmethod
     def feature_map(self, images: Tensor) -> Tensor:
         """Dense features ``[N, C', h, w]`` of images ``[N, C, H, W]``, with ``(h, w) = map_size(H, W)``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def map_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the feature map of an image of ``height`` x ``width`` pixels.
 
         Raises:
             ValueError: nothing is left of an image this small.
         """
-        raise NotImplementedError
 
     def feature_size(self, height: int, width: int) -> int:
         """Features D of an image of ``height`` x ``width`` pixels.

@@ -1,6 +1,7 @@
 """Local features of images, the three ways of DeepEMD: positions of a feature map, crops on a grid, random crops."""
 
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,7 @@ _LARGEST_ASPECT = 4 / 3
 _ATTEMPTS = 10
 
 
-class LocalFeatures(nn.Module):
+class LocalFeatures(nn.Module, ABC):
     """A module from images ``[B, ...]`` to N local features each, ``[B, N, C]``, in the mode that its backbone is in.
 
     Args:
@@ -38,8 +39,9 @@ class LocalFeatures(nn.Module):
         self.preprocessing = nn.Identity() if preprocessing is None else preprocessing
         self.training = backbone.training  # what wraps a trained network is not about to train it
 
+    @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Images to their local features; see the class."""
 
 
 class FCN(LocalFeatures):
@@ -103,6 +105,7 @@ class _Crops(LocalFeatures):
         features = self.backbone.feature_map(crops.flatten(0, 1)).mean((2, 3))
         return features.unflatten(0, crops.shape[:2])
 
+    @abstractmethod
     def draw(self, images: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
         """The regions of images ``[B, ...]`` that are ``height`` x ``width`` after the preprocessing.
 
@@ -110,7 +113,6 @@ class _Crops(LocalFeatures):
             Boxes ``[B, N, 4]`` int64, (left, top, right, bottom) in pixels, and whether each is mirrored, ``[B, N]``
             bool; both on the CPU.
         """
-        raise NotImplementedError
 
 
 class Grid(_Crops):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fewshot_ext.models import BackboneConfig, ResNet12, ResNet18, WideResNet28, build_backbone, conv4
+from fewshot_ext.models import Backbone, BackboneConfig, ResNet12, ResNet18, WideResNet28, build_backbone, conv4
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -190,3 +190,14 @@ def test_bad_settings_are_named(settings, message):
 def test_bad_arguments_are_named(backbone, arguments, message):
     with pytest.raises(ValueError, match=message):
         backbone(**arguments)
+
+
+def test_a_backbone_without_a_feature_map_is_none():
+    """It fails where it is made, not in the first batch."""
+
+    class NoMap(Backbone):
+        def map_size(self, height, width):
+            return height, width
+
+    with pytest.raises(TypeError, match=r"abstract method '?feature_map'?"):
+        NoMap()
