@@ -1,6 +1,5 @@
 """A training run as a user would start one: torchrun, optimisers, memory."""
 
-import os
 import re
 import subprocess
 import sys
@@ -8,6 +7,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torchrun import run_script
 
 from .problems import Problem
 from .ranks import ROOT
@@ -18,23 +18,7 @@ PAGE = ROOT / "docs" / "many_classes.md"
 @pytest.mark.skipif(not PAGE.exists(), reason="the pages are not part of a source distribution")
 def test_example_of_the_page_runs_under_torchrun(tmp_path):
     (example,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    (tmp_path / "train.py").write_text(example)
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            str(tmp_path / "train.py"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert run.returncode == 0, run.stderr
+    run = run_script(tmp_path / "train.py", example)
     reports = re.findall(r"step (\d+): loss ([\d.]+), accuracy ([\d.]+)", run.stdout)
     assert [step for step, *_ in reports] == ["0", "50", "100"]
     assert float(reports[-1][1]) < 0.5 * float(reports[0][1]) and float(reports[-1][2]) > 0.5

@@ -4,14 +4,13 @@ import sys
 
 import pytest
 import torch
+from torchrun import TORCHRUN, run_script
 
 from fewshot_ext.cli import main
 from fewshot_ext.data import ShuffledBatches
 from fewshot_ext.training.distributed import RankBatches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 # Batch normalisation takes its statistics over a process's own share on CPUs, and augmentation draws other numbers in
 # each process; without the two, several processes must compute what one computes. 75 images in batches of 16 leave a
@@ -54,8 +53,7 @@ def test_two_processes_compute_what_one_computes(tmp_path):
     script.write_text(SCRIPT)
     one = subprocess.run([sys.executable, str(script), str(tmp_path / "one"), "1"], capture_output=True, text=True)
     assert one.returncode == 0, one.stderr
-    two = subprocess.run([*TORCHRUN, str(script), str(tmp_path / "two"), "2"], capture_output=True, text=True)
-    assert two.returncode == 0, two.stderr
+    run_script(tmp_path / "processes.py", SCRIPT, str(tmp_path / "two"), "2")
     single, first, second = (torch.load(tmp_path / name) for name in ("one-0.pt", "two-0.pt", "two-1.pt"))
 
     torch.testing.assert_close(first["weights"], single["weights"], rtol=1e-9, atol=1e-9)
