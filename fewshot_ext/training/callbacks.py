@@ -1,4 +1,4 @@
-"""What a pre-training run does between its steps: validation, reports, the progress bar."""
+"""What a training run does between its steps: validation, reports, the progress bar."""
 
 import math
 import sys
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewshot_ext._random import derive_generator
 from fewshot_ext.data import ImageArchive, sample_episodes
-from fewshot_ext.evaluation import ProtoNet, episode_accuracies, extract_features
+from fewshot_ext.evaluation import ProtoNet, episode_accuracies, extract_features, mean_and_interval
 from fewshot_ext.training.config import ValidationConfig
 
 # Part of the key that makes the episodes' seed of the run's.
@@ -57,7 +57,7 @@ class EpochMeans(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_index: int
     ) -> None:
-        count = len(batch[1])
+        count = batch[1].numel()
         means = torch.stack([outputs["mean_loss"], outputs["accuracy"], outputs["accuracy"].new_ones(())])
         self._sums.add_(means, alpha=count)
 
@@ -90,6 +90,7 @@ class Validation(Callback):
     Attributes:
         accuracy: share of right answers at the last validation, None before it.
         best_accuracy, best_epoch: of the best epoch, the earliest of equals.
+        best_interval: half-width of the 95 % interval of ``best_accuracy`` over the episodes.
 
     Raises:
         ValueError: the classes or their images are too few for the episodes.
@@ -110,12 +111,22 @@ class Validation(Callback):
             raise ValueError(f"validation classes: {error}") from error
         self.accuracy: float | None = None
         self.best_accuracy, self.best_epoch = -1.0, 0
+        self.best_interval = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_accuracy": self.best_accuracy, "best_epoch": self.best_epoch}
+        return {name: getattr(self, name) for name in ("best_accuracy", "best_interval", "best_epoch")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best_accuracy, self.best_epoch = state_dict["best_accuracy"], state_dict["best_epoch"]
+        for name, value in state_dict.items():
+            setattr(self, name, value)
+
+    def results(self) -> dict[str, float]:
+        """What a record of the run says of its validation."""
+        return {
+            "best_validation_accuracy": self.best_accuracy,
+            "best_validation_interval": self.best_interval,
+            "best_epoch": self.best_epoch,
+        }
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         epoch = trainer.current_epoch + 1
@@ -123,16 +134,21 @@ class Validation(Callback):
         if epoch % self.config.epochs and epoch != trainer.max_epochs:
             return
         # Evaluation has nothing to synchronise, so one process does it and the others wait.
-        accuracy = self._measure(module) if trainer.is_global_zero else 0.0
-        self.accuracy = trainer.strategy.broadcast(accuracy)
+        found = self._measure(module) if trainer.is_global_zero else (0.0, 0.0)
+        self.accuracy, interval = trainer.strategy.broadcast(found)
         module.log("validation/accuracy", self.accuracy)
         if self.accuracy > self.best_accuracy:
-            self.best_accuracy, self.best_epoch = self.accuracy, epoch
+            self.best_accuracy, self.best_interval, self.best_epoch = self.accuracy, interval, epoch
             trainer.save_checkpoint(self.path)
 
-    def _measure(self, module: pl.LightningModule) -> float:
+    def _measure(self, module: pl.LightningModule) -> tuple[float, float]:
+        """Accuracy and the half-width of its interval."""
+        return mean_and_interval(self._accuracies(module))
+
+    def _accuracies(self, module: pl.LightningModule) -> Tensor:
+        """``[E]``, of each episode; a subclass may have another classifier."""
         features = extract_features(module, self.images)
-        return episode_accuracies(features, self.episodes, head=ProtoNet(metric="cosine")).mean().item()
+        return episode_accuracies(features, self.episodes, head=ProtoNet(metric="cosine"))
 
 
 class ProgressBar(Callback):
@@ -154,8 +170,8 @@ class ProgressBar(Callback):
         from tqdm import tqdm
 
         self._bar = tqdm(
-            total=int(trainer.estimated_stepping_batches),
-            initial=trainer.global_step,
+            total=int(trainer.estimated_stepping_batches) * trainer.accumulate_grad_batches,
+            initial=trainer.global_step * trainer.accumulate_grad_batches,
             desc=_epoch(trainer),
             bar_format="{desc} |{bar}| {percentage:3.0f}% {elapsed}<{remaining}{postfix}",
             file=sys.stderr,
@@ -171,7 +187,7 @@ class ProgressBar(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_index: int
     ) -> None:
-        self._images += len(batch[1]) * trainer.world_size
+        self._images += batch[1].numel() * trainer.world_size
         self._stepped = time.perf_counter()
         # Reading the means waits for the device, so it is done only where the bar is about to be drawn.
         if not self._bar.disable and self._bar.n + 1 - self._bar.last_print_n >= self._bar.miniters:

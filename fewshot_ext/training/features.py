@@ -1,4 +1,4 @@
-"""What pre-training is for: a network from uint8 images to feature vectors, with or without Lightning."""
+"""What training is for: a network from uint8 images to feature vectors, with or without Lightning."""
 
 import pickle
 from dataclasses import replace
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from fewshot_ext.data import AugmentationConfig, ImageInput
 from fewshot_ext.models import build_backbone
 from fewshot_ext.training.config import PreTrainingConfig
+
+PRE_TRAINING = "pre-training"
 
 
 class FeatureExtractor(nn.Module):
@@ -64,7 +66,7 @@ def load_backbone(path: str | Path) -> FeatureExtractor:
     Needs neither Lightning nor kornia; the file is read without running code in it.
 
     Args:
-        path: ``last.ckpt`` or ``best.ckpt`` of a pre-training.
+        path: ``last.ckpt`` or ``best.ckpt`` of any training.
 
     Returns:
         A module from ``[B, C, H, W]`` uint8 images to ``[B, D]`` features.
@@ -82,27 +84,45 @@ def build_extractor(checkpoint: dict[str, Any]) -> FeatureExtractor:
     # Augmentation is for training, and would ask for kornia.
     config = replace(PreTrainingConfig.from_dict(arguments["config"]), augmentation=AugmentationConfig())
     extractor = FeatureExtractor(config, arguments["image_size"], arguments["mean"], arguments["std"])
-    prefix = "extractor."
-    state = checkpoint["state_dict"].items()
-    extractor.load_state_dict({key.removeprefix(prefix): value for key, value in state if key.startswith(prefix)})
+    load_extractor(extractor, checkpoint)
     return extractor.eval()
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a pre-training's checkpoint, on the CPU, read without running code in it.
+def load_extractor(extractor: FeatureExtractor, checkpoint: dict[str, Any]) -> None:
+    """Gives ``extractor`` the weights of a checkpoint's.
+
+    Raises:
+        RuntimeError: they are of another shape.
+    """
+    prefix = "extractor."
+    state = checkpoint["state_dict"].items()
+    extractor.load_state_dict({key.removeprefix(prefix): value for key, value in state if key.startswith(prefix)})
+
+
+def read_checkpoint(path: str | Path, stage: str | None = None) -> dict[str, Any]:
+    """The content of a training's checkpoint, on the CPU, read without running code in it.
+
+    Args:
+        path: the file.
+        stage: the training that it must be of, such as ``PRE_TRAINING``; None for any that has a feature extractor.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not the checkpoint of a pre-training.
+        ValueError: it is no checkpoint, or that of another stage.
     """
+    kind = stage or PRE_TRAINING
     with open(path, "rb") as file:
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         # What torch raises depends on where the file is cut or what lies there instead.
         except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, LookupError) as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
-            raise ValueError(f"{path} is not the checkpoint of a pre-training, or is damaged: {reason}") from error
+            raise ValueError(f"{path} is not the checkpoint of a {kind}, or is damaged: {reason}") from error
     arguments = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
     if not isinstance(arguments, dict) or not {"config", "image_size"} <= arguments.keys():
-        raise ValueError(f"{path} is not the checkpoint of a pre-training: it holds something else")
+        raise ValueError(f"{path} is not the checkpoint of a {kind}: it holds something else")
+    # Pre-training had its checkpoints before there was another stage to tell it from.
+    came = arguments.get("stage", PRE_TRAINING)
+    if stage not in (None, came):
+        raise ValueError(f"{path} is not the checkpoint of a {kind}: it is that of a {came}")
     return checkpoint

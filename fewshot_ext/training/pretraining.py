@@ -1,53 +1,27 @@
 """Pre-training of a backbone on base classes with a signed-margin softmax, the first of the two stages."""
 
-import logging
-import signal
-import threading
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from fewshot_ext import _extras
+from fewshot_ext.data import ImageArchive, training_batches
+from fewshot_ext.losses import MarginCosineLoss, MarginSoftmaxLoss
+from fewshot_ext.training.callbacks import Validation
+from fewshot_ext.training.config import PreTrainingConfig
+from fewshot_ext.training.distributed import RankBatches, share_batches
+from fewshot_ext.training.features import PRE_TRAINING, FeatureExtractor, read_checkpoint
+from fewshot_ext.training.run import BEST, ImageTraining, TrainingRun, image_statistics
+from fewshot_ext.training.schedule import warmup_cosine
 
-_extras.require("train", "lightning", "tensorboard")
-
-import lightning.pytorch as pl  # noqa: E402  (the check above words a missing Lightning better than Python does)
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint  # noqa: E402
-from lightning.pytorch.loggers import TensorBoardLogger  # noqa: E402
-
-from fewshot_ext._checks import check_at_least  # noqa: E402
-from fewshot_ext._random import derive_seed  # noqa: E402
-from fewshot_ext._record import check_same_settings  # noqa: E402
-from fewshot_ext.data import ImageArchive, training_batches  # noqa: E402
-from fewshot_ext.losses import MarginCosineLoss, MarginSoftmaxLoss  # noqa: E402
-from fewshot_ext.models import Backbone  # noqa: E402
-from fewshot_ext.training.callbacks import EpochMeans, ProgressBar, Validation  # noqa: E402
-from fewshot_ext.training.checkpoints import AtomicCheckpointIO  # noqa: E402
-from fewshot_ext.training.config import PreTrainingConfig  # noqa: E402
-from fewshot_ext.training.distributed import RankBatches, share_batches  # noqa: E402
-from fewshot_ext.training.features import FeatureExtractor, read_checkpoint  # noqa: E402
-from fewshot_ext.training.schedule import warmup_cosine  # noqa: E402
-
-LAST, BEST = "last.ckpt", "best.ckpt"
 HEADS = {"cosine": MarginCosineLoss, "softmax": MarginSoftmaxLoss}
 
-# Facts about this kind of run that a user can do nothing about; every other warning still comes through.
-_EXPECTED_WARNINGS = (
-    ".*does not have many workers.*",  # batches are cut from a tensor in memory: workers would only copy
-    ".*exists and is not empty.*",  # resuming writes where the broken run wrote
-    ".*treespec, LeafSpec.*",  # between Lightning and torch
-    ".*callbacks used to create the checkpoint.*",  # a resumed run may write checkpoints further apart
-    ".*sync_dist=True.*",  # the validation accuracy is the same in every process
-)
 
-
-class PreTraining(pl.LightningModule):
+class PreTraining(ImageTraining):
     """Backbone and margin head over uint8 images, with Adam, linear warm-up and cosine decay.
 
     Args:
@@ -65,6 +39,8 @@ class PreTraining(pl.LightningModule):
         section 3.5.
     """
 
+    stage = PRE_TRAINING
+
     def __init__(
         self,
         config: PreTrainingConfig,
@@ -74,8 +50,8 @@ class PreTraining(pl.LightningModule):
         std: tuple[float, ...],
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.config, self.seed = config, seed
+        super().__init__(FeatureExtractor(config, image_size, mean, std), seed)
+        self.config = config
         # Plain containers, so that a checkpoint loads with weights_only and survives a renamed class.
         self.save_hyperparameters(
             {
@@ -87,7 +63,6 @@ class PreTraining(pl.LightningModule):
                 "seed": seed,
             }
         )
-        self.extractor = FeatureExtractor(config, image_size, mean, std)
         self.head = HEADS[config.similarity](
             self.extractor.out_features,
             num_classes,
@@ -104,24 +79,11 @@ class PreTraining(pl.LightningModule):
             OSError: the file cannot be read.
             ValueError: it is not the checkpoint of a pre-training.
         """
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_checkpoint(path, cls.stage)
         arguments = dict(checkpoint["hyper_parameters"])
         module = cls(PreTrainingConfig.from_dict(arguments.pop("config")), **arguments)
         module.load_state_dict(checkpoint["state_dict"])
         return module.eval()
-
-    @property
-    def backbone(self) -> Backbone:
-        return self.extractor.backbone
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.extractor(images)
-
-    def on_train_epoch_start(self) -> None:
-        # Augmentation and dropout draw from the global generator. Setting it by the epoch's number makes a resumed
-        # run draw what the unbroken run would have drawn; other processes draw other numbers for their images.
-        rank = (self.global_rank,) if self.global_rank else ()
-        torch.manual_seed(derive_seed(self.seed, self.current_epoch, *rank))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> dict[str, Tensor]:
         images, target = batch
@@ -143,9 +105,6 @@ class PreTraining(pl.LightningModule):
             return 1.0
         return count * sampler.world_size / sampler.total(batch_index)
 
-    def on_train_epoch_end(self) -> None:
-        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
-
     def configure_optimizers(self) -> dict:
         config = self.config
         # Rates come from the schedule whole, so the optimiser's own rate is 1 and the factor is the rate.
@@ -166,7 +125,7 @@ class PreTraining(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-class PreTrainingRun:
+class PreTrainingRun(TrainingRun):
     """Everything that a pre-training needs, checked before its first step.
 
     Args:
@@ -209,110 +168,34 @@ class PreTrainingRun:
         on_epoch: Callable[[int, float], None] | None = None,
         progress: bool = False,
     ) -> None:
-        for name, value in (("devices", devices), ("num_nodes", num_nodes)):
-            check_at_least(name, value, 1)
-        self.config, self.archive, self.directory = config, archive, Path(directory)
-        self.device, self.seed = torch.device(device), seed
-        statistics = archive.channel_statistics() if config.mean is None else (config.mean, config.std)
-        image_size = tuple(archive.images.shape[1:])
-        if len(statistics[0]) != image_size[0] or len(statistics[1]) != image_size[0]:
-            raise ValueError(f"mean and std must give one number a channel: the images have {image_size[0]} channels")
+        image_size, *statistics = image_statistics(archive, config.mean, config.std)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.module = PreTraining(config, archive.num_classes, image_size, *statistics, seed=seed)
-        self.start = self._start(self.directory / LAST) if resume else None
-        # Lightning fetches the first batch of a resumed run before it tells the sampler the epoch.
-        self.epochs_done = _epochs_done(self.start) if self.start else 0
-        self._loader = training_batches(archive, config.batch_size, seed, self.epochs_done)
-        self.validation = validation and Validation(config.validation, validation, self.directory / BEST, seed)
-        self._distributed = devices * num_nodes > 1
-        if self._distributed:
-            # Raises where batches are too small to share; the ranks are known only once processes run.
-            RankBatches(self._loader.sampler, 0, devices * num_nodes)
-        self._devices, self._num_nodes = devices, num_nodes
-        self._means = EpochMeans(on_epoch)
-        self._callbacks: list[Callback] = [self._means]
-        if self.validation:
-            self._callbacks.append(self.validation)
-        if progress:
-            _extras.require("train", "tqdm")
-            self._callbacks.append(ProgressBar(self._means, self.validation))
+            module = PreTraining(config, archive.num_classes, image_size, *statistics, seed=seed)
+        super().__init__(
+            module,
+            archive,
+            training_batches(archive, config.batch_size, seed),
+            directory,
+            validation=validation and Validation(config.validation, validation, Path(directory) / BEST, seed),
+            device=device,
+            devices=devices,
+            num_nodes=num_nodes,
+            resume=resume,
+            on_epoch=on_epoch,
+            progress=progress,
+        )
 
     def train(self) -> PreTraining:
-        """Trains to the last epoch.
+        if self.config.compile:
+            self.module.backbone.compile()
+        return super().train()
 
-        Returns:
-            The module of ``best.ckpt``, in evaluation mode, on the device that trained it.
+    def _shared(self, loader: DataLoader, rank: int, processes: int) -> DataLoader:
+        return share_batches(loader, rank, processes)
 
-        Raises:
-            FloatingPointError: the loss is not a number any more.
-            KeyboardInterrupt: Ctrl-C; ``last.ckpt`` then holds the last checkpointed epoch.
-            OSError: a checkpoint cannot be written; the one before it is whole.
-        """
-        with torch.random.fork_rng(), _quiet_lightning():
-            trainer = self._trainer()
-            loader = self._loader
-            if trainer.world_size > 1:
-                loader = share_batches(loader, trainer.global_rank, trainer.world_size)
-            if self.config.compile:
-                self.module.backbone.compile()
-            with _keyboard_interrupt(trainer):
-                trainer.fit(self.module, loader, ckpt_path=self.start, weights_only=True)
-            trainer.save_checkpoint(self.directory / LAST)
-            if self.validation:
-                self.module.load_state_dict(read_checkpoint(self.directory / BEST)["state_dict"])
-            else:
-                trainer.save_checkpoint(self.directory / BEST)
-        return self.module.to(trainer.strategy.root_device).eval()
-
-    @property
-    def has_checkpoint(self) -> bool:
-        """Whether a broken run could go on from ``last.ckpt``."""
-        return (self.directory / LAST).exists()
-
-    def results(self) -> dict[str, float]:
-        """Loss and accuracy over the last epoch, and the best validation accuracy with its epoch."""
-        found = dict(self._means.means)
-        if self.validation:
-            found["best_validation_accuracy"] = self.validation.best_accuracy
-            found["best_epoch"] = self.validation.best_epoch
-        return found
-
-    def _start(self, last: Path) -> Path | None:
-        if not last.exists():
-            return None
-        before, after = dict(read_checkpoint(last)["hyper_parameters"]), dict(self.module.hparams)
-        # A run may go on with its checkpoints further apart: the result is the same.
-        for settings in (before, after):
-            settings["config"] = {**settings["config"], "checkpoint_epochs": None}
-        check_same_settings(before, after, self.directory)
-        return last
-
-    def _trainer(self) -> pl.Trainer:
-        on_gpu = self.device.type == "cuda"
-        checkpoint = ModelCheckpoint(
-            self.directory,
-            filename=Path(LAST).stem,
-            every_n_epochs=min(self.config.checkpoint_epochs, self.config.epochs),
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
-        )
-        return pl.Trainer(
-            accelerator="gpu" if on_gpu else "cpu",
-            devices=[self.device.index or 0] if on_gpu and self._devices == 1 else self._devices,
-            num_nodes=self._num_nodes,
-            strategy="ddp" if self._distributed else "auto",
-            sync_batchnorm=on_gpu and self._distributed,
-            use_distributed_sampler=False,
-            precision=self.config.precision,
-            max_epochs=self.config.epochs,
-            logger=TensorBoardLogger(self.directory.parent, name="", version=self.directory.name),
-            callbacks=[*self._callbacks, checkpoint],
-            plugins=[AtomicCheckpointIO()],
-            log_every_n_steps=1,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+    def _trainer_options(self) -> dict[str, Any]:
+        return {"sync_batchnorm": self.device.type == "cuda" and self._processes > 1}
 
 
 def pretrain(config: PreTrainingConfig, archive: ImageArchive, directory: str | Path, **options: Any) -> PreTraining:
@@ -321,39 +204,3 @@ def pretrain(config: PreTrainingConfig, archive: ImageArchive, directory: str | 
     The arguments are those of ``PreTrainingRun``; what comes back and what is raised are those of it and its ``train``.
     """
     return PreTrainingRun(config, archive, directory, **options).train()
-
-
-def _epochs_done(checkpoint: Path) -> int:
-    return read_checkpoint(checkpoint)["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-
-
-@contextmanager
-def _keyboard_interrupt(trainer: pl.Trainer) -> Iterator[None]:
-    """Lightning answers Ctrl-C with ``sys.exit(1)`` and leaves SIGINT ignored; callers want the interrupt."""
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as stopped:
-        if in_main_thread:
-            signal.signal(signal.SIGINT, handler)
-        if trainer.interrupted:
-            raise KeyboardInterrupt from stopped
-        raise
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Keeps Lightning's start-up notices (accelerators, tips) and ``_EXPECTED_WARNINGS`` off the terminal."""
-    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            for message in _EXPECTED_WARNINGS:
-                warnings.filterwarnings("ignore", message)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

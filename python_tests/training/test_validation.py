@@ -26,7 +26,7 @@ def test_accuracy_is_that_of_the_nearest_mean_by_cosine(validation_archive, tmp_
         for label, images in enumerate(query):
             for image in images:
                 right.append((means @ features[image]).argmax().item() == label)
-    assert validation._measure(Pixels()) == pytest.approx(sum(right) / len(right))
+    assert validation._measure(Pixels())[0] == pytest.approx(sum(right) / len(right))
     assert 0.5 < sum(right) / len(right) < 1
 
 
@@ -37,7 +37,7 @@ def test_the_best_checkpoint_is_that_of_the_best_epoch(
 
     def measure(self, module):
         states.append(weights(module))
-        return next(found)
+        return next(found), 0.01
 
     monkeypatch.setattr(Validation, "_measure", measure)
     run = PreTrainingRun(tiny, archive, tmp_path, validation=validation_archive)
@@ -47,6 +47,7 @@ def test_the_best_checkpoint_is_that_of_the_best_epoch(
     assert torch.equal(weights(PreTraining.from_checkpoint(tmp_path / "best.ckpt")), states[1])
     assert torch.equal(weights(PreTraining.from_checkpoint(tmp_path / "last.ckpt")), states[3])
     assert run.results()["best_epoch"] == 2
+    assert run.results()["best_validation_interval"] == 0.01
 
 
 def test_validation_leaves_the_training_as_it_was(tiny, archive, validation_archive, tmp_path, weights):
@@ -68,7 +69,7 @@ def test_every_second_epoch_and_the_last_are_validated(tiny, archive, validation
 
 
 def test_a_resumed_run_remembers_the_best_epoch(tiny, archive, validation_archive, tmp_path, monkeypatch, weights):
-    monkeypatch.setattr(Validation, "_measure", lambda self, module: 0.9)
+    monkeypatch.setattr(Validation, "_measure", lambda self, module: (0.9, 0.01))
 
     def interrupt(epoch, loss):
         if epoch == 3:
@@ -77,10 +78,11 @@ def test_a_resumed_run_remembers_the_best_epoch(tiny, archive, validation_archiv
     with pytest.raises(KeyboardInterrupt):
         pretrain(tiny, archive, tmp_path, validation=validation_archive, on_epoch=interrupt)
     best = (tmp_path / "best.ckpt").read_bytes()
-    monkeypatch.setattr(Validation, "_measure", lambda self, module: 0.8)
+    monkeypatch.setattr(Validation, "_measure", lambda self, module: (0.8, 0.02))
     run = PreTrainingRun(tiny, archive, tmp_path, validation=validation_archive, resume=True)
     run.train()
     assert (run.validation.best_accuracy, run.validation.best_epoch) == (0.9, 1)
+    assert run.validation.best_interval == 0.01
     assert (tmp_path / "best.ckpt").read_bytes() == best
 
 

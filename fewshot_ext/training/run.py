@@ -1,0 +1,279 @@
+"""What every training of a backbone shares: repeatable epochs, checkpoints, resuming, several processes."""
+
+import logging
+import signal
+import threading
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fewshot_ext import _extras
+
+_extras.require("train", "lightning", "tensorboard")
+
+import lightning.pytorch as pl  # noqa: E402  (the check above words a missing Lightning better than Python does)
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint  # noqa: E402
+from lightning.pytorch.loggers import TensorBoardLogger  # noqa: E402
+
+from fewshot_ext._checks import check_at_least  # noqa: E402
+from fewshot_ext._random import derive_seed  # noqa: E402
+from fewshot_ext._record import check_same_settings  # noqa: E402
+from fewshot_ext.data import ImageArchive  # noqa: E402
+from fewshot_ext.models import Backbone  # noqa: E402
+from fewshot_ext.training.callbacks import EpochMeans, ProgressBar, Validation  # noqa: E402
+from fewshot_ext.training.checkpoints import AtomicCheckpointIO  # noqa: E402
+from fewshot_ext.training.features import FeatureExtractor, read_checkpoint  # noqa: E402
+
+LAST, BEST = "last.ckpt", "best.ckpt"
+
+# Facts about this kind of run that a user can do nothing about; every other warning still comes through.
+_EXPECTED_WARNINGS = (
+    ".*does not have many workers.*",  # batches are cut from a tensor in memory: workers would only copy
+    ".*exists and is not empty.*",  # resuming writes where the broken run wrote
+    ".*treespec, LeafSpec.*",  # between Lightning and torch
+    ".*callbacks used to create the checkpoint.*",  # a resumed run may write checkpoints further apart
+    ".*sync_dist=True.*",  # the validation accuracy is the same in every process
+)
+
+
+class ImageTraining(pl.LightningModule):
+    """A feature extractor that is being trained; a subclass brings the loss and the optimiser.
+
+    A training step returns ``loss``, to be minimised, and of its batch ``mean_loss`` and ``accuracy``.
+
+    Args:
+        extractor: the network from uint8 images to features.
+        seed: with the epoch's number it decides what is random in that epoch.
+
+    Shape:
+        ``[B, C, H, W]`` uint8 -> features ``[B, D]``.
+    """
+
+    stage: str  # what its checkpoints are the checkpoints of
+
+    def __init__(self, extractor: FeatureExtractor, seed: int) -> None:
+        super().__init__()
+        self.extractor, self.seed = extractor, seed
+
+    @property
+    def backbone(self) -> Backbone:
+        return self.extractor.backbone
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.extractor(images)
+
+    def on_train_epoch_start(self) -> None:
+        # Augmentation and dropout draw from the global generator. Setting it by the epoch's number makes a resumed
+        # run draw what the unbroken run would have drawn; other processes draw other numbers for their images.
+        rank = (self.global_rank,) if self.global_rank else ()
+        torch.manual_seed(derive_seed(self.seed, self.current_epoch, *rank))
+
+    def on_train_epoch_end(self) -> None:
+        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+
+
+class TrainingRun(ABC):
+    """A module, its batches and where its checkpoints go, checked before the first step.
+
+    Args:
+        module: what is trained; its ``config`` has ``epochs``, ``checkpoint_epochs`` and ``precision``.
+        archive: training images.
+        loader: batches of them, of a sampler whose ``set_epoch`` decides a pass.
+        directory: receives ``last.ckpt``, ``best.ckpt`` and the TensorBoard log.
+        validation: chooses ``best.ckpt``; without one the last epoch is the best.
+        device: "cpu" or "cuda".
+        devices: processes on this machine, a GPU each where ``device`` is "cuda"; torchrun or Lightning starts them.
+        num_nodes: machines, which share the file system that ``directory`` is on.
+        resume: continue from ``last.ckpt`` where there is one. At an epoch's end the resumed run is in the
+            state that the unbroken run would have had.
+        on_epoch: called with (epochs done, mean loss of the last epoch).
+        progress: draw a progress bar.
+
+    Raises:
+        ImportError: Lightning or TensorBoard is missing.
+        OSError: ``last.ckpt`` cannot be read.
+        ValueError: batches that the processes cannot share, or a ``last.ckpt`` of other settings.
+    """
+
+    def __init__(
+        self,
+        module: ImageTraining,
+        archive: ImageArchive,
+        loader: DataLoader,
+        directory: str | Path,
+        *,
+        validation: Validation | None,
+        device: torch.device | str,
+        devices: int,
+        num_nodes: int,
+        resume: bool,
+        on_epoch: Callable[[int, float], None] | None,
+        progress: bool,
+    ) -> None:
+        for name, value in (("devices", devices), ("num_nodes", num_nodes)):
+            check_at_least(name, value, 1)
+        self.module, self.archive, self.directory = module, archive, Path(directory)
+        self.config, self.device, self.validation = module.config, torch.device(device), validation
+        self.start = self._start(self.directory / LAST) if resume else None
+        self.epochs_done = _epochs_done(self.start) if self.start else 0
+        # Lightning fetches the first batch of a resumed run before it tells the sampler the epoch.
+        loader.sampler.set_epoch(self.epochs_done)
+        self._loader = loader
+        self._devices, self._num_nodes = devices, num_nodes
+        if self._processes > 1:
+            # Raises where the processes cannot share it; their ranks are known only once they run.
+            self._shared(loader, 0, self._processes)
+        self._means = EpochMeans(on_epoch)
+        self._callbacks: list[Callback] = [self._means]
+        if validation:
+            self._callbacks.append(validation)
+        if progress:
+            _extras.require("train", "tqdm")
+            self._callbacks.append(ProgressBar(self._means, validation))
+
+    @abstractmethod
+    def _shared(self, loader: DataLoader, rank: int, processes: int) -> DataLoader:
+        """The loader of one of several processes, from the loader of one process alone.
+
+        Raises:
+            ValueError: there is too little for so many.
+        """
+
+    def _trainer_options(self) -> dict[str, Any]:
+        """What this kind of training asks of Lightning's trainer besides what all kinds do."""
+        return {}
+
+    def train(self) -> ImageTraining:
+        """Trains to the last epoch.
+
+        Returns:
+            The module of ``best.ckpt``, in evaluation mode, on the device that trained it.
+
+        Raises:
+            FloatingPointError: the loss is not a number any more.
+            KeyboardInterrupt: Ctrl-C; ``last.ckpt`` then holds the last checkpointed epoch.
+            OSError: a checkpoint cannot be written; the one before it is whole.
+        """
+        with torch.random.fork_rng(), _quiet_lightning():
+            trainer = self._trainer()
+            loader = self._loader
+            if trainer.world_size > 1:
+                loader = self._shared(loader, trainer.global_rank, trainer.world_size)
+            with _keyboard_interrupt(trainer):
+                trainer.fit(self.module, loader, ckpt_path=self.start, weights_only=True)
+            trainer.save_checkpoint(self.directory / LAST)
+            if self.validation:
+                self.module.load_state_dict(read_checkpoint(self.directory / BEST)["state_dict"])
+            else:
+                trainer.save_checkpoint(self.directory / BEST)
+        return self.module.to(trainer.strategy.root_device).eval()
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether a broken run could go on from ``last.ckpt``."""
+        return (self.directory / LAST).exists()
+
+    def results(self) -> dict[str, float]:
+        """Loss and accuracy over the last epoch, and the best validation accuracy with its epoch."""
+        return {**self._means.means, **(self.validation.results() if self.validation else {})}
+
+    @property
+    def _processes(self) -> int:
+        return self._devices * self._num_nodes
+
+    def _start(self, last: Path) -> Path | None:
+        if not last.exists():
+            return None
+        before, after = dict(read_checkpoint(last, self.module.stage)["hyper_parameters"]), dict(self.module.hparams)
+        # A run may go on with its checkpoints further apart: the result is the same.
+        for settings in (before, after):
+            for name, config in settings.items():
+                if isinstance(config, dict):
+                    settings[name] = {**config, "checkpoint_epochs": None}
+        check_same_settings(before, after, self.directory)
+        return last
+
+    def _trainer(self) -> pl.Trainer:
+        on_gpu, distributed = self.device.type == "cuda", self._processes > 1
+        checkpoint = ModelCheckpoint(
+            self.directory,
+            filename=Path(LAST).stem,
+            every_n_epochs=min(self.config.checkpoint_epochs, self.config.epochs),
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+        return pl.Trainer(
+            accelerator="gpu" if on_gpu else "cpu",
+            devices=[self.device.index or 0] if on_gpu and self._devices == 1 else self._devices,
+            num_nodes=self._num_nodes,
+            strategy="ddp" if distributed else "auto",
+            use_distributed_sampler=False,
+            precision=self.config.precision,
+            max_epochs=self.config.epochs,
+            logger=TensorBoardLogger(self.directory.parent, name="", version=self.directory.name),
+            callbacks=[*self._callbacks, checkpoint],
+            plugins=[AtomicCheckpointIO()],
+            log_every_n_steps=1,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **self._trainer_options(),
+        )
+
+
+def image_statistics(
+    archive: ImageArchive, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
+) -> tuple[tuple[int, int, int], tuple[float, ...], tuple[float, ...]]:
+    """Size ``(channels, height, width)`` of the images, and ``mean`` and ``std`` or, where None, the images' own.
+
+    Raises:
+        ValueError: not one number a channel.
+    """
+    size = tuple(archive.images.shape[1:])
+    if mean is None:
+        return size, *archive.channel_statistics()
+    if len(mean) != size[0] or len(std) != size[0]:
+        raise ValueError(f"mean and std must give one number a channel: the images have {size[0]} channels")
+    return size, mean, std
+
+
+def _epochs_done(checkpoint: Path) -> int:
+    return read_checkpoint(checkpoint)["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+
+
+@contextmanager
+def _keyboard_interrupt(trainer: pl.Trainer) -> Iterator[None]:
+    """Lightning answers Ctrl-C with ``sys.exit(1)`` and leaves SIGINT ignored; callers want the interrupt."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stopped:
+        if in_main_thread:
+            signal.signal(signal.SIGINT, handler)
+        if trainer.interrupted:
+            raise KeyboardInterrupt from stopped
+        raise
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Keeps Lightning's start-up notices (accelerators, tips) and ``_EXPECTED_WARNINGS`` off the terminal."""
+    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for message in _EXPECTED_WARNINGS:
+                warnings.filterwarnings("ignore", message)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
