@@ -10,7 +10,7 @@ from fewshot_ext._checks import check_at_least, check_choice, check_positive
 from fewshot_ext._episodes import check_support_target, class_means
 from fewshot_ext.models.backbone import Backbone
 from fewshot_ext.models.local_features import FCN, Grid, LocalFeatures, Sampling
-from fewshot_ext.models.matching import TEMPERATURE, Weighting, emd_logits
+from fewshot_ext.models.matching import TEMPERATURE, Weighting, emd_logits, full_precision
 from fewshot_ext.models.structured_classifier import StructuredClassifierConfig, fit_prototypes
 
 _CLASSIFIER = StructuredClassifierConfig()
@@ -166,9 +166,11 @@ class DeepEMD(nn.Module):
             raise TypeError(f"query must have the dtype of support, {support.dtype}, got {query.dtype}")
         check_support_target(support_target, support, way)
         maps = self.local_features(torch.cat([support, query], 1).flatten(0, 1))
-        maps = maps.unflatten(0, (support.shape[0], -1))
-        support_maps, query_maps = maps.split([support.shape[1], query.shape[1]], 1)
-        return self.logits(query_maps, self.prototypes(support_maps, support_target, way, generator=generator))
+        # The structured layer computes in float32 or better, and what it is compared with must have its dtype.
+        with full_precision(maps):
+            maps = maps.to(torch.promote_types(maps.dtype, torch.float32)).unflatten(0, (support.shape[0], -1))
+            support_maps, query_maps = maps.split([support.shape[1], query.shape[1]], 1)
+            return self.logits(query_maps, self.prototypes(support_maps, support_target, way, generator=generator))
 
     def prototypes(
         self, support: Tensor, support_target: Tensor, way: int, *, generator: torch.Generator | None = None

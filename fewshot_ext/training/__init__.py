@@ -1,31 +1,42 @@
-"""Training of backbones; ``PreTraining`` and ``pretrain`` need the extra ``train``, the rest does not."""
+"""Training of backbones; the trainings themselves need the extra ``train``, settings and features do not."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from fewshot_ext.training.config import BackboneConfig, PreTrainingConfig, ValidationConfig
 from fewshot_ext.training.features import FeatureExtractor, load_backbone
+from fewshot_ext.training.meta_config import MetaTrainingConfig
 from fewshot_ext.training.schedule import warmup_cosine
 
 if TYPE_CHECKING:
+    from fewshot_ext.training.meta_training import MetaTraining, MetaTrainingRun, metatrain
     from fewshot_ext.training.pretraining import PreTraining, PreTrainingRun, pretrain
 
 __all__ = [
     "BackboneConfig",
     "FeatureExtractor",
+    "MetaTraining",
+    "MetaTrainingConfig",
+    "MetaTrainingRun",
     "PreTraining",
     "PreTrainingConfig",
     "PreTrainingRun",
     "ValidationConfig",
     "load_backbone",
+    "metatrain",
     "pretrain",
     "warmup_cosine",
 ]
 
+# By the module that each comes from: Lightning takes seconds to import, and who only reads settings, as `--help` does,
+# should not wait for it.
+_LAZY = {
+    **dict.fromkeys(("MetaTraining", "MetaTrainingRun", "metatrain"), "meta_training"),
+    **dict.fromkeys(("PreTraining", "PreTrainingRun", "pretrain"), "pretraining"),
+}
+
 
 def __getattr__(name: str):
-    # Lightning takes seconds to import: who only reads settings, as `--help` does, should not wait for it.
-    if name in ("PreTraining", "PreTrainingRun", "pretrain"):
-        from fewshot_ext.training import pretraining
-
-        return getattr(pretraining, name)
+    if name in _LAZY:
+        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,6 @@
 """Typed settings of pre-training: what a YAML file or the command line fills in."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,8 +22,9 @@ LOSSES = {"neg-cosine": "cosine", "neg-softmax": "softmax", "cosine": "cosine", 
 class ValidationConfig:
     """Episodes of validation classes, from which the best checkpoint is chosen.
 
-    The head is the nearest class mean by cosine: it has no training of its own, so that hundreds of episodes take
-    seconds, and it ranks epochs of one backbone as the fine-tuned classifier does.
+    Meta-training classifies them as it does its own. After pre-training the head is the nearest class mean by cosine:
+    it has no training of its own, so that hundreds of episodes take seconds, and it ranks epochs of one backbone as the
+    fine-tuned classifier does.
 
     Args:
         epochs: epochs between two validations; the last epoch is always validated.
@@ -44,6 +46,9 @@ class ValidationConfig:
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("episodes", 1), ("way", 2), ("shot", 1), ("queries", 1)):
             check_at_least(name, getattr(self, name), least)
+
+
+_PARTS = {"backbone": BackboneConfig, "augmentation": AugmentationConfig, "validation": ValidationConfig}
 
 
 @dataclass(frozen=True)
@@ -116,13 +121,7 @@ class PreTrainingConfig:
         check_at_least("warmup_multiplier", self.warmup_multiplier, 1)
         check_at_least("weight_decay", self.weight_decay, 0)
         check_at_least("checkpoint_epochs", self.checkpoint_epochs, 1)
-        if self.image_size is not None:
-            check_at_least("image_size", self.image_size, 1)
-        if (self.mean is None) != (self.std is None):
-            raise ValueError(f"mean and std must both be given or both be null, got {self.mean} and {self.std}")
-        for name, check in (("mean", check_finite), ("std", check_positive)):
-            for value in getattr(self, name) or ():
-                check(name, value)
+        check_normalisation(self.image_size, self.mean, self.std)
 
     @classmethod
     def for_loss(
@@ -144,7 +143,7 @@ class PreTrainingConfig:
             5.0
         """
         check_choice("loss", loss, *LOSSES)
-        settings = cls._build_parts(settings)
+        settings = build_parts(settings, _PARTS)
         if loss.startswith("neg-"):
             if margin is None:
                 raise ValueError(f"margin must be given for loss {loss!r}, as in margin -0.02")
@@ -158,11 +157,26 @@ class PreTrainingConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "PreTrainingConfig":
         """Rebuilds a config from ``dataclasses.asdict``, as a checkpoint keeps it."""
-        return cls(**cls._build_parts(values))
+        return cls(**build_parts(values, _PARTS))
 
-    @staticmethod
-    def _build_parts(values: dict[str, Any]) -> dict[str, Any]:
-        parts = {"backbone": BackboneConfig, "augmentation": AugmentationConfig, "validation": ValidationConfig}
-        built = {name: part(**values[name]) for name, part in parts.items() if isinstance(values.get(name), dict)}
-        built |= {name: tuple(values[name]) for name in ("mean", "std") if values.get(name) is not None}
-        return {**values, **built}
+
+def build_parts(values: Mapping[str, Any], parts: Mapping[str, type]) -> dict[str, Any]:
+    """Settings as YAML or a checkpoint has them, with nested dictionaries made ``parts`` and lists made tuples."""
+
+    def build(name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return parts[name](**build_parts(value, {}))
+        return tuple(value) if isinstance(value, list) else value
+
+    return {name: build(name, value) for name, value in values.items()}
+
+
+def check_normalisation(image_size: int | None, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> None:
+    """Raises ValueError unless these settings of the network's input, each of which may be None, go together."""
+    if image_size is not None:
+        check_at_least("image_size", image_size, 1)
+    if (mean is None) != (std is None):
+        raise ValueError(f"mean and std must both be given or both be null, got {mean} and {std}")
+    for name, values, check in (("mean", mean, check_finite), ("std", std, check_positive)):
+        for value in values or ():
+            check(name, value)

@@ -12,7 +12,7 @@ from fewshot_ext.data import AugmentationConfig, ImageInput
 from fewshot_ext.models import build_backbone
 from fewshot_ext.training.config import PreTrainingConfig
 
-PRE_TRAINING = "pre-training"
+PRE_TRAINING, META_TRAINING = "pre-training", "meta-training"
 
 
 class FeatureExtractor(nn.Module):

@@ -1,0 +1,316 @@
+"""Meta-training of DeepEMD on episodes of base classes, the second of its two stages."""
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fewshot_ext._files import file_sha256
+from fewshot_ext.data import ImageArchive
+from fewshot_ext.models import BackboneConfig, DeepEMD, EmbeddedBackbone, build_local_features
+from fewshot_ext.training.config import PreTrainingConfig
+from fewshot_ext.training.episodic import EpisodeBatches, EpisodeValidation, RankEpisodes, episode_loader
+from fewshot_ext.training.features import META_TRAINING, FeatureExtractor, load_extractor, read_checkpoint
+from fewshot_ext.training.meta_config import FROM_SCRATCH, MetaTrainingConfig
+from fewshot_ext.training.run import BEST, ImageTraining, TrainingRun, image_statistics
+
+
+class MetaTraining(ImageTraining):
+    """DeepEMD over episodes of uint8 images, with SGD and a stepped rate.
+
+    Its checkpoints are those of a pre-training without the margin head: whatever takes a backbone takes both.
+
+    Args:
+        config: see ``MetaTrainingConfig``.
+        network: settings of the feature extractor, and of the pre-training that it comes from.
+        image_size: (channels, height, width).
+        mean, std: one number a channel, for pixels in [0, 1].
+        seed: with the epoch's number it decides the augmentation of that epoch.
+        checkpoint_sha256: of the file that the first weights come from, for the record.
+
+    Attributes:
+        deepemd: the classifier, around the extractor's own backbone and preprocessing.
+        map_shape: local features an image, and channels of each.
+
+    Shape:
+        ``[B, C, H, W]`` uint8 -> features ``[B, D]``.
+
+    Reference:
+        Zhang et al., "DeepEMD: Few-Shot Image Classification with Differentiable Earth Mover's Distance and Structured
+        Classifiers", CVPR 2020 (https://arxiv.org/abs/2003.06777).
+    """
+
+    stage = META_TRAINING
+
+    def __init__(
+        self,
+        config: MetaTrainingConfig,
+        network: PreTrainingConfig,
+        image_size: tuple[int, int, int],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        seed: int = 0,
+        checkpoint_sha256: str | None = None,
+    ) -> None:
+        super().__init__(FeatureExtractor(network, image_size, mean, std), seed)
+        self.config = config
+        # Plain containers, so that a checkpoint loads with weights_only and survives a renamed class.
+        self.save_hyperparameters(
+            {
+                "stage": self.stage,
+                "config": asdict(network),
+                "meta_training": asdict(config),
+                "image_size": tuple(image_size),
+                "mean": tuple(mean),
+                "std": tuple(std),
+                "seed": seed,
+                "checkpoint_sha256": checkpoint_sha256,
+            }
+        )
+        if isinstance(self.backbone, EmbeddedBackbone):
+            # It projects feature vectors, which matching never makes; several processes wait for every gradient.
+            self.backbone.projection.requires_grad_(False)
+        local_features = build_local_features(config.local_features, self.backbone, self.extractor.input)
+        deepemd = DeepEMD(
+            local_features,
+            temperature=config.temperature,
+            weighting=config.weighting,
+            detach_weights=config.detach_weights,
+            classifier=config.classifier,
+        )
+        # Not a submodule: all that it holds is the extractor's, and a checkpoint should have it once.
+        object.__setattr__(self, "deepemd", deepemd)
+        self.map_shape = self._map_shape(tuple(image_size))
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> "MetaTraining":
+        """The trained module behind a checkpoint, on the CPU; the file is read without running code in it.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is not the checkpoint of a meta-training.
+        """
+        checkpoint = read_checkpoint(path, cls.stage)
+        arguments = dict(checkpoint["hyper_parameters"])
+        del arguments["stage"]
+        config = MetaTrainingConfig.from_dict(arguments.pop("meta_training"))
+        module = cls(config, PreTrainingConfig.from_dict(arguments.pop("config")), **arguments)
+        module.load_state_dict(checkpoint["state_dict"])
+        return module.eval()
+
+    def train(self, mode: bool = True) -> "MetaTraining":
+        super().train(mode)
+        self.deepemd.train(mode)
+        return self
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> dict[str, Tensor]:
+        support, query = batch[0].split([self.config.shot, self.config.queries], 1)  # [way, images, C, H, W]
+        label = torch.arange(self.config.way, device=support.device)
+        target = label.repeat_interleave(self.config.queries)
+        try:
+            logits = self.deepemd(
+                support.flatten(0, 1).unsqueeze(0),
+                label.repeat_interleave(self.config.shot).unsqueeze(0),
+                query.flatten(0, 1).unsqueeze(0),
+                self.config.way,
+            ).squeeze(0)
+        except ValueError as error:
+            # Shapes were tried before the run: what is left are features that are not finite.
+            raise FloatingPointError(
+                f"epoch {self.current_epoch + 1}: features of {error}: take a smaller learning_rate"
+            ) from error
+        loss = F.cross_entropy(logits, target)
+        return {
+            "loss": loss,
+            "mean_loss": loss.detach(),
+            "accuracy": (logits.detach().argmax(1) == target).float().mean(),
+        }
+
+    def configure_optimizers(self) -> dict:
+        config = self.config
+        optimizer = torch.optim.SGD(
+            [parameter for parameter in self.parameters() if parameter.requires_grad],
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            weight_decay=config.weight_decay,
+        )
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, config.decay_epochs, config.decay)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
+
+    @torch.inference_mode()
+    def _map_shape(self, image_size: tuple[int, int, int]) -> tuple[int, int]:
+        """Regions and channels of an image's local features, found by trying one.
+
+        Raises:
+            ValueError: images too small for the regions.
+        """
+        _, height, width = image_size
+        if self.extractor.input.image_size is not None:
+            height = width = self.extractor.input.image_size
+        sides = self.backbone.map_size(height, width)
+        for side in self.config.local_features.pyramid:
+            if side > min(sides):
+                raise ValueError(
+                    f"local_features.pyramid must name sides of at most {min(sides)}, for the feature map is "
+                    f"{sides[0]} x {sides[1]}, got {side}"
+                )
+        self.eval()
+        maps = self.deepemd.local_features(torch.zeros(1, *image_size, dtype=torch.uint8))
+        self.train()
+        return tuple(maps.shape[1:])
+
+
+class MetaTrainingRun(TrainingRun):
+    """Everything that a meta-training needs, checked before its first step.
+
+    Args:
+        config: see ``MetaTrainingConfig``.
+        archive: images of the base classes.
+        directory: receives ``last.ckpt``, ``best.ckpt`` and the TensorBoard log.
+        checkpoint: of a pre-training, or of any other training, whose network is trained on; None starts from
+            random weights, which the authors of DeepEMD advise against.
+        validation: images of validation classes, which choose ``best.ckpt``; without any the last epoch is the best.
+        seed: decides random weights, training episodes, augmentation and validation episodes.
+        device: "cpu" or "cuda".
+        devices: processes on this machine, a GPU each where ``device`` is "cuda". They share the episodes of every
+            step, each of which one process trains on alone; torchrun or Lightning starts them.
+        num_nodes: machines, which share the file system that ``directory`` is on.
+        resume: continue from ``last.ckpt`` where there is one. At an epoch's end the resumed run is in the
+            state that the unbroken run would have had.
+        on_epoch: called with (epochs done, mean loss of the last epoch).
+        progress: draw a progress bar.
+
+    Batch normalisation takes its statistics over the support and query images of one episode, as in the official
+    implementation on one GPU.
+
+    Raises:
+        ImportError: Lightning, TensorBoard or kornia (where images are augmented) is missing.
+        OSError: ``checkpoint`` or ``last.ckpt`` cannot be read.
+        ValueError: a file that is no checkpoint, or whose network does not fit the images or is not finite; settings
+            of a network beside a checkpoint; images too small for the backbone or the regions; too few classes or
+            images for the episodes; ``episodes_per_step`` that the processes cannot share; or a ``last.ckpt`` of other
+            settings.
+    """
+
+    def __init__(
+        self,
+        config: MetaTrainingConfig,
+        archive: ImageArchive,
+        directory: str | Path,
+        *,
+        checkpoint: str | Path | None,
+        validation: ImageArchive | None = None,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        devices: int = 1,
+        num_nodes: int = 1,
+        resume: bool = False,
+        on_epoch: Callable[[int, float], None] | None = None,
+        progress: bool = False,
+    ) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            if checkpoint is None:
+                module = _from_scratch(config, archive, seed)
+            else:
+                module = _from_checkpoint(config, archive, checkpoint, seed)
+        try:
+            episodes = EpisodeBatches(
+                archive.labels,
+                config.epoch_episodes,
+                way=config.way,
+                shot=config.shot,
+                queries=config.queries,
+                seed=seed,
+            )
+        except ValueError as error:
+            raise ValueError(f"base classes: {error}") from error
+        super().__init__(
+            module,
+            archive,
+            episode_loader(archive, episodes),
+            directory,
+            validation=validation and EpisodeValidation(config.validation, validation, Path(directory) / BEST, seed),
+            device=device,
+            devices=devices,
+            num_nodes=num_nodes,
+            resume=resume,
+            on_epoch=on_epoch,
+            progress=progress,
+        )
+
+    def _shared(self, loader: DataLoader, rank: int, processes: int) -> DataLoader:
+        if self.config.episodes_per_step % processes:
+            raise ValueError(
+                f"episodes_per_step {self.config.episodes_per_step} is shared by {processes} processes: "
+                "it must be a multiple of them"
+            )
+        return episode_loader(self.archive, RankEpisodes(loader.sampler, rank, processes))
+
+    def _trainer_options(self) -> dict[str, Any]:
+        return {"accumulate_grad_batches": self.config.episodes_per_step // self._processes}
+
+
+def metatrain(config: MetaTrainingConfig, archive: ImageArchive, directory: str | Path, **options: Any) -> MetaTraining:
+    """Meta-trains DeepEMD on the classes of ``archive``.
+
+    The arguments are those of ``MetaTrainingRun``; what comes back and what is raised are those of it and its
+    ``train``.
+    """
+    return MetaTrainingRun(config, archive, directory, **options).train()
+
+
+def _from_scratch(config: MetaTrainingConfig, archive: ImageArchive, seed: int) -> MetaTraining:
+    network = PreTrainingConfig(
+        margin=0.0,
+        backbone=config.backbone or BackboneConfig(),
+        image_size=config.image_size,
+        mean=config.mean,
+        std=config.std,
+        augmentation=config.augmentation,
+        channels_last=config.channels_last,
+    )
+    return MetaTraining(config, network, *image_statistics(archive, config.mean, config.std), seed=seed)
+
+
+def _from_checkpoint(config: MetaTrainingConfig, archive: ImageArchive, path: str | Path, seed: int) -> MetaTraining:
+    for name in FROM_SCRATCH:
+        if getattr(config, name) is not None:
+            raise ValueError(
+                f"{name} must be null beside a checkpoint, which brings its own, got {getattr(config, name)}"
+            )
+    path = Path(path).expanduser()
+    checkpoint = read_checkpoint(path)
+    arguments, image_size = checkpoint["hyper_parameters"], tuple(archive.images.shape[1:])
+    channels = arguments["image_size"][0]
+    if channels != image_size[0]:
+        raise ValueError(
+            f"checkpoint {path} takes images of {channels} channels, as it was trained on, got {image_size[0]}"
+        )
+    not_finite = [
+        name
+        for name, value in checkpoint["state_dict"].items()
+        if value.is_floating_point() and not value.isfinite().all()
+    ]
+    if not_finite:
+        raise ValueError(f"checkpoint {path} holds NaN or infinity in {not_finite[0]}")
+    try:
+        network = replace(
+            PreTrainingConfig.from_dict(arguments["config"]),
+            augmentation=config.augmentation,
+            channels_last=config.channels_last,
+        )
+        module = MetaTraining(
+            config, network, image_size, arguments["mean"], arguments["std"], seed, checkpoint_sha256=file_sha256(path)
+        )
+        load_extractor(module.extractor, checkpoint)
+    except (KeyError, TypeError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"checkpoint {path} does not fit this version of fewshot_ext: {reason}") from error
+    return module
