@@ -1,38 +1,41 @@
-"""Settings of pre-training that ship with the package: the published ones, and small ones for a CPU."""
+"""Settings of trainings that ship with the package: the published ones, and small ones for a CPU."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fewshot_ext.training.config import PreTrainingConfig
+from fewshot_ext.training.meta_config import MetaTrainingConfig
 
 _FOLDER = Path(__file__).parent
+_FOLDERS = {"pretrain": _FOLDER, "metatrain": _FOLDER / "metatrain"}
 
 
-def recipe_names() -> list[str]:
-    """Names of all recipes, in alphabetical order."""
-    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+def recipe_names(command: str = "pretrain") -> list[str]:
+    """Names of all recipes for a command, "pretrain" or "metatrain", in alphabetical order."""
+    return sorted(path.stem for path in _FOLDERS[command].glob("*.yaml"))
 
 
-def recipe_path(name: str) -> Path:
+def recipe_path(name: str, command: str = "pretrain") -> Path:
     """The YAML file of a recipe.
 
     Raises:
-        ValueError: there is no recipe of that name; the message lists all.
+        ValueError: the command has no recipe of that name; the message lists all.
     """
-    if name not in recipe_names():
-        raise ValueError(f"there is no recipe {name!r}; the recipes are {', '.join(recipe_names())}")
-    return _FOLDER / f"{name}.yaml"
+    if name not in recipe_names(command):
+        raise ValueError(f"there is no recipe {name!r}; the recipes are {', '.join(recipe_names(command))}")
+    return _FOLDERS[command] / f"{name}.yaml"
 
 
-def read_recipe(name: str) -> dict[str, Any]:
+def read_recipe(name: str, command: str = "pretrain") -> dict[str, Any]:
     """The settings that a recipe gives, as its file has them."""
     import yaml
 
-    return yaml.safe_load(recipe_path(name).read_text(encoding="utf-8"))
+    return yaml.safe_load(recipe_path(name, command).read_text(encoding="utf-8"))
 
 
 def load_recipe(name: str) -> PreTrainingConfig:
-    """The settings of a recipe, the defaults filled in.
+    """The settings of a recipe of pre-training, the defaults filled in.
 
     Args:
         name: one of ``recipe_names()``, ``DATA_BACKBONE_LOSS`` with ``_1shot`` or ``_5shot`` where the paper tells the
@@ -50,22 +53,59 @@ def load_recipe(name: str) -> PreTrainingConfig:
     return PreTrainingConfig.for_loss(**values)
 
 
-def recipe_table() -> str:
-    """All recipes, one a line, with what tells them apart."""
-    rows = [("recipe", "backbone", "loss", "margin", "weight decay", "drop rate, block", "epochs", "pixels")]
-    for name in recipe_names():
-        config, backbone = load_recipe(name), load_recipe(name).backbone
-        rows.append(
-            (
-                name,
-                backbone.name,
-                read_recipe(name)["loss"],
-                f"{config.margin:g}",
-                f"{config.weight_decay:g}",
-                f"{backbone.drop_rate:g}, {backbone.drop_block_size}" if backbone.drop_rate else "-",
-                str(config.epochs),
-                str(config.image_size or "as stored"),
-            )
-        )
+def load_meta_recipe(name: str) -> MetaTrainingConfig:
+    """The settings of a recipe of meta-training, the defaults filled in.
+
+    Args:
+        name: one of ``recipe_names("metatrain")``, ``DATA_BACKBONE_deepemd_REGIONS_SHOT``.
+
+    Raises:
+        ValueError: there is no recipe of that name.
+
+    Example:
+        >>> load_meta_recipe("miniimagenet_resnet12_deepemd_grid_1shot").local_features.grids
+        (2, 3)
+    """
+    values = read_recipe(name, "metatrain")
+    values.pop("data", None)
+    return MetaTrainingConfig.from_dict(values)
+
+
+def recipe_table(command: str = "pretrain") -> str:
+    """All recipes for a command, one a line, with what tells them apart."""
+    row = _ROWS[command]
+    rows = [_HEADERS[command], *((name, *row(name)) for name in recipe_names(command))]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _pre_training_row(name: str) -> tuple[str, ...]:
+    config, backbone = load_recipe(name), load_recipe(name).backbone
+    return (
+        backbone.name,
+        read_recipe(name)["loss"],
+        f"{config.margin:g}",
+        f"{config.weight_decay:g}",
+        f"{backbone.drop_rate:g}, {backbone.drop_block_size}" if backbone.drop_rate else "-",
+        str(config.epochs),
+        str(config.image_size or "as stored"),
+    )
+
+
+def _meta_training_row(name: str) -> tuple[str, ...]:
+    config = load_meta_recipe(name)
+    return (
+        config.local_features.name,
+        f"{config.way}-way {config.shot}-shot",
+        str(config.queries),
+        f"{config.learning_rate:g}",
+        str(config.epochs),
+        f"{config.epoch_episodes:,}",
+    )
+
+
+_HEADERS = {
+    "pretrain": ("recipe", "backbone", "loss", "margin", "weight decay", "drop rate, block", "epochs", "pixels"),
+    "metatrain": ("recipe", "regions", "episodes", "queries", "rate", "epochs", "episodes an epoch"),
+}
+_ROWS: dict[str, Callable[[str], tuple[str, ...]]] = {"pretrain": _pre_training_row, "metatrain": _meta_training_row}

@@ -1,0 +1,95 @@
+"""Meta-train DeepEMD: classification of few-shot episodes by matching the regions of images.
+
+This is the second stage of DeepEMD. It goes on from a checkpoint of fewshot-ext pretrain, draws episodes from the
+base classes of an image set, and trains the backbone through the Earth Mover's Distance. Validates on episodes of
+the validation classes where there are some, by the same matching, and writes last.ckpt, best.ckpt, config.yaml,
+run.json and a TensorBoard log to the output folder. Whatever takes a checkpoint of pretrain takes these too.
+Published settings come by name:
+fewshot-ext metatrain --config miniimagenet_resnet12_deepemd_fcn_1shot --data mini.npz --checkpoint pre/best.ckpt
+--output out
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any
+
+from fewshot_ext.commands.training import (
+    add_config_arguments,
+    add_run_arguments,
+    check_run,
+    recipe_action,
+    train,
+    validation_line,
+)
+from fewshot_ext.training.meta_config import MetaTrainingConfig
+
+if TYPE_CHECKING:
+    from fewshot_ext.training import MetaTrainingRun
+
+SUMMARY = "meta-train DeepEMD on episodes of base classes"
+SCRATCH = "scratch"
+
+
+def config_action() -> type:
+    """What ``--config`` does here: it takes the name of a recipe beside a file."""
+    return recipe_action("metatrain")
+
+
+def add_arguments(parser) -> None:
+    """Adds the options of ``metatrain`` to a jsonargparse parser."""
+    run = add_run_arguments(parser, "metatrain", seed="decides episodes, augmentation and, from scratch, weights")
+    run.add_argument(
+        "--checkpoint",
+        metavar=f"FILE|{SCRATCH}",
+        help=f"of fewshot-ext pretrain, or of another training; {SCRATCH} starts from random weights, which the "
+        "authors of DeepEMD advise against",
+    )
+    add_config_arguments(parser, MetaTrainingConfig)
+
+
+def prepare(arguments, resolved: str) -> Callable[[], int]:
+    """Checks the settings and returns the function that trains.
+
+    Args:
+        arguments: the parsed options.
+        resolved: the same as YAML, to be written beside the results.
+    """
+    if arguments.checkpoint is None:
+        raise ValueError(f"--checkpoint must be given: a file of fewshot-ext pretrain, or {SCRATCH}")
+    config = MetaTrainingConfig(**{field.name: arguments[field.name] for field in fields(MetaTrainingConfig)})
+    inputs = check_run(arguments)
+
+    from fewshot_ext.training import MetaTrainingRun
+
+    checkpoint = None if arguments.checkpoint == SCRATCH else arguments.checkpoint
+    run = MetaTrainingRun(config, inputs.base, inputs.output, checkpoint=checkpoint, **inputs.options)
+    settings = run.module.hparams
+    record = {
+        **inputs.record,
+        "checkpoint": {"name": arguments.checkpoint, "sha256": settings["checkpoint_sha256"]},
+        "config": asdict(config),
+        "network": dict(settings["config"]),
+    }
+
+    def summary(results):
+        return [*_start_line(results), *validation_line(run, results, "DeepEMD")]
+
+    return lambda: train("metatrain", run, record, resolved, headline=_headline(run, checkpoint), summary=summary)
+
+
+def _headline(run: "MetaTrainingRun", checkpoint: str | None) -> list[str]:
+    config, module = run.config, run.module
+    regions, channels = module.map_shape
+    parameters = sum(parameter.numel() for parameter in module.backbone.parameters())
+    name = module.hparams["config"]["backbone"]["name"]
+    return [
+        f"backbone: {name}, {parameters:,} parameters, {'random weights' if checkpoint is None else checkpoint}",
+        f"images: {regions} regions of {channels} features each ({config.local_features.name})",
+        f"episodes: {config.way}-way {config.shot}-shot, {config.queries} queries a class, "
+        f"{config.epoch_episodes:,} an epoch, {config.episodes_per_step} a step",
+    ]
+
+
+def _start_line(results: dict[str, Any]) -> list[str]:
+    start = results.get("start_validation_accuracy")
+    return [] if start is None else [f"before meta-training: {100 * start:.2f} % on the same validation episodes"]

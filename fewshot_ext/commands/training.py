@@ -1,0 +1,246 @@
+"""What the commands that train share: recipes, the options of a run, its records, and how it ends."""
+
+import json
+import os
+import sys
+import time
+from argparse import SUPPRESS, Action
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from fewshot_ext import _extras
+from fewshot_ext._checks import check_at_least
+from fewshot_ext._files import replace_text
+from fewshot_ext._record import versions
+from fewshot_ext.commands.common import resolve_device, set_threads, writable_folder
+from fewshot_ext.data import ImageArchive, Split, load_images
+from fewshot_ext.recipes import recipe_names, recipe_path, recipe_table
+
+if TYPE_CHECKING:
+    from fewshot_ext.training import MetaTrainingRun, PreTrainingRun
+
+
+def recipe_action(command: str) -> type:
+    """What ``--config`` does in ``command``: it takes the name of a recipe beside a file."""
+    from jsonargparse import ActionConfigFile
+
+    class RecipeOrFile(ActionConfigFile):
+        @staticmethod
+        def apply_config(parser, cfg, dest, value) -> None:
+            # A bare word that names no file can only be meant as a recipe, and its error should say so.
+            is_word = Path(value).name == Path(value).stem == value
+            if value in recipe_names(command) or (is_word and not Path(value).exists()):
+                value = str(recipe_path(value, command))
+            ActionConfigFile.apply_config(parser, cfg, dest, value)
+
+    return RecipeOrFile
+
+
+def add_run_arguments(parser, command: str, *, seed: str):
+    """Adds ``--list-recipes`` and the options of every training run; returns their group.
+
+    Args:
+        parser: a jsonargparse parser.
+        command: whose recipes are listed.
+        seed: help of ``--seed``.
+    """
+    parser.add_argument("--list-recipes", action=_list_recipes_action(command), help="print all recipes and exit")
+    run = parser.add_argument_group("run")
+    run.add_argument("--data", metavar="NAME|FILE", help="image set: a known name, such as miniimagenet32, or a file")
+    run.add_argument("--output", metavar="FOLDER", help="where checkpoints, logs and records go")
+    run.add_argument(
+        "--resume", action="store_true", help="go on from last.ckpt in the output folder, with the same settings"
+    )
+    run.add_argument("--seed", type=int, default=0, help=seed)
+    run.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu or cuda")
+    run.add_argument("--devices", type=int, default=1, help="processes on this machine, one a GPU, sharing every step")
+    run.add_argument("--num_nodes", type=int, default=1, help="machines; start the command on each by torchrun")
+    run.add_argument("--threads", type=int, default=None, help="CPU threads; null for torch's own choice")
+    return run
+
+
+def add_config_arguments(parser, config: type, **options: Any) -> None:
+    """Adds the fields of a typed config, in groups with titles of one word."""
+    parser.add_class_arguments(config, **options)
+    # Otherwise the titles are sentences of docstrings.
+    for name, group in parser.groups.items():
+        group.title = "training" if name == config.__name__ else name
+
+
+class RunInputs(NamedTuple):
+    """The checked options of a run, and what they name."""
+
+    base: ImageArchive
+    validation: ImageArchive | None
+    output: Path
+    options: dict[str, Any]  # of a training run
+    record: dict[str, Any]  # for run.json
+
+
+def check_run(arguments) -> RunInputs:
+    """Checks the options that ``add_run_arguments`` added, and loads the images.
+
+    Raises:
+        ImportError: a package for training is missing.
+        OSError: images cannot be read or the output folder not written to.
+        ValueError: an option missing or out of range, or an output folder with another run's checkpoint.
+    """
+    _extras.require("train", "lightning", "tensorboard", "tqdm")
+    for name in ("data", "output"):
+        if arguments[name] is None:
+            raise ValueError(f"--{name} must be given")
+    check_at_least("seed", arguments.seed, 0)
+    for name in ("devices", "num_nodes"):
+        check_at_least(name, arguments[name], 1)
+    _check_launch(arguments.devices, arguments.num_nodes)
+    set_threads(arguments.threads)
+    device = resolve_device(arguments.device)
+    if device.type == "cuda" and arguments.devices > torch.cuda.device_count():
+        raise ValueError(f"devices must be at most {torch.cuda.device_count()}, the GPUs here, got {arguments.devices}")
+    archive = load_images(arguments.data)
+    base = archive.subset(Split.BASE)
+    validation = archive.subset(Split.VALIDATION) if (archive.class_split == Split.VALIDATION).any() else None
+    output = writable_folder(arguments.output)
+    if (output / "last.ckpt").exists() and not arguments.resume:
+        raise ValueError(
+            f"output {str(output)!r} holds the checkpoint of an earlier run: --resume goes on from it; "
+            "to train afresh take another folder or remove last.ckpt"
+        )
+    options = {
+        "validation": validation,
+        "seed": arguments.seed,
+        "device": device,
+        "devices": arguments.devices,
+        "num_nodes": arguments.num_nodes,
+        "resume": arguments.resume,
+        "progress": True,
+    }
+    record = {
+        "data": {"name": arguments.data, "sha256": archive.checksum(), "base": _count(base)}
+        | ({"validation": _count(validation)} if validation else {}),
+        "seed": arguments.seed,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "devices": arguments.devices * arguments.num_nodes,
+        "threads": torch.get_num_threads(),
+        "versions": versions("torch", "numpy", "lightning", "kornia"),
+    }
+    return RunInputs(base, validation, output, options, record)
+
+
+def train(
+    command: str,
+    run: "PreTrainingRun | MetaTrainingRun",
+    record: Mapping[str, Any],
+    resolved: str,
+    *,
+    headline: Sequence[str],
+    summary: Callable[[dict[str, Any]], Sequence[str]],
+) -> int:
+    """Trains, and writes the records of the run; returns the exit code.
+
+    Args:
+        command: its name, for errors.
+        run: what is trained.
+        record: content of run.json, to which the results are added.
+        resolved: content of config.yaml.
+        headline: lines for the start, after those about the images.
+        summary: lines for the end, made of the results.
+    """
+    from lightning.pytorch.utilities import rank_zero_only
+
+    def say(*lines: str) -> None:
+        if not rank_zero_only.rank:
+            print(*lines, sep="\n", file=sys.stderr, flush=True)
+
+    def write_record(**results: Any) -> None:
+        if not rank_zero_only.rank:
+            replace_text(run.directory / "run.json", json.dumps({**record, **results}, indent=2) + "\n")
+
+    try:
+        if not rank_zero_only.rank:
+            replace_text(run.directory / "config.yaml", resolved)
+        write_record()
+        say(_images(run), *headline, *_before(run))
+        started = time.perf_counter()
+        run.train()
+        seconds = time.perf_counter() - started
+        results = {"epochs": run.config.epochs, **run.results(), "seconds": round(seconds, 1)}
+        write_record(results=results)
+    except KeyboardInterrupt:
+        say(f"interrupted; {_how_to_go_on(run)}")
+        return 130
+    except (OSError, FloatingPointError) as error:
+        say(f"fewshot-ext {command}: error: {error}; {_how_to_go_on(run)}")
+        return 1
+    if not rank_zero_only.rank:
+        names = ("best.ckpt", "last.ckpt", "run.json", "config.yaml")
+        written = "written: " + ", ".join(str(run.directory / name) for name in names)
+        print(_trained(results), *summary(results), written, sep="\n", flush=True)
+    return 0
+
+
+def validation_line(run: "PreTrainingRun | MetaTrainingRun", results: Mapping[str, Any], head: str) -> list[str]:
+    """The line on the best epoch and the episodes that chose it; none without validation classes."""
+    if run.validation is None:
+        return []
+    episodes = run.config.validation
+    return [
+        f"best epoch {results['best_epoch']}: {100 * results['best_validation_accuracy']:.2f} +- "
+        f"{100 * results['best_validation_interval']:.2f} % on {episodes.episodes:,} validation episodes "
+        f"({episodes.way}-way {episodes.shot}-shot, {head})"
+    ]
+
+
+def _images(run: "PreTrainingRun | MetaTrainingRun") -> str:
+    archive = run.archive
+    size = " x ".join(map(str, archive.images.shape[1:]))
+    return f"base classes: {len(archive):,} images of {archive.num_classes} classes, {size}"
+
+
+def _before(run: "PreTrainingRun | MetaTrainingRun") -> list[str]:
+    lines = [] if run.validation else ["no validation classes: the last epoch is the best"]
+    if run.epochs_done:
+        lines.append(f"going on after epoch {run.epochs_done} of {run.config.epochs}")
+    return lines
+
+
+def _trained(results: Mapping[str, Any]) -> str:
+    return (
+        f"trained {results['epochs']} epochs: loss {results['loss']:.4f}, "
+        f"accuracy {100 * results['accuracy']:.2f} % in the last"
+    )
+
+
+def _how_to_go_on(run: "PreTrainingRun | MetaTrainingRun") -> str:
+    if run.has_checkpoint:
+        return f"the same command with --resume goes on from {run.directory / 'last.ckpt'}"
+    return "there is no checkpoint yet, so the same command starts again from the beginning"
+
+
+def _count(archive: ImageArchive) -> dict[str, int]:
+    return {"images": len(archive), "classes": archive.num_classes}
+
+
+def _check_launch(devices: int, num_nodes: int) -> None:
+    """Holds the two options against what torchrun started: Lightning's own error would come after the data."""
+    world_size = os.environ.get("WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in os.environ else None
+    if world_size is not None and int(world_size) != devices * num_nodes:
+        raise ValueError(
+            f"devices times num_nodes must be {world_size}, the processes that torchrun started, "
+            f"got {devices} x {num_nodes}"
+        )
+
+
+def _list_recipes_action(command: str) -> type:
+    class ListRecipes(Action):
+        def __init__(self, option_strings, dest=SUPPRESS, default=SUPPRESS, help=None) -> None:
+            super().__init__(option_strings, dest=SUPPRESS, default=SUPPRESS, nargs=0, help=help)
+
+        def __call__(self, parser, namespace, values, option_string=None) -> None:
+            print(recipe_table(command))
+            parser.exit()
+
+    return ListRecipes
