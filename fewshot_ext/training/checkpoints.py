@@ -27,7 +27,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, write)
         except (OSError, RuntimeError) as error:
-            # torch's zip writer turns what the file raised into a RuntimeError of its own.
+            # torch's zip writer turns what the file raised into a RuntimeError of its own, and Ctrl-C too.
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise error.__context__ from None
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             kept = "; the checkpoint before it is whole" if path.exists() else ""
             raise OSError(f"cannot write the checkpoint {path}: {cause}{kept}") from error

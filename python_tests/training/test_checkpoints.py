@@ -96,6 +96,30 @@ def test_a_failing_first_write_says_so(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_ctrl_c_while_a_checkpoint_is_written_is_ctrl_c(tmp_path, monkeypatch):
+    """A real file object that is interrupted in the middle: torch's writer then raises an error of its own."""
+    path = tmp_path / "last.ckpt"
+    path.write_text("before")
+    save = torch.save
+
+    def interrupted(checkpoint, file):
+        class Interrupting:
+            def write(self, data):
+                if file.tell() > 1000:
+                    raise KeyboardInterrupt
+                return file.write(data)
+
+            flush = file.flush
+
+        save(checkpoint, Interrupting())
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        AtomicCheckpointIO().save_checkpoint({"weight": torch.zeros(10_000)}, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+    assert path.read_text() == "before"
+
+
 @pytest.fixture(scope="module")
 def trained(tiny, archive, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
