@@ -142,8 +142,18 @@ class Validation(Callback):
             trainer.save_checkpoint(self.path)
 
     def _measure(self, module: pl.LightningModule) -> tuple[float, float]:
-        """Accuracy and the half-width of its interval."""
-        return mean_and_interval(self._accuracies(module))
+        """Accuracy and the half-width of its interval.
+
+        Raises:
+            FloatingPointError: the features are not finite any more.
+        """
+        try:
+            return mean_and_interval(self._accuracies(module))
+        except ValueError as error:
+            # The episodes were drawn before the run: what is left are features that are not finite.
+            raise FloatingPointError(
+                f"validation after epoch {module.current_epoch + 1}: {error}: take a smaller learning_rate"
+            ) from error
 
     def _accuracies(self, module: pl.LightningModule) -> Tensor:
         """``[E]``, of each episode; a subclass may have another classifier."""
