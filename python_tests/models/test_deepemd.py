@@ -64,6 +64,19 @@ def test_gradients_reach_the_support_unless_prototypes_were_fitted(shot, passes,
     assert (gradients[1] != 0).any()
 
 
+@pytest.mark.parametrize("shot", [1, 2])
+def test_half_precision_features_are_matched_in_float32(shot):
+    """Under autocast, as training has it: prototypes that were fitted are float32 and must meet their like."""
+    support, target, query = episodes(shot)
+    deepemd = model(classifier=CLASSIFIER)
+    generator = torch.Generator()
+    exact = deepemd(support, target, query, 3, generator=generator.manual_seed(7))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = deepemd(support, target, query, 3, generator=generator.manual_seed(7))
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, exact, rtol=0.1, atol=0.3)
+
+
 def test_weights_are_detached_on_request():
     support, target, query = episodes()
     gradients = []

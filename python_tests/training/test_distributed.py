@@ -48,14 +48,18 @@ print(f"rank {rank} done")
 """
 
 
-def test_two_processes_compute_what_one_computes(tmp_path):
+def run_by_one_and_by_two(source, tmp_path):
+    """What one process saves, and what each of two saves."""
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
+    script.write_text(source)
     one = subprocess.run([sys.executable, str(script), str(tmp_path / "one"), "1"], capture_output=True, text=True)
     assert one.returncode == 0, one.stderr
-    run_script(tmp_path / "processes.py", SCRIPT, str(tmp_path / "two"), "2")
-    single, first, second = (torch.load(tmp_path / name) for name in ("one-0.pt", "two-0.pt", "two-1.pt"))
+    run_script(tmp_path / "processes.py", source, str(tmp_path / "two"), "2")
+    return [torch.load(tmp_path / name) for name in ("one-0.pt", "two-0.pt", "two-1.pt")]
 
+
+def test_two_processes_compute_what_one_computes(tmp_path):
+    single, first, second = run_by_one_and_by_two(SCRIPT, tmp_path)
     torch.testing.assert_close(first["weights"], single["weights"], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(second["weights"], first["weights"], rtol=0, atol=0)
     assert first["results"] == pytest.approx(single["results"], rel=1e-6)
@@ -64,6 +68,51 @@ def test_two_processes_compute_what_one_computes(tmp_path):
     for mine, theirs, both in zip(first["seen"], second["seen"], single["seen"], strict=True):
         assert mine + theirs == both
     # One process writes: a second one would leave a log of its own.
+    assert len(list((tmp_path / "two").glob("events.out.tfevents*"))) == 1
+
+
+# As above, batch normalisation aside. Four episodes a step, of which each process has two.
+META_SCRIPT = """
+import sys
+import torch
+from torch import nn
+from fewshot_ext.data import Split, load_digits
+from fewshot_ext.training import BackboneConfig, MetaTrainingConfig, MetaTrainingRun, ValidationConfig
+
+torch.set_num_threads(1)
+digits = load_digits()
+config = MetaTrainingConfig(
+    way=3, queries=4, steps=3, episodes_per_step=4, epochs=2, learning_rate=0.01, precision="64-true",
+    backbone=BackboneConfig(width=6, pooled_blocks=2),
+    validation=ValidationConfig(epochs=1, episodes=20, way=3, shot=1),
+)
+run = MetaTrainingRun(
+    config, digits.subset(Split.BASE), sys.argv[1], checkpoint=None, validation=digits.subset(Split.NOVEL),
+    devices=int(sys.argv[2]),
+)
+for block in run.module.backbone.blocks:
+    block[1] = nn.Identity()
+seen, step = [], run.module.training_step
+
+def training_step(batch, batch_idx):
+    seen.append(batch[0].flatten(1).sum(1).tolist())
+    return step(batch, batch_idx)
+
+run.module.training_step = training_step
+module = run.train()
+rank = run.module.global_rank
+torch.save({"weights": module.state_dict(), "results": run.results(), "seen": seen}, f"{sys.argv[1]}-{rank}.pt")
+"""
+
+
+def test_two_processes_meta_train_as_one(tmp_path):
+    single, first, second = run_by_one_and_by_two(META_SCRIPT, tmp_path)
+    torch.testing.assert_close(first["weights"], single["weights"], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(second["weights"], first["weights"], rtol=0, atol=0)
+    assert first["results"] == pytest.approx(single["results"], rel=1e-6)
+    assert second["results"] == pytest.approx(first["results"], rel=1e-6)
+    assert single["seen"][::2] == first["seen"]
+    assert single["seen"][1::2] == second["seen"]
     assert len(list((tmp_path / "two").glob("events.out.tfevents*"))) == 1
 
 
