@@ -1,9 +1,17 @@
 import pytest
 
 from fewshot_ext.cli import main
-from fewshot_ext.models import build_backbone
-from fewshot_ext.recipes import load_recipe, read_recipe, recipe_names, recipe_path, recipe_table
-from fewshot_ext.training import PreTrainingConfig
+from fewshot_ext.data import AugmentationConfig
+from fewshot_ext.models import StructuredClassifierConfig, build_backbone
+from fewshot_ext.recipes import (
+    load_meta_recipe,
+    load_recipe,
+    read_recipe,
+    recipe_names,
+    recipe_path,
+    recipe_table,
+)
+from fewshot_ext.training import MetaTrainingConfig, PreTrainingConfig
 
 # The official scripts: margin, weight decay, and DropBlock's rate and size, None for none.
 PUBLISHED = {
@@ -112,5 +120,75 @@ def test_the_table_has_a_line_a_recipe(capsys):
     assert line.split()[1:] == ["resnet18", "neg-cosine", "-0.05", "5e-05", "0.2,", "3", "400", "224"]
     with pytest.raises(SystemExit) as done:
         main(["pretrain", "--list-recipes"])
+    assert done.value.code == 0
+    assert capsys.readouterr().out.splitlines() == lines
+
+
+META_DATA = ("cifarfs", "cub", "fc100", "miniimagenet", "tieredimagenet")
+META_ROWS = ("fcn_1shot", "fcn_5shot", "fcn_10way_1shot", "grid_1shot", "sampling_1shot")
+META_PUBLISHED = [f"{data}_resnet12_deepemd_{row}" for data in META_DATA for row in META_ROWS]
+META_SMALL = ["miniimagenet32_conv4_deepemd_fcn_1shot", "omniglot28_conv4_deepemd_fcn_1shot"]
+
+
+def test_the_recipes_of_meta_training_are_these():
+    assert recipe_names("metatrain") == sorted([*META_PUBLISHED, *META_SMALL])
+
+
+@pytest.mark.parametrize("name", META_PUBLISHED)
+def test_published_recipes_of_meta_training_have_the_published_values(name):
+    """The defaults of the official train_meta.py, and the transforms of its data sets."""
+    config, (regions, *setting) = load_meta_recipe(name), name.partition("deepemd_")[2].split("_")
+    assert config.local_features.name == regions
+    assert (config.way, config.shot) == (10 if "10way" in setting else 5, int(setting[-1].removesuffix("shot")))
+    assert (config.queries, config.temperature, config.episodes_per_step) == (15, 12.5, 1)
+    assert (config.epochs, config.steps, config.decay, config.decay_epochs) == (100, 50, 0.5, 10)
+    assert (config.learning_rate, config.momentum, config.nesterov, config.weight_decay) == (5e-4, 0.9, True, 5e-4)
+    assert (config.weighting, config.detach_weights) == ("cross_reference", False)
+    # Crops on grids and random crops are drawn from the whole image.
+    crop, flip = (0.08, True) if regions == "fcn" else (0.0, False)
+    assert config.augmentation == AugmentationConfig(crop_scale=crop, horizontal_flip=flip)
+    assert config.local_features.horizontal_flip
+    assert (config.local_features.grids, config.local_features.ratio, config.local_features.regions) == ((2, 3), 2.0, 9)
+    assert config.classifier == StructuredClassifierConfig()
+    validation = config.validation
+    assert (validation.way, validation.shot, validation.queries) == (config.way, config.shot, 15)
+    assert (validation.epochs, validation.episodes) == (1, 1000)
+    # The pre-trained network is a checkpoint's.
+    assert (config.backbone, config.image_size, config.mean, config.std) == (None,) * 4
+
+
+@pytest.mark.parametrize("name", META_SMALL)
+def test_small_recipes_of_meta_training_name_their_data_and_suit_it(name):
+    data = name.partition("_")[0]
+    assert read_recipe(name, "metatrain")["data"] == data
+    config = load_meta_recipe(name)
+    assert config.augmentation.horizontal_flip == (data == "miniimagenet32")
+    assert f"{data}_conv4_cosine" in recipe_names()
+    assert f"{data}_conv4_cosine" in recipe_path(name, "metatrain").read_text()
+
+
+@pytest.mark.parametrize("name", [*META_PUBLISHED, *META_SMALL])
+def test_the_command_line_reads_recipes_of_meta_training_as_python_does(name, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["metatrain", "--config", name, "--output", "out", "--print_config"])
+    config = tmp_path / "config.yaml"
+    config.write_text(capsys.readouterr().out)
+    import yaml
+
+    values = yaml.safe_load(config.read_text())
+    for key in ("data", "output", "resume", "seed", "device", "devices", "num_nodes", "threads", "checkpoint"):
+        values.pop(key, None)
+    assert MetaTrainingConfig.from_dict(values) == load_meta_recipe(name)
+
+
+def test_each_command_has_recipes_of_its_own(capsys):
+    assert main(["pretrain", "--config", META_PUBLISHED[0]]) == 2
+    assert f"there is no recipe '{META_PUBLISHED[0]}'; the recipes are cub_" in capsys.readouterr().err
+    lines = recipe_table("metatrain").splitlines()
+    assert [line.split()[0] for line in lines[1:]] == recipe_names("metatrain")
+    line = next(line for line in lines if line.startswith("cub_resnet12_deepemd_fcn_5shot"))
+    assert line.split()[1:] == ["fcn", "5-way", "5-shot", "15", "0.0005", "100", "50"]
+    with pytest.raises(SystemExit) as done:
+        main(["metatrain", "--list-recipes"])
     assert done.value.code == 0
     assert capsys.readouterr().out.splitlines() == lines
