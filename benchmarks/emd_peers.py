@@ -24,10 +24,18 @@ def pot_flow(cost: ndarray, supply: ndarray, demand: ndarray) -> ndarray:
 
 def opencv(cost: ndarray, supply: ndarray, demand: ndarray) -> float:
     """In float32, all that it takes. It returns the cost of a unit of mass."""
+    return _opencv(cost, supply, demand)[0] * supply.sum()
+
+
+def opencv_flow(cost: ndarray, supply: ndarray, demand: ndarray) -> ndarray:
+    return _opencv(cost, supply, demand)[2]
+
+
+def _opencv(cost: ndarray, supply: ndarray, demand: ndarray):
     import cv2
 
     signatures = (np.float32(masses[:, None]) for masses in (supply, demand))
-    return cv2.EMD(*signatures, cv2.DIST_USER, cost=np.float32(cost))[0] * supply.sum()
+    return cv2.EMD(*signatures, cv2.DIST_USER, cost=np.float32(cost))
 
 
 @functools.cache
