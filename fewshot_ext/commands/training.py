@@ -20,7 +20,7 @@ from fewshot_ext.data import ImageArchive, Split, load_images
 from fewshot_ext.recipes import recipe_names, recipe_path, recipe_table
 
 if TYPE_CHECKING:
-    from fewshot_ext.training import MetaTrainingRun, PreTrainingRun
+    from fewshot_ext.training.run import TrainingRun
 
 
 def recipe_action(command: str) -> type:
@@ -132,7 +132,7 @@ def check_run(arguments) -> RunInputs:
 
 def train(
     command: str,
-    run: "PreTrainingRun | MetaTrainingRun",
+    run: "TrainingRun",
     record: Mapping[str, Any],
     resolved: str,
     *,
@@ -182,7 +182,7 @@ def train(
     return 0
 
 
-def validation_line(run: "PreTrainingRun | MetaTrainingRun", results: Mapping[str, Any], head: str) -> list[str]:
+def validation_line(run: "TrainingRun", results: Mapping[str, Any], head: str) -> list[str]:
     """The line on the best epoch and the episodes that chose it; none without validation classes."""
     if run.validation is None:
         return []
@@ -194,13 +194,13 @@ def validation_line(run: "PreTrainingRun | MetaTrainingRun", results: Mapping[st
     ]
 
 
-def _images(run: "PreTrainingRun | MetaTrainingRun") -> str:
+def _images(run: "TrainingRun") -> str:
     archive = run.archive
     size = " x ".join(map(str, archive.images.shape[1:]))
     return f"base classes: {len(archive):,} images of {archive.num_classes} classes, {size}"
 
 
-def _before(run: "PreTrainingRun | MetaTrainingRun") -> list[str]:
+def _before(run: "TrainingRun") -> list[str]:
     lines = [] if run.validation else ["no validation classes: the last epoch is the best"]
     if run.epochs_done:
         lines.append(f"going on after epoch {run.epochs_done} of {run.config.epochs}")
@@ -214,7 +214,7 @@ def _trained(results: Mapping[str, Any]) -> str:
     )
 
 
-def _how_to_go_on(run: "PreTrainingRun | MetaTrainingRun") -> str:
+def _how_to_go_on(run: "TrainingRun") -> str:
     if run.has_checkpoint:
         return f"the same command with --resume goes on from {run.directory / 'last.ckpt'}"
     return "there is no checkpoint yet, so the same command starts again from the beginning"
