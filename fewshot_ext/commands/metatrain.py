@@ -11,6 +11,7 @@ fewshot-ext metatrain --config miniimagenet_resnet12_deepemd_fcn_1shot --data mi
 
 from collections.abc import Callable
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewshot_ext.commands.training import (
@@ -21,6 +22,7 @@ from fewshot_ext.commands.training import (
     train,
     validation_line,
 )
+from fewshot_ext.training.features import read_checkpoint
 from fewshot_ext.training.meta_config import MetaTrainingConfig
 
 if TYPE_CHECKING:
@@ -57,11 +59,14 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     if arguments.checkpoint is None:
         raise ValueError(f"--checkpoint must be given: a file of fewshot-ext pretrain, or {SCRATCH}")
     config = MetaTrainingConfig(**{field.name: arguments[field.name] for field in fields(MetaTrainingConfig)})
+    checkpoint = None if arguments.checkpoint == SCRATCH else arguments.checkpoint
+    if checkpoint is not None:
+        # A large image set takes minutes to load: a wrong path should not.
+        read_checkpoint(Path(checkpoint).expanduser())
     inputs = check_run(arguments)
 
     from fewshot_ext.training import MetaTrainingRun
 
-    checkpoint = None if arguments.checkpoint == SCRATCH else arguments.checkpoint
     run = MetaTrainingRun(config, inputs.base, inputs.output, checkpoint=checkpoint, **inputs.options)
     settings = run.module.hparams
     record = {

@@ -213,6 +213,13 @@ def test_a_wrong_argument_gets_one_line_and_exit_code_2(options, message, argume
     assert not list(tmp_path.glob("out/*"))
 
 
+def test_a_wrong_checkpoint_is_found_before_the_images_are_loaded(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fewshot_ext.commands.training.load_images", lambda name: pytest.fail("images were loaded"))
+    (tmp_path / "text.ckpt").write_text("nothing")
+    assert main([*arguments, "--output", str(tmp_path), "--checkpoint", str(tmp_path / "text.ckpt")]) == 2
+    assert "text.ckpt is not the checkpoint of a" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("module", ["lightning", "tensorboard", "tqdm"])
 def test_a_missing_package_is_named(module, arguments, monkeypatch, tmp_path, capsys):
     is_installed = _extras.is_installed
