@@ -204,7 +204,7 @@ def main() -> None:
             table.append([case.queries, case.contender, rate, relation, peak, error])
     harness.write_csv(options.output, rows)
     text = (
-        f"`{harness.command()}` on {machine['device']}, {machine['threads']} threads, torch {machine['torch']}; "
+        f"`{harness.command()}` on {machine['device']}, threads: {machine['threads']}, torch {machine['torch']}; "
         f"{WAY}-way 1-shot, Conv-4 at {PIXELS} x {PIXELS}, maps of 5 x 5, float32; median of the time an iteration, "
         "peak of its memory in MiB. The QP layer gets fewer queries, because it is slow; its line is to be read "
         "against the one above it.\n\n" + harness.markdown_table(HEADER, table)
