@@ -48,8 +48,21 @@ from fewshot_ext.evaluation.protocol import (
     mean_and_interval,
 )
 from fewshot_ext.evaluation.reranking import rerank
-from fewshot_ext.evaluation.results import ComparisonResults, HeadAccuracy, json_with_rows
-from fewshot_ext.evaluation.retrieval import RetrievalMetrics, clustering_nmi, retrieval_metrics
+from fewshot_ext.evaluation.results import ComparisonResults, HeadAccuracy, csv_of_rows, json_with_rows
+from fewshot_ext.evaluation.retrieval import (
+    RetrievalMetrics,
+    check_retrieval,
+    clustering_nmi,
+    nearest_neighbors,
+    retrieval_metrics,
+)
+from fewshot_ext.evaluation.spectrum import (
+    EmbeddingMeasures,
+    effective_rank,
+    measure_embeddings,
+    singular_spectrum,
+    spectral_decay,
+)
 
 __all__ = [
     "HEADS",
@@ -59,6 +72,7 @@ __all__ = [
     "ComparisonResults",
     "DeepEMDHead",
     "Discriminability",
+    "EmbeddingMeasures",
     "FeatureCache",
     "FineTuning",
     "FineTuningConfig",
@@ -80,10 +94,13 @@ __all__ = [
     "angle_histogram",
     "base_class_probabilities",
     "check_proposition",
+    "check_retrieval",
     "class_centers",
     "clustering_nmi",
     "count_peaks",
+    "csv_of_rows",
     "discriminative_function",
+    "effective_rank",
     "episode_accuracies",
     "extract_features",
     "find_head",
@@ -93,10 +110,14 @@ __all__ = [
     "json_with_rows",
     "mean_and_interval",
     "measure_discriminability",
+    "measure_embeddings",
+    "nearest_neighbors",
     "plot_accuracy_over_margin",
     "plot_match",
     "rerank",
     "retrieval_metrics",
     "same_class_probability",
+    "singular_spectrum",
+    "spectral_decay",
     "square_regions",
 ]

@@ -143,7 +143,8 @@ class FrozenBackbone:
         return cls(
             name="checkpoint",
             module=extractor,
-            similarity=settings["config"]["similarity"],
+            # Metric training knows cosines alone.
+            similarity=settings["config"].get("similarity", "cosine"),
             channels=channels,
             image_size=_size_of_files(extractor.input) or stored,
             origin=origin,

@@ -155,12 +155,7 @@ class ComparisonResults:
             **self.versions,
         }
         rows = [{**row, "backbone_sha256": checksums[row["backbone"]], **same} for row in self._rows()]
-        text = io.StringIO()
-        columns = [key for key in rows[0] if key != "correct"]
-        writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue()
+        return csv_of_rows(rows)
 
     def _rows(self) -> list[dict[str, Any]]:
         rows = []
@@ -197,6 +192,18 @@ def json_with_rows(head: Mapping[str, Any], tables: Mapping[str, Sequence[Mappin
         lines = ",\n".join(f"    {json.dumps(row)}" for row in rows)
         parts.append(f'  "{name}": [\n{lines}\n  ]')
     return ",\n".join(parts) + "\n}\n"
+
+
+def csv_of_rows(rows: Sequence[Mapping[str, Any]]) -> str:
+    """CSV of the columns that hold one value each; a row may lack a column that others have."""
+    columns = list(
+        dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, list | tuple | dict))
+    )
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def _rounded(value: float | None) -> float | None:

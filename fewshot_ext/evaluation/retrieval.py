@@ -100,9 +100,8 @@ def retrieval_metrics(
         _check_fits(embeddings, gallery)
     neighbours = len(gallery) - with_itself
     _check_ks(ks, neighbours)
-    for name, value, choices in (("distance", distance, DISTANCES), ("lone_queries", lone_queries, LONE_QUERIES)):
-        if value not in choices:
-            raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+    _check_choice("distance", distance, DISTANCES)
+    _check_choice("lone_queries", lone_queries, LONE_QUERIES)
     if chunk_size is None:
         chunk_size = max(1, _SCORES_AT_ONCE // len(gallery))
     elif not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
@@ -116,11 +115,7 @@ def retrieval_metrics(
     scores = queries.new_empty(min(chunk_size, len(counted)), len(gallery))
     totals, done = torch.zeros(len(ks) + 2, dtype=torch.float64, device=scores.device), 0
     for chunk in counted.split(chunk_size):
-        part = torch.matmul(queries[chunk], gallery.mT, out=scores[: len(chunk)])
-        if offset is not None:
-            part.add_(offset)
-        if with_itself:
-            part.scatter_(1, chunk.unsqueeze(1), -torch.inf)
+        part = _scores(queries[chunk], gallery, offset, chunk if with_itself else None, scores[: len(chunk)])
         depth = min(max(*ks, int(relevant[chunk].max())), neighbours)
         hits = gallery_labels[_nearest(part, depth)] == labels[chunk].unsqueeze(1)
         totals += _sums(hits, relevant[chunk], ks)
@@ -130,6 +125,51 @@ def retrieval_metrics(
 
     *recall, map_at_r, r_precision = (totals / len(counted)).tolist()
     return RetrievalMetrics(dict(zip(ks, recall, strict=True)), map_at_r, r_precision, len(counted))
+
+
+def nearest_neighbors(
+    embeddings: Tensor,
+    gallery: Tensor | None = None,
+    *,
+    k: int,
+    distance: Literal["cosine", "euclidean"] = "cosine",
+    queries: Tensor | None = None,
+) -> Tensor:
+    """The gallery's k nearest embeddings of each query, the nearest first, in the order of :func:`retrieval_metrics`.
+
+    Args:
+        embeddings, gallery, distance: as in :func:`retrieval_metrics`.
+        k: neighbours a query, at most as many as it has.
+        queries: ``[q]`` int64, which rows of ``embeddings`` ask; all where None.
+
+    Returns:
+        ``[q, k]`` int64 rows of the gallery: candidates that :func:`rerank` takes.
+
+    Raises:
+        TypeError, ValueError: as :func:`retrieval_metrics`.
+
+    Example:
+        >>> nearest_neighbors(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), k=2)
+        tensor([[1, 2],
+                [0, 2],
+                [1, 0]])
+    """
+    _check_embeddings("embeddings", embeddings)
+    with_itself = gallery is None
+    if with_itself:
+        gallery = embeddings
+    else:
+        _check_embeddings("gallery", gallery)
+        _check_fits(embeddings, gallery)
+    _check_ks((k,), len(gallery) - with_itself, "k")
+    _check_choice("distance", distance, DISTANCES)
+    asked = torch.arange(len(embeddings), device=embeddings.device) if queries is None else queries
+    all_queries, gallery, offset = _comparable(embeddings, gallery, distance)
+    found = []
+    for chunk in asked.split(max(1, _SCORES_AT_ONCE // len(gallery))):
+        scores = _scores(all_queries[chunk], gallery, offset, chunk if with_itself else None)
+        found.append(_nearest(scores, k))
+    return torch.cat(found)
 
 
 def clustering_nmi(
@@ -158,42 +198,55 @@ def clustering_nmi(
         1.0
     """
     _check_set("embeddings", embeddings, "labels", labels)
-    if distance not in DISTANCES:
-        raise ValueError(f"distance: expected one of {', '.join(DISTANCES)}, got {distance!r}")
+    _check_choice("distance", distance, DISTANCES)
     require("metric", "sklearn")
     from sklearn.cluster import KMeans
     from sklearn.metrics import normalized_mutual_info_score
 
-    points = _in_full_precision(embeddings)
+    points = in_full_precision(embeddings)
     points = (F.normalize(points, dim=1) if distance == "cosine" else points).numpy(force=True)
     clusters = KMeans(len(labels.unique()), n_init=1, random_state=seed).fit_predict(points)
     return float(normalized_mutual_info_score(labels.numpy(force=True), clusters))
 
 
-def _in_full_precision(embeddings: Tensor) -> Tensor:
+def in_full_precision(embeddings: Tensor) -> Tensor:
+    """Embeddings without their graph, in float64 where they are, in float32 otherwise."""
     embeddings = embeddings.detach()
     return embeddings if embeddings.dtype == torch.float64 else embeddings.float()
 
 
-def _check_set(name: str, embeddings: object, labels_name: str, labels: object) -> None:
-    for argument, value, shape, dimensions in ((name, embeddings, "[n, D]", 2), (labels_name, labels, "[n]", 1)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{argument}: expected a tensor {shape}, got {type(value).__name__}")
-        if value.dim() != dimensions:
-            raise ValueError(f"{argument}: expected shape {shape}, got {list(value.shape)}")
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_shape(name: str, value: object, shape: str, dimensions: int) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
+    if value.dim() != dimensions:
+        raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
+
+
+def _check_embeddings(name: str, embeddings: object) -> None:
+    _check_shape(name, embeddings, "[n, D]", 2)
     if not embeddings.is_floating_point():
         raise TypeError(f"{name}: expected a floating dtype, got {embeddings.dtype}")
+    if embeddings.numel() == 0:
+        raise ValueError(f"{name}: expected samples and dimensions, got shape {list(embeddings.shape)}")
+    finite = embeddings.isfinite().all(1)
+    if not finite.all():
+        raise ValueError(f"{name}: expected finite entries, got others in row {int((~finite).nonzero()[0, 0])}")
+
+
+def _check_set(name: str, embeddings: object, labels_name: str, labels: object) -> None:
+    _check_shape(labels_name, labels, "[n]", 1)
+    _check_embeddings(name, embeddings)
     if labels.dtype != torch.int64:
         raise TypeError(f"{labels_name}: expected dtype torch.int64, got {labels.dtype}")
     if len(labels) != len(embeddings):
         raise ValueError(f"{labels_name}: expected shape [{len(embeddings)}] to fit {name}, got {list(labels.shape)}")
     if labels.device != embeddings.device:
         raise ValueError(f"{labels_name}: expected device {embeddings.device} as {name} is on, got {labels.device}")
-    if embeddings.numel() == 0:
-        raise ValueError(f"{name}: expected samples and dimensions, got shape {list(embeddings.shape)}")
-    finite = embeddings.isfinite().all(1)
-    if not finite.all():
-        raise ValueError(f"{name}: expected finite entries, got others in row {int((~finite).nonzero()[0, 0])}")
 
 
 def _check_fits(embeddings: Tensor, gallery: Tensor) -> None:
@@ -207,14 +260,36 @@ def _check_fits(embeddings: Tensor, gallery: Tensor) -> None:
         raise ValueError(f"gallery: expected device {embeddings.device} as embeddings is on, got {gallery.device}")
 
 
-def _check_ks(ks: Sequence[int], neighbours: int) -> None:
+def check_retrieval(
+    labels: Tensor,
+    gallery_labels: Tensor | None = None,
+    *,
+    ks: Sequence[int] = (1, 2, 4, 8),
+    lone_queries: Literal["error", "exclude", "miss"] = "error",
+) -> None:
+    """Finds what :func:`retrieval_metrics` would refuse, before there are embeddings.
+
+    Args:
+        labels, gallery_labels, ks, lone_queries: as there.
+
+    Raises:
+        TypeError, ValueError: as there.
+    """
+    with_itself = gallery_labels is None
+    gallery_labels = labels if with_itself else gallery_labels
+    _check_ks(ks, len(gallery_labels) - with_itself)
+    _check_choice("lone_queries", lone_queries, LONE_QUERIES)
+    _counted_queries(_count_relevant(labels, gallery_labels) - int(with_itself), labels, lone_queries)
+
+
+def _check_ks(ks: Sequence[int], neighbours: int, name: str = "ks") -> None:
     if len(ks) == 0 or len(set(ks)) < len(ks):
-        raise ValueError(f"ks: expected at least one K, and none twice, got {list(ks)}")
+        raise ValueError(f"{name}: expected at least one K, and none twice, got {list(ks)}")
     for k in ks:
         if not isinstance(k, int) or isinstance(k, bool):
-            raise TypeError(f"ks: expected integers, got {type(k).__name__}")
+            raise TypeError(f"{name}: expected integers, got {type(k).__name__}")
         if not 1 <= k <= neighbours:
-            raise ValueError(f"ks: expected K in [1, {neighbours}], the neighbours that each query has, got {k}")
+            raise ValueError(f"{name}: expected K in [1, {neighbours}], the neighbours that each query has, got {k}")
 
 
 def _count_relevant(labels: Tensor, gallery_labels: Tensor) -> Tensor:
@@ -244,7 +319,7 @@ def _counted_queries(relevant: Tensor, labels: Tensor, lone_queries: str) -> Ten
 def _comparable(embeddings: Tensor, gallery: Tensor, distance: str) -> tuple[Tensor, Tensor, Tensor | None]:
     """Queries, gallery and an offset [N], such that near ones have a large inner product plus offset."""
     same = gallery is embeddings
-    queries, gallery = _in_full_precision(embeddings), _in_full_precision(gallery)
+    queries, gallery = in_full_precision(embeddings), in_full_precision(gallery)
     if distance == "cosine":
         queries = F.normalize(queries, dim=1)
         return queries, queries if same else F.normalize(gallery, dim=1), None
@@ -252,6 +327,16 @@ def _comparable(embeddings: Tensor, gallery: Tensor, distance: str) -> tuple[Ten
     centre = gallery.mean(0)
     gallery = gallery - centre
     return (gallery if same else queries - centre), gallery, gallery.square().sum(1) / -2
+
+
+def _scores(
+    queries: Tensor, gallery: Tensor, offset: Tensor | None, own: Tensor | None, out: Tensor | None = None
+) -> Tensor:
+    """How near each of the gallery is to each query, [queries, N]; ``own`` [queries] are the rows of the queries."""
+    scores = torch.matmul(queries, gallery.mT, out=out)
+    if offset is not None:
+        scores.add_(offset)
+    return scores if own is None else scores.scatter_(1, own.unsqueeze(1), -torch.inf)
 
 
 def _nearest(scores: Tensor, depth: int) -> Tensor:

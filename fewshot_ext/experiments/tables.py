@@ -1,14 +1,12 @@
 """Numbers of an analysis on disk: JSON for programs, CSV for spreadsheets, the same rows in both."""
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fewshot_ext._files import replace_file
-from fewshot_ext.evaluation import json_with_rows
+from fewshot_ext.evaluation import csv_of_rows, json_with_rows
 
 Row = Mapping[str, Any]
 
@@ -25,7 +23,10 @@ def write_table(folder: Path, name: str, rows: Sequence[Row], **head: Any) -> li
     Returns:
         The files written.
     """
-    texts = {f"{name}.json": json_with_rows({"analysis": name, **head}, {"rows": rows}), f"{name}.csv": _csv(rows)}
+    texts = {
+        f"{name}.json": json_with_rows({"analysis": name, **head}, {"rows": rows}),
+        f"{name}.csv": csv_of_rows(rows),
+    }
     for file, text in texts.items():
         replace_file(folder / file, lambda path, text=text: path.write_text(text, encoding="utf-8"))
     return [folder / file for file in texts]
@@ -47,14 +48,3 @@ def read_table(folder: Path, name: str) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         reason = repr(error)
     raise ValueError(f"{path} does not hold the results of {name}: {reason}")
-
-
-def _csv(rows: Sequence[Row]) -> str:
-    columns = list(
-        dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, list | tuple | dict))
-    )
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

@@ -6,18 +6,25 @@ from typing import TYPE_CHECKING
 from fewshot_ext.training.config import BackboneConfig, PreTrainingConfig, ValidationConfig
 from fewshot_ext.training.features import FeatureExtractor, load_backbone
 from fewshot_ext.training.meta_config import MetaTrainingConfig
+from fewshot_ext.training.metric_config import AntiCollapseConfig, MeasurementConfig, MetricTrainingConfig
 from fewshot_ext.training.schedule import warmup_cosine
 
 if TYPE_CHECKING:
     from fewshot_ext.training.meta_training import MetaTraining, MetaTrainingRun, metatrain
+    from fewshot_ext.training.metric_training import MetricTraining, MetricTrainingRun
     from fewshot_ext.training.pretraining import PreTraining, PreTrainingRun, pretrain
 
 __all__ = [
+    "AntiCollapseConfig",
     "BackboneConfig",
     "FeatureExtractor",
+    "MeasurementConfig",
     "MetaTraining",
     "MetaTrainingConfig",
     "MetaTrainingRun",
+    "MetricTraining",
+    "MetricTrainingConfig",
+    "MetricTrainingRun",
     "PreTraining",
     "PreTrainingConfig",
     "PreTrainingRun",
@@ -32,6 +39,7 @@ __all__ = [
 # should not wait for it.
 _LAZY = {
     **dict.fromkeys(("MetaTraining", "MetaTrainingRun", "metatrain"), "meta_training"),
+    **dict.fromkeys(("MetricTraining", "MetricTrainingRun"), "metric_training"),
     **dict.fromkeys(("PreTraining", "PreTrainingRun", "pretrain"), "pretraining"),
 }
 

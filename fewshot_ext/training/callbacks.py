@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +20,34 @@ from fewshot_ext.training.config import ValidationConfig
 # Part of the key that makes the episodes' seed of the run's.
 _EPISODES = 1
 
+# How the progress bar words the means that it has room for.
+_WORDS: dict[str, Callable[[float], str]] = {
+    "loss": "loss {:.4f}".format,
+    "accuracy": lambda share: f"accuracy {100 * share:.1f} %",
+    "coding_rate": "coding rate {:.1f} nats".format,
+}
+
 
 class EpochMeans(Callback):
-    """Logs loss and accuracy over each epoch's images, and ends a run whose loss is not a number any more.
+    """Logs means over each epoch's images, and ends a run whose loss is not a number any more.
 
     Lightning's own means over several processes divide by a rounded count of images.
 
     Args:
         on_epoch: called with (epochs done, mean loss of the last epoch).
+        names: what the training step returns beside "mean_loss", as scalars that are means over its images.
 
     Attributes:
-        means: "loss" and "accuracy" over the last epoch; a checkpoint carries them.
+        means: "loss" and ``names`` over the last epoch; a checkpoint carries them.
 
     Raises (while training):
         FloatingPointError: the mean loss of an epoch is NaN or infinite. The last checkpoint is from before.
     """
 
-    def __init__(self, on_epoch: Callable[[int, float], None] | None = None) -> None:
-        self.on_epoch = on_epoch
+    def __init__(
+        self, on_epoch: Callable[[int, float], None] | None = None, names: Sequence[str] = ("accuracy",)
+    ) -> None:
+        self.on_epoch, self.names = on_epoch, tuple(names)
         self.means: dict[str, float] = {}
         self._sums: Tensor
 
@@ -52,13 +62,13 @@ class EpochMeans(Callback):
             self.on_epoch(trainer.current_epoch, math.nan)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._sums = torch.zeros(3, dtype=torch.float64, device=module.device)
+        self._sums = torch.zeros(2 + len(self.names), dtype=torch.float64, device=module.device)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_index: int
     ) -> None:
-        count = batch[1].numel()
-        means = torch.stack([outputs["mean_loss"], outputs["accuracy"], outputs["accuracy"].new_ones(())])
+        count, loss = batch[1].numel(), outputs["mean_loss"]
+        means = torch.stack([loss, *(outputs[name] for name in self.names), loss.new_ones(())])
         self._sums.add_(means, alpha=count)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -73,42 +83,26 @@ class EpochMeans(Callback):
             self.on_epoch(epoch, loss)
 
     def so_far(self) -> dict[str, float]:
-        """Loss and accuracy over the running epoch's images in this process; waits for the device."""
-        loss, accuracy, images = self._sums.tolist()
-        return {"loss": loss / images, "accuracy": accuracy / images}
+        """The means over the running epoch's images in this process; waits for the device."""
+        *sums, images = self._sums.tolist()
+        return {name: total / images for name, total in zip(("loss", *self.names), sums, strict=True)}
 
 
-class Validation(Callback):
-    """Measures few-shot accuracy on validation classes and keeps the checkpoint of the best epoch.
+class BestCheckpoint(Callback):
+    """Keeps the checkpoint of the epoch with the best accuracy on validation classes; a subclass measures it.
 
     Args:
-        config: see ``ValidationConfig``.
-        archive: images of the validation classes.
+        epochs: epochs between two measurements; the last epoch is always measured.
         path: of the best checkpoint.
-        seed: decides the episodes.
 
     Attributes:
-        accuracy: share of right answers at the last validation, None before it.
+        accuracy: share of right answers, None after an epoch that was not measured.
         best_accuracy, best_epoch: of the best epoch, the earliest of equals.
-        best_interval: half-width of the 95 % interval of ``best_accuracy`` over the episodes.
-
-    Raises:
-        ValueError: the classes or their images are too few for the episodes.
+        best_interval: half-width of the 95 % interval of ``best_accuracy``; 0 where it has none.
     """
 
-    def __init__(self, config: ValidationConfig, archive: ImageArchive, path: Path, seed: int) -> None:
-        self.config, self.images, self.path = config, archive.images, path
-        try:
-            self.episodes = sample_episodes(
-                archive.labels,
-                config.episodes,
-                way=config.way,
-                shot=config.shot,
-                queries=config.queries,
-                generator=derive_generator(seed, _EPISODES),
-            )
-        except ValueError as error:
-            raise ValueError(f"validation classes: {error}") from error
+    def __init__(self, epochs: int, path: Path) -> None:
+        self.epochs, self.path = epochs, path
         self.accuracy: float | None = None
         self.best_accuracy, self.best_epoch = -1.0, 0
         self.best_interval = 0.0
@@ -128,18 +122,57 @@ class Validation(Callback):
             "best_epoch": self.best_epoch,
         }
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def is_due(self, trainer: pl.Trainer) -> bool:
+        """Whether the epoch that ends is one to measure."""
         epoch = trainer.current_epoch + 1
+        return not epoch % self.epochs or epoch == trainer.max_epochs
+
+    def keep_best(self, trainer: pl.Trainer, accuracy: float, interval: float = 0.0) -> None:
+        """Takes the accuracy after the epoch that ends, and writes the checkpoint where it is the best so far."""
+        self.accuracy = accuracy
+        if accuracy > self.best_accuracy:
+            epoch = trainer.current_epoch + 1
+            self.best_accuracy, self.best_interval, self.best_epoch = accuracy, interval, epoch
+            trainer.save_checkpoint(self.path)
+
+
+class Validation(BestCheckpoint):
+    """Measures few-shot accuracy on validation classes and keeps the checkpoint of the best epoch.
+
+    Args:
+        config: see ``ValidationConfig``.
+        archive: images of the validation classes.
+        path: of the best checkpoint.
+        seed: decides the episodes.
+
+    Raises:
+        ValueError: the classes or their images are too few for the episodes.
+    """
+
+    def __init__(self, config: ValidationConfig, archive: ImageArchive, path: Path, seed: int) -> None:
+        super().__init__(config.epochs, path)
+        self.config, self.images = config, archive.images
+        try:
+            self.episodes = sample_episodes(
+                archive.labels,
+                config.episodes,
+                way=config.way,
+                shot=config.shot,
+                queries=config.queries,
+                generator=derive_generator(seed, _EPISODES),
+            )
+        except ValueError as error:
+            raise ValueError(f"validation classes: {error}") from error
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.accuracy = None
-        if epoch % self.config.epochs and epoch != trainer.max_epochs:
+        if not self.is_due(trainer):
             return
         # Evaluation has nothing to synchronise, so one process does it and the others wait.
         found = self._measure(module) if trainer.is_global_zero else (0.0, 0.0)
-        self.accuracy, interval = trainer.strategy.broadcast(found)
-        module.log("validation/accuracy", self.accuracy)
-        if self.accuracy > self.best_accuracy:
-            self.best_accuracy, self.best_interval, self.best_epoch = self.accuracy, interval, epoch
-            trainer.save_checkpoint(self.path)
+        accuracy, interval = trainer.strategy.broadcast(found)
+        module.log("validation/accuracy", accuracy)
+        self.keep_best(trainer, accuracy, interval)
 
     def _measure(self, module: pl.LightningModule) -> tuple[float, float]:
         """Accuracy and the half-width of its interval.
@@ -164,14 +197,14 @@ class Validation(Callback):
 class ProgressBar(Callback):
     """One bar over the whole run on a terminal, elsewhere one line an epoch; process 0 alone draws.
 
-    Shows the loss and the accuracy over the epoch so far, images a second, and the time left.
+    Shows means over the epoch so far, images a second, and the time left.
 
     Args:
-        means: whose loss and accuracy are shown; it must come first among the callbacks.
+        means: what is shown; it must come first among the callbacks.
         validation: whose accuracies are shown, where there is one.
     """
 
-    def __init__(self, means: EpochMeans, validation: Validation | None = None) -> None:
+    def __init__(self, means: EpochMeans, validation: BestCheckpoint | None = None) -> None:
         self.means, self.validation = means, validation
         self._images = 0
         self._started = self._stepped = 0.0
@@ -215,7 +248,8 @@ class ProgressBar(Callback):
 
     def _figures(self) -> str:
         means, rate = self.means.so_far(), self._images / (self._stepped - self._started)
-        figures = [f"loss {means['loss']:.4f}", f"accuracy {100 * means['accuracy']:.1f} %", f"{rate:,.0f} images/s"]
+        figures = [_WORDS[name](mean) for name, mean in means.items() if name in _WORDS]
+        figures.append(f"{rate:,.0f} images/s")
         if self.validation and self.validation.best_epoch:
             best = f"best {100 * self.validation.best_accuracy:.2f} % in epoch {self.validation.best_epoch}"
             now = self.validation.accuracy

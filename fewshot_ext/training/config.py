@@ -14,6 +14,8 @@ from fewshot_ext._checks import (
 from fewshot_ext.data.augmentation import AugmentationConfig
 from fewshot_ext.models import BackboneConfig
 
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "64-true")
+
 # The four losses of the paper's table 3, each with its similarity.
 LOSSES = {"neg-cosine": "cosine", "neg-softmax": "softmax", "cosine": "cosine", "softmax": "softmax"}
 
@@ -109,7 +111,7 @@ class PreTrainingConfig:
 
     def __post_init__(self) -> None:
         check_choice("similarity", self.similarity, "cosine", "softmax")
-        check_choice("precision", self.precision, "32-true", "16-mixed", "bf16-mixed", "64-true")
+        check_choice("precision", self.precision, *PRECISIONS)
         check_finite("margin", self.margin)
         check_positive("scale", self.scale)
         check_fraction("label_smoothing", self.label_smoothing)

@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from fewshot_ext.data import AugmentationConfig, ImageInput
 from fewshot_ext.models import build_backbone
 from fewshot_ext.training.config import PreTrainingConfig
+from fewshot_ext.training.metric_config import MetricTrainingConfig
 
-PRE_TRAINING, META_TRAINING = "pre-training", "meta-training"
+PRE_TRAINING, META_TRAINING, METRIC_TRAINING = "pre-training", "meta-training", "metric training"
 
 
 class FeatureExtractor(nn.Module):
     """The preprocessing that a backbone was trained with, and the backbone.
 
     Args:
-        config: see ``PreTrainingConfig``.
+        config: see ``PreTrainingConfig`` or ``MetricTrainingConfig``; the loss has no part in this.
         image_size: (channels, height, width) of the images that will come.
         mean, std: one number a channel, for pixels in [0, 1].
 
@@ -32,7 +33,7 @@ class FeatureExtractor(nn.Module):
 
     def __init__(
         self,
-        config: PreTrainingConfig,
+        config: PreTrainingConfig | MetricTrainingConfig,
         image_size: tuple[int, int, int],
         mean: tuple[float, ...],
         std: tuple[float, ...],
@@ -81,8 +82,9 @@ def load_backbone(path: str | Path) -> FeatureExtractor:
 def build_extractor(checkpoint: dict[str, Any]) -> FeatureExtractor:
     """As ``load_backbone``, from the content of the file, of which hyper-parameters and weights are enough."""
     arguments = checkpoint["hyper_parameters"]
+    kind = MetricTrainingConfig if arguments.get("stage") == METRIC_TRAINING else PreTrainingConfig
     # Augmentation is for training, and would ask for kornia.
-    config = replace(PreTrainingConfig.from_dict(arguments["config"]), augmentation=AugmentationConfig())
+    config = replace(kind.from_dict(arguments["config"]), augmentation=AugmentationConfig())
     extractor = FeatureExtractor(config, arguments["image_size"], arguments["mean"], arguments["std"])
     load_extractor(extractor, checkpoint)
     return extractor.eval()

@@ -5,7 +5,7 @@ import signal
 import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from fewshot_ext._random import derive_seed  # noqa: E402
 from fewshot_ext._record import check_same_settings  # noqa: E402
 from fewshot_ext.data import ImageArchive  # noqa: E402
 from fewshot_ext.models import Backbone  # noqa: E402
-from fewshot_ext.training.callbacks import EpochMeans, ProgressBar, Validation  # noqa: E402
+from fewshot_ext.training.callbacks import BestCheckpoint, EpochMeans, ProgressBar  # noqa: E402
 from fewshot_ext.training.checkpoints import AtomicCheckpointIO  # noqa: E402
 from fewshot_ext.training.features import FeatureExtractor, read_checkpoint  # noqa: E402
 
@@ -46,7 +46,7 @@ _EXPECTED_WARNINGS = (
 class ImageTraining(pl.LightningModule):
     """A feature extractor that is being trained; a subclass brings the loss and the optimiser.
 
-    A training step returns ``loss``, to be minimised, and of its batch ``mean_loss`` and ``accuracy``.
+    A training step returns ``loss``, to be minimised, and of its batch ``mean_loss`` and what ``means`` names.
 
     Args:
         extractor: the network from uint8 images to features.
@@ -57,6 +57,7 @@ class ImageTraining(pl.LightningModule):
     """
 
     stage: str  # what its checkpoints are the checkpoints of
+    means: tuple[str, ...] = ("accuracy",)  # what is logged beside the loss
 
     def __init__(self, extractor: FeatureExtractor, seed: int) -> None:
         super().__init__()
@@ -88,6 +89,7 @@ class TrainingRun(ABC):
         loader: batches of them, of a sampler whose ``set_epoch`` decides a pass.
         directory: receives ``last.ckpt``, ``best.ckpt`` and the TensorBoard log.
         validation: chooses ``best.ckpt``; without one the last epoch is the best.
+        measurements: callbacks that measure and choose nothing.
         device: "cpu" or "cuda".
         devices: processes on this machine, a GPU each where ``device`` is "cuda"; torchrun or Lightning starts them.
         num_nodes: machines, which share the file system that ``directory`` is on.
@@ -109,7 +111,8 @@ class TrainingRun(ABC):
         loader: DataLoader,
         directory: str | Path,
         *,
-        validation: Validation | None,
+        validation: BestCheckpoint | None,
+        measurements: Sequence[Callback] = (),
         device: torch.device | str,
         devices: int,
         num_nodes: int,
@@ -130,8 +133,8 @@ class TrainingRun(ABC):
         if self._processes > 1:
             # Raises where the processes cannot share it; their ranks are known only once they run.
             self._shared(loader, 0, self._processes)
-        self._means = EpochMeans(on_epoch)
-        self._callbacks: list[Callback] = [self._means]
+        self._means = EpochMeans(on_epoch, module.means)
+        self._callbacks: list[Callback] = [self._means, *measurements]
         if validation:
             self._callbacks.append(validation)
         if progress:
@@ -181,7 +184,7 @@ class TrainingRun(ABC):
         return (self.directory / LAST).exists()
 
     def results(self) -> dict[str, float]:
-        """Loss and accuracy over the last epoch, and the best validation accuracy with its epoch."""
+        """Means over the last epoch, and the best validation accuracy with its epoch."""
         return {**self._means.means, **(self.validation.results() if self.validation else {})}
 
     @property

@@ -1,0 +1,125 @@
+"""What a metric training measures between its epochs: retrieval, coding rate and spectrum, kept as they change."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from fewshot_ext._files import replace_text
+from fewshot_ext._random import derive_generator
+from fewshot_ext.data import ImageArchive
+from fewshot_ext.evaluation import check_retrieval, csv_of_rows, extract_features, json_with_rows, measure_embeddings
+from fewshot_ext.training.callbacks import BestCheckpoint
+from fewshot_ext.training.metric_config import MeasurementConfig
+
+HISTORY = "history"
+
+# Part of the key that makes the seed of the draw of seen images of the run's.
+_SEEN = 1
+
+
+class EmbeddingHistory(BestCheckpoint):
+    """Measures the embeddings of seen, validation and unseen classes; Recall@1 on the second chooses the best epoch.
+
+    Every measurement is a line of ``history.json`` and ``history.csv`` and a point in the TensorBoard log.
+
+    Args:
+        config: see ``MeasurementConfig``.
+        sets: images by name, "seen", "validation" or "unseen".
+        directory: receives the files.
+        best: path of the best checkpoint.
+        seed: decides which of the seen images are measured.
+
+    Attributes:
+        rows: one a measurement and set of classes, with columns epoch, classes, images, recall_at_K, map_at_r,
+            r_precision, coding_rate, effective_rank, spectral_decay and spectrum; a checkpoint carries them.
+
+    Raises:
+        ValueError: a class with a single image, or a K larger than the neighbours that an image has; the message
+            names the set.
+    """
+
+    def __init__(
+        self, config: MeasurementConfig, sets: Mapping[str, ImageArchive], directory: Path, best: Path, seed: int
+    ) -> None:
+        super().__init__(config.epochs, best)
+        self.config, self.directory = config, directory
+        self.sets: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, archive in sets.items():
+            chosen = slice(None)
+            if name == "seen":
+                chosen = evenly(archive.labels, config.seen_images, derive_generator(seed, _SEEN))
+            self.sets[name] = images, labels = archive[chosen]
+            try:
+                check_retrieval(labels, ks=config.ks)
+            except ValueError as error:
+                raise ValueError(f"{name} classes, {len(images)} images: {error}") from error
+        self.rows: list[dict[str, Any]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.rows = list(state_dict["rows"])
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.accuracy = None
+        if not self.is_due(trainer):
+            return
+        epoch = trainer.current_epoch + 1
+        found = {name: self._measure(module, name, epoch) for name in self.sets}
+        self.rows += found.values()
+        for name, row in found.items():
+            for key, value in row.items():
+                if isinstance(value, float):
+                    module.log(f"{name}/{key}", value)
+            module.logger.experiment.add_histogram(f"{name}/spectrum", torch.tensor(row["spectrum"]), epoch)
+        if "validation" in found:
+            self.keep_best(trainer, found["validation"][f"recall_at_{min(self.config.ks)}"])
+        self.write()
+
+    def write(self) -> None:
+        """Writes ``history.json`` and ``history.csv``, each whole or not at all."""
+        replace_text(self.directory / f"{HISTORY}.json", json_with_rows(asdict(self.config), {"rows": self.rows}))
+        replace_text(self.directory / f"{HISTORY}.csv", csv_of_rows(self.rows))
+
+    def _measure(self, module: pl.LightningModule, name: str, epoch: int) -> dict[str, Any]:
+        images, labels = self.sets[name]
+        embeddings = extract_features(module, images)
+        if not embeddings.isfinite().all():
+            raise FloatingPointError(
+                f"embeddings of {name} classes are not finite after epoch {epoch}: take a smaller learning_rate"
+            )
+        measures = measure_embeddings(embeddings.cpu(), labels, ks=self.config.ks, eps=self.config.eps)
+        return {"epoch": epoch, "classes": name, "images": len(images), **measures.row()}
+
+
+def evenly(labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """At most ``count`` indices, from each class as many as from the next or all that it has, and at least two.
+
+    Args:
+        labels: ``[N]`` int64.
+        count: as many as wanted.
+        generator: decides which; a CPU generator.
+
+    Returns:
+        Indices in rising order.
+
+    Example:
+        >>> labels = torch.tensor([0, 0, 0, 0, 1, 1, 1])
+        >>> labels[evenly(labels, 5, torch.Generator())]
+        tensor([0, 0, 1, 1])
+    """
+    if len(labels) <= count:
+        return torch.arange(len(labels))
+    order = torch.randperm(len(labels), generator=generator)
+    order = order[labels[order].argsort(stable=True)]
+    sizes = labels.bincount()
+    rank = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes)[labels[order]]
+    share = max(2, count // int((sizes > 0).sum()))
+    return order[rank < share].sort().values

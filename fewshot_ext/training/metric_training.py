@@ -1,0 +1,238 @@
+"""Metric learning: an embedding of unit length, trained on P x K batches with or without the Anti-Collapse term."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fewshot_ext.data import ImageArchive, PKBatches
+from fewshot_ext.losses import AntiCollapseLoss, base_loss
+from fewshot_ext.ops import coding_rate
+from fewshot_ext.ops._autograd import accumulate_dtype
+from fewshot_ext.training.features import METRIC_TRAINING, FeatureExtractor, read_checkpoint
+from fewshot_ext.training.metric_callbacks import EmbeddingHistory
+from fewshot_ext.training.metric_config import NO_ANTI_COLLAPSE, MetricTrainingConfig
+from fewshot_ext.training.run import BEST, ImageTraining, TrainingRun, image_statistics
+
+
+class MetricTraining(ImageTraining):
+    """Backbone and loss over uint8 images, with AdamW and a rate of its own for the proxies.
+
+    Args:
+        config: see ``MetricTrainingConfig``.
+        num_classes: seen classes.
+        image_size: (channels, height, width).
+        mean, std: one number a channel, for pixels in [0, 1].
+        seed: with the epoch's number it decides the augmentation and the mined negatives of that epoch.
+
+    Shape:
+        ``[B, C, H, W]`` uint8 -> embeddings ``[B, D]`` of length 1, in float32, or float64 for that precision.
+
+    Reference:
+        Jiang et al., Anti-Collapse Loss for Deep Metric Learning Based on Coding Rate Metric, 2024.
+
+    Raises:
+        ImportError: pytorch-metric-learning is missing (extra ``metric``).
+    """
+
+    stage = METRIC_TRAINING
+    means = ("base_loss", "coding_rate")
+
+    def __init__(
+        self,
+        config: MetricTrainingConfig,
+        num_classes: int,
+        image_size: tuple[int, int, int],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        seed: int = 0,
+    ) -> None:
+        super().__init__(FeatureExtractor(config, image_size, mean, std), seed)
+        self.config = config
+        # Plain containers, so that a checkpoint loads with weights_only and survives a renamed class.
+        self.save_hyperparameters(
+            {
+                "config": asdict(config),
+                "num_classes": num_classes,
+                "image_size": tuple(image_size),
+                "mean": tuple(mean),
+                "std": tuple(std),
+                "seed": seed,
+                "stage": self.stage,
+            }
+        )
+        self.criterion = base_loss(config.loss, num_classes, self.extractor.out_features)
+        if config.anti_collapse.variant != NO_ANTI_COLLAPSE:
+            self.criterion = AntiCollapseLoss(self.criterion, **asdict(config.anti_collapse))
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> "MetricTraining":
+        """The trained module behind a checkpoint, on the CPU; the file is read without running code in it.
+
+        Raises:
+            ImportError: pytorch-metric-learning is missing; ``load_backbone`` needs none.
+            OSError: the file cannot be read.
+            ValueError: it is not the checkpoint of a metric training.
+        """
+        checkpoint = read_checkpoint(path, METRIC_TRAINING)
+        arguments = {key: value for key, value in checkpoint["hyper_parameters"].items() if key != "stage"}
+        module = cls(MetricTrainingConfig.from_dict(arguments.pop("config")), **arguments)
+        module.load_state_dict(checkpoint["state_dict"])
+        return module.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = super().forward(images)
+        return F.normalize(features.to(accumulate_dtype(features.dtype)), dim=1)
+
+    def on_train_epoch_end(self) -> None:
+        for name, group in zip(("backbone", "proxies"), self.trainer.optimizers[0].param_groups, strict=False):
+            self.log(f"train/learning_rate_{name}", group["lr"])
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> dict[str, Tensor]:
+        images, target = batch
+        embeddings = self(images)
+        # A miner fails on them with a message that helps nobody.
+        if not embeddings.isfinite().all():
+            raise FloatingPointError(
+                f"the embeddings are not finite in epoch {self.current_epoch + 1}: take a smaller learning_rate"
+            )
+        # Cosines are multiplied by 64 before they are exponentiated: rounded to bfloat16 they would be off by a fifth.
+        with torch.autocast(self.device.type, enabled=False):
+            if isinstance(self.criterion, AntiCollapseLoss):
+                loss, base, *_ = self.criterion.terms(embeddings, target)
+            else:
+                loss = base = self.criterion(embeddings, target)
+            rate = coding_rate(embeddings.detach(), self.config.measurement.eps)
+        return {"loss": loss, "mean_loss": loss.detach(), "base_loss": base.detach(), "coding_rate": rate}
+
+    def configure_optimizers(self) -> dict:
+        config = self.config
+        groups: list[dict[str, Any]] = [{"params": list(self.extractor.parameters()), "lr": config.learning_rate}]
+        if proxies := list(self.criterion.parameters()):
+            # Their length is divided away, so that decay would do nothing but change their rate.
+            groups.append({"params": proxies, "lr": config.proxy_learning_rate, "weight_decay": 0.0})
+        optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(config.milestones), config.decay_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
+
+
+class MetricTrainingRun(TrainingRun):
+    """Everything that a metric training needs, checked before its first step.
+
+    A loss on pairs is a function of the whole batch, so a run has one process.
+
+    Args:
+        config: see ``MetricTrainingConfig``.
+        seen: training images of the seen classes.
+        directory: receives ``last.ckpt``, ``best.ckpt``, ``history.json``, ``history.csv`` and the TensorBoard log.
+        validation: images of validation classes, which choose ``best.ckpt``; without any the last epoch is the best.
+        unseen: images of the classes that are tested; they choose nothing.
+        seed: decides initial weights, batches, augmentation and mined negatives.
+        device: "cpu" or "cuda".
+        resume: continue from ``last.ckpt`` where there is one. At an epoch's end the resumed run is in the
+            state that the unbroken run would have had.
+        on_epoch: called with (epochs done, mean loss of the last epoch).
+        progress: draw a progress bar.
+
+    Raises:
+        ImportError: Lightning, TensorBoard, pytorch-metric-learning or kornia (where images are augmented) is missing.
+        OSError: ``last.ckpt`` cannot be read.
+        ValueError: images too small for the backbone, fewer seen classes than P, a class with a single image, a K of
+            Recall@K larger than a gallery, or a ``last.ckpt`` of other settings.
+
+    Example:
+        >>> from fewshot_ext.data import Split, load_digits
+        >>> from fewshot_ext.models import BackboneConfig
+        >>> config = MetricTrainingConfig(
+        ...     epochs=1, classes_per_batch=4, backbone=BackboneConfig(pooled_blocks=3, embedding=8)
+        ... )
+        >>> digits = load_digits()
+        >>> run = MetricTrainingRun(config, digits.subset(Split.BASE), "out", unseen=digits.subset(Split.NOVEL))
+        >>> run.train()(digits.images).shape
+        torch.Size([1797, 8])
+    """
+
+    def __init__(
+        self,
+        config: MetricTrainingConfig,
+        seen: ImageArchive,
+        directory: str | Path,
+        *,
+        validation: ImageArchive | None = None,
+        unseen: ImageArchive | None = None,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        resume: bool = False,
+        on_epoch: Callable[[int, float], None] | None = None,
+        progress: bool = False,
+    ) -> None:
+        check_batches(config, seen)
+        sets = {"seen": seen, "validation": validation, "unseen": unseen}
+        self.history = EmbeddingHistory(
+            config.measurement,
+            {name: archive for name, archive in sets.items() if archive is not None},
+            Path(directory),
+            Path(directory) / BEST,
+            seed,
+        )
+        image_size, *statistics = image_statistics(seen, config.mean, config.std)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            module = MetricTraining(config, seen.num_classes, image_size, *statistics, seed=seed)
+        batches = PKBatches(seen.labels, config.classes_per_batch, config.samples_per_class, seed)
+        super().__init__(
+            module,
+            seen,
+            # Without a generator of its own a DataLoader draws from the global one whenever it is iterated.
+            DataLoader(seen, batch_size=None, sampler=batches, generator=torch.Generator()),
+            directory,
+            validation=None if validation is None else self.history,
+            measurements=[self.history] if validation is None else [],
+            device=device,
+            devices=1,
+            num_nodes=1,
+            resume=resume,
+            on_epoch=on_epoch,
+            progress=progress,
+        )
+
+    def train(self) -> MetricTraining:
+        if self.config.compile:
+            self.module.backbone.compile()
+        return super().train()
+
+    def _shared(self, loader: DataLoader, rank: int, processes: int) -> DataLoader:
+        raise ValueError(f"metric training has one process, got {processes}: its losses compare all images of a batch")
+
+    def results(self) -> dict[str, Any]:
+        """Means over the last epoch, the last measurement of every set, and the best validation Recall@1."""
+        found: dict[str, Any] = {**super().results()}
+        last = {row["classes"]: row for row in self.history.rows}
+        for name, row in last.items():
+            found[name] = {key: value for key, value in row.items() if key not in ("classes", "spectrum")}
+        return found
+
+
+def check_batches(config: MetricTrainingConfig, seen: ImageArchive) -> None:
+    """Finds why the seen classes do not make P x K batches.
+
+    Raises:
+        ValueError: fewer classes than P, or a class with one image, which has no other to be near to.
+    """
+    sizes = seen.labels.bincount(minlength=seen.num_classes)
+    classes = int((sizes > 0).sum())
+    if classes < config.classes_per_batch:
+        raise ValueError(
+            f"classes_per_batch must be at most {classes}, the classes to train on, got {config.classes_per_batch}"
+        )
+    lone = (sizes == 1).nonzero().flatten().tolist()
+    if lone:
+        raise ValueError(
+            f"seen classes need at least 2 images each, got 1 for {len(lone)} of them, "
+            f"the first of them {seen.class_names[lone[0]]!r}"
+        )
