@@ -7,7 +7,7 @@ from types import ModuleType
 
 from fewshot_ext import _extras
 from fewshot_ext._version import __version__
-from fewshot_ext.commands import analyze, classify, data, demo, env, evaluate, metatrain, pretrain
+from fewshot_ext.commands import analyze, classify, data, demo, env, evaluate, metatrain, metric_train, pretrain
 
 # Each command is a module with SUMMARY, add_arguments(parser) and prepare(arguments, resolved) -> run. `prepare`
 # finds every mistake of the user and raises it as ImportError, OSError, TypeError or ValueError; `run` does the
@@ -22,6 +22,7 @@ COMMANDS: dict[str, ModuleType] = {
     "env": env,
     "evaluate": evaluate,
     "metatrain": metatrain,
+    "metric-train": metric_train,
     "pretrain": pretrain,
 }
 

@@ -39,13 +39,14 @@ def recipe_action(command: str) -> type:
     return RecipeOrFile
 
 
-def add_run_arguments(parser, command: str, *, seed: str):
+def add_run_arguments(parser, command: str, *, seed: str, processes: bool = True):
     """Adds ``--list-recipes`` and the options of every training run; returns their group.
 
     Args:
         parser: a jsonargparse parser.
         command: whose recipes are listed.
         seed: help of ``--seed``.
+        processes: whether a run may have several.
     """
     parser.add_argument("--list-recipes", action=_list_recipes_action(command), help="print all recipes and exit")
     run = parser.add_argument_group("run")
@@ -56,8 +57,11 @@ def add_run_arguments(parser, command: str, *, seed: str):
     )
     run.add_argument("--seed", type=int, default=0, help=seed)
     run.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu or cuda")
-    run.add_argument("--devices", type=int, default=1, help="processes on this machine, one a GPU, sharing every step")
-    run.add_argument("--num_nodes", type=int, default=1, help="machines; start the command on each by torchrun")
+    if processes:
+        run.add_argument(
+            "--devices", type=int, default=1, help="processes on this machine, one a GPU, sharing every step"
+        )
+        run.add_argument("--num_nodes", type=int, default=1, help="machines; start the command on each by torchrun")
     run.add_argument("--threads", type=int, default=None, help="CPU threads; null for torch's own choice")
     return run
 
@@ -75,6 +79,7 @@ class RunInputs(NamedTuple):
 
     base: ImageArchive
     validation: ImageArchive | None
+    novel: ImageArchive | None
     output: Path
     options: dict[str, Any]  # of a training run
     record: dict[str, Any]  # for run.json
@@ -93,16 +98,21 @@ def check_run(arguments) -> RunInputs:
         if arguments[name] is None:
             raise ValueError(f"--{name} must be given")
     check_at_least("seed", arguments.seed, 0)
-    for name in ("devices", "num_nodes"):
-        check_at_least(name, arguments[name], 1)
-    _check_launch(arguments.devices, arguments.num_nodes)
+    processes = {name: arguments[name] for name in ("devices", "num_nodes") if name in arguments}
+    for name, count in processes.items():
+        check_at_least(name, count, 1)
+    devices, num_nodes = processes.get("devices", 1), processes.get("num_nodes", 1)
+    _check_launch(devices, num_nodes)
     set_threads(arguments.threads)
     device = resolve_device(arguments.device)
-    if device.type == "cuda" and arguments.devices > torch.cuda.device_count():
-        raise ValueError(f"devices must be at most {torch.cuda.device_count()}, the GPUs here, got {arguments.devices}")
+    if device.type == "cuda" and devices > torch.cuda.device_count():
+        raise ValueError(f"devices must be at most {torch.cuda.device_count()}, the GPUs here, got {devices}")
     archive = load_images(arguments.data)
     base = archive.subset(Split.BASE)
-    validation = archive.subset(Split.VALIDATION) if (archive.class_split == Split.VALIDATION).any() else None
+    validation, novel = (
+        archive.subset(split) if (archive.class_split == split).any() else None
+        for split in (Split.VALIDATION, Split.NOVEL)
+    )
     output = writable_folder(arguments.output)
     if (output / "last.ckpt").exists() and not arguments.resume:
         raise ValueError(
@@ -113,8 +123,7 @@ def check_run(arguments) -> RunInputs:
         "validation": validation,
         "seed": arguments.seed,
         "device": device,
-        "devices": arguments.devices,
-        "num_nodes": arguments.num_nodes,
+        **processes,
         "resume": arguments.resume,
         "progress": True,
     }
@@ -123,11 +132,11 @@ def check_run(arguments) -> RunInputs:
         | ({"validation": _count(validation)} if validation else {}),
         "seed": arguments.seed,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "devices": arguments.devices * arguments.num_nodes,
+        "devices": devices * num_nodes,
         "threads": torch.get_num_threads(),
         "versions": versions("torch", "numpy", "lightning", "kornia"),
     }
-    return RunInputs(base, validation, output, options, record)
+    return RunInputs(base, validation, novel, output, options, record)
 
 
 def train(
@@ -138,6 +147,7 @@ def train(
     *,
     headline: Sequence[str],
     summary: Callable[[dict[str, Any]], Sequence[str]],
+    files: Sequence[str] = (),
 ) -> int:
     """Trains, and writes the records of the run; returns the exit code.
 
@@ -148,6 +158,7 @@ def train(
         resolved: content of config.yaml.
         headline: lines for the start, after those about the images.
         summary: lines for the end, made of the results.
+        files: names of what the run itself writes into its folder beside the checkpoints.
     """
     from lightning.pytorch.utilities import rank_zero_only
 
@@ -176,7 +187,7 @@ def train(
         say(f"fewshot-ext {command}: error: {error}; {_how_to_go_on(run)}")
         return 1
     if not rank_zero_only.rank:
-        names = ("best.ckpt", "last.ckpt", "run.json", "config.yaml")
+        names = ("best.ckpt", "last.ckpt", *files, "run.json", "config.yaml")
         written = "written: " + ", ".join(str(run.directory / name) for name in names)
         print(_trained(results), *summary(results), written, sep="\n", flush=True)
     return 0
@@ -208,10 +219,8 @@ def _before(run: "TrainingRun") -> list[str]:
 
 
 def _trained(results: Mapping[str, Any]) -> str:
-    return (
-        f"trained {results['epochs']} epochs: loss {results['loss']:.4f}, "
-        f"accuracy {100 * results['accuracy']:.2f} % in the last"
-    )
+    accuracy = f", accuracy {100 * results['accuracy']:.2f} %" if "accuracy" in results else ""
+    return f"trained {results['epochs']} epochs: loss {results['loss']:.4f}{accuracy} in the last"
 
 
 def _how_to_go_on(run: "TrainingRun") -> str:

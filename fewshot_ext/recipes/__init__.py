@@ -6,13 +6,14 @@ from typing import Any
 
 from fewshot_ext.training.config import PreTrainingConfig
 from fewshot_ext.training.meta_config import MetaTrainingConfig
+from fewshot_ext.training.metric_config import MetricTrainingConfig
 
 _FOLDER = Path(__file__).parent
-_FOLDERS = {"pretrain": _FOLDER, "metatrain": _FOLDER / "metatrain"}
+_FOLDERS = {"pretrain": _FOLDER, "metatrain": _FOLDER / "metatrain", "metric-train": _FOLDER / "metric_train"}
 
 
 def recipe_names(command: str = "pretrain") -> list[str]:
-    """Names of all recipes for a command, "pretrain" or "metatrain", in alphabetical order."""
+    """Names of all recipes for a command, "pretrain", "metatrain" or "metric-train", in alphabetical order."""
     return sorted(path.stem for path in _FOLDERS[command].glob("*.yaml"))
 
 
@@ -71,6 +72,24 @@ def load_meta_recipe(name: str) -> MetaTrainingConfig:
     return MetaTrainingConfig.from_dict(values)
 
 
+def load_metric_recipe(name: str) -> MetricTrainingConfig:
+    """The settings of a recipe of metric training, the defaults filled in.
+
+    Args:
+        name: one of ``recipe_names("metric-train")``, ``DATA_BACKBONE``.
+
+    Raises:
+        ValueError: there is no recipe of that name.
+
+    Example:
+        >>> load_metric_recipe("omniglot28_conv4").backbone.embedding
+        64
+    """
+    values = read_recipe(name, "metric-train")
+    values.pop("data", None)
+    return MetricTrainingConfig.from_dict(values)
+
+
 def recipe_table(command: str = "pretrain") -> str:
     """All recipes for a command, one a line, with what tells them apart."""
     row = _ROWS[command]
@@ -104,8 +123,25 @@ def _meta_training_row(name: str) -> tuple[str, ...]:
     )
 
 
+def _metric_training_row(name: str) -> tuple[str, ...]:
+    config = load_metric_recipe(name)
+    return (
+        config.backbone.name,
+        str(config.backbone.embedding or "-"),
+        f"{config.classes_per_batch} x {config.samples_per_class}",
+        f"{config.learning_rate:g}, {config.proxy_learning_rate:g}",
+        str(config.epochs),
+        str(config.image_size or "as stored"),
+    )
+
+
 _HEADERS = {
     "pretrain": ("recipe", "backbone", "loss", "margin", "weight decay", "drop rate, block", "epochs", "pixels"),
     "metatrain": ("recipe", "regions", "episodes", "queries", "rate", "epochs", "episodes an epoch"),
+    "metric-train": ("recipe", "backbone", "embedding", "P x K", "rate, of proxies", "epochs", "pixels"),
 }
-_ROWS: dict[str, Callable[[str], tuple[str, ...]]] = {"pretrain": _pre_training_row, "metatrain": _meta_training_row}
+_ROWS: dict[str, Callable[[str], tuple[str, ...]]] = {
+    "pretrain": _pre_training_row,
+    "metatrain": _meta_training_row,
+    "metric-train": _metric_training_row,
+}

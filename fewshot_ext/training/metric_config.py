@@ -87,15 +87,15 @@ class MetricTrainingConfig:
     knows ImageNet (learning_rate 1e-5, proxy_learning_rate 0.02), the default here for a network that starts afresh.
 
     Args:
-        loss: "proxy_anchor", "proxy_nca", "contrastive" or "triplet"; see ``base_loss`` for their settings.
+        loss: the first two have proxies, the others compare images; settings as in the official Anti-Collapse code.
         epochs: an epoch has as many batches as hold all training images.
-        classes_per_batch: P.
-        samples_per_class: K; at least 2 where pairs are wanted: contrastive, triplet.
+        classes_per_batch: P, classes a batch.
+        samples_per_class: K, images a class in a batch; at least 2 for contrastive and triplet.
         learning_rate: AdamW's rate for the backbone.
         proxy_learning_rate: the rate for the proxies, where the loss has some; they start anywhere, and must move
             faster than the backbone. They have no weight decay.
-        milestones: epochs after which the rates are multiplied by ``decay_factor``.
-        decay_factor: see ``milestones``.
+        milestones: epochs after which both rates fall.
+        decay_factor: of both rates at each of the milestones.
         weight_decay: of AdamW, for the backbone.
         precision: Lightning's name of the arithmetic, as "32-true" or "bf16-mixed"; the loss is always in full.
         channels_last: keep feature maps in the channels-last layout, which most convolutions are faster in.

@@ -1,0 +1,93 @@
+"""Train an embedding for retrieval by a metric learning loss, with or without the Anti-Collapse term.
+
+Trains on the base classes of an image set, in batches of P classes with K images each, and measures retrieval on its
+novel classes, which it has not seen, as it goes: Recall@K, MAP@R, coding rate and singular values. Recall@1 on
+validation classes, where the set has some, chooses best.ckpt. Writes last.ckpt, best.ckpt, history.json, history.csv,
+config.yaml, run.json and a TensorBoard log to the output folder; fewshot-ext retrieve takes the checkpoints, and so
+does whatever takes those of pretrain. Settings come by name:
+fewshot-ext metric-train --config omniglot28_conv4 --loss triplet --anti_collapse.variant pair --output out
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any
+
+from fewshot_ext import _extras
+from fewshot_ext.commands.training import add_config_arguments, add_run_arguments, check_run, recipe_action, train
+from fewshot_ext.training.metric_config import NO_ANTI_COLLAPSE, MetricTrainingConfig
+
+if TYPE_CHECKING:
+    from fewshot_ext.training import MetricTrainingRun
+
+SUMMARY = "train an embedding for retrieval, with or without Anti-Collapse"
+
+
+def config_action() -> type:
+    """What ``--config`` does here: it takes the name of a recipe beside a file."""
+    return recipe_action("metric-train")
+
+
+def add_arguments(parser) -> None:
+    """Adds the options of ``metric-train`` to a jsonargparse parser."""
+    add_run_arguments(
+        parser, "metric-train", seed="decides weights, batches, augmentation, mined negatives", processes=False
+    )
+    add_config_arguments(parser, MetricTrainingConfig)
+
+
+def prepare(arguments, resolved: str) -> Callable[[], int]:
+    """Checks the settings and returns the function that trains.
+
+    Args:
+        arguments: the parsed options.
+        resolved: the same as YAML, to be written beside the results.
+    """
+    _extras.require("metric", "pytorch_metric_learning")
+    config = MetricTrainingConfig(**{field.name: arguments[field.name] for field in fields(MetricTrainingConfig)})
+    inputs = check_run(arguments)
+
+    from fewshot_ext.training import MetricTrainingRun
+
+    run = MetricTrainingRun(config, inputs.base, inputs.output, unseen=inputs.novel, **inputs.options)
+    record = {**inputs.record, "config": asdict(config)}
+    return lambda: train(
+        "metric-train",
+        run,
+        record,
+        resolved,
+        headline=_headline(run),
+        summary=lambda results: _summary(run, results),
+        files=("history.json", "history.csv"),
+    )
+
+
+def _headline(run: "MetricTrainingRun") -> list[str]:
+    config, term = run.config, run.config.anti_collapse
+    parameters = sum(parameter.numel() for parameter in run.module.backbone.parameters())
+    with_term = f", with Anti-Collapse ({term.variant}, {term.convention}, weight {term.weight:g})"
+    return [
+        f"backbone: {config.backbone.name}, {parameters:,} parameters, embeddings of "
+        f"{run.module.extractor.out_features:,} dimensions",
+        f"loss: {config.loss}{'' if term.variant == NO_ANTI_COLLAPSE else with_term}",
+        f"batches: {config.classes_per_batch} classes x {config.samples_per_class} images",
+        *(f"{name} classes: {len(images):,} images are measured" for name, (images, _) in run.history.sets.items()),
+    ]
+
+
+def _summary(run: "MetricTrainingRun", results: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if run.validation:
+        lines.append(
+            f"best epoch {results['best_epoch']}: Recall@{min(run.config.measurement.ks)} "
+            f"{100 * results['best_validation_accuracy']:.2f} % on validation classes"
+        )
+    width = max(map(len, run.history.sets))
+    ks = run.config.measurement.ks
+    heads = [*(f"Recall@{k}" for k in ks), "MAP@R", "coding rate", "effective rank"]
+    lines.append(f"{'last epoch':<{width + 8}}" + "".join(head.rjust(16) for head in heads))
+    for name in run.history.sets:
+        row = results[name]
+        shares = [f"{100 * row[key]:.2f} %" for key in (*(f"recall_at_{k}" for k in ks), "map_at_r")]
+        cells = [*shares, f"{row['coding_rate']:.2f} nats", f"{row['effective_rank']:.1f}"]
+        lines.append(f"{f'{name} classes':<{width + 8}}" + "".join(cell.rjust(16) for cell in cells))
+    return lines
