@@ -7,7 +7,18 @@ from types import ModuleType
 
 from fewshot_ext import _extras
 from fewshot_ext._version import __version__
-from fewshot_ext.commands import analyze, classify, data, demo, env, evaluate, metatrain, metric_train, pretrain
+from fewshot_ext.commands import (
+    analyze,
+    classify,
+    data,
+    demo,
+    env,
+    evaluate,
+    metatrain,
+    metric_train,
+    pretrain,
+    retrieve,
+)
 
 # Each command is a module with SUMMARY, add_arguments(parser) and prepare(arguments, resolved) -> run. `prepare`
 # finds every mistake of the user and raises it as ImportError, OSError, TypeError or ValueError; `run` does the
@@ -24,6 +35,7 @@ COMMANDS: dict[str, ModuleType] = {
     "metatrain": metatrain,
     "metric-train": metric_train,
     "pretrain": pretrain,
+    "retrieve": retrieve,
 }
 
 

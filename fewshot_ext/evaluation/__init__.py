@@ -57,9 +57,9 @@ from fewshot_ext.evaluation.retrieval import (
     retrieval_metrics,
 )
 from fewshot_ext.evaluation.spectrum import (
-    EmbeddingMeasures,
+    EmbeddingSpread,
     effective_rank,
-    measure_embeddings,
+    measure_spread,
     singular_spectrum,
     spectral_decay,
 )
@@ -72,7 +72,7 @@ __all__ = [
     "ComparisonResults",
     "DeepEMDHead",
     "Discriminability",
-    "EmbeddingMeasures",
+    "EmbeddingSpread",
     "FeatureCache",
     "FineTuning",
     "FineTuningConfig",
@@ -110,7 +110,7 @@ __all__ = [
     "json_with_rows",
     "mean_and_interval",
     "measure_discriminability",
-    "measure_embeddings",
+    "measure_spread",
     "nearest_neighbors",
     "plot_accuracy_over_margin",
     "plot_match",

@@ -31,6 +31,11 @@ class RetrievalMetrics:
     r_precision: float
     queries: int
 
+    def row(self) -> dict[str, float]:
+        """The means as columns of a table: recall_at_1, ..., map_at_r, r_precision."""
+        recall = {f"recall_at_{k}": value for k, value in self.recall.items()}
+        return {**recall, "map_at_r": self.map_at_r, "r_precision": self.r_precision}
+
 
 def retrieval_metrics(
     embeddings: Tensor,

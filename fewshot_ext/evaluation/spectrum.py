@@ -1,6 +1,5 @@
-"""How far embeddings have collapsed: their singular values, and retrieval beside them."""
+"""How far embeddings have collapsed: their singular values and their coding rate."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewshot_ext.evaluation.retrieval import RetrievalMetrics, in_full_precision, retrieval_metrics
+from fewshot_ext.evaluation.retrieval import in_full_precision
 from fewshot_ext.ops import coding_rate
 
 
@@ -77,55 +76,40 @@ def spectral_decay(spectrum: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class EmbeddingMeasures:
-    """What :func:`measure_embeddings` returns.
+class EmbeddingSpread:
+    """What :func:`measure_spread` returns.
 
     Attributes:
-        retrieval: see :class:`RetrievalMetrics`.
         coding_rate: in nats.
         effective_rank, spectral_decay: see the functions of these names.
         spectrum: ``[D]`` float64, see :func:`singular_spectrum`.
     """
 
-    retrieval: RetrievalMetrics
     coding_rate: float
     effective_rank: float
     spectral_decay: float
     spectrum: Tensor
 
     def row(self) -> dict[str, Any]:
-        """All of it in plain types, as a line of a table."""
-        return {
-            **{f"recall_at_{k}": value for k, value in self.retrieval.recall.items()},
-            "map_at_r": self.retrieval.map_at_r,
-            "r_precision": self.retrieval.r_precision,
-            "coding_rate": self.coding_rate,
-            "effective_rank": self.effective_rank,
-            "spectral_decay": self.spectral_decay,
-            "spectrum": self.spectrum.tolist(),
-        }
+        """All of it in plain types, as columns of a table."""
+        return {**vars(self), "spectrum": self.spectrum.tolist()}
 
 
-def measure_embeddings(
-    embeddings: Tensor, labels: Tensor, *, ks: Sequence[int] = (1, 2, 4, 8), eps: float = 0.5
-) -> EmbeddingMeasures:
-    """Retrieval among the embeddings by cosine, their coding rate and their spectrum.
+def measure_spread(embeddings: Tensor, eps: float = 0.5) -> EmbeddingSpread:
+    """How much of their space embeddings span, each normalised to length 1.
 
     Args:
-        embeddings: ``[n, D]``, as :func:`retrieval_metrics` takes them; they are normalised to length 1.
-        labels: ``[n]`` int64, each at least twice.
-        ks: the K of Recall@K.
+        embeddings: ``[n, D]``, floating.
         eps: distortion of the coding rate.
 
     Raises:
-        TypeError, ValueError: as :func:`retrieval_metrics`.
+        ValueError: as :func:`singular_spectrum`, and for ``eps`` not above 0.
 
     Example:
-        >>> measures = measure_embeddings(torch.eye(2).repeat(2, 1), torch.tensor([0, 1, 0, 1]), ks=(1,))
-        >>> measures.retrieval.recall, round(measures.coding_rate, 4), round(measures.effective_rank, 4)
-        ({1: 1.0}, 1.6094, 2.0)
+        >>> spread = measure_spread(torch.eye(2))
+        >>> round(spread.coding_rate, 4), round(spread.effective_rank, 4)
+        (1.6094, 2.0)
     """
-    retrieval = retrieval_metrics(embeddings, labels, ks=ks)
     spectrum = singular_spectrum(embeddings)
     rate = coding_rate(F.normalize(in_full_precision(embeddings), dim=1).double(), eps).item()
-    return EmbeddingMeasures(retrieval, rate, effective_rank(spectrum), spectral_decay(spectrum), spectrum)
+    return EmbeddingSpread(rate, effective_rank(spectrum), spectral_decay(spectrum), spectrum)

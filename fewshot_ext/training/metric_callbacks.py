@@ -12,7 +12,14 @@ from torch import Tensor
 from fewshot_ext._files import replace_text
 from fewshot_ext._random import derive_generator
 from fewshot_ext.data import ImageArchive
-from fewshot_ext.evaluation import check_retrieval, csv_of_rows, extract_features, json_with_rows, measure_embeddings
+from fewshot_ext.evaluation import (
+    check_retrieval,
+    csv_of_rows,
+    extract_features,
+    json_with_rows,
+    measure_spread,
+    retrieval_metrics,
+)
 from fewshot_ext.training.callbacks import BestCheckpoint
 from fewshot_ext.training.metric_config import MeasurementConfig
 
@@ -95,8 +102,9 @@ class EmbeddingHistory(BestCheckpoint):
             raise FloatingPointError(
                 f"embeddings of {name} classes are not finite after epoch {epoch}: take a smaller learning_rate"
             )
-        measures = measure_embeddings(embeddings.cpu(), labels, ks=self.config.ks, eps=self.config.eps)
-        return {"epoch": epoch, "classes": name, "images": len(images), **measures.row()}
+        retrieval = retrieval_metrics(embeddings, labels.to(embeddings.device), ks=self.config.ks)
+        spread = measure_spread(embeddings, self.config.eps)
+        return {"epoch": epoch, "classes": name, "images": len(images), **retrieval.row(), **spread.row()}
 
 
 def evenly(labels: Tensor, count: int, generator: torch.Generator) -> Tensor:

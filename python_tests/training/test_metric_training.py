@@ -9,7 +9,7 @@ from metric_cases import TINY_METRIC
 
 from fewshot_ext import _extras, coding_rate
 from fewshot_ext.data import AugmentationConfig, Split, load_digits
-from fewshot_ext.evaluation import FrozenBackbone, extract_features, measure_embeddings, retrieval_metrics
+from fewshot_ext.evaluation import FrozenBackbone, extract_features, retrieval_metrics
 from fewshot_ext.losses import AntiCollapseLoss
 from fewshot_ext.training import (
     AntiCollapseConfig,
@@ -363,10 +363,3 @@ def test_seen_images_are_drawn_evenly_and_by_the_seed():
     assert torch.equal(evenly(labels, 73, torch.Generator()), torch.arange(73))
     # A class that is measured needs two images.
     assert labels[evenly(labels, 2, torch.Generator())].bincount().tolist() == [2, 2, 2]
-
-
-def test_measures_agree_with_their_parts(digits):
-    embeddings = digits.images.flatten(1).float()[:200]
-    measures = measure_embeddings(embeddings, digits.labels[:200], ks=(1, 3))
-    assert measures.retrieval == retrieval_metrics(embeddings, digits.labels[:200], ks=(1, 3))
-    assert set(measures.row()) >= {"recall_at_1", "recall_at_3", "spectrum", "effective_rank"}

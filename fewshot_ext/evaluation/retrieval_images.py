@@ -1,0 +1,175 @@
+"""Images with their classes as retrieval takes them, from a set or from folders, and pictures of what was found."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fewshot_ext.data import ImageArchive, contact_sheet
+from fewshot_ext.data._threads import in_threads
+from fewshot_ext.data.pictures import picture_size
+from fewshot_ext.evaluation.backbones import FrozenBackbone
+from fewshot_ext.evaluation.images import ImageBatches, class_folders
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# Okabe and Ito's bluish green and vermilion, which stay apart for every common kind of colour blindness.
+RIGHT, WRONG = "#009E73", "#D55E00"
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledImages:
+    """Images and their classes.
+
+    Args:
+        images: a uint8 tensor ``[N, C, H, W]`` or a list of N picture files.
+        classes: the name of each image's class.
+        names: what to call each image.
+    """
+
+    images: Tensor | list[Path]
+    classes: list[str]
+    names: list[str]
+
+    @classmethod
+    def of_archive(cls, archive: ImageArchive) -> "LabelledImages":
+        """All images of an archive, each named by its class and its number in it."""
+        counts = [0] * archive.num_classes
+        classes, names = [], []
+        for label in archive.labels.tolist():
+            classes.append(archive.class_names[label])
+            names.append(f"{classes[-1]}/{counts[label]}")
+            counts[label] += 1
+        return cls(archive.images, classes, names)
+
+    @classmethod
+    def of_folder(cls, root: str | Path) -> "LabelledImages":
+        """The pictures below each sub-folder of ``root``, which is a class.
+
+        Raises:
+            ImportError: Pillow is missing.
+            OSError: no such folder, or a file that cannot be opened.
+            ValueError: no classes, a class without pictures, or a file that is no picture.
+        """
+        files, classes = class_folders(root)
+        for _ in in_threads(picture_size, files):  # opens each, and reads no pixels yet
+            pass
+        return cls(files, classes, [str(file) for file in files])
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def pixels(self, backbone: FrozenBackbone, index: Sequence[int]) -> list[Tensor]:
+        """``[C, H, W]`` uint8 of some images, as the backbone sees them.
+
+        Raises:
+            ValueError: a file that is damaged.
+        """
+        chosen = (
+            self.images[torch.tensor(index)] if isinstance(self.images, Tensor) else [self.images[i] for i in index]
+        )
+        return [image for batch in _batches(chosen, backbone, len(index)) for image in batch]
+
+    @torch.inference_mode()
+    def embed(self, backbone: FrozenBackbone, batch_size: int, on_progress: Callable[[int], Any]) -> Tensor:
+        """``[N, D]`` float32 embeddings, on the device of the backbone.
+
+        Args:
+            backbone: in evaluation mode.
+            batch_size: images a forward pass.
+            on_progress: called with the number of images of each pass.
+
+        Raises:
+            ValueError: a file that is damaged, or embeddings that are not finite.
+        """
+        device = next((value.device for value in backbone.module.state_dict().values()), torch.device("cpu"))
+        found = []
+        for batch in _batches(self.images, backbone, batch_size):
+            found.append(backbone.module(batch.to(device)).float())
+            on_progress(len(batch))
+        embeddings = torch.cat(found)
+        finite = embeddings.isfinite().all(1)
+        if not finite.all():
+            first = self.names[int((~finite).nonzero()[0, 0])]
+            raise ValueError(f"the embeddings of {backbone.name} are not finite, the first that of {first}")
+        return embeddings
+
+
+def common_labels(*sets: LabelledImages) -> list[Tensor]:
+    """``[N]`` int64 of each set: one number a class, the same in all of them.
+
+    Example:
+        >>> images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+        >>> queries, gallery = (LabelledImages(images, classes, classes) for classes in (["a", "c"], ["c", "b"]))
+        >>> common_labels(queries, gallery)
+        [tensor([0, 2]), tensor([2, 1])]
+    """
+    number = {name: label for label, name in enumerate(sorted({name for part in sets for name in part.classes}))}
+    return [torch.tensor([number[name] for name in part.classes]) for part in sets]
+
+
+def neighbor_rows(
+    queries: LabelledImages, gallery: LabelledImages, neighbors: Tensor, asked: Sequence[int] | None = None
+) -> list[dict[str, Any]]:
+    """One row a query and neighbour: which, of which class, and whether it is the query's.
+
+    Args:
+        queries, gallery: the images.
+        neighbors: ``[q, k]`` int64 rows of the gallery, the nearest first.
+        asked: the query of each row of ``neighbors``; all queries where None.
+    """
+    asked = range(len(queries)) if asked is None else asked
+    return [
+        {
+            "query": queries.names[query],
+            "query_class": queries.classes[query],
+            "rank": rank,
+            "neighbor": gallery.names[neighbor],
+            "neighbor_class": gallery.classes[neighbor],
+            "right": queries.classes[query] == gallery.classes[neighbor],
+        }
+        for query, found in zip(asked, neighbors.tolist(), strict=True)
+        for rank, neighbor in enumerate(found, start=1)
+    ]
+
+
+def neighbor_sheet(
+    backbone: FrozenBackbone,
+    queries: LabelledImages,
+    gallery: LabelledImages,
+    neighbors: Tensor,
+    asked: Sequence[int],
+) -> "Image.Image":
+    """A row a query: the query first, then its neighbours, each marked right or wrong in words and by its border.
+
+    Args:
+        backbone: as which it is seen.
+        queries, gallery: the images.
+        neighbors: ``[q, k]`` int64 rows of the gallery, the nearest first.
+        asked: the query of each row of ``neighbors``.
+
+    Raises:
+        ImportError: Pillow is missing.
+        ValueError: a picture that is damaged.
+    """
+    images, captions, borders = [], [], []
+    own = queries.pixels(backbone, asked)
+    near = gallery.pixels(backbone, neighbors.flatten().tolist())
+    rows = neighbor_rows(queries, gallery, neighbors, asked)
+    depth = neighbors.shape[1]
+    for i, query in enumerate(asked):
+        images += [own[i], *near[i * depth : (i + 1) * depth]]
+        captions.append(f"query\n{queries.classes[query]}")
+        borders.append(None)
+        for row in rows[i * depth : (i + 1) * depth]:
+            captions.append(f"{'right' if row['right'] else 'wrong'}\n{row['neighbor_class']}")
+            borders.append(RIGHT if row["right"] else WRONG)
+    return contact_sheet(images, captions, columns=depth + 1, borders=borders)
+
+
+def _batches(images: Tensor | list[Path], backbone: FrozenBackbone, batch_size: int) -> ImageBatches:
+    return ImageBatches(images, channels=backbone.channels, image_size=backbone.image_size, batch_size=batch_size)

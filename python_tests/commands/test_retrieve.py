@@ -1,0 +1,236 @@
+"""``fewshot-ext retrieve`` on the digits and on folders of pictures: what it measures, draws and refuses."""
+
+import csv
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from fewshot_ext import _extras
+from fewshot_ext.cli import main
+from fewshot_ext.commands import retrieve
+from fewshot_ext.data import ImageArchive, Split, load_digits
+from fewshot_ext.evaluation import FrozenBackbone, clustering_nmi, nearest_neighbors, retrieval_metrics
+from fewshot_ext.training import load_backbone
+
+# The command sets the number of threads of the process; the fixture sets it back.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def run(checkpoint, output, *arguments):
+    return main(["retrieve", "--checkpoint", str(checkpoint), "--output", str(output), "--threads", "1", *arguments])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Six pictures of each of three digits to search, and two others of each to ask with."""
+    root, digits = tmp_path_factory.mktemp("pictures"), load_digits()
+    for label in (5, 6, 7):
+        images = digits.images[digits.labels == label][:8]
+        for index, image in enumerate(images):
+            folder = root / ("query" if index < 2 else "gallery") / f"digit {label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[0].numpy()).save(folder / f"{index}.png")
+    return root
+
+
+def test_measures_are_those_of_the_embeddings(checkpoints, tmp_path, capsys):
+    assert run(checkpoints[0], tmp_path, "--data", "digits", "--ks", "1", "5") == 0
+    printed = capsys.readouterr().out
+    record = json.loads((tmp_path / "retrieval.json").read_text())
+    novel = load_digits().subset(Split.NOVEL)
+    with torch.inference_mode():
+        embeddings = load_backbone(checkpoints[0])(novel.images)
+    found = retrieval_metrics(embeddings, novel.labels, ks=(1, 5))
+    measures = record["measures"]
+    assert {key: measures[key] for key in found.row()} == pytest.approx(found.row(), abs=1e-6)
+    assert measures["nmi"] == pytest.approx(clustering_nmi(embeddings, novel.labels), abs=1e-6)
+    assert measures["queries"] == len(novel)
+    assert f"{100 * found.recall[5]:.2f} %" in printed
+    assert "novel classes of digits: 896 queries of 5 classes, searched among the others" in printed
+    assert record["checkpoint"]["sha256"] == FrozenBackbone.from_checkpoint(checkpoints[0]).sha256
+
+    (row,) = csv.DictReader((tmp_path / "retrieval.csv").open())
+    assert float(row["recall_at_1"]) == measures["recall_at_1"]
+    neighbors = list(csv.DictReader((tmp_path / "neighbors.csv").open()))
+    assert len(neighbors) == 8 * len(novel)
+    first = nearest_neighbors(embeddings, k=8)[0].tolist()
+    expected = [novel.class_names[novel.labels[index]] for index in first]
+    assert [row["neighbor_class"] for row in neighbors[:8]] == expected
+    assert [row["right"] for row in neighbors[:8]] == [str(name == "5") for name in expected]
+    nearest_right = sum(row["right"] == "True" for row in neighbors if row["rank"] == "1") / len(novel)
+    assert nearest_right == pytest.approx(found.recall[1])
+
+
+def test_the_picture_has_a_row_for_each_query(checkpoints, tmp_path):
+    assert run(checkpoints[0], tmp_path, "--data", "digits", "--no_nmi", "--rows", "3", "--neighbors", "4") == 0
+    with Image.open(tmp_path / "neighbors.png") as picture:
+        # Cells of 96 pixels with gaps of 8 between and around them.
+        assert picture.width == 5 * 104 + 8
+        colours = {colour for _, colour in picture.getcolors(maxcolors=100_000)}
+    assert (0x00, 0x9E, 0x73) in colours  # right ones; with the untrained backbone of the fixture some are wrong
+    assert "nmi" not in json.loads((tmp_path / "retrieval.json").read_text())["measures"]
+
+
+def test_the_seed_decides_the_picture(checkpoints, tmp_path):
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        arguments = ["--data", "digits", "--no_nmi", "--rows", "3", "--seed", seed]
+        assert run(checkpoints[0], tmp_path / name, *arguments) == 0
+    pictures = [(tmp_path / name / "neighbors.png").read_bytes() for name in "abc"]
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_folders_of_queries_and_gallery(checkpoints, folders, tmp_path, capsys):
+    query, gallery = folders / "query", folders / "gallery"
+    assert run(checkpoints[0], tmp_path, "--query", str(query), "--gallery", str(gallery), "--neighbors", "3") == 0
+    assert f"{query}: 6 queries of 3 classes, searched among 18 images of {gallery}" in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "neighbors.csv").open()))
+    assert len(rows) == 18
+    assert rows[0]["query"] == str(query / "digit 5" / "0.png")
+    assert rows[0]["neighbor"].startswith(str(gallery))
+    measures = json.loads((tmp_path / "retrieval.json").read_text())["measures"]
+    right = [row["right"] == "True" for row in rows if row["rank"] == "1"]
+    assert measures["recall_at_1"] == pytest.approx(sum(right) / 6)
+
+
+def test_a_folder_searched_among_itself(checkpoints, folders, tmp_path):
+    assert run(checkpoints[0], tmp_path, "--query", str(folders / "gallery"), "--neighbors", "17", "--ks", "17") == 0
+    rows = list(csv.DictReader((tmp_path / "neighbors.csv").open()))
+    assert not any(row["query"] == row["neighbor"] for row in rows)
+    assert json.loads((tmp_path / "retrieval.json").read_text())["measures"]["recall_at_17"] == 1.0
+
+
+def test_the_record_of_a_search_repeats_it(checkpoints, tmp_path):
+    assert run(checkpoints[0], tmp_path / "a", "--data", "digits", "--ks", "3") == 0
+    config = ["--config", str(tmp_path / "a" / "config.yaml"), "--output", str(tmp_path / "b")]
+    assert main(["retrieve", *config]) == 0
+    first, again = (json.loads((tmp_path / name / "retrieval.json").read_text())["measures"] for name in "ab")
+    assert first == again
+
+
+def test_classes_without_another_image(checkpoints, folders, tmp_path, capsys):
+    lonely = tmp_path / "query"
+    for label, name in ((5, "digit 5"), (9, "digit 9")):
+        (lonely / name).mkdir(parents=True)
+        image = load_digits().images[load_digits().labels == label][-1]
+        Image.fromarray(image[0].numpy()).save(lonely / name / "x.png")
+    arguments = ["--query", str(lonely), "--gallery", str(folders / "gallery"), "--no_nmi"]
+    assert run(checkpoints[0], tmp_path / "out", *arguments) == 2
+    assert "labels: expected another sample of each query's class" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    found = {}
+    for choice in ("exclude", "miss"):
+        assert run(checkpoints[0], tmp_path / choice, *arguments, "--lone_queries", choice) == 0
+        found[choice] = json.loads((tmp_path / choice / "retrieval.json").read_text())["measures"]
+    assert (found["exclude"]["queries"], found["miss"]["queries"]) == (1, 2)
+    assert found["miss"]["recall_at_8"] == found["exclude"]["recall_at_8"] / 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "either --data or --query must be given"),
+        (["--data", "digits", "--query", "."], "either --data or --query must be given"),
+        (["--data", "digits", "--gallery", "."], "--gallery goes with --query"),
+        (["--data", "nowhere"], "there is no image set 'nowhere'"),
+        (["--data", "digits", "--split", "test"], "split must be 'base' or 'validation' or 'novel', got 'test'"),
+        (["--data", "digits", "--split", "validation"], "the archive has no validation classes"),
+        (["--data", "digits", "--ks", "896"], "ks: expected K in [1, 895]"),
+        (["--data", "digits", "--ks", "1", "1"], "none twice"),
+        (["--data", "digits", "--neighbors", "896"], "neighbors must be at most 895"),
+        (["--data", "digits", "--neighbors", "0"], "neighbors must be at least 1"),
+        (["--data", "digits", "--rows", "0"], "rows must be at least 1"),
+        (["--data", "digits", "--batch_size", "0"], "batch_size must be at least 1"),
+        (["--data", "digits", "--seed", "-1"], "seed must be at least 0"),
+        (["--data", "digits", "--threads", "0"], "threads must be at least 1"),
+        (["--data", "digits", "--distance", "l1"], "distance must be 'cosine' or 'euclidean', got 'l1'"),
+        (["--data", "digits", "--lone_queries", "drop"], "lone_queries: expected one of error, exclude, miss"),
+        (["--data", "digits", "--device", "tpu"], "device must be auto, cpu or cuda"),
+        (["--query", "nowhere"], "'nowhere' is not a folder"),
+        (["--query", "{folders}/query/digit 5"], "must hold a folder of pictures for each class"),
+        (["--query", "{folders}/query", "--gallery", "{folders}/query/"], "leave --gallery out"),
+        (["--query", "{folders}/query", "--gallery", "{folders}/gallery", "--ks", "19"], "ks: expected K in [1, 18]"),
+    ],
+)
+def test_a_wrong_argument_gets_one_line_and_exit_code_2(
+    arguments, message, checkpoints, folders, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    arguments = [argument.format(folders=folders) for argument in arguments]
+    assert main(["retrieve", "--checkpoint", str(checkpoints[0]), *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert len(printed.err.splitlines()) == 1, printed.err
+    assert printed.err.startswith("fewshot-ext retrieve: error: ")
+    assert message in printed.err
+    assert not (tmp_path / "retrieval").exists()
+
+
+def test_a_checkpoint_of_the_wrong_kind(tmp_path, capsys):
+    assert run(__file__, tmp_path / "out", "--data", "digits") == 2
+    assert "is not the checkpoint of a pre-training" in capsys.readouterr().err
+    assert run(tmp_path / "none.ckpt", tmp_path / "out", "--data", "digits") == 2
+    assert "none.ckpt" in capsys.readouterr().err
+
+
+def test_weights_that_are_no_numbers_are_found_before_any_work(checkpoints, tmp_path, capsys):
+    checkpoint = torch.load(checkpoints[0], weights_only=True)
+    next(value for key, value in checkpoint["state_dict"].items() if key.endswith("weight"))[0] = torch.nan
+    torch.save(checkpoint, tmp_path / "nan.ckpt")
+    assert run(tmp_path / "nan.ckpt", tmp_path / "out", "--data", "digits") == 2
+    error = capsys.readouterr().err
+    assert "nan.ckpt: its backbone." in error
+    assert "is not finite" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_of_other_channels(checkpoints, tmp_path, capsys):
+    digits = load_digits()
+    colour = ImageArchive(digits.images.repeat(1, 3, 1, 1), digits.labels, digits.class_names, digits.class_split)
+    colour.save(tmp_path / "colour.npz")
+    assert run(checkpoints[0], tmp_path / "out", "--data", str(tmp_path / "colour.npz")) == 2
+    assert "has images of 3 channels, and last.ckpt takes 1" in capsys.readouterr().err
+
+
+def test_embeddings_that_are_no_numbers_end_the_search_by_name(checkpoints, tmp_path, monkeypatch, capsys):
+    def broken(*_, **__):
+        raise ValueError("the embeddings of last.ckpt are not finite, the first that of 5/0")
+
+    monkeypatch.setattr(retrieve.LabelledImages, "embed", broken)
+    assert run(checkpoints[0], tmp_path, "--data", "digits") == 1
+    assert "fewshot-ext retrieve: error: the embeddings of last.ckpt are not finite" in capsys.readouterr().err
+
+
+def test_embeddings_are_checked(checkpoints):
+    backbone = FrozenBackbone.from_checkpoint(checkpoints[0])
+    images = retrieve.LabelledImages.of_archive(load_digits())
+    backbone.module.register_forward_hook(lambda module, inputs, output: output * float("inf"))
+    with pytest.raises(ValueError, match=r"the embeddings of last\.ckpt are not finite, the first that of 0/0"):
+        images.embed(backbone, 256, lambda count: None)
+
+
+def test_a_damaged_picture_is_named(checkpoints, folders, tmp_path, capsys):
+    for label in ("a", "b"):
+        (tmp_path / "query" / label).mkdir(parents=True)
+        (tmp_path / "query" / label / "x.png").write_bytes((folders / "query" / "digit 5" / "0.png").read_bytes())
+    (tmp_path / "query" / "b" / "y.png").write_text("no picture")
+    assert run(checkpoints[0], tmp_path / "out", "--query", str(tmp_path / "query")) == 2
+    assert "y.png" in capsys.readouterr().err
+
+
+def test_ctrl_c(checkpoints, tmp_path, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(retrieve.LabelledImages, "embed", interrupt)
+    assert run(checkpoints[0], tmp_path, "--data", "digits") == 130
+    assert "interrupted before everything was measured" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("module", "extra"), [("PIL", "train"), ("sklearn", "metric")])
+def test_a_missing_package_names_the_pip_line(module, extra, checkpoints, tmp_path, monkeypatch, capsys):
+    is_installed = _extras.is_installed
+    monkeypatch.setattr(_extras, "is_installed", lambda name: name != module and is_installed(name))
+    assert run(checkpoints[0], tmp_path, "--data", "digits") == 2
+    assert f"pip install 'fewshot_ext[{extra}]'" in capsys.readouterr().err
