@@ -82,7 +82,7 @@ class SweepRun:
         config = self.pretraining
         settings = self.settings(checksum)
         default = json.loads(json.dumps(asdict(PreTrainingConfig())))
-        settings["pretraining"] = _without_defaults(settings["pretraining"], default)
+        settings["pretraining"] = without_defaults(settings["pretraining"], default)
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         return runs / f"{config.similarity}_margin{config.margin:+g}_seed{self.seed}_{digest[:12]}"
 
@@ -113,11 +113,12 @@ class SweepImages:
         return cls(training, {**test, "novel": archive.subset(Split.NOVEL)})
 
 
-def _without_defaults(values: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+def without_defaults(values: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that differ from their default, nested ones likewise."""
     kept = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            value = _without_defaults(value, default[key])
+            value = without_defaults(value, default[key])
             if value:
                 kept[key] = value
         elif value != default[key]:

@@ -36,41 +36,19 @@ class Failure:
     log: Path
 
 
-class Sweep:
-    """Runs that belong to one question, their results, and where both are kept.
-
-    Finished runs are taken over as they are and interrupted ones go on from their last epoch, whichever call began
-    them: a run is known by its settings, not by the sweep that asked for it.
+class TaskSweep:
+    """Tasks that belong to one question, their results, and what became of those that failed.
 
     Args:
-        runs: at least one, all different.
-        archive: the images of ``data`` that all runs name.
-        output: existing folder.
-        measurement: what is measured on each; nothing where None.
-        device: "cpu" or "cuda".
-        checkpoints: folder of the trained runs, which several sweeps may share; ``output / "runs"`` where None.
+        tasks: each with ``name``, ``work``, ``run.labels``, ``rows()``, ``folder`` and ``check_record()``, as
+            ``TrainAndMeasure`` has them.
 
     Raises:
-        ImportError, ValueError: see ``check_runs``.
+        ValueError: a folder holds a run of other settings.
     """
 
-    def __init__(
-        self,
-        runs: Sequence[SweepRun],
-        archive: ImageArchive,
-        output: str | Path,
-        *,
-        measurement: Measurement | None = None,
-        device: str = "cpu",
-        checkpoints: str | Path | None = None,
-    ) -> None:
-        if not runs:
-            raise ValueError("runs must name at least one run, got none")
-        check_runs(runs, archive, measurement)
-        self.archive, self.output, self.measurement, self.device = archive, Path(output), measurement, device
-        self.checkpoints = Path(checkpoints or self.output / "runs")
-        self.checksum = archive.checksum()
-        self.tasks = [TrainAndMeasure(run, self.checkpoints, self.checksum, measurement, device) for run in runs]
+    def __init__(self, tasks: Sequence[Any]) -> None:
+        self.tasks = list(tasks)
         for task in self.tasks:
             task.check_record()
         self.failures: list[Failure] = []
@@ -113,6 +91,49 @@ class Sweep:
                 if on_rows and (rows := self.rows):
                     on_rows(rows)
         return self.rows
+
+    def _failure(self, outcome: Outcome) -> Failure:
+        log = outcome.task.folder / "error.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(outcome.traceback or f"{outcome.error}\n", encoding="utf-8")
+        return Failure(outcome.task.name, outcome.error, log)
+
+
+class Sweep(TaskSweep):
+    """Runs that belong to one question, their results, and where both are kept.
+
+    Finished runs are taken over as they are and interrupted ones go on from their last epoch, whichever call began
+    them: a run is known by its settings, not by the sweep that asked for it.
+
+    Args:
+        runs: at least one, all different.
+        archive: the images of ``data`` that all runs name.
+        output: existing folder.
+        measurement: what is measured on each; nothing where None.
+        device: "cpu" or "cuda".
+        checkpoints: folder of the trained runs, which several sweeps may share; ``output / "runs"`` where None.
+
+    Raises:
+        ImportError, ValueError: see ``check_runs``.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[SweepRun],
+        archive: ImageArchive,
+        output: str | Path,
+        *,
+        measurement: Measurement | None = None,
+        device: str = "cpu",
+        checkpoints: str | Path | None = None,
+    ) -> None:
+        if not runs:
+            raise ValueError("runs must name at least one run, got none")
+        check_runs(runs, archive, measurement)
+        self.archive, self.output, self.measurement, self.device = archive, Path(output), measurement, device
+        self.checkpoints = Path(checkpoints or self.output / "runs")
+        self.checksum = archive.checksum()
+        super().__init__([TrainAndMeasure(run, self.checkpoints, self.checksum, measurement, device) for run in runs])
 
     def write_plan(self) -> None:
         """Writes ``sweep.json``, from which ``read`` finds the runs again."""
@@ -191,16 +212,16 @@ class Sweep:
         settings = {"device": self.device, "checkpoints": self.checkpoints}
         return Sweep(runs, self.archive, self.output, measurement=measurement, **settings)
 
-    def _failure(self, outcome: Outcome) -> Failure:
-        log = outcome.task.folder / "error.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text(outcome.traceback or f"{outcome.error}\n", encoding="utf-8")
-        return Failure(outcome.task.name, outcome.error, log)
-
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     """What was found on one run, in a line."""
     cells = [f"{row['classes']} {row['shot']}-shot {row['accuracy']:.2f}" for row in rows if "accuracy" in row]
+    last = max((row["epoch"] for row in rows if "recall_at_1" in row), default=None)
+    cells += [
+        f"{row['classes']} Recall@1 {100 * row['recall_at_1']:.2f}"
+        for row in rows
+        if "recall_at_1" in row and row["epoch"] == last
+    ]
     if len(cells) > 6:
         cells = [*cells[:5], f"and {len(cells) - 5} more"]
     return ", ".join(cells) or "done"

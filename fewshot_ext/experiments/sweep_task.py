@@ -75,7 +75,7 @@ class TrainAndMeasure:
             check_same_settings(before, now, self.folder)
 
     def __call__(self, report: Callable[..., None]) -> list[dict[str, Any]]:
-        images = SweepImages.part(_load(self.run.data, self._checksum), self.run)
+        images = SweepImages.part(load_once(self.run.data, self._checksum), self.run)
         epochs = 0
         if not self.is_trained:
             epochs = self.run.pretraining.epochs
@@ -122,7 +122,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 @lru_cache(maxsize=1)
-def _load(data: str, checksum: str) -> ImageArchive:
+def load_once(data: str, checksum: str) -> ImageArchive:
     """The image set, read once a process; the checksum guards against another file under the same name."""
     archive = load_images(data)
     if archive.checksum() != checksum:

@@ -1,12 +1,14 @@
-"""The experiments of the negative-margin paper, one command each.
+"""The experiments of the papers, one command each.
 
 "margins" trains backbones over margins and measures them; other commands look at those backbones, or train more. Each
 writes its numbers as JSON and CSV and a picture, takes over what is already trained, and goes on where it was
-interrupted. "report" then holds the numbers against the paper's claims.
+interrupted. "collapse" trains embeddings with and without the Anti-Collapse term; all others are of the
+negative-margin paper. "report" then holds the numbers against a paper's claims.
 """
 
 from fewshot_ext.commands.analyze import (
     angles,
+    collapse,
     finetuning_margin,
     label_distribution,
     label_smoothing,
@@ -18,7 +20,7 @@ from fewshot_ext.commands.analyze import (
     variance,
 )
 
-SUMMARY = "the experiments of the negative-margin paper"
+SUMMARY = "the experiments of the negative-margin and Anti-Collapse papers"
 
 COMMANDS = {
     "margins": margins,
@@ -30,5 +32,6 @@ COMMANDS = {
     "tsne": tsne,
     "shots": shots,
     "finetuning_margin": finetuning_margin,
+    "collapse": collapse,
     "report": report,
 }

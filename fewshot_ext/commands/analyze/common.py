@@ -15,12 +15,15 @@ from fewshot_ext.data import load_images
 from fewshot_ext.evaluation import FineTuningConfig, ProtocolConfig
 from fewshot_ext.experiments.measurements import FewShotAccuracy, Measurement
 from fewshot_ext.experiments.runs import SweepRun
-from fewshot_ext.experiments.sweep import Sweep
-from fewshot_ext.recipes import load_recipe, recipe_names
-from fewshot_ext.training import PreTrainingConfig
+from fewshot_ext.experiments.sweep import Sweep, TaskSweep
+from fewshot_ext.recipes import load_metric_recipe, load_recipe, recipe_names
+from fewshot_ext.training import MetricTrainingConfig, PreTrainingConfig
 
 # Settings of a recipe that --set leaves alone, because loss and margin are what an analysis varies.
 _DECIDED_BY_THE_ANALYSIS = ("similarity", "margin", "scale")
+
+# What the name of a recipe has after that of the image set, by the command that takes it.
+_DEFAULT_RECIPE = {"pretrain": "_conv4_cosine", "metric-train": "_conv4"}
 
 # Options that say where things are on one machine and how the work is spread.
 _PLACES = ("config", "output", "runs", "sweep", "device", "jobs", "threads")
@@ -65,14 +68,21 @@ def _add_machine_arguments(group) -> None:
     group.add_argument("--threads", type=int, default=1, help="CPU threads of each process")
 
 
-def add_training_arguments(parser, seeds: Sequence[int] = (0, 1)) -> None:
-    """Adds the settings that all runs of a sweep share."""
+def add_training_arguments(parser, seeds: Sequence[int] = (0, 1), command: str = "pretrain") -> None:
+    """Adds the settings that all runs of a sweep share.
+
+    Args:
+        parser: a jsonargparse parser.
+        seeds: by default.
+        command: that trains such a run, "pretrain" or "metric-train".
+    """
     training = parser.add_argument_group("training")
     training.add_argument(
         "--recipe",
         type=str | None,
         default=None,
-        help="settings by name (fewshot-ext pretrain --list-recipes); null for DATA_conv4_cosine where there is one",
+        help=f"settings by name (fewshot-ext {command} --list-recipes); null for DATA{_DEFAULT_RECIPE[command]} where "
+        "there is one",
     )
     training.add_argument("--epochs", type=int | None, default=None, help="null for the recipe's")
     training.add_argument(
@@ -85,9 +95,10 @@ def add_training_arguments(parser, seeds: Sequence[int] = (0, 1)) -> None:
     training.add_argument(
         "--seeds", type=int, nargs="+", default=list(seeds), metavar="S", help="each repeats all runs"
     )
-    training.add_argument(
-        "--held_out", type=float, default=0.2, help="share of each base class that is kept from training"
-    )
+    if command == "pretrain":
+        training.add_argument(
+            "--held_out", type=float, default=0.2, help="share of each base class that is kept from training"
+        )
 
 
 def add_protocol_arguments(parser, shots: Sequence[int] = (1, 5), *, base: bool = True) -> None:
@@ -139,13 +150,23 @@ def read_pretraining(arguments) -> PreTrainingConfig:
     Raises:
         ValueError: an unknown recipe or setting, or a value that it does not take.
     """
+    name = _recipe(arguments, "pretrain")
+    return _changed(load_recipe(name) if name else PreTrainingConfig(), arguments, _DECIDED_BY_THE_ANALYSIS)
+
+
+def read_metric_training(arguments, decided: Sequence[str]) -> MetricTrainingConfig:
+    """As ``read_pretraining``, for metric training; ``decided`` are settings that the analysis varies."""
+    name = _recipe(arguments, "metric-train")
+    return _changed(load_metric_recipe(name) if name else MetricTrainingConfig(), arguments, decided)
+
+
+def _changed(recipe: Any, arguments, varied: Sequence[str]) -> Any:
+    """The settings of a recipe with what the options change in them."""
     from jsonargparse import ArgumentParser
 
-    name = _recipe(arguments)
-    recipe = load_recipe(name) if name else PreTrainingConfig()
-    decided = {field: getattr(recipe, field) for field in _DECIDED_BY_THE_ANALYSIS}
+    decided = {field: getattr(recipe, field) for field in varied}
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(PreTrainingConfig, "set", default=recipe, skip=set(decided))
+    parser.add_class_arguments(type(recipe), "set", default=recipe, skip=set(decided))
     changes = [*arguments.set, *([] if arguments.epochs is None else [f"epochs={arguments.epochs}"])]
     for text in changes:
         if "=" not in text:
@@ -156,7 +177,7 @@ def read_pretraining(arguments) -> PreTrainingConfig:
         _, unknown, key = str(error).partition("unrecognized arguments: --set.")
         if not unknown:
             raise
-        known = sorted({field.name for field in fields(PreTrainingConfig)} - set(decided))
+        known = sorted({field.name for field in fields(recipe)} - set(decided))
         key = key.partition("=")[0]
         raise ValueError(f"set: there is no setting {key!r}; the settings are {', '.join(known)}") from error
     return replace(config, **decided)
@@ -172,17 +193,22 @@ def prepare_sweep(
         runs: makes the runs of the shared settings.
         measurement: what is measured on each.
     """
-    for name in ("data", "output"):
-        if arguments[name] is None:
-            raise ValueError(f"--{name} must be given")
-    for name in ("jobs", "threads"):
-        check_at_least(name, arguments[name], 1)
+    check_run_arguments(arguments)
     planned = runs(read_pretraining(arguments))
     device = resolve_device(arguments.device)
     archive = load_images(arguments.data)
     output = writable_folder(arguments.output)
     checkpoints = None if arguments.runs is None else writable_folder(arguments.runs)
     return Sweep(planned, archive, output, measurement=measurement, device=device.type, checkpoints=checkpoints)
+
+
+def check_run_arguments(arguments) -> None:
+    """Raises ValueError where an option of ``add_run_arguments`` is missing or out of range."""
+    for name in ("data", "output"):
+        if arguments[name] is None:
+            raise ValueError(f"--{name} must be given")
+    for name in ("jobs", "threads"):
+        check_at_least(name, arguments[name], 1)
 
 
 def check_one_loss(arguments) -> None:
@@ -220,7 +246,7 @@ def open_sweep(arguments, measurement: Measurement) -> tuple[Sweep, Path]:
 
 def train_and_write(
     name: str,
-    sweep: Sweep,
+    sweep: TaskSweep,
     arguments,
     resolved: str,
     write: Callable[..., Sequence[Path]],
@@ -230,7 +256,7 @@ def train_and_write(
 
     Args:
         name: of the analysis.
-        sweep: of ``prepare_sweep``.
+        sweep: with an ``output`` folder.
         arguments: the parsed options.
         resolved: the same as YAML.
         write: called with folder, rows and the head of a results file; returns the files written.
@@ -276,13 +302,14 @@ def analyze_sweep(
     return exit_code
 
 
-def head_of(sweep: Sweep, resolved: str) -> dict[str, Any]:
+def head_of(sweep: TaskSweep, resolved: str) -> dict[str, Any]:
     """What a results file says about how its numbers came about."""
     run = sweep.tasks[0].run
-    shared = run.settings(sweep.checksum)["pretraining"]
+    settings = run.settings(sweep.checksum)
+    stage = "pretraining" if "pretraining" in settings else "training"
     return {
         "config": settings_of(resolved),
-        "pretraining": {key: value for key, value in shared.items() if key not in _DECIDED_BY_THE_ANALYSIS},
+        stage: {key: value for key, value in settings[stage].items() if key not in _DECIDED_BY_THE_ANALYSIS},
         "data": {"name": run.data, "sha256": sweep.checksum},
         "versions": versions("torch", "numpy", "lightning", "kornia"),
     }
@@ -304,7 +331,7 @@ def write_config(folder: Path, name: str, resolved: str) -> None:
     replace_file(folder / f"{name}.yaml", lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def run_sweep(sweep: Sweep, arguments, on_rows: Callable[[list[dict[str, Any]]], Any] | None = None) -> int:
+def run_sweep(sweep: TaskSweep, arguments, on_rows: Callable[[list[dict[str, Any]]], Any] | None = None) -> int:
     """Trains and measures; ``on_rows`` is called with all rows after every run. Returns the exit code."""
     try:
         sweep.run(jobs=arguments.jobs, threads=arguments.threads, on_rows=on_rows)
@@ -329,8 +356,8 @@ def print_written(paths: Sequence[Path]) -> None:
     print("written:", ", ".join(map(str, paths)), flush=True)
 
 
-def _recipe(arguments) -> str | None:
+def _recipe(arguments, command: str) -> str | None:
     if arguments.recipe is not None:
         return arguments.recipe
-    name = f"{Path(arguments.data).stem}_conv4_cosine"
-    return name if name in recipe_names() else None
+    name = f"{Path(arguments.data).stem}{_DEFAULT_RECIPE[command]}"
+    return name if name in recipe_names(command) else None

@@ -1,18 +1,20 @@
-"""Hold measured numbers against the paper's claims: shown, not shown or contradicted, each with its numbers.
+"""Hold measured numbers against a paper's claims: shown, not shown or contradicted, each with its numbers.
 
 Reads the results files of the other analyses and writes Markdown with one line a claim and the pictures. A claim about
 accuracies is shown where the 95 % interval of the paired difference leaves zero out and every seed agrees on the sign;
 one about a trend where the rank correlation with the margin is at least 0.8 in every seed; contradicted where the same
-holds the other way round; not shown otherwise.
+holds the other way round; not shown otherwise. Claims of the Anti-Collapse paper are shown where the 95 % t interval
+of the paired difference over seeds leaves zero out.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 
+from fewshot_ext._checks import check_choice
 from fewshot_ext._files import replace_file
-from fewshot_ext.experiments.report import page_with_report, read_results
+from fewshot_ext.experiments.report import PAPERS, page_with_report, read_results
 
-SUMMARY = "the paper's claims against the numbers, as a page"
+SUMMARY = "a paper's claims against the numbers, as a page"
 
 
 def add_arguments(parser) -> None:
@@ -20,26 +22,29 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--results", nargs="+", default=[], metavar="FOLDER", help="output folders of other analyses, a section each"
     )
+    parser.add_argument("--paper", default="negative_margin", help=" or ".join(PAPERS))
     parser.add_argument(
         "--output",
-        default="negative_margin.md",
+        type=str | None,
+        default=None,
         metavar="FILE",
-        help="a new file, or a page whose lines between the two findings markers are replaced",
+        help="null for PAPER.md here; a new file, or a page whose lines between the two findings markers are replaced",
     )
 
 
 def prepare(arguments, resolved: str) -> Callable[[], int]:
     """Checks the settings and returns the function that writes the page."""
+    check_choice("paper", arguments.paper, *PAPERS)
     folders = [Path(name).expanduser() for name in arguments.results]
     for folder in folders:
         if not folder.is_dir():
             raise NotADirectoryError(f"results {str(folder)!r} is not a folder")
-        if not read_results(folder):
+        if not read_results(folder, arguments.paper):
             raise ValueError(f"results {str(folder)!r} holds no results file of an analysis")
-    page = Path(arguments.output).expanduser()
+    page = Path(arguments.output or f"{arguments.paper}.md").expanduser()
     if not page.parent.is_dir():
         raise NotADirectoryError(f"output {str(page)!r} is in no folder that there is")
-    text = page_with_report(folders, page)
+    text = page_with_report(folders, page, arguments.paper)
 
     def run() -> int:
         replace_file(page, lambda path: path.write_text(text, encoding="utf-8"))
