@@ -12,7 +12,7 @@ from fewshot_ext import _extras
 from fewshot_ext._files import replace_file
 from fewshot_ext.data import ImageArchive
 from fewshot_ext.experiments.accuracies import Row, select, values
-from fewshot_ext.experiments.figures import STYLES, Curve, draw_curves, figure, shared_legend
+from fewshot_ext.experiments.figures import STYLES, Curve, draw_curves, figure
 from fewshot_ext.experiments.metric_runs import LOSS_TITLES, MetricRun, TrainEmbedding, arm_title, class_sets
 from fewshot_ext.experiments.sweep import TaskSweep
 from fewshot_ext.experiments.tables import write_table
@@ -271,7 +271,13 @@ def plot_collapse(rows: Sequence[Row], path: str | Path) -> None:
                         styles=styles,
                         legend=False,
                     )
-        shared_legend(axes[-1, 0])
+                    axes[i, j].xaxis.get_major_locator().set_params(integer=True)
+        handles = {
+            text: handle for axis in axes[0] for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
+        }
+        axes[0, 0].figure.legend(
+            handles.values(), handles, fontsize=7, frameon=False, loc="outside upper center", ncols=4
+        )
 
 
 def _draw_spectra(axis, rows: Sequence[Row], styles: Mapping[str, Mapping[str, str]], title: str) -> None:

@@ -100,8 +100,10 @@ def metric_runs(
     data: str,
     training: MetricTrainingConfig,
     losses: Sequence[str],
-    weights: Sequence[float],
     seeds: Sequence[int],
+    *,
+    pair_weights: Sequence[float] = (0.1,),
+    proxy_weights: Sequence[float] = (1.0,),
     proxy_variant: str = "batch_proxy",
 ) -> list[MetricRun]:
     """The runs of a sweep, seed by seed, each loss without the term and with it at every weight.
@@ -110,29 +112,32 @@ def metric_runs(
         data: image set, as ``load_images`` takes it.
         training: settings of every run, but for the loss, and the variant and weight of the term.
         losses: of ``MetricTrainingConfig``.
-        weights: of the penalty, above 0.
         seeds: each repeats all runs.
-        proxy_variant: variant of the term for losses that have proxies; for the others it is "pair".
+        pair_weights: of the penalty for losses that compare images, which then spreads the embeddings; above 0.
+        proxy_weights: of the penalty for losses that have proxies, above 0.
+        proxy_variant: what it spreads there, "pair", "batch_proxy" or "all_proxy".
 
     Raises:
         ValueError: no losses, weights or seeds, one given twice, or a value that the settings do not take.
 
     Example:
-        >>> [run.name for run in metric_runs("digits", MetricTrainingConfig(), ["triplet"], [0.1], [0])]
+        >>> [run.name for run in metric_runs("digits", MetricTrainingConfig(), ["triplet"], [0])]
         ['triplet, without, seed 0', 'triplet, Anti-Collapse 0.1, seed 0']
     """
-    for name, values in (("losses", losses), ("weights", weights), ("seeds", seeds)):
+    weights = {"pair_weights": pair_weights, "proxy_weights": proxy_weights}
+    for name, values in {"losses": losses, "seeds": seeds, **weights}.items():
         if not values or len(set(values)) < len(values):
             raise ValueError(f"{name} must name at least one, and none twice, got {list(values)}")
-    for weight in weights:
-        check_positive("weights", weight)
+    for name, values in weights.items():
+        for weight in values:
+            check_positive(name, weight)
     plain = replace(training.anti_collapse, variant=NO_ANTI_COLLAPSE)
     runs = []
     for seed in seeds:
         for loss in losses:
             runs.append(MetricRun(data, replace(training, loss=loss, anti_collapse=plain), seed))
-            for weight in weights:
-                variant = proxy_variant if loss in PROXY_LOSSES else "pair"
+            variant = proxy_variant if loss in PROXY_LOSSES else "pair"
+            for weight in proxy_weights if loss in PROXY_LOSSES else pair_weights:
                 term = replace(plain, variant=variant, weight=weight)
                 runs.append(MetricRun(data, replace(training, loss=loss, anti_collapse=term), seed))
     return runs

@@ -28,9 +28,15 @@ def add_arguments(parser) -> None:
     sweep.add_argument(
         "--losses", nargs="+", default=["triplet", "proxy_anchor"], metavar="LOSS", help=", ".join(BASE_LOSSES)
     )
-    sweep.add_argument(
-        "--weights", type=float, nargs="+", default=[0.1], metavar="W", help="of the term; each loss also goes without"
-    )
+    for name, default, kind in (("pair", 0.1, "contrastive and triplet"), ("proxy", 1.0, "losses with proxies")):
+        sweep.add_argument(
+            f"--{name}_weights",
+            type=float,
+            nargs="+",
+            default=[default],
+            metavar="W",
+            help=f"of the term for {kind}; each loss also goes without",
+        )
     sweep.add_argument(
         "--proxy_variant",
         default="batch_proxy",
@@ -49,9 +55,10 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         arguments.data,
         common.read_metric_training(arguments, ("loss",)),
         arguments.losses,
-        arguments.weights,
         arguments.seeds,
-        arguments.proxy_variant,
+        pair_weights=arguments.pair_weights,
+        proxy_weights=arguments.proxy_weights,
+        proxy_variant=arguments.proxy_variant,
     )
     device = resolve_device(arguments.device)
     archive = load_images(arguments.data)

@@ -1,0 +1,233 @@
+"""``fewshot-ext metric-train`` on the digits, and ``analyze collapse`` on top of it."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from fewshot_ext import _extras
+from fewshot_ext.cli import main
+from fewshot_ext.data import ImageArchive, load_digits
+from fewshot_ext.models import build_backbone
+from fewshot_ext.recipes import load_metric_recipe, read_recipe, recipe_names
+from fewshot_ext.training import MetricTraining, MetricTrainingConfig, MetricTrainingRun
+
+# The command sets the number of threads of the process; the fixture sets it back.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SMALL = ["--backbone.width", "4", "--backbone.pooled_blocks", "2", "--backbone.embedding", "6"]
+TINY = [
+    "metric-train",
+    "--threads",
+    "1",
+    "--epochs",
+    "2",
+    "--classes_per_batch",
+    "3",
+    "--samples_per_class",
+    "8",
+    *SMALL,
+]
+TINY += ["--measurement.epochs", "1", "--measurement.seen_images", "60"]
+
+
+@pytest.fixture(scope="module")
+def three_splits(tmp_path_factory):
+    """Digits with four base, two validation and four novel classes."""
+    digits = load_digits()
+    split = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2, 2], dtype=torch.uint8)
+    path = tmp_path_factory.mktemp("data") / "digits.npz"
+    ImageArchive(digits.images, digits.labels, digits.class_names, split).save(path)
+    return str(path)
+
+
+def test_a_run_leaves_checkpoints_history_records_and_a_log(three_splits, tmp_path, capsys):
+    output = tmp_path / "made" / "here"
+    arguments = [
+        "--loss",
+        "triplet",
+        "--anti_collapse.variant",
+        "pair",
+        "--anti_collapse.weight",
+        "0.01",
+        "--seed",
+        "4",
+    ]
+    assert main([*TINY, *arguments, "--data", three_splits, "--output", str(output)]) == 0
+    printed = capsys.readouterr()
+    record = json.loads((output / "run.json").read_text())
+    results = record["results"]
+    lines = printed.err.splitlines()
+    assert lines[2] == "loss: triplet, with Anti-Collapse (pair, paper, weight 0.01)"
+    assert "batches: 3 classes x 8 images" in lines
+    assert "coding rate" in lines[-1]
+    assert lines[-1].startswith("epoch 2/2: loss ")
+    assert printed.out.startswith("trained 2 epochs: loss ")
+    best = 100 * results["best_validation_accuracy"]
+    assert f"best epoch {results['best_epoch']}: Recall@1 {best:.2f} % on validation classes" in printed.out
+    assert f"{100 * results['unseen']['recall_at_8']:.2f} %" in printed.out
+    assert list(output.glob("events.out.tfevents*"))
+    assert len(json.loads((output / "history.json").read_text())["rows"]) == 6
+    assert record["seed"] == 4
+    assert record["data"]["base"]["classes"] == 4
+    config = MetricTraining.from_checkpoint(output / "best.ckpt").config
+    assert MetricTrainingConfig.from_dict(record["config"]) == config
+    assert (config.loss, config.anti_collapse.weight) == ("triplet", 0.01)
+    assert yaml.safe_load((output / "config.yaml").read_text())["seed"] == 4
+    assert main(["retrieve", "--checkpoint", str(output / "last.ckpt"), "--data", three_splits, "--no_nmi",
+                 "--output", str(tmp_path / "found")]) == 0  # fmt: skip
+    found = json.loads((tmp_path / "found" / "retrieval.json").read_text())["measures"]
+    last = json.loads((output / "history.json").read_text())["rows"][-1]
+    assert found["recall_at_1"] == pytest.approx(last["recall_at_1"])
+    assert found["coding_rate"] == pytest.approx(last["coding_rate"], rel=1e-5)
+
+
+def test_the_record_of_a_run_repeats_it_and_resume_completes_it(tmp_path, capsys):
+    assert main([*TINY, "--data", "digits", "--output", str(tmp_path / "a")]) == 0
+    config = ["--config", str(tmp_path / "a" / "config.yaml"), "--output", str(tmp_path / "b")]
+    assert main(["metric-train", *config]) == 0
+    a, b = (MetricTraining.from_checkpoint(tmp_path / name / "last.ckpt") for name in "ab")
+    assert all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
+    capsys.readouterr()
+    assert main(["metric-train", *config]) == 2
+    assert "--resume goes on from it" in capsys.readouterr().err
+    assert main(["metric-train", *config, "--resume"]) == 0
+    assert "going on after epoch 2 of 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted; there is no checkpoint yet"),
+        (FloatingPointError("the embeddings are not finite"), 1, "error: the embeddings are not finite; there is no"),
+    ],
+)
+def test_a_run_that_ends_early_says_how_to_go_on(error, code, message, tmp_path, monkeypatch, capsys):
+    def fail(self):
+        raise error
+
+    monkeypatch.setattr(MetricTrainingRun, "train", fail)
+    assert main([*TINY, "--data", "digits", "--output", str(tmp_path)]) == code
+    assert message in capsys.readouterr().err
+
+
+PLACE = ["--data", "digits", "--output", "out"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--data must be given"),
+        (["--data", "digits"], "--output must be given"),
+        (["--data", "nowhere", "--output", "out"], "there is no image set 'nowhere'"),
+        ([*PLACE, "--loss", "hinge"], "hinge"),
+        ([*PLACE, "--classes_per_batch", "6"], "classes_per_batch must be at most 5, the classes to train on, got 6"),
+        ([*PLACE, "--classes_per_batch", "1"], "a batch of one class has no negatives"),
+        ([*PLACE, "--loss", "triplet", "--samples_per_class", "1"], "samples_per_class must be at least 2 for triplet"),
+        ([*PLACE, "--loss", "triplet", "--anti_collapse.variant", "all_proxy"], "which has no proxies"),
+        ([*PLACE, "--anti_collapse.eps", "0"], "eps must be above 0"),
+        ([*PLACE, "--measurement.ks", "[1, 5000]"], "ks: expected K in [1, "),
+        ([*PLACE, "--milestones", "[0]"], "milestones must be at least 1"),
+        ([*PLACE, "--backbone.pooled_blocks", "4"], "at least 16 x 16, got 8 x 8"),
+        ([*PLACE, "--seed", "-1"], "seed must be at least 0"),
+        ([*PLACE, "--devices", "2"], "--devices"),
+        (
+            ["--config", "missing"],
+            "there is no recipe 'missing'; the recipes are miniimagenet32_conv4, omniglot28_conv4",
+        ),
+    ],
+)
+def test_a_wrong_argument_gets_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*TINY, *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert len(printed.err.splitlines()) == 1, printed.err
+    assert printed.err.startswith("fewshot-ext metric-train: error: ")
+    assert message in printed.err
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"), [("lightning", "train"), ("pytorch_metric_learning", "metric"), ("tqdm", "train")]
+)
+def test_a_missing_package_names_the_pip_line(module, extra, tmp_path, monkeypatch, capsys):
+    is_installed = _extras.is_installed
+    monkeypatch.setattr(_extras, "is_installed", lambda name: name != module and is_installed(name))
+    for command in (TINY, ["analyze", "collapse", *COLLAPSE]):
+        assert main([*command, "--data", "digits", "--output", str(tmp_path)]) == 2
+        assert f"'{module}' is missing; pip install 'fewshot_ext[{extra}]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", recipe_names("metric-train"))
+def test_recipes_fit_their_data(name, capsys):
+    config = load_metric_recipe(name)
+    channels, size = (1, 28) if read_recipe(name, "metric-train")["data"].startswith("omniglot") else (3, 32)
+    assert build_backbone(config.backbone, channels).feature_size(size, size) == config.backbone.embedding == 64
+    assert all(epoch < config.epochs for epoch in config.milestones)
+    with pytest.raises(SystemExit):
+        main(["metric-train", "--list-recipes"])
+    assert name in capsys.readouterr().out
+
+
+COLLAPSE = ["--seeds", "0", "--epochs", "1", "--losses", "contrastive", "proxy_anchor", "--set"]
+COLLAPSE += ["backbone.width=4", "backbone.pooled_blocks=2", "backbone.embedding=6", "classes_per_batch=3"]
+COLLAPSE += ["samples_per_class=20"]
+
+
+def test_collapse(tmp_path, capsys):
+    arguments = ["analyze", "collapse", "--data", "digits", *COLLAPSE, "--output", str(tmp_path)]
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert "ProxyAnchor, Anti-Collapse 1" in printed.out
+    assert "unseen classes" in printed.out
+    content = json.loads((tmp_path / "collapse.json").read_text())
+    assert content["training"]["backbone"]["width"] == 4
+    assert {(row["loss"], row["weight"]) for row in content["rows"]} == {
+        ("contrastive", 0.0),
+        ("contrastive", 0.1),
+        ("proxy_anchor", 0.0),
+        ("proxy_anchor", 1.0),
+    }
+    assert str(tmp_path) not in (tmp_path / "collapse.json").read_text()
+    assert {f"collapse.{suffix}" for suffix in ("json", "csv", "png", "yaml")} <= {p.name for p in tmp_path.iterdir()}
+    assert main(["analyze", "collapse", "--config", str(tmp_path / "collapse.yaml"), "--output", str(tmp_path)]) == 0
+    assert "4 of 4 runs are there already" in capsys.readouterr().err
+    page = tmp_path / "page.md"
+    report = ["analyze", "report", "--paper", "anti_collapse", "--results", str(tmp_path), "--output", str(page)]
+    assert main(report) == 0
+    assert "| ProxyAnchor, Anti-Collapse 1 |" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--losses", "hinge"], "losses must be"),
+        (["--pair_weights", "0"], "pair_weights must be above 0"),
+        (["--proxy_variant", "none"], "proxy_variant must be"),
+        (["--jobs", "0"], "jobs must be at least 1"),
+        (["--recipe", "fast"], "there is no recipe 'fast'"),
+        (["--set", "loss=triplet"], "there is no setting 'loss'"),
+        (["--set", "classes_per_batch=9"], "classes_per_batch must be at most 5"),
+        (["--set", "backbone.pooled_blocks=4"], "at least 16 x 16, got 8 x 8"),
+    ],
+)
+def test_a_sweep_that_cannot_be(arguments, message, tmp_path, capsys):
+    # What comes last in COLLAPSE are values of --set.
+    changes = arguments[1:] if arguments[0] == "--set" else arguments
+    command = ["analyze", "collapse", "--data", "digits", "--output", str(tmp_path / "out"), *COLLAPSE, *changes]
+    assert main(command) == 2
+    printed = capsys.readouterr()
+    assert len(printed.err.splitlines()) == 1, printed.err
+    assert message in printed.err
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("arguments", [["--paper", "other"], ["--paper", "anti_collapse", "--results", "."]])
+def test_a_report_that_cannot_be(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["analyze", "report", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert "paper must be 'negative_margin' or 'anti_collapse'" in error or "holds no results file" in error
+    assert not list(tmp_path.iterdir())

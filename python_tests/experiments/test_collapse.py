@@ -1,0 +1,245 @@
+"""Trainings with and without Anti-Collapse: their runs, intervals over seeds, table, picture and claims."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from metric_cases import TINY_METRIC
+
+from fewshot_ext.data import ImageArchive, Split, load_digits
+from fewshot_ext.experiments.claims import collapse_findings
+from fewshot_ext.experiments.collapse import (
+    CollapseSweep,
+    SeedMean,
+    collapse_markdown,
+    collapse_table,
+    gain,
+    last_epoch,
+    summarize,
+    write_collapse,
+)
+from fewshot_ext.experiments.metric_runs import TrainEmbedding, metric_runs
+from fewshot_ext.experiments.report import page_with_report, report
+from fewshot_ext.experiments.tables import read_table
+from fewshot_ext.training import AntiCollapseConfig, BackboneConfig, MeasurementConfig
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TINY = replace(TINY_METRIC, epochs=2, milestones=(), measurement=replace(TINY_METRIC.measurement, epochs=1))
+HEAD = {"data": {"name": "digits", "sha256": "0"}, "versions": {"torch": "2"}}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_digits()
+
+
+def made_up(recalls, classes=("seen", "unseen"), epochs=(1, 2)):
+    """Rows of a finished sweep; ``recalls`` by loss, weight and seed, the ranks ten times as large."""
+    return [
+        {
+            "loss": loss,
+            "weight": weight,
+            "seed": seed,
+            "epoch": epoch,
+            "classes": name,
+            "recall_at_1": recall * epoch / epochs[-1],
+            "map_at_r": recall / 2,
+            "coding_rate": 20 * recall,
+            "effective_rank": 10 * recall,
+            "spectrum": [0.9, recall, 0.0],
+        }
+        for (loss, weight, seed), recall in recalls.items()
+        for epoch in epochs
+        for name in classes
+    ]
+
+
+CLEAR = {
+    **{("triplet", 0.0, seed): value for seed, value in enumerate((0.50, 0.52, 0.48))},
+    **{("triplet", 0.1, seed): value for seed, value in enumerate((0.60, 0.63, 0.59))},
+    **{("proxy_anchor", 0.0, seed): value for seed, value in enumerate((0.40, 0.45, 0.42))},
+    **{("proxy_anchor", 1.0, seed): value for seed, value in enumerate((0.35, 0.41, 0.37))},
+}
+
+
+def test_the_runs_of_a_sweep():
+    runs = metric_runs(
+        "digits", TINY, ["contrastive", "proxy_nca"], [3, 4], pair_weights=[0.1, 0.2], proxy_weights=[1.0]
+    )
+    assert [run.name for run in runs[:5]] == [
+        "contrastive, without, seed 3",
+        "contrastive, Anti-Collapse 0.1, seed 3",
+        "contrastive, Anti-Collapse 0.2, seed 3",
+        "ProxyNCA, without, seed 3",
+        "ProxyNCA, Anti-Collapse 1, seed 3",
+    ]
+    assert [run.training.anti_collapse.variant for run in runs[:5]] == ["none", "pair", "pair", "none", "batch_proxy"]
+    assert len({run.folder("runs", "0") for run in runs}) == len(runs) == 10
+    spread = metric_runs("digits", TINY, ["proxy_nca"], [0], proxy_variant="all_proxy")
+    assert spread[1].training.anti_collapse.variant == "all_proxy"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"losses": []}, "losses must name at least one"),
+        ({"seeds": [1, 1]}, "seeds must name at least one, and none twice"),
+        ({"pair_weights": []}, "pair_weights must name at least one"),
+        ({"proxy_weights": [0.0]}, "proxy_weights must be above 0"),
+        ({"seeds": [-1]}, "seed must be at least 0"),
+        ({"losses": ["hinge"]}, "loss must be"),
+    ],
+)
+def test_runs_that_make_no_sweep(changes, message):
+    arguments = {"losses": ["triplet"], "seeds": [0], **changes}
+    with pytest.raises(ValueError, match=message):
+        metric_runs("digits", TINY, **arguments)
+
+
+def test_a_mean_over_seeds_has_the_interval_of_students_t():
+    found = SeedMean.of([1.0, 2.0, 3.0, 6.0])
+    deviation = torch.tensor([1.0, 2.0, 3.0, 6.0]).std().item()
+    assert found.mean == 3.0
+    assert found.interval == pytest.approx(3.182446 * deviation / 2, rel=1e-6)
+    assert SeedMean.of([2.0]).mean == 2.0
+    assert math.isnan(SeedMean.of([2.0]).interval)
+    signs = [SeedMean.of(by_seed).sign for by_seed in ([1.0, 1.1, 0.9], [-1.0, -1.1, -0.9], [1.0, -1.0, 0.5], [5.0])]
+    assert signs == [1, -1, 0, 0]
+    assert SeedMean.of([0.5, 0.7]).text("+.1f", 100) == "+60.0 ± 127.1"
+    assert SeedMean.of([0.5]).text(".2f") == "0.50"
+
+
+def test_gains_are_paired_by_seed_in_the_last_epoch():
+    rows = made_up(CLEAR)
+    found = gain(rows, "triplet", 0.1, "unseen", "recall_at_1")
+    assert found.by_seed == pytest.approx((0.10, 0.11, 0.11))
+    assert (
+        gain(made_up({("triplet", 0.0, 0): 0.5, ("triplet", 0.1, 1): 0.6}), "triplet", 0.1, "seen", "map_at_r") is None
+    )
+    assert {row["epoch"] for row in last_epoch(rows)} == {2}
+
+
+def test_a_run_that_has_not_come_as_far_counts_by_its_own_last_epoch():
+    rows = made_up({("triplet", 0.0, 0): 0.5}, epochs=(1, 2)) + made_up({("triplet", 0.1, 0): 0.6}, epochs=(1,))
+    assert gain(rows, "triplet", 0.1, "unseen", "recall_at_1").by_seed == pytest.approx((0.1,))
+
+
+def test_summary_and_tables_tell_the_same():
+    rows = made_up(CLEAR)
+    summary = summarize(rows)
+    cell = next(
+        row
+        for row in summary
+        if (row["classes"], row["loss"], row["weight"], row["quantity"]) == ("unseen", "triplet", 0.1, "recall_at_1")
+    )
+    mean, difference = SeedMean.of([0.60, 0.63, 0.59]), SeedMean.of([0.10, 0.11, 0.11])
+    assert (cell["mean"], cell["interval"]) == pytest.approx((mean.mean, mean.interval), abs=1e-6)
+    assert cell["difference"] == pytest.approx(difference.mean, abs=1e-6)
+    assert cell["difference_interval"] == pytest.approx(difference.interval, abs=1e-6)
+    text, page = collapse_table(rows), "\n".join(collapse_markdown({"rows": rows}))
+    for shown in (text, page):
+        assert "After 2 epochs, mean ± 95 % t interval over 3 seeds" in shown
+        assert f"{100 * mean.mean:.2f} ± {100 * mean.interval:.2f}" in shown
+        assert "triplet, Anti-Collapse 0.1" in shown
+    assert page.count("| seen classes |") == page.count("| unseen classes |") == 1
+    assert "validation classes" not in page
+    assert "from 1 seed" in collapse_table(made_up({("triplet", 0.0, 0): 0.5}))
+
+
+def test_claims_are_shown_contradicted_or_left_open():
+    verdicts = {finding.claim: finding.verdict for finding in collapse_findings({"rows": made_up(CLEAR)})}
+    assert len(verdicts) == 8
+    assert verdicts["Recall@1 on unseen classes rises (triplet, weight 0.1)"] == "shown"
+    assert verdicts["Recall@1 on unseen classes rises (ProxyAnchor, weight 1)"] == "contradicted"
+    open_question = dict(CLEAR) | {("triplet", 0.1, 0): 0.1}
+    verdicts = {finding.claim: finding.verdict for finding in collapse_findings({"rows": made_up(open_question)})}
+    assert verdicts["Recall@1 on unseen classes rises (triplet, weight 0.1)"] == "not shown"
+    (finding,) = (
+        finding
+        for finding in collapse_findings({"rows": made_up(CLEAR)})
+        if finding.claim.startswith("Recall@1 on unseen classes rises (triplet")
+    )
+    assert finding.measured.startswith("Recall@1 (%) +10.67 ± 1.43 (by seed +10.00, +11.00, +11.00)")
+
+
+def test_files_picture_and_page(tmp_path):
+    folder = tmp_path / "digits"
+    folder.mkdir()
+    written = write_collapse(folder, made_up(CLEAR), **HEAD)
+    assert [path.name for path in written] == ["collapse.json", "collapse.csv", "collapse.png"]
+    assert read_table(folder, "collapse")["rows"] == json.loads(json.dumps(made_up(CLEAR)))
+    assert (folder / "collapse.png").stat().st_size > 10_000
+    page = page_with_report([folder], tmp_path / "page.md", "anti_collapse")
+    assert "| ProxyAnchor, without |" in page
+    assert "| abstract | Recall@1 on unseen classes rises (triplet, weight 0.1) |" in page
+    assert "](digits/collapse.png)" in page
+    assert "Not yet measured" not in page
+    # The other paper's page knows nothing of it.
+    assert "collapse" not in report([folder], tmp_path)
+
+
+def test_a_page_without_results_says_what_is_missing(tmp_path):
+    assert "- `fewshot-ext analyze collapse --data DATA --output OUTPUT`" in report([], tmp_path, "anti_collapse")
+
+
+def test_a_sweep_trains_resumes_and_takes_over(digits, tmp_path, monkeypatch, capsys):
+    def sweep(seeds, losses=("triplet",)):
+        return CollapseSweep(metric_runs("digits", TINY, losses, seeds), digits, tmp_path)
+
+    rows = sweep([0]).run()
+    assert [(row["weight"], row["epoch"], row["classes"]) for row in rows] == [
+        (weight, epoch, classes) for weight in (0.0, 0.1) for epoch in (1, 2) for classes in ("seen", "unseen")
+    ]
+    assert "triplet, without, seed 0: seen Recall@1 " in capsys.readouterr().err
+    trained = []
+    call = TrainEmbedding.__call__
+    monkeypatch.setattr(
+        TrainEmbedding, "__call__", lambda self, report: trained.append(self.name) or call(self, report)
+    )
+    again = sweep([0, 1]).run()
+    assert again[: len(rows)] == rows
+    assert trained == ["triplet, without, seed 1", "triplet, Anti-Collapse 0.1, seed 1"]
+    # A run that was broken off goes on from its last epoch.
+    folder = sweep([1]).tasks[0].folder
+    before = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").unlink()
+    assert sweep([1]).run()[:4] == again[8:12]
+    assert json.loads((folder / "run.json").read_text())["rows"] == before["rows"]
+
+
+def test_a_folder_with_a_run_of_other_settings(digits, tmp_path):
+    runs = metric_runs("digits", TINY, ["triplet"], [0])
+    task = CollapseSweep(runs, digits, tmp_path).tasks[0]
+    task.folder.mkdir(parents=True)
+    settings = runs[0].settings(digits.checksum())
+    settings["training"]["learning_rate"] = 0.5
+    (task.folder / "run.json").write_text(json.dumps({"settings": settings, "rows": []}))
+    with pytest.raises(ValueError, match=r"its training\.learning_rate is 0\.5"):
+        CollapseSweep(runs, digits, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"classes_per_batch": 6}, "classes_per_batch must be at most 5, the classes to train on, got 6"),
+        ({"backbone": BackboneConfig(embedding=4)}, "at least 16 x 16, got 8 x 8"),
+        ({"measurement": MeasurementConfig(ks=(2,))}, "measurement.ks must have 1"),
+        ({"measurement": MeasurementConfig(ks=(1, 10_000))}, "ks: expected K in"),
+    ],
+)
+def test_what_no_run_could_do_is_found_before_the_first(changes, message, digits, tmp_path):
+    config = replace(TINY, anti_collapse=AntiCollapseConfig(), **changes)
+    with pytest.raises(ValueError, match=message):
+        CollapseSweep(metric_runs("digits", config, ["triplet"], [0]), digits, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unseen_class_with_one_image(digits, tmp_path):
+    keep = torch.cat([(digits.labels < 9).nonzero()[:, 0], (digits.labels == 9).nonzero()[:1, 0]])
+    lone = ImageArchive(digits.images[keep], digits.labels[keep], digits.class_names, digits.class_split)
+    assert lone.subset(Split.NOVEL).num_classes == 5
+    with pytest.raises(ValueError, match="unseen classes, .*got none for 1 queries"):
+        CollapseSweep(metric_runs("digits", TINY, ["triplet"], [0]), lone, tmp_path)
