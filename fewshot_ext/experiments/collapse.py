@@ -272,12 +272,10 @@ def plot_collapse(rows: Sequence[Row], path: str | Path) -> None:
                         legend=False,
                     )
                     axes[i, j].xaxis.get_major_locator().set_params(integer=True)
-        handles = {
-            text: handle for axis in axes[0] for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
-        }
-        axes[0, 0].figure.legend(
-            handles.values(), handles, fontsize=7, frameon=False, loc="outside upper center", ncols=4
-        )
+        shown = [axis.get_legend_handles_labels() for axis in axes[0]]
+        arms = {label: handle for handles, labels in shown for handle, label in zip(handles, labels, strict=True)}
+        legend = {"fontsize": 7, "frameon": False, "loc": "outside upper center", "ncols": 4}
+        axes[0, 0].figure.legend(list(arms.values()), list(arms), **legend)
 
 
 def _draw_spectra(axis, rows: Sequence[Row], styles: Mapping[str, Mapping[str, str]], title: str) -> None:

@@ -241,5 +241,5 @@ def test_an_unseen_class_with_one_image(digits, tmp_path):
     keep = torch.cat([(digits.labels < 9).nonzero()[:, 0], (digits.labels == 9).nonzero()[:1, 0]])
     lone = ImageArchive(digits.images[keep], digits.labels[keep], digits.class_names, digits.class_split)
     assert lone.subset(Split.NOVEL).num_classes == 5
-    with pytest.raises(ValueError, match="unseen classes, .*got none for 1 queries"):
+    with pytest.raises(ValueError, match=r"unseen classes, .*got none for 1 queries"):
         CollapseSweep(metric_runs("digits", TINY, ["triplet"], [0]), lone, tmp_path)
