@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_the_runs_of_a_sweep():
         "ProxyNCA, Anti-Collapse 1, seed 3",
     ]
     assert [run.training.anti_collapse.variant for run in runs[:5]] == ["none", "pair", "pair", "none", "batch_proxy"]
-    assert len({run.folder("runs", "0") for run in runs}) == len(runs) == 10
+    assert len({run.folder(Path("runs"), "0") for run in runs}) == len(runs) == 10
     spread = metric_runs("digits", TINY, ["proxy_nca"], [0], proxy_variant="all_proxy")
     assert spread[1].training.anti_collapse.variant == "all_proxy"
 
@@ -178,7 +179,7 @@ def test_files_picture_and_page(tmp_path):
     assert "](digits/collapse.png)" in page
     assert "Not yet measured" not in page
     # The other paper's page knows nothing of it.
-    assert "collapse" not in report([folder], tmp_path)
+    assert "collapse" not in report([], tmp_path)
 
 
 def test_a_page_without_results_says_what_is_missing(tmp_path):
