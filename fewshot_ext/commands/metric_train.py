@@ -49,7 +49,8 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     from fewshot_ext.training import MetricTrainingRun
 
     run = MetricTrainingRun(config, inputs.base, inputs.output, unseen=inputs.novel, **inputs.options)
-    record = {**inputs.record, "config": asdict(config)}
+    unseen = inputs.novel and {"novel": {"images": len(inputs.novel), "classes": inputs.novel.num_classes}}
+    record = {**inputs.record, "data": {**inputs.record["data"], **(unseen or {})}, "config": asdict(config)}
     return lambda: train(
         "metric-train",
         run,

@@ -34,6 +34,7 @@ from fewshot_ext.evaluation import (
     nearest_neighbors,
     retrieval_metrics,
 )
+from fewshot_ext.evaluation.comparison import check_takes
 from fewshot_ext.evaluation.retrieval import DISTANCES
 from fewshot_ext.evaluation.retrieval_images import LabelledImages, common_labels, neighbor_rows, neighbor_sheet
 
@@ -99,43 +100,31 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     if arguments.data is not None and arguments.gallery is not None:
         raise ValueError("--gallery goes with --query; the classes of --data are searched among themselves")
     backbone = FrozenBackbone.from_checkpoint(arguments.checkpoint)
-    _check_weights(backbone)
-    queries, gallery = _images(arguments, backbone)
+    queries, gallery = _images(arguments, backbone, device)
     labels = common_labels(queries) if gallery is None else common_labels(queries, gallery)
     check_retrieval(*labels, ks=(*arguments.ks,), lone_queries=arguments.lone_queries)
     most = len(queries) - 1 if gallery is None else len(gallery)
     if arguments.neighbors > most:
         raise ValueError(f"neighbors must be at most {most}, the images that are searched, got {arguments.neighbors}")
     output = writable_folder(arguments.output)
-    backbone.module.to(device)
     search = _Search(backbone, queries, gallery, labels, arguments)
     return lambda: _run(search, output, resolved)
 
 
-def _check_weights(backbone: FrozenBackbone) -> None:
-    for name, value in backbone.module.state_dict().items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise ValueError(f"checkpoint {backbone.path}: its {name} is not finite; take one from earlier in the run")
-
-
-def _images(arguments, backbone: FrozenBackbone) -> tuple[LabelledImages, LabelledImages | None]:
+def _images(arguments, backbone: FrozenBackbone, device: torch.device) -> tuple[LabelledImages, LabelledImages | None]:
     if arguments.data is not None:
         archive = load_images(arguments.data).subset(Split[arguments.split.upper()])
-        if backbone.channels is not None and archive.images.shape[1] != backbone.channels:
-            raise ValueError(
-                f"data {arguments.data} has images of {archive.images.shape[1]} channels, and {backbone.name} takes "
-                f"{backbone.channels}"
-            )
+        check_takes(backbone, archive.images[:1], device, arguments.data)
         return LabelledImages.of_archive(archive), None
     if backbone.image_size is None:
         raise ValueError(f"checkpoint {backbone.path} takes images that are not square: pack the pictures, take --data")
     query = Path(arguments.query).expanduser()
-    if arguments.gallery is None:
-        return LabelledImages.of_folder(query), None
-    gallery = Path(arguments.gallery).expanduser()
-    if gallery.resolve() == query.resolve():
+    gallery = None if arguments.gallery is None else Path(arguments.gallery).expanduser()
+    if gallery is not None and gallery.resolve() == query.resolve():
         raise ValueError("gallery is the folder of the queries, each of which would find itself: leave --gallery out")
-    return LabelledImages.of_folder(query), LabelledImages.of_folder(gallery)
+    queries = LabelledImages.of_folder(query)
+    check_takes(backbone, torch.stack(queries.pixels(backbone, [0])), device, str(query))
+    return queries, None if gallery is None else LabelledImages.of_folder(gallery)
 
 
 class _Search:

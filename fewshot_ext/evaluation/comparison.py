@@ -109,7 +109,7 @@ class Comparison:
         self.episodes = {shot: self._sample(shot, data_name) for shot in config.protocol.shots}
         self.base_images = self._base_images(archive, data_name)
         for backbone in self.backbones:
-            _check_takes(backbone, archive.images[:1], self.device, data_name)
+            check_takes(backbone, archive.images[:1], self.device, data_name)
         self._checksum = archive.checksum()
         self.results = ComparisonResults(
             config={
@@ -244,8 +244,18 @@ class Comparison:
         return archive.subset(Split.BASE)
 
 
-def _check_takes(backbone: FrozenBackbone, image: Tensor, device: torch.device, data_name: str) -> None:
-    """Sends one image through: what does not fit, channels, size or diverged weights, shows there and no sooner."""
+def check_takes(backbone: FrozenBackbone, image: Tensor, device: torch.device, data_name: str) -> None:
+    """Sends one image through: what does not fit, channels, size or diverged weights, shows there and no sooner.
+
+    Args:
+        backbone: is moved to ``device``.
+        image: ``[1, C, H, W]`` uint8.
+        device: where it will run.
+        data_name: what messages call the images.
+
+    Raises:
+        ValueError: the backbone does not take the image, or makes no features ``[1, D]`` of finite numbers of it.
+    """
     shape = "x".join(map(str, image.shape[1:]))
     try:
         features = extract_features(backbone.module.to(device), image)

@@ -70,7 +70,7 @@ def test_a_run_leaves_checkpoints_history_records_and_a_log(three_splits, tmp_pa
     assert list(output.glob("events.out.tfevents*"))
     assert len(json.loads((output / "history.json").read_text())["rows"]) == 6
     assert record["seed"] == 4
-    assert record["data"]["base"]["classes"] == 4
+    assert [record["data"][name]["classes"] for name in ("base", "validation", "novel")] == [4, 2, 4]
     config = MetricTraining.from_checkpoint(output / "best.ckpt").config
     assert MetricTrainingConfig.from_dict(record["config"]) == config
     assert (config.loss, config.anti_collapse.weight) == ("triplet", 0.01)
