@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from fewshot_ext.experiments.margins import write_margins
-from fewshot_ext.experiments.report import END, START, page_with_report, read_results, report
+from fewshot_ext.experiments.report import END, PAPERS, START, page_with_report, read_results, report
 from fewshot_ext.experiments.tables import read_table, write_table
 from fewshot_ext.experiments.variance import VarianceMeasurement, write_variance
 
@@ -78,8 +78,9 @@ def test_tables_keep_their_rows(tmp_path):
     assert (tmp_path / "shots.csv").read_text() == "a,c\n1,\n2,x\n"
 
 
-def test_the_committed_page_says_what_the_committed_numbers_say():
+@pytest.mark.parametrize("paper", PAPERS)
+def test_the_committed_page_says_what_the_committed_numbers_say(paper):
     docs = Path(__file__).parents[2] / "docs"
-    page = (docs / "negative_margin.md").read_text(encoding="utf-8")
-    folders = sorted(path for path in (docs / "negative_margin").glob("*") if path.is_dir())
-    assert f"{START}\n\n{report(folders, docs)}\n{END}" in page
+    page = (docs / f"{paper}.md").read_text(encoding="utf-8")
+    folders = sorted(path for path in (docs / paper).glob("*") if path.is_dir())
+    assert f"{START}\n\n{report(folders, docs, paper)}\n{END}" in page
