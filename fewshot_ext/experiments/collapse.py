@@ -284,9 +284,8 @@ def _draw_spectra(axis, rows: Sequence[Row], styles: Mapping[str, Mapping[str, s
         # Zeros of a collapsed direction are rounding noise, and have no place on a logarithmic axis.
         mean = spectra.mean(0).clamp(min=1e-4)
         index = torch.arange(1, len(mean) + 1)
-        axis.plot(
-            index, mean, linewidth=1.3, markersize=3.5, markevery=max(1, len(mean) // 8), **styles[arm_title(weight)]
-        )
+        arm, every = arm_title(weight), max(1, len(mean) // 8)
+        axis.plot(index, mean, label=arm, linewidth=1.3, markersize=3.5, markevery=every, **styles[arm])
     axis.set_yscale("log")
     axis.set_title(title, fontsize=8, loc="left")
     axis.set_xlabel("index", fontsize=8)
