@@ -1,8 +1,9 @@
 """Few-shot classification of one's own images, in the style of scikit-learn."""
 
 import pickle
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,22 @@ from fewshot_ext._checks import check_at_least
 from fewshot_ext._files import replace_file
 from fewshot_ext._version import __version__
 from fewshot_ext.evaluation.backbones import FrozenBackbone, state_checksum
-from fewshot_ext.evaluation.heads import HEADS, FineTuning, Head, find_head
+from fewshot_ext.evaluation.head_choice import HeadChoice, HeadSettings, choose_head, crops_an_image
+from fewshot_ext.evaluation.heads import HEADS, FineTuning, Head
 from fewshot_ext.evaluation.images import ImageBatches, class_folders
+from fewshot_ext.evaluation.map_heads import MAP_HEADS
 from fewshot_ext.evaluation.protocol import extract_features
+from fewshot_ext.models import LocalFeaturesConfig, StructuredClassifierConfig
 
 _FORMAT = "fewshot_ext.FewShotClassifier"
 _FORMAT_VERSION = 1
-_HEAD_TYPES = {type(head).__name__: type(head) for head in HEADS.values()}
-# Scores of this many queries against thousands of support images still fit in a few hundred megabytes.
+_LOCAL_FEATURES = LocalFeaturesConfig()
+_HEAD_TYPES = {type(head).__name__: type(head) for head in (*HEADS.values(), *MAP_HEADS.values())}
+# What else a head may have among its settings.
+_SETTING_TYPES = {**_HEAD_TYPES, "StructuredClassifierConfig": StructuredClassifierConfig}
+# Scores of this many queries against thousands of support images still fit in a few hundred megabytes; maps take more.
 _QUERIES_AT_ONCE = 4096
+_MAP_BYTES_AT_ONCE = 2**28
 
 
 class FewShotClassifier:
@@ -38,7 +46,9 @@ class FewShotClassifier:
         backbone: a module that maps images to features ``[B, D]``; or the path of a checkpoint of
             ``fewshot-ext pretrain``, which brings its preprocessing; or the name of a model of timm.
         head: the classifier, by its name in ``fewshot_ext.evaluation.HEADS`` or as a ``Head`` with settings of your
-            own. "finetune" goes on with the similarity that the backbone was pre-trained with.
+            own. "finetune" goes on with the similarity that the backbone was pre-trained with. Those of ``MAP_HEADS``,
+            such as "deepemd" or "deepemd@grid", look at regions of the images; see ``choose_head``. The backbone must
+            then give feature maps, by a method ``feature_map``; all backbones of this package do.
         preprocessing: for a module: maps ``[B, C, H, W]`` uint8 images to its input, as ``ImageInput`` does; by
             default they are scaled to [0, 1].
         image_size: side that picture files are brought to; by default what the backbone was trained with.
@@ -46,6 +56,7 @@ class FewShotClassifier:
         batch_size: images a forward pass.
         seed: decides what is random in the head; predictions of the same images are the same.
         base_mean: ``[D]`` mean feature of the base classes, for the head "simpleshot".
+        local_features: the regions that a head for maps looks at; those that its name names have priority.
 
     Attributes:
         classes_: the labels, in the order of the columns of ``predict_proba``: sorted where they can be, and those
@@ -54,7 +65,7 @@ class FewShotClassifier:
     Raises:
         ImportError: the backbone is a name and timm is missing.
         OSError: the checkpoint cannot be read.
-        TypeError: a backbone or a head of another kind.
+        TypeError: a backbone or a head of another kind, or a backbone without feature maps for a head that takes maps.
         ValueError: an unknown head or backbone, a head without the ``base_mean`` that it needs, or a number out of
             range.
 
@@ -82,6 +93,7 @@ class FewShotClassifier:
         batch_size: int = 256,
         seed: int = 0,
         base_mean: Tensor | None = None,
+        local_features: LocalFeaturesConfig = _LOCAL_FEATURES,
     ) -> None:
         check_at_least("batch_size", batch_size, 1)
         check_at_least("seed", seed, 0)
@@ -89,7 +101,12 @@ class FewShotClassifier:
             check_at_least("image_size", image_size, 1)
         if not isinstance(head, str | Head):
             raise TypeError(f"head must be a name or a Head, got {type(head).__name__}")
-        chosen = find_head(head) if isinstance(head, str) else head
+        settings = HeadSettings(local_features=local_features)
+        if isinstance(head, str):
+            choice = choose_head(head, settings)
+        else:
+            choice = HeadChoice(head, local_features if head.takes_maps else None)
+        chosen = choice.head
         if chosen.needs_base_mean and base_mean is None:
             name = type(chosen).__name__
             raise ValueError(f"base_mean must be given for {name}, which subtracts it; 'simpleshot_l2n' does without")
@@ -98,6 +115,9 @@ class FewShotClassifier:
             self.backbone.module.to(device)
         if head == "finetune":
             chosen = FineTuning(similarity=self.backbone.similarity)
+        self.local_features, self._extractor = choice.local_features, self.backbone.module
+        if choice.local_features is not None:
+            self._extractor = self.backbone.local_features(choice.local_features)
         self.head, self.batch_size, self.seed, self.base_mean = chosen, batch_size, seed, base_mean
         self.image_size = image_size or self.backbone.image_size
         self._forget()
@@ -124,8 +144,8 @@ class FewShotClassifier:
             OSError: a file or folder is missing.
             TypeError: images of another kind or dtype, or a label that is not hashable.
             ValueError: no images, a wrong shape, floats outside [0, 1], another number of labels than of images,
-                a damaged file, images that the backbone does not take, or features that are not finite. What was
-                learned before is kept then.
+                a damaged file, images that the backbone does not take, features that are not finite, or fewer local
+                features than the head needs. What was learned before is kept then.
         """
         return self._learn(images, labels, on_progress, keep=False)
 
@@ -150,9 +170,18 @@ class FewShotClassifier:
             raise RuntimeError("this classifier has learned nothing yet: call fit first")
         if len(self.classes_) < 2:
             raise ValueError(f"classes must be at least two, and only {self.classes_[0]!r} is known")
-        features = self._features(images, on_progress)
-        self._check_size(features)
-        return self._scores(features).cpu()
+        batches = images if isinstance(images, ImageBatches) else self._batches(images)
+        support, target = self._condensed()
+        scores, waiting = [], []
+        for features in self._features(batches, on_progress):
+            self._check_size(features)
+            waiting.append(features)
+            if self._is_enough(waiting):
+                scores.append(self._scores(torch.cat(waiting), support, target))
+                waiting = []
+        if waiting:
+            scores.append(self._scores(torch.cat(waiting), support, target))
+        return torch.cat(scores).cpu()
 
     def predict_proba(self, images: Any, *, on_progress: Callable[[int], None] | None = None) -> Tensor:
         """Shares that add up to 1, ``[N, classes]`` float32 on the CPU, columns in the order of ``classes_``.
@@ -204,14 +233,15 @@ class FewShotClassifier:
         for label in self.classes_:
             _check_plain(label)
         head = type(self.head).__name__
-        if type(self.head) is not _HEAD_TYPES.get(head):
+        if not _is_ours(self.head):
             raise TypeError(f"head must be one of {', '.join(_HEAD_TYPES)} to be saved, got {head}")
         origin = self.backbone.origin
         content = {
             "format": _FORMAT,
             "format_version": _FORMAT_VERSION,
             "fewshot_ext": __version__,
-            "head": {"type": head, "settings": asdict(self.head)},
+            "head": _to_plain(self.head),
+            "local_features": None if self.local_features is None else asdict(self.local_features),
             "classes": list(self.classes_),
             "features": self._support.cpu(),
             "target": self._target.cpu(),
@@ -256,9 +286,10 @@ class FewShotClassifier:
         source = FrozenBackbone.open(backbone, preprocessing) if own else FrozenBackbone.rebuild(origin)
         if own and state_checksum(source.module) != origin["sha256"]:
             raise ValueError(f"backbone must have the weights that {path} was saved with, got others")
-        head = _HEAD_TYPES[content["head"]["type"]](**content["head"]["settings"])
         settings = {name: content[name] for name in ("image_size", "batch_size", "seed", "base_mean")}
-        classifier = cls(source, head, device=device, **settings)
+        if content.get("local_features") is not None:
+            settings["local_features"] = LocalFeaturesConfig(**content["local_features"])
+        classifier = cls(source, _from_plain(content["head"]), device=device, **settings)
         classifier.classes_ = tuple(content["classes"])
         classifier._support, classifier._target = content["features"], content["target"]
         return classifier
@@ -266,6 +297,7 @@ class FewShotClassifier:
     def _forget(self) -> None:
         self.classes_ = ()
         self._support, self._target = torch.empty(0, 0), torch.empty(0, dtype=torch.int64)
+        self._fitted: tuple[Tensor, Tensor] | None = None
 
     def _learn(self, images: Any, labels, on_progress, *, keep: bool) -> "FewShotClassifier":
         images, labels = _labelled(images, labels)
@@ -276,11 +308,15 @@ class FewShotClassifier:
         classes = known + tuple(_sorted_if_possible(label for label in labels if label not in old))
         index = {label: number for number, label in enumerate(classes)}
         target = torch.tensor([index[label] for label in labels])
-        features = self._features(batches, on_progress).cpu()
+        features = torch.cat([part.cpu() for part in self._features(batches, on_progress)])
         if known:
             self._check_size(features)
             features, target = torch.cat([self._support, features]), torch.cat([self._target, target])
-        self.classes_, self._support, self._target = classes, features, target
+        if self.head.takes_maps:
+            self.head.check_regions(int(target.bincount().min()) * features.shape[1])
+        self.classes_, self._support, self._target, self._fitted = classes, features, target, None
+        if len(classes) > 1:
+            self._condensed()
         return self
 
     def _batches(self, images: Any) -> ImageBatches:
@@ -288,35 +324,54 @@ class FewShotClassifier:
             images, channels=self.backbone.channels, image_size=self.image_size, batch_size=self.batch_size
         )
 
-    def _features(self, images: Any, on_progress: Callable[[int], None] | None) -> Tensor:
-        batches = images if isinstance(images, ImageBatches) else self._batches(images)
-        features, done = [], 0
+    def _features(self, batches: ImageBatches, on_progress: Callable[[int], None] | None) -> Iterator[Tensor]:
+        """Feature vectors ``[B, D]`` or maps ``[B, N, C]``, batch by batch."""
+        done = 0
+        at_once = self.batch_size
+        if self.local_features is not None:
+            at_once = max(1, at_once // crops_an_image(self.local_features))
         for batch in batches:
             try:
-                features.append(extract_features(self.backbone.module, batch))
-            except (RuntimeError, ValueError) as error:
+                features = extract_features(self._extractor, batch, batch_size=at_once)
+            except (RuntimeError, TypeError, ValueError) as error:
                 shape = "x".join(map(str, batch.shape[1:]))
                 raise ValueError(f"the backbone does not take images of {shape}: {error}") from error
+            layout = "[B, D]" if self.local_features is None else "[B, N, C]"
+            if features.dim() != len(layout.split(",")):
+                raise ValueError(f"the backbone must give features {layout}, got {list(features.shape)}")
+            if not features.isfinite().all():
+                raise ValueError("the backbone gives features that are not finite")
+            yield features
             done += len(batch)
             if on_progress:
                 on_progress(done)
-        whole = torch.cat(features)
-        if whole.dim() != 2:
-            raise ValueError(f"the backbone must give features [B, D], got {list(whole.shape)}")
-        if not whole.isfinite().all():
-            raise ValueError("the backbone gives features that are not finite")
-        return whole
 
     def _check_size(self, features: Tensor) -> None:
         """Backbones without a global pooling give more features for larger images."""
-        if features.shape[1] != self._support.shape[1]:
+        came, learned = (" x ".join(map(str, x.shape[1:])) for x in (features, self._support))
+        if came != learned:
             raise ValueError(
-                f"images must be of the size of those learned: they give {features.shape[1]} features, "
-                f"those gave {self._support.shape[1]}"
+                f"images must be of the size of those learned: they give {came} features, those gave {learned}"
             )
 
-    def _scores(self, query: Tensor) -> Tensor:
-        support, target = (x.to(query.device).unsqueeze(0) for x in (self._support, self._target))
+    def _condensed(self) -> tuple[Tensor, Tensor]:
+        """The support set ``[1, S, ...]`` that queries are held against, and its classes, on the device of features."""
+        if self._fitted is None:
+            device = next(chain(self._extractor.parameters(), self._extractor.buffers()), self._support).device
+            support, target = (x.to(device).unsqueeze(0) for x in (self._support, self._target))
+            if self.head.takes_maps:
+                support, target = self.head.condense(
+                    support, target, len(self.classes_), generator=torch.Generator().manual_seed(self.seed)
+                )
+            self._fitted = support, target
+        return self._fitted
+
+    def _is_enough(self, waiting: Sequence[Tensor]) -> bool:
+        """Whether so many queries wait that they should be scored: each round costs some heads a fit."""
+        whole = sum(map(len, waiting)) >= _QUERIES_AT_ONCE
+        return whole or (self.head.takes_maps and sum(part.nbytes for part in waiting) >= _MAP_BYTES_AT_ONCE)
+
+    def _scores(self, query: Tensor, support: Tensor, target: Tensor) -> Tensor:
         return torch.cat(
             [
                 self.head(
@@ -371,6 +426,29 @@ def _check_plain(label: Hashable) -> None:
         raise TypeError(
             f"labels must be texts, numbers, booleans, None or tuples of these to be saved, got {type(label).__name__}"
         )
+
+
+def _is_ours(head: Head) -> bool:
+    """Whether a head, and the one in it, is of a class that ``load`` can make again."""
+    parts = (getattr(head, field.name) for field in fields(head)) if is_dataclass(head) else ()
+    return type(head) is _HEAD_TYPES.get(type(head).__name__) and all(
+        _is_ours(part) for part in parts if isinstance(part, Head)
+    )
+
+
+def _to_plain(value: Any) -> Any:
+    """A head in containers and numbers, with the names of the classes that it is made of."""
+    if not is_dataclass(value):
+        return value
+    settings = {field.name: _to_plain(getattr(value, field.name)) for field in fields(value)}
+    return {"type": type(value).__name__, "settings": settings}
+
+
+def _from_plain(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    settings = {name: _from_plain(part) for name, part in value["settings"].items()}
+    return _SETTING_TYPES[value["type"]](**settings)
 
 
 def _read(path: Path) -> dict[str, Any]:

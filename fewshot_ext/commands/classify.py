@@ -27,7 +27,9 @@ from fewshot_ext.classifier import FewShotClassifier
 from fewshot_ext.commands.common import resolve_device, set_threads, writable_folder
 from fewshot_ext.data import contact_sheet, list_images, read_image
 from fewshot_ext.data._threads import in_threads
+from fewshot_ext.evaluation.head_choice import features_record
 from fewshot_ext.evaluation.images import class_folders
+from fewshot_ext.models import LocalFeaturesConfig
 
 SUMMARY = "sort pictures into classes from a few examples of each"
 
@@ -53,13 +55,18 @@ def add_arguments(parser) -> None:
     model.add_argument(
         "--head",
         default="finetune",
-        help="finetune, protonet, protonet_cosine, matchingnet, nearest_neighbor, nearest_neighbor_euclidean or "
-        "simpleshot_l2n",
+        help="on feature vectors: finetune, protonet, protonet_cosine, matchingnet, nearest_neighbor, "
+        "nearest_neighbor_euclidean or simpleshot_l2n; on regions of the pictures: deepemd, deepemd_uniform, "
+        "deepemd_mean, knn, prediction_fusion, fc_dot or fc_cosine, followed by @fcn, @grid or @sampling for regions "
+        "other than those below",
     )
     model.add_argument(
         "--image_size", type=int | None, default=None, help="side to resize to; null for that of the backbone"
     )
     model.add_argument("--batch_size", type=int, default=256, help="images a forward pass")
+    parser.add_class_arguments(LocalFeaturesConfig, "local_features")
+    # Otherwise the title is a sentence of the docstring.
+    parser.groups["local_features"].title = "regions, for the heads that look at them"
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         device=resolve_device(arguments.device),
         batch_size=arguments.batch_size,
         seed=arguments.seed,
+        local_features=arguments.local_features,
     )
     if classifier.image_size is None:
         raise ValueError("image_size must be given, for the backbone does not say its own")
@@ -122,7 +130,9 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         raise ValueError(f"support has no readable picture of the class {lost[0]!r}")
     if not query.files:
         raise ValueError(f"query has no readable picture in {arguments.query}")
-    classifier.fit(support.images[:1], support.labels[:1])
+    # As many as the smallest class has: a head may need more regions than that gives.
+    least = min(support.labels.count(name) for name in classes)
+    classifier.fit(support.images[:least], support.labels[:least])
     return lambda: _run(classifier, support, query, corrupt, output, resolved, arguments.sheet_pictures)
 
 
@@ -228,6 +238,7 @@ def _record(classifier: FewShotClassifier) -> dict[str, Any]:
     return {
         "backbone": {"name": backbone.name, "sha256": backbone.sha256, "path": backbone.path},
         "head": {"type": type(classifier.head).__name__, **asdict(classifier.head)},
+        "local_features": None if classifier.local_features is None else features_record(classifier.local_features),
         "image_size": classifier.image_size,
         "seed": classifier.seed,
         "versions": versions("torch", "numpy", "pillow"),

@@ -5,9 +5,19 @@ chosen heads. Several checkpoints meet the same episodes, and the table gives th
 Prints the table and writes results.json, results.csv and config.yaml to the output folder; features are kept
 there too, so that a second call with other heads or episodes takes seconds.
 
-Heads: finetune (the official protocol: a fresh classifier trained by SGD for each episode), protonet and
-protonet_cosine (nearest class mean), matchingnet (attention over the support), nearest_neighbor and
+Heads on feature vectors: finetune (the official protocol: a fresh classifier trained by SGD for each episode),
+protonet and protonet_cosine (nearest class mean), matchingnet (attention over the support), nearest_neighbor and
 nearest_neighbor_euclidean, simpleshot and simpleshot_l2n (nearest mean of normalised features).
+
+Heads on local features: deepemd (optimal matching of the regions; for more than one shot with the structured layer),
+deepemd_uniform (equal weights), deepemd_mean (class means in place of the structured layer), knn (nearest local
+features), prediction_fusion (local features classified one by one), fc_dot and fc_cosine (a classifier trained on their
+mean). The regions follow the name: deepemd@fcn (positions of the feature map, the default), deepemd@grid or
+deepemd@sampling (crops); with them protonet, protonet_cosine and matchingnet take the mean of the local features.
+"--heads deepemd_table" is the whole comparison of the DeepEMD paper.
+
+The local features of all images are kept in memory and on disk, one kind at a time: images x regions x channels x 4
+bytes. That is 0.77 GB for the 12,000 novel images of mini-ImageNet under a ResNet-12 (25 regions, 640 channels).
 """
 
 import sys
@@ -22,13 +32,16 @@ from fewshot_ext.data import load_images
 from fewshot_ext.evaluation import (
     Comparison,
     ComparisonConfig,
+    DeepEMDHead,
     FeatureCache,
     FineTuningConfig,
     FrozenBackbone,
     ProtocolConfig,
+    expand_heads,
 )
 from fewshot_ext.evaluation.backbones import distinct_names
 from fewshot_ext.evaluation.results import RESULT_FILES
+from fewshot_ext.models import LocalFeaturesConfig
 
 SUMMARY = "few-shot accuracy of checkpoints on novel classes, with several heads on the same episodes"
 
@@ -60,11 +73,29 @@ def add_arguments(parser) -> None:
     episodes.add_argument("--queries", type=int, default=protocol.queries, help="query images a class")
     episodes.add_argument("--episodes", type=int, default=protocol.episodes, help="episodes for each number of shots")
     episodes.add_argument(
-        "--heads", nargs="+", default=list(config.heads), metavar="HEAD", help="classifiers, from the list above"
+        "--heads",
+        nargs="+",
+        default=list(config.heads),
+        metavar="HEAD",
+        help="classifiers, from the lists above, or deepemd_table",
     )
-    parser.add_class_arguments(FineTuningConfig, "finetuning")
-    # Otherwise the title is a sentence of the docstring.
-    parser.groups["finetuning"].title = "head finetune"
+    maps = parser.add_argument_group("memory of local features")
+    maps.add_argument(
+        "--map_dtype", default=config.map_dtype, help="float32, or float16 for half the memory; scores are in float32"
+    )
+    maps.add_argument(
+        "--map_memory", type=float, default=config.map_memory, metavar="GIB", help="most that they may take in GiB"
+    )
+    # Other heads of the family differ in the weighting.
+    for name, settings, skip, title in (
+        ("finetuning", FineTuningConfig, set(), "head finetune"),
+        ("deepemd", DeepEMDHead, {"weighting"}, "heads deepemd"),
+        ("local_features", LocalFeaturesConfig, set(), "local features"),
+    ):
+        parser.add_class_arguments(settings, name, skip=skip)
+        # Otherwise the title is a sentence of the docstring.
+        parser.groups[name].title = title
+    parser.groups["deepemd.classifier"].title = "heads deepemd: structured layer"
 
 
 def prepare(arguments, resolved: str) -> Callable[[], int]:
@@ -76,7 +107,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     """
     _extras.require("train", "tqdm")
     config = ComparisonConfig(
-        heads=tuple(arguments.heads),
+        heads=expand_heads(arguments.heads),
         split=arguments.split,
         seed=arguments.seed,
         batch_size=arguments.batch_size,
@@ -87,6 +118,10 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
             queries=arguments.queries,
         ),
         finetuning=arguments.finetuning,
+        deepemd=arguments.deepemd,
+        local_features=arguments.local_features,
+        map_dtype=arguments.map_dtype,
+        map_memory=arguments.map_memory,
     )
     set_threads(arguments.threads)
     device = resolve_device(arguments.device)
@@ -123,7 +158,7 @@ def _run(comparison: Comparison, output: Path, resolved: str) -> int:
     if trouble is None:
         print("\nwritten:", ", ".join(str(output / name) for name in (*RESULT_FILES, "config.yaml")), flush=True)
     else:
-        done = len({row.backbone for row in results.accuracies})
+        done = comparison.finished
         kept = comparison.cache.folder
         found = "" if kept is None else f"; the same command finds the features extracted so far in {kept}"
         print(f"{trouble}, with {done} of {len(comparison.backbones)} backbones done{found}", file=sys.stderr)

@@ -34,7 +34,6 @@ from fewshot_ext.evaluation import (
     nearest_neighbors,
     retrieval_metrics,
 )
-from fewshot_ext.evaluation.comparison import check_takes
 from fewshot_ext.evaluation.retrieval import DISTANCES
 from fewshot_ext.evaluation.retrieval_images import LabelledImages, common_labels, neighbor_rows, neighbor_sheet
 
@@ -114,7 +113,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
 def _images(arguments, backbone: FrozenBackbone, device: torch.device) -> tuple[LabelledImages, LabelledImages | None]:
     if arguments.data is not None:
         archive = load_images(arguments.data).subset(Split[arguments.split.upper()])
-        check_takes(backbone, archive.images[:1], device, arguments.data)
+        backbone.try_out(archive.images[:1], arguments.data, device=device)
         return LabelledImages.of_archive(archive), None
     if backbone.image_size is None:
         raise ValueError(f"checkpoint {backbone.path} takes images that are not square: pack the pictures, take --data")
@@ -123,7 +122,7 @@ def _images(arguments, backbone: FrozenBackbone, device: torch.device) -> tuple[
     if gallery is not None and gallery.resolve() == query.resolve():
         raise ValueError("gallery is the folder of the queries, each of which would find itself: leave --gallery out")
     queries = LabelledImages.of_folder(query)
-    check_takes(backbone, torch.stack(queries.pixels(backbone, [0])), device, str(query))
+    backbone.try_out(torch.stack(queries.pixels(backbone, [0])), str(query), device=device)
     return queries, None if gallery is None else LabelledImages.of_folder(gallery)
 
 

@@ -12,6 +12,7 @@ from fewshot_ext.evaluation.discriminability import (
     measure_discriminability,
 )
 from fewshot_ext.evaluation.features import FeatureCache
+from fewshot_ext.evaluation.head_choice import HEAD_GROUPS, HeadChoice, HeadSettings, choose_head, expand_heads
 from fewshot_ext.evaluation.heads import (
     HEADS,
     FineTuning,
@@ -39,7 +40,13 @@ from fewshot_ext.evaluation.map_heads import (
     PredictionFusion,
     find_map_head,
 )
-from fewshot_ext.evaluation.match_plots import plot_match, square_regions
+from fewshot_ext.evaluation.match_plots import (
+    MatchedPair,
+    plot_match,
+    plot_matches,
+    square_regions,
+    strongest_flows,
+)
 from fewshot_ext.evaluation.plots import plot_accuracy_over_margin
 from fewshot_ext.evaluation.protocol import (
     ProtocolConfig,
@@ -47,7 +54,7 @@ from fewshot_ext.evaluation.protocol import (
     extract_features,
     mean_and_interval,
 )
-from fewshot_ext.evaluation.reranking import rerank
+from fewshot_ext.evaluation.reranking import RerankedRetrieval, rerank, retrieve_and_rerank
 from fewshot_ext.evaluation.results import ComparisonResults, HeadAccuracy, csv_of_rows, json_with_rows
 from fewshot_ext.evaluation.retrieval import (
     RetrievalMetrics,
@@ -66,6 +73,7 @@ from fewshot_ext.evaluation.spectrum import (
 
 __all__ = [
     "HEADS",
+    "HEAD_GROUPS",
     "MAP_HEADS",
     "Comparison",
     "ComparisonConfig",
@@ -79,9 +87,12 @@ __all__ = [
     "FrozenBackbone",
     "Head",
     "HeadAccuracy",
+    "HeadChoice",
+    "HeadSettings",
     "LocalNearestNeighbors",
     "MapHead",
     "MarginMeasures",
+    "MatchedPair",
     "MatchingNet",
     "NearestNeighbor",
     "Pooled",
@@ -89,12 +100,14 @@ __all__ = [
     "PropositionCheck",
     "ProtoNet",
     "ProtocolConfig",
+    "RerankedRetrieval",
     "RetrievalMetrics",
     "SimpleShot",
     "angle_histogram",
     "base_class_probabilities",
     "check_proposition",
     "check_retrieval",
+    "choose_head",
     "class_centers",
     "clustering_nmi",
     "count_peaks",
@@ -102,6 +115,7 @@ __all__ = [
     "discriminative_function",
     "effective_rank",
     "episode_accuracies",
+    "expand_heads",
     "extract_features",
     "find_head",
     "find_map_head",
@@ -114,10 +128,13 @@ __all__ = [
     "nearest_neighbors",
     "plot_accuracy_over_margin",
     "plot_match",
+    "plot_matches",
     "rerank",
     "retrieval_metrics",
+    "retrieve_and_rerank",
     "same_class_probability",
     "singular_spectrum",
     "spectral_decay",
     "square_regions",
+    "strongest_flows",
 ]

@@ -13,6 +13,8 @@ from fewshot_ext import _extras
 from fewshot_ext._files import file_sha256
 from fewshot_ext.data import ImageInput
 from fewshot_ext.data.augmentation import resized_size
+from fewshot_ext.evaluation.protocol import extract_features
+from fewshot_ext.models import LocalFeatures, LocalFeaturesConfig, build_local_features
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +80,66 @@ class FrozenBackbone:
         if isinstance(source, Path) or path.suffix == ".ckpt" or path.exists():
             return cls.from_checkpoint(path)
         return cls.from_timm(source)
+
+    def local_features(self, config: LocalFeaturesConfig) -> LocalFeatures:
+        """The module from the same uint8 images to local features ``[B, N, C]``; it shares the weights.
+
+        Raises:
+            TypeError: a backbone without feature maps.
+        """
+        # A Lightning module of ours has its extractor inside; an extractor has its preprocessing beside the backbone.
+        whole = getattr(self.module, "extractor", self.module)
+        if isinstance(getattr(whole, "input", None), ImageInput) and hasattr(whole, "backbone"):
+            return build_local_features(config, whole.backbone, whole.input).eval()
+        inner, preprocessing = whole, None
+        if isinstance(whole, _Preprocessed):
+            inner, preprocessing = whole.backbone, whole.preprocessing
+        if "timm" in self.origin and hasattr(inner, "forward_features"):
+            inner = _TimmMaps(inner).eval()
+        if not callable(getattr(inner, "feature_map", None)):
+            raise TypeError(
+                f"backbone {self.name} gives no feature maps, which matching needs: {type(inner).__name__} has no "
+                "method feature_map"
+            )
+        return build_local_features(config, inner, preprocessing).eval()
+
+    def try_out(
+        self,
+        image: Tensor,
+        data_name: str,
+        local_features: LocalFeaturesConfig | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """Sends one image through: what does not fit, channels, size or diverged weights, shows there and no sooner.
+
+        Args:
+            image: ``[1, C, H, W]`` uint8.
+            data_name: what a message calls the images.
+            local_features: which maps are wanted; None for feature vectors.
+            device: where the module goes.
+
+        Returns:
+            ``[1, D]`` or ``[1, N, C']``.
+
+        Raises:
+            ValueError: the backbone does not take the image, gives no maps, or gives features of another rank or that
+                are not finite.
+        """
+        shape = "x".join(map(str, image.shape[1:]))
+        module, kind, layout = self.module, "", "[B, D]"
+        try:
+            if local_features is not None:
+                module, kind, layout = self.local_features(local_features), f"{local_features.name} ", "[B, N, C]"
+            features = extract_features(module.to(device), image)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"backbone {self.name} does not take the {shape} images of {data_name}: {error}"
+            ) from error
+        if features.dim() != len(layout.split(",")):
+            raise ValueError(f"backbone {self.name} must give {kind}features {layout}, got {list(features.shape)}")
+        if not features.isfinite().all():
+            raise ValueError(f"backbone {self.name} gives features that are not finite: its training has diverged")
+        return features
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> "FrozenBackbone":
@@ -218,3 +280,22 @@ class _Preprocessed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.backbone(self.preprocessing(images))
+
+
+class _TimmMaps(nn.Module):
+    """A model of timm as what offers ``feature_map``; some of them keep the channels last."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def feature_map(self, pixels: Tensor) -> Tensor:
+        features = self.model.forward_features(pixels)
+        channels = self.model.num_features
+        if features.dim() == 4 and features.shape[1] == channels:
+            return features
+        if features.dim() == 4 and features.shape[3] == channels:
+            return features.permute(0, 3, 1, 2)
+        raise ValueError(
+            f"{type(self.model).__name__} gives features {list(features.shape)}, no map of {channels} channels"
+        )

@@ -1,26 +1,37 @@
 """Backbones and heads compared on the same few-shot episodes."""
 
+import hashlib
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fewshot_ext import _extras
-from fewshot_ext._checks import check_at_least, check_choice
+from fewshot_ext._checks import check_at_least, check_choice, check_positive
 from fewshot_ext._progress import StagedProgress
 from fewshot_ext._random import derive_generator, derive_seed
 from fewshot_ext._record import versions
 from fewshot_ext.data import Episodes, ImageArchive, Split, sample_episodes
 from fewshot_ext.evaluation.backbones import FrozenBackbone
 from fewshot_ext.evaluation.features import FeatureCache
-from fewshot_ext.evaluation.heads import FineTuning, FineTuningConfig, Head, find_head
+from fewshot_ext.evaluation.head_choice import (
+    HeadChoice,
+    HeadSettings,
+    choose_head,
+    crops_an_image,
+    features_record,
+)
+from fewshot_ext.evaluation.heads import FineTuningConfig
+from fewshot_ext.evaluation.map_heads import DeepEMDHead
 from fewshot_ext.evaluation.protocol import ProtocolConfig, episode_accuracies, extract_features
 from fewshot_ext.evaluation.results import ComparisonResults, HeadAccuracy
+from fewshot_ext.models import LocalFeaturesConfig
 
 # Second entries of the keys that `derive_seed` makes independent seeds of, after the seed of the run.
 _EPISODES, _HEAD = 1, 2
@@ -31,16 +42,20 @@ class ComparisonConfig:
     """What is measured.
 
     Args:
-        heads: names in ``HEADS``.
+        heads: names as ``choose_head`` takes them, of heads for feature vectors and for maps.
         split: the classes that episodes are drawn from: "base", "validation" or "novel".
         seed: decides episodes, initial classifiers and the order of the passes, the same for all backbones.
         batch_size: images a forward pass.
         protocol: see ``ProtocolConfig``.
         finetuning: settings of the head "finetune"; see ``FineTuningConfig``.
+        deepemd: settings of the heads that begin with "deepemd"; see ``HeadSettings``.
+        local_features: the regions that heads for maps look at; see ``LocalFeaturesConfig``.
+        map_dtype: "float32" or "float16", in which the maps of all images are kept; heads compute in float32.
+        map_memory: most that the maps of all images may take, in GiB; one kind of map is kept at a time.
 
     Raises:
-        ValueError: no heads, an unknown one or one given twice, an unknown split, a negative seed, a batch size
-            below 1.
+        ValueError: no heads, an unknown one or one given twice, maps for a head that takes vectors, an unknown split or
+            dtype, a negative seed, a batch size below 1, no memory.
     """
 
     heads: tuple[str, ...] = ("finetune",)
@@ -49,15 +64,32 @@ class ComparisonConfig:
     batch_size: int = 256
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     finetuning: FineTuningConfig = field(default_factory=FineTuningConfig)
+    deepemd: DeepEMDHead = field(default_factory=DeepEMDHead)
+    local_features: LocalFeaturesConfig = field(default_factory=LocalFeaturesConfig)
+    map_dtype: Literal["float32", "float16"] = "float32"
+    map_memory: float = 4.0
 
     def __post_init__(self) -> None:
         if not self.heads or len(set(self.heads)) < len(self.heads):
             raise ValueError(f"heads must name at least one head, and none twice, got {list(self.heads)}")
         for head in self.heads:
-            find_head(head)
+            self.choose(head)
         check_choice("split", self.split, "base", "validation", "novel")
         check_at_least("seed", self.seed, 0)
         check_at_least("batch_size", self.batch_size, 1)
+        check_choice("map_dtype", self.map_dtype, "float32", "float16")
+        check_positive("map_memory", self.map_memory)
+
+    def choose(self, name: str, similarity: Literal["cosine", "softmax"] = "cosine") -> HeadChoice:
+        """The head called ``name`` with these settings; see ``choose_head``."""
+        return choose_head(name, HeadSettings(self.finetuning, self.deepemd, self.local_features), similarity)
+
+    def heads_by_features(self) -> dict[LocalFeaturesConfig | None, list[str]]:
+        """The heads that share features; None stands for the backbone's feature vectors."""
+        groups: dict[LocalFeaturesConfig | None, list[str]] = {}
+        for name in self.heads:
+            groups.setdefault(self.choose(name).local_features, []).append(name)
+        return groups
 
 
 class Comparison:
@@ -77,8 +109,9 @@ class Comparison:
     Raises:
         ImportError: tqdm is missing.
         ValueError: no backbones or two of one name, no classes of the split, too few classes or images for the
-            protocol (the smallest class is named), a backbone that does not take these images or whose features
-            are not finite, or a head that needs base classes where there are none.
+            protocol (the smallest class is named), a backbone that does not take these images, gives no maps where a
+            head needs them, or whose features are not finite, maps that are too small for a head or take more than
+            ``map_memory``, or a head that needs base classes where there are none.
 
     Example:
         >>> from fewshot_ext.data import load_digits
@@ -109,12 +142,17 @@ class Comparison:
         self.episodes = {shot: self._sample(shot, data_name) for shot in config.protocol.shots}
         self.base_images = self._base_images(archive, data_name)
         for backbone in self.backbones:
-            check_takes(backbone, archive.images[:1], self.device, data_name)
+            for local_features, heads in config.heads_by_features().items():
+                example = backbone.try_out(archive.images[:1], data_name, local_features, self.device)
+                if local_features is not None:
+                    self._check_maps(backbone.name, heads, example.shape[1:])
         self._checksum = archive.checksum()
         self.results = ComparisonResults(
             config={
                 **json.loads(json.dumps(asdict(config))),
-                "head_settings": {name: asdict(find_head(name)) for name in config.heads if name != "finetune"},
+                "head_settings": {
+                    name: _settings_of(config.choose(name)) for name in config.heads if name != "finetune"
+                },
                 "device": self.device.type,
             },
             versions=versions("torch", "numpy"),
@@ -135,55 +173,75 @@ class Comparison:
         """Measures everything, with a progress bar on a terminal.
 
         Args:
-            output: existing folder that receives the results, again after every backbone.
+            output: existing folder that receives the results, again after every head.
 
         Returns:
             ``results``.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C. ``results`` and the files then hold the backbones finished before.
+            KeyboardInterrupt: Ctrl-C. ``results`` and the files then hold what was finished before.
         """
         self._write(output)
         with StagedProgress("backbones", len(self.backbones)) as progress:
             for backbone in self.backbones:
-                rows = self._measure(backbone, progress)
-                self.results.accuracies += rows
-                self._write(output)
+                for local_features, heads in self.config.heads_by_features().items():
+                    self._measure(backbone, local_features, heads, progress, output)
+                rows = [row for row in self.results.accuracies if row.backbone == backbone.name]
                 cells = (f"{row.head} {row.shot}-shot {row.per_episode().mean().item():.2f}" for row in rows)
                 progress.finish(f"{backbone.name}: {', '.join(cells)}")
         return self.results
+
+    @property
+    def finished(self) -> int:
+        """How many backbones are measured under every head."""
+        rows = [row.backbone for row in self.results.accuracies]
+        return sum(rows.count(b.name) == len(self.config.heads) * len(self.episodes) for b in self.backbones)
 
     def _write(self, output: str | Path | None) -> None:
         if output is not None:
             self.results.write(Path(output))
 
-    def _measure(self, backbone: FrozenBackbone, progress: StagedProgress) -> list[HeadAccuracy]:
+    def _measure(
+        self,
+        backbone: FrozenBackbone,
+        local_features: LocalFeaturesConfig | None,
+        heads: Sequence[str],
+        progress: StagedProgress,
+        output: str | Path | None,
+    ) -> None:
+        """Every head on one kind of features, which are gone afterwards: those of several kinds may not fit."""
         config = self.config
-        features = self._features(backbone, self.images, config.split, progress)
+        features = self._features(backbone, local_features, self.images, config.split, progress)
         base_mean = None
-        if self.base_images is not None:
-            base_mean = self._features(backbone, self.base_images, "base", progress).mean(0)
-        rows, done = [], 0
-        total = len(config.heads) * len(self.episodes) * config.protocol.episodes
-        with progress.stage(f"{backbone.name}: episodes", total) as report:
-            for name in config.heads:
-                for shot, episodes in self.episodes.items():
+        if self.base_images is not None and local_features is None:
+            base_mean = self._features(backbone, None, self.base_images, "base", progress).mean(0)
+        places = [(b.name, head, shot) for b in self.backbones for head in config.heads for shot in self.episodes]
+        for name in heads:
+            rows = []
+            for shot, episodes in self.episodes.items():
+                with progress.stage(f"{backbone.name}: {name}, {shot}-shot episodes", len(episodes)) as report:
                     accuracies = episode_accuracies(
                         features,
                         episodes,
-                        head=self._head(name, backbone),
+                        head=config.choose(name, backbone.similarity).head,
                         base_mean=base_mean,
                         seed=derive_seed(config.seed, _HEAD, shot),
-                        on_progress=lambda count, before=done: report(before + count),
+                        on_progress=report,
                     )
-                    done += len(episodes)
-                    queries = episodes.query[0].numel()
-                    correct = tuple((accuracies * queries).round().long().tolist())
-                    rows.append(HeadAccuracy(backbone.name, name, shot, correct, queries))
-        return rows
+                queries = episodes.query[0].numel()
+                correct = tuple((accuracies * queries).round().long().tolist())
+                rows.append(HeadAccuracy(backbone.name, name, shot, correct, queries))
+            self.results.accuracies += rows
+            self.results.accuracies.sort(key=lambda row: places.index((row.backbone, row.head, row.shot)))
+            self._write(output)
 
     def _features(
-        self, backbone: FrozenBackbone, archive: ImageArchive, split: str, progress: StagedProgress
+        self,
+        backbone: FrozenBackbone,
+        local_features: LocalFeaturesConfig | None,
+        archive: ImageArchive,
+        split: str,
+        progress: StagedProgress,
     ) -> Tensor:
         key = {
             "split": split,
@@ -192,27 +250,46 @@ class Comparison:
             "device": self.device.type,
             **{name: self.results.versions[name] for name in ("fewshot_ext", "torch")},
         }
+        module, kind, batch_size, dtype = backbone.module, "features", self.config.batch_size, torch.float32
+        if local_features is not None:
+            settings = json.dumps(features_record(local_features), sort_keys=True)
+            key |= {
+                "maps": local_features.name,
+                "settings": hashlib.sha256(settings.encode()).hexdigest(),
+                "dtype": self.config.map_dtype,
+            }
+            module, kind = backbone.local_features(local_features), f"{local_features.name} maps"
+            batch_size = max(1, batch_size // crops_an_image(local_features))
+            dtype = getattr(torch, self.config.map_dtype)
         kept = self.cache.load(key) if backbone.sha256 else None
-        if kept is not None and len(kept) == len(archive):
+        if kept is not None and len(kept) == len(archive) and kept.dtype == dtype:
             return kept.to(self.device)
-        with progress.stage(f"{backbone.name}: features of {split} classes", len(archive)) as report:
+        with progress.stage(f"{backbone.name}: {kind} of {split} classes", len(archive)) as report:
             features = extract_features(
-                backbone.module.to(self.device),
-                archive.images,
-                batch_size=self.config.batch_size,
-                on_progress=report,
+                module.to(self.device), archive.images, batch_size=batch_size, dtype=dtype, on_progress=report
             )
         if backbone.sha256:
             try:
                 self.cache.save(key, features)
             except OSError as error:
-                warnings.warn(f"features of {backbone.name} are not kept for the next run: {error}", stacklevel=2)
+                warnings.warn(f"{kind} of {backbone.name} are not kept for the next run: {error}", stacklevel=2)
         return features
 
-    def _head(self, name: str, backbone: FrozenBackbone) -> Head:
-        if name == "finetune":
-            return FineTuning.from_config(self.config.finetuning, backbone.similarity)
-        return find_head(name)
+    def _check_maps(self, backbone: str, heads: Sequence[str], shape: Sequence[int]) -> None:
+        regions, channels = shape
+        for name in heads:
+            try:
+                self.config.choose(name).head.check_regions(regions * min(self.episodes))
+            except ValueError as error:
+                raise ValueError(f"head {name} on backbone {backbone}: {error}") from error
+        size = len(self.images) * regions * channels * getattr(torch, self.config.map_dtype).itemsize / 2**30
+        if size > self.config.map_memory:
+            smaller = ", keep them in map_dtype float16" if self.config.map_dtype == "float32" else ""
+            raise ValueError(
+                f"map_memory must be at least {math.ceil(100 * size) / 100} GiB for head {heads[0]} on backbone "
+                f"{backbone}, with {regions} x {channels} numbers for each of {len(self.images)} images, "
+                f"got {self.config.map_memory:g}; raise it{smaller} or take fewer regions"
+            )
 
     def _sample(self, shot: int, data_name: str) -> Episodes:
         protocol, where = self.config.protocol, f"the {self.config.split} classes of {data_name}"
@@ -236,7 +313,7 @@ class Comparison:
             raise ValueError(f"{where}: {error}") from error
 
     def _base_images(self, archive: ImageArchive, data_name: str) -> ImageArchive | None:
-        needy = [name for name in self.config.heads if find_head(name).needs_base_mean]
+        needy = [name for name in self.config.heads if self.config.choose(name).head.needs_base_mean]
         if not needy:
             return None
         if not (archive.class_split == Split.BASE).any():
@@ -244,26 +321,6 @@ class Comparison:
         return archive.subset(Split.BASE)
 
 
-def check_takes(backbone: FrozenBackbone, image: Tensor, device: torch.device, data_name: str) -> None:
-    """Sends one image through: what does not fit, channels, size or diverged weights, shows there and no sooner.
-
-    Args:
-        backbone: is moved to ``device``.
-        image: ``[1, C, H, W]`` uint8.
-        device: where it will run.
-        data_name: what messages call the images.
-
-    Raises:
-        ValueError: the backbone does not take the image, or makes no features ``[1, D]`` of finite numbers of it.
-    """
-    shape = "x".join(map(str, image.shape[1:]))
-    try:
-        features = extract_features(backbone.module.to(device), image)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"backbone {backbone.name} does not take the {shape} images of {data_name}: {error}"
-        ) from error
-    if features.dim() != 2:
-        raise ValueError(f"backbone {backbone.name} must give features [B, D], got {list(features.shape)}")
-    if not features.isfinite().all():
-        raise ValueError(f"backbone {backbone.name} gives features that are not finite: its training has diverged")
+def _settings_of(choice: HeadChoice) -> dict[str, Any]:
+    settings = asdict(choice.head)
+    return settings if choice.local_features is None else {**settings, "maps": features_record(choice.local_features)}

@@ -33,7 +33,7 @@ class FeatureCache:
         self.folder = None if folder is None else Path(folder)
 
     def load(self, key: Mapping[str, str]) -> Tensor | None:
-        """The float32 tensor kept under ``key``; None where there is none, or where its file is damaged."""
+        """The float32 or float16 tensor kept under ``key``; None where there is none, or where its file is damaged."""
         if self.folder is None:
             return None
         try:
@@ -42,10 +42,12 @@ class FeatureCache:
                 features = arrays["features"] if same else None
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
-        return None if features is None or features.dtype != np.float32 else torch.from_numpy(features)
+        if features is None or features.dtype not in (np.float32, np.float16):
+            return None
+        return torch.from_numpy(features)
 
     def save(self, key: Mapping[str, str], features: Tensor) -> None:
-        """Keeps a float32 tensor under ``key``, in place of an older one.
+        """Keeps a float32 or float16 tensor under ``key``, in place of an older one.
 
         Raises:
             OSError: the folder cannot be written to.

@@ -49,6 +49,25 @@ class MapHead(Head):
         check_finite_maps(support=support, query=query)
         return self._scores(support, support_target, query, way, generator)
 
+    def condense(
+        self, support: Tensor, support_target: Tensor, way: int, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """A support set that scores every query as the given one does, and costs a call no fit.
+
+        Args:
+            support, support_target, way, generator: as in a call.
+
+        Returns:
+            Maps ``[E, S', N, C]`` and their classes ``[E, S']``; the given ones for a head that fits nothing to maps.
+
+        Raises:
+            As a call.
+        """
+        return support, support_target
+
+    def check_regions(self, regions: int) -> None:
+        """Raises ValueError where a class with this many local features, of all its images, has too few."""
+
 
 @dataclass(frozen=True)
 class DeepEMDHead(MapHead):
@@ -57,7 +76,8 @@ class DeepEMDHead(MapHead):
     The scores are the logits of the paper; gradients reach the features as in ``fewshot_ext.models.DeepEMD``.
 
     Args:
-        temperature, weighting: as in ``fewshot_ext.models.emd_logits``.
+        temperature: of the logits.
+        weighting: "cross_reference" or "uniform"; see ``fewshot_ext.models.emd_logits``.
         classifier: of the structured fully connected layer; see ``fewshot_ext.models.StructuredClassifierConfig``.
 
     Reference:
@@ -79,10 +99,15 @@ class DeepEMDHead(MapHead):
         check_positive("temperature", self.temperature)
         check_choice("weighting", self.weighting, "cross_reference", "uniform")
 
+    def condense(self, support, support_target, way, *, generator=None):
+        prototypes = class_prototypes(
+            support, support_target, way, self.classifier, self.temperature, self.weighting, generator
+        )
+        return prototypes, torch.arange(way, device=support.device).expand(len(support), -1)
+
     def _scores(self, support, target, query, way, generator):
-        options = {"temperature": self.temperature, "weighting": self.weighting}
-        prototypes = class_prototypes(support, target, way, self.classifier, **options, generator=generator)
-        return emd_logits(query, prototypes, **options)
+        prototypes, _ = self.condense(support, target, way, generator=generator)
+        return emd_logits(query, prototypes, temperature=self.temperature, weighting=self.weighting)
 
 
 @dataclass(frozen=True)
@@ -114,15 +139,19 @@ class LocalNearestNeighbors(MapHead):
         check_at_least("neighbors", self.neighbors, 1)
         check_positive("scale", self.scale)
 
+    def check_regions(self, regions: int) -> None:
+        if regions < self.neighbors:
+            raise ValueError(
+                f"neighbors must be at most {regions}, the local features of the class with the fewest, "
+                f"got {self.neighbors}"
+            )
+
     def _scores(self, support, target, query, way, generator):
         nodes = support.shape[2]
         member = F.one_hot(target, way).mT  # [E, way, S]
         counts = member.sum(-1)
-        if counts.numel() and counts.min() * nodes < self.neighbors:
-            raise ValueError(
-                f"neighbors must be at most {counts.min().item() * nodes}, the local features of the class with the "
-                f"fewest, got {self.neighbors}"
-            )
+        if counts.numel():
+            self.check_regions(int(counts.min()) * nodes)
         # Every class gets room for the images of the largest; what is left over must never be near.
         present, images = member.topk(int(counts.max()) if counts.numel() else support.shape[1], -1)  # [E, way, K]
         rows = torch.arange(len(support), device=support.device)[:, None, None]
@@ -207,6 +236,7 @@ MAP_HEADS: Mapping[str, MapHead] = MappingProxyType(
     {
         "deepemd": DeepEMDHead(),
         "deepemd_uniform": DeepEMDHead(weighting="uniform"),
+        "deepemd_mean": DeepEMDHead(classifier=StructuredClassifierConfig(passes=0)),
         "knn": LocalNearestNeighbors(),
         "prediction_fusion": PredictionFusion(),
         "protonet": Pooled(ProtoNet()),

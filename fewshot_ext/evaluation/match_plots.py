@@ -1,13 +1,17 @@
 """Pictures of a match: the strongest flows between the regions of two images, and how much each region counts."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fewshot_ext import _extras
 from fewshot_ext._checks import check_at_least
+from fewshot_ext.models.local_features import pooled_regions
 from fewshot_ext.models.matching import (
     Match,
     Weighting,
@@ -21,6 +25,7 @@ from fewshot_ext.models.matching import (
 # number at both ends of a line tells the flows apart without them.
 _COLORS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
 _WIDTH = 3.4  # inches of a column
+_SHARED_WIDTH = 2.35  # of a pair among others: three fill a page
 
 
 def square_regions(nodes: int, height: int, width: int) -> Tensor:
@@ -31,14 +36,12 @@ def square_regions(nodes: int, height: int, width: int) -> Tensor:
 
     Example:
         >>> square_regions(4, 8, 8)[1]
-        tensor([4., 0., 8., 4.])
+        tensor([4., 0., 8., 4.], dtype=torch.float64)
     """
     side = math.isqrt(nodes)
     if side * side != nodes or nodes == 0:
         raise ValueError(f"regions must be given for {nodes} local features, which form no square map")
-    left, top = torch.arange(side).repeat(side), torch.arange(side).repeat_interleave(side)
-    corners = torch.stack([left * width, top * height, (left + 1) * width, (top + 1) * height], -1)
-    return corners / side
+    return pooled_regions((side, side), (side, side), (height, width))
 
 
 def plot_match(
@@ -87,11 +90,79 @@ def plot_match(
     """
     check_at_least("flows", flows, 1)
     _extras.require("train", "matplotlib")
+    pair = MatchedPair(query_image, support_image, query_map, support_map, query_regions, support_regions, titles)
+    drawn = _checked_pair(pair, weighting)
+    _draw([drawn], flows, 1, path)
+    return drawn.match
+
+
+@dataclass(frozen=True)
+class MatchedPair:
+    """Two images to be drawn by :func:`plot_matches`; see :func:`plot_match` for the arguments.
+
+    Args:
+        title: above both images.
+    """
+
+    query_image: Tensor
+    support_image: Tensor
+    query_map: Tensor
+    support_map: Tensor
+    query_regions: Tensor | None = None
+    support_regions: Tensor | None = None
+    titles: tuple[str, str] = ("query", "support")
+    title: str = ""
+
+
+def plot_matches(
+    pairs: Sequence[MatchedPair],
+    path: str | Path,
+    *,
+    weighting: Weighting = "cross_reference",
+    flows: int = 5,
+    columns: int = 3,
+) -> list[Match]:
+    """Draws several matches side by side, as :func:`plot_match` draws one, the weights of all on one scale.
+
+    Args:
+        pairs: at least one.
+        path, weighting, flows: as in :func:`plot_match`.
+        columns: pairs next to each other; three fill the width of a page.
+
+    Returns:
+        The matches that were drawn.
+
+    Raises:
+        As :func:`plot_match`, before anything is written.
+        ValueError: no pairs, or fewer than one column.
+
+    Example:
+        >>> pair = MatchedPair(torch.rand(3, 32, 32), torch.rand(3, 32, 32), torch.rand(16, 8), torch.rand(16, 8))
+        >>> len(plot_matches([pair, pair], "matches.png"))
+        2
+    """
+    check_at_least("flows", flows, 1)
+    check_at_least("columns", columns, 1)
+    if not pairs:
+        raise ValueError("pairs must hold at least one pair, got none")
+    _extras.require("train", "matplotlib")
+    drawn = [_checked_pair(pair, weighting) for pair in pairs]
+    _draw(drawn, flows, columns, path)
+    return [pair.match for pair in drawn]
+
+
+class _Drawn(NamedTuple):
+    images: list[Tensor]  # [H, W, 3] each
+    regions: list[Tensor]  # [N, 4], [M, 4]
+    match: Match
+    titles: tuple[str, str]
+    title: str
+
+
+def _checked_pair(pair: MatchedPair, weighting: Weighting) -> _Drawn:
     images, regions = [], []
-    for name, image, maps, boxes in (
-        ("query", query_image, query_map, query_regions),
-        ("support", support_image, support_map, support_regions),
-    ):
+    for name in ("query", "support"):
+        image, maps, boxes = (getattr(pair, f"{name}_{part}") for part in ("image", "map", "regions"))
         images.append(_checked_image(f"{name}_image", image))
         check_floating(**{f"{name}_map": maps})
         if maps.dim() != 2:
@@ -104,11 +175,11 @@ def plot_match(
         if empty.any():
             raise ValueError(f"{name}_regions must have an area, got {boxes[empty][0].tolist()}")
         regions.append(boxes.double().cpu())
+    query_map, support_map = pair.query_map, pair.support_map
     checked_maps(query_map=query_map[None, None], support_map=support_map[None, None])
     check_finite_maps(query_map=query_map, support_map=support_map)
     match = Match(*(part.cpu() for part in match_flows(query_map, support_map, weighting=weighting)))
-    _draw(images, regions, match, flows, titles, path)
-    return match
+    return _Drawn(images, regions, match, pair.titles, pair.title)
 
 
 def _checked_image(name: str, image: Tensor) -> Tensor:
@@ -127,33 +198,53 @@ def _checked_image(name: str, image: Tensor) -> Tensor:
     return pixels.expand(3, -1, -1).permute(1, 2, 0)
 
 
-def _draw(
-    images: list[Tensor],
-    regions: list[Tensor],
-    match: Match,
-    flows: int,
-    titles: tuple[str, str],
-    path: str | Path,
-) -> None:
+def _draw(pairs: Sequence[_Drawn], flows: int, columns: int, path: str | Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
+    weights = [
+        [_heat_map(*part) for part in zip(pair.images, pair.regions, pair.match[1:], strict=True)] for pair in pairs
+    ]
+    covered = torch.cat([part[part.isfinite()] for maps in weights for part in maps])
+    low, high = float(covered.min()), float(covered.max())
+    # Equal weights are a range too.
+    scale = ScalarMappable(Normalize(low if high - low > 1e-6 else 0.0, high), "viridis")
+
+    alone = len(pairs) == 1
+    rows, columns = -(-len(pairs) // columns), min(columns, len(pairs))
+    width = _WIDTH if alone else _SHARED_WIDTH
     # A Figure without pyplot leaves the caller's backend and open figures alone.
-    figure = Figure(figsize=(_WIDTH, 0.49 * _WIDTH * 2 + 0.75), dpi=200, layout="constrained")
+    size = (width * columns, (0.98 * width + (0 if alone else 0.35)) * rows + 0.75)
+    figure = Figure(figsize=size, dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle("strongest flows, in % of the mass", fontsize=8)
-    axes = figure.subplots(2, 2)
-    weights = [_heat_map(*part) for part in zip(images, regions, match[1:], strict=True)]
-    covered = torch.cat([part[part.isfinite()] for part in weights])
-    low, high = float(covered.min()), float(covered.max())
-    scale = ScalarMappable(
-        Normalize(low if high - low > 1e-6 else 0.0, high), "viridis"
-    )  # equal weights are a range too
-    for column, (image, weight, title) in enumerate(zip(images, weights, titles, strict=True)):
+    if alone:
+        blocks, bar_axes = [figure], None
+    else:
+        above, below = figure.subfigures(2, 1, height_ratios=(size[1] - 0.5, 0.5))
+        blocks = above.subfigures(rows, columns, squeeze=False, wspace=0.03, hspace=0.03).flatten().tolist()
+        bar_axes = below.add_axes((0.3, 0.72, 0.4, 0.14))
+    for block, pair, maps in zip(blocks, pairs, weights, strict=False):
+        axes = _draw_pair(block, pair, maps, scale, flows)
+    place = {"cax": bar_axes} if bar_axes else {"ax": axes[1], "fraction": 0.05, "pad": 0.04, "aspect": 40}
+    bar = (figure if alone else below).colorbar(scale, orientation="horizontal", ticks=MaxNLocator(5), **place)
+    bar.set_label("weight of the region (1 is the average)", fontsize=7)
+    bar.ax.tick_params(labelsize=7)
+    bar.outline.set_visible(False)
+    figure.savefig(path)
+
+
+def _draw_pair(block, pair: _Drawn, weights: Sequence[Tensor], scale, flows: int):
+    """Two images above and their weights below, on a figure or a part of one; returns the axes."""
+    axes = block.subplots(2, 2)
+    if pair.title:
+        block.suptitle(pair.title, fontsize=8)
+    for column, (image, weight, title) in enumerate(zip(pair.images, weights, pair.titles, strict=True)):
         axes[0, column].imshow(image.numpy(), interpolation="nearest")
-        axes[0, column].set_title(title, fontsize=8)
+        axes[0, column].set_title(title, fontsize=8 if not pair.title else 7)
         # Colour for the weight and brightness for the picture: a layer that shines through would blur both.
         brightness = 0.5 + 0.5 * image.mean(-1, keepdim=True).numpy()
         axes[1, column].imshow(scale.to_rgba(weight.numpy())[..., :3] * brightness, interpolation="nearest")
@@ -161,24 +252,33 @@ def _draw(
         axis.set_xticks([])
         axis.set_yticks([])
         axis.spines[:].set_visible(False)
-    _draw_flows(figure, axes[0], regions, match.flow, flows)
-    bar = figure.colorbar(scale, ax=axes[1], orientation="horizontal", fraction=0.05, pad=0.04, aspect=40)
-    bar.set_label("weight of the region (1 is the average)", fontsize=7)
-    bar.ax.tick_params(labelsize=7)
-    bar.outline.set_visible(False)
-    figure.savefig(path)
+    _draw_flows(block, axes[0], pair.regions, pair.match.flow, flows)
+    return axes
+
+
+def strongest_flows(flow: Tensor, flows: int) -> list[tuple[float, int, int]]:
+    """The largest entries of a flow ``[N, M]``, the largest first, as (share of the mass, row, column).
+
+    Those that move nothing are left out.
+
+    Example:
+        >>> strongest_flows(torch.tensor([[0.0, 3.0], [1.0, 0.0]]), 3)
+        [(0.75, 0, 1), (0.25, 1, 0)]
+    """
+    shares = (flow / flow.sum()).flatten()
+    strongest = shares.topk(min(flows, shares.numel()))
+    ranked = zip(*(part.tolist() for part in strongest), strict=True)
+    return [(share, *divmod(place, flow.shape[1])) for share, place in ranked if share > 0]
 
 
 def _draw_flows(figure, axes, regions: list[Tensor], flow: Tensor, flows: int) -> None:
     from matplotlib.patches import ConnectionPatch, Rectangle
     from matplotlib.text import Text
 
-    shares = (flow / flow.sum()).flatten()
-    strongest = shares.topk(min(flows, shares.numel()))
-    moved = [(share, place) for share, place in zip(*(part.tolist() for part in strongest), strict=True) if share > 0]
-    for rank, (share, place) in reversed(list(enumerate(moved))):  # the strongest last, on top
+    moved = strongest_flows(flow, flows)
+    for rank, (share, *places) in reversed(list(enumerate(moved))):  # the strongest last, on top
         color = _COLORS[rank % len(_COLORS)]
-        boxes = [boxes[index] for boxes, index in zip(regions, divmod(place, flow.shape[1]), strict=True)]
+        boxes = [boxes[index] for boxes, index in zip(regions, places, strict=True)]
         centres = [((box[:2] + box[2:]) / 2 - 0.5).tolist() for box in boxes]  # pixel i is drawn around i
         width = 0.8 + 2.2 * share / moved[0][0]
         for axis, box in zip(axes, boxes, strict=True):

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from fewshot_ext._checks import check_at_least
 from fewshot_ext.data import Episodes
 from fewshot_ext.evaluation.heads import HEADS, Head
+from fewshot_ext.models.matching import check_finite_maps
 
 # Features are copied for their episodes: few of them at a time keep the copies small and let the caller draw progress.
 _EPISODES_AT_ONCE = 100
-_FEATURE_BYTES_AT_ONCE = 2**28
+# Copies of maps are large: much more than this is slow to allocate, much less lets few episodes of DeepEMD with several
+# shots advance together.
+_FEATURE_BYTES_AT_ONCE = 2**26
 
 
 @dataclass(frozen=True)
@@ -51,32 +54,38 @@ def extract_features(
     images: Tensor,
     *,
     batch_size: int = 1024,
+    dtype: torch.dtype = torch.float32,
     on_progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Features of all images, in evaluation mode and without gradients.
 
     Args:
-        model: maps ``[B, C, H, W]`` uint8 to ``[B, D]``, as ``PreTraining`` does; its training mode is
-            restored.
-        images: ``[N, C, H, W]`` uint8, on any device.
+        model: maps ``[B, C, H, W]`` uint8 to ``[B, D]``, as ``PreTraining`` does, or to maps ``[B, P, D]`` of P local
+            features, as ``fewshot_ext.models.FCN`` does; its training mode is restored.
+        images: ``[N, C, H, W]`` uint8, N >= 1, on any device.
         batch_size: images a forward pass.
+        dtype: of what is returned.
         on_progress: called with the number of images done so far.
 
     Returns:
-        ``[N, D]`` float32 on the device of the model.
+        ``[N, D]`` or ``[N, P, D]`` on the device of the model. They are written where they stay: nothing but one
+        batch is there twice.
     """
     tensor = next(chain(model.parameters(), model.buffers()), images)
     was_training = model.training
     model.eval()
-    features, done = [], 0
+    features, done = None, 0
     try:
         with torch.inference_mode():
             for batch in images.split(batch_size):
-                features.append(model(batch.to(tensor.device)).float())
+                part = model(batch.to(tensor.device))
+                if features is None:
+                    features = part.new_empty(len(images), *part.shape[1:], dtype=dtype)
+                features[done : done + len(part)] = part
                 done += len(batch)
                 if on_progress:
                     on_progress(done)
-            return torch.cat(features)
+            return features
     finally:
         model.train(was_training)
 
@@ -93,7 +102,7 @@ def episode_accuracies(
     """Accuracy of a head on the queries of each episode.
 
     Args:
-        features: ``[N, D]``, one row an image.
+        features: ``[N, D]``, one row an image; ``[N, P, D]`` for a head that takes maps of P local features.
         episodes: index tensors into the rows of ``features``.
         head: the classifier; by default the official fine-tuning for a cosine backbone.
         base_mean: ``[D]`` mean feature of the base classes, for heads that need it.
@@ -105,10 +114,13 @@ def episode_accuracies(
         ``[E]`` float64 in [0, 1], on the CPU.
 
     Raises:
-        ValueError: features that are not finite, or a head without the ``base_mean`` that it needs.
+        ValueError: maps for a head that takes vectors or the other way round, features that are not finite, or a head
+            without the ``base_mean`` that it needs.
     """
-    if not features.isfinite().all():
-        raise ValueError("features must be finite, got NaN or infinity")
+    if features.dim() != 2 + head.takes_maps:
+        taken = "maps [N, P, D]" if head.takes_maps else "vectors [N, D]"
+        raise ValueError(f"features must be {taken} for {type(head).__name__}, got {list(features.shape)}")
+    check_finite_maps(features=features)
     generator = torch.Generator().manual_seed(seed)
     _, way, shot = episodes.support.shape
     target = torch.arange(way, device=features.device)

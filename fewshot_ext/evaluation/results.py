@@ -23,7 +23,7 @@ class HeadAccuracy:
 
     Attributes:
         backbone: its name in the comparison.
-        head: its name in ``HEADS``.
+        head: its name, as ``choose_head`` takes it.
         shot: support images a class.
         correct: for each episode the number of queries classified rightly.
         queries: queries an episode, of all its classes together.

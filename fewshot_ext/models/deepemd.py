@@ -22,7 +22,7 @@ class LocalFeaturesConfig:
 
     Args:
         name: fcn (positions of the feature map), grid (crops on grids) or sampling (random crops).
-        pyramid: fcn alone: sides of coarser grids beside the map, such as 2 3.
+        pyramid: fcn alone: sides of coarser grids beside the map, such as [2,3].
         grids: grid alone: sides of the grids.
         ratio: grid alone: side of a region in evaluation, in sides of a cell.
         regions: sampling alone: crops an image.

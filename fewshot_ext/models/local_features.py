@@ -43,6 +43,14 @@ class LocalFeatures(nn.Module, ABC):
     def forward(self, images: Tensor) -> Tensor:
         """Images to their local features; see the class."""
 
+    @abstractmethod
+    def boxes(self, images: Tensor) -> Tensor:
+        """Where the local features of images look: ``[B, N, 4]`` float64 boxes (left, top, right, bottom).
+
+        They are in pixels of the image behind the preprocessing, and those of ``forward`` in evaluation; in training
+        crops are drawn anew by every call.
+        """
+
 
 class FCN(LocalFeatures):
     """Every position of the feature map is a region: 5 x 5 for a ResNet-12 on 84 x 84 pixels.
@@ -56,7 +64,7 @@ class FCN(LocalFeatures):
 
     Raises:
         TypeError: a backbone without ``feature_map``.
-        ValueError: a pyramid with a side below 1.
+        ValueError: a pyramid with a side below 1; in a call, a side above that of the feature map.
 
     Reference:
         Zhang et al., DeepEMD, CVPR 2020; the pyramid is that of the official implementation.
@@ -79,8 +87,23 @@ class FCN(LocalFeatures):
 
     def forward(self, images: Tensor) -> Tensor:
         feature_map = self.backbone.feature_map(self.preprocessing(images))
+        height, width = feature_map.shape[2:]
+        if max(self.pyramid, default=0) > min(height, width):
+            raise ValueError(
+                f"pyramid must have sides of at most {min(height, width)}, for the feature map is {height} x {width}, "
+                f"got {max(self.pyramid)}"
+            )
         levels = [F.adaptive_avg_pool2d(feature_map, side) for side in self.pyramid]
         return torch.cat([level.flatten(2) for level in (*levels, feature_map)], 2).mT
+
+    def boxes(self, images: Tensor) -> Tensor:
+        pixels = self.preprocessing(images[:1])
+        cells = tuple(self.backbone.feature_map(pixels).shape[2:])
+        boxes = [
+            pooled_regions(parts, cells, tuple(pixels.shape[2:]))
+            for parts in (*((side, side) for side in self.pyramid), cells)
+        ]
+        return torch.cat(boxes).expand(len(images), -1, -1)
 
     def extra_repr(self) -> str:
         return f"pyramid={self.pyramid}"
@@ -104,6 +127,10 @@ class _Crops(LocalFeatures):
         crops = resized_crops(pixels, boxes, mirrored)
         features = self.backbone.feature_map(crops.flatten(0, 1)).mean((2, 3))
         return features.unflatten(0, crops.shape[:2])
+
+    def boxes(self, images: Tensor) -> Tensor:
+        boxes, _ = self.draw(images, *self.preprocessing(images[:1]).shape[2:])
+        return boxes.double()
 
     @abstractmethod
     def draw(self, images: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -275,6 +302,33 @@ def resized_crops(images: Tensor, boxes: Tensor, mirrored: Tensor) -> Tensor:
     grid = torch.stack([across, down], -1).flatten(1, 2).to(images.dtype)
     crops = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
     return crops.view(batch, channels, regions, height, width).transpose(1, 2)
+
+
+def pooled_regions(parts: tuple[int, int], cells: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """The regions of an image behind a feature map that is pooled to fewer parts, row by row.
+
+    Args:
+        parts: rows and columns that are left, as ``adaptive_avg_pool2d`` makes them.
+        cells: rows and columns of the feature map; with as many parts nothing is pooled.
+        size: height and width of the image, in pixels.
+
+    Returns:
+        ``[rows * columns, 4]`` float64 (left, top, right, bottom) in pixels.
+
+    Example:
+        >>> pooled_regions((1, 2), (3, 3), (6, 6))
+        tensor([[0., 0., 4., 6.],
+                [2., 0., 6., 6.]], dtype=torch.float64)
+    """
+    edges = []
+    for count, cell, pixels in zip(parts, cells, size, strict=True):
+        index = torch.arange(count)
+        first, last = index * cell // count, -(-(index + 1) * cell // count)
+        edges.append(torch.stack([first, last]).double() * (pixels / cell))
+    (top, bottom), (left, right) = edges
+    rows, columns = len(top), len(left)
+    boxes = [left.repeat(rows), top.repeat_interleave(columns), right.repeat(rows), bottom.repeat_interleave(columns)]
+    return torch.stack(boxes, 1)
 
 
 def random_boxes(uniform: Tensor, height: int, width: int) -> Tensor:

@@ -200,7 +200,9 @@ def check_floating(**named: object) -> None:
 def check_finite_maps(**named: Tensor) -> None:
     """Raises ValueError unless all local features are finite."""
     for name, maps in named.items():
-        if not maps.isfinite().all():
+        # A sum is one pass without a copy, several times faster; where it overflows it tells nothing.
+        accumulate = torch.promote_types(maps.dtype, torch.float32)
+        if not maps.detach().sum(dtype=accumulate).isfinite() and not maps.isfinite().all():
             raise ValueError(f"{name} must be finite, got NaN or infinity")
 
 

@@ -96,8 +96,8 @@ def test_report(sweep, tmp_path, capsys):
 
 
 def test_every_subcommand_has_its_test():
-    # test_metric_train.py has that of "collapse".
-    assert set(COMMANDS) == {"margins", "report", "collapse", *LOOKERS, *TRAINERS}
+    # test_metric_train.py has the test of "collapse", test_matches.py that of "matches".
+    assert set(COMMANDS) == {"margins", "report", "collapse", "matches", *LOOKERS, *TRAINERS}
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,10 @@ def test_one_class_and_empty_folders(support, query, checkpoints, tmp_path, caps
         (["--backbone", "resnet50"], "either --checkpoint or --backbone must be given, and not both"),
         (["--head", "svm"], "head must be one of finetune"),
         (["--head", "simpleshot"], "base_mean must be given for SimpleShot"),
+        (["--head", "finetune@fcn"], "asks for maps, but finetune takes feature vectors"),
+        (["--head", "deepemd", "--local_features.pyramid", "[2]"], "pyramid must have sides of at most 1"),
+        (["--head", "deepemd@grid", "--local_features.grids", "[9]"], "at least 18 x 18 pixels for a grid of 9 x 9"),
+        (["--local_features.ratio", "0"], "ratio must be at least 1"),
         (["--device", "tpu"], "device must be auto"),
         (["--threads", "0"], "threads must be at least 1"),
         (["--seed", "-1"], "seed must be at least 0"),
@@ -166,6 +170,28 @@ def test_a_wrong_argument_gets_one_line_and_exit_code_2(
     assert len(printed.err.splitlines()) == 1, printed.err
     assert printed.err.startswith("fewshot-ext classify: error: ")
     assert message in printed.err
+
+
+@pytest.mark.parametrize(("head", "name"), [("deepemd", "fcn"), ("deepemd@grid", "grid")])
+def test_regions_of_the_pictures(head, name, support, query, checkpoints, tmp_path):
+    output = tmp_path / "out"
+    assert classify(support, query, checkpoints[0], output, "--head", head) == 0
+    expected = FewShotClassifier(checkpoints[0], head).fit(support)
+    files = [row["file"] for row in predictions(output)]
+    assert [row["predicted"] for row in predictions(output)] == expected.predict(files)
+    results = json.loads((output / "results.json").read_text())
+    assert results["head"]["type"] == "DeepEMDHead"
+    assert results["head"]["classifier"]["passes"] == 100
+    assert results["local_features"]["name"] == name
+    assert main(["classify", "--config", str(output / "config.yaml"), "--output", str(tmp_path / "again")]) == 0
+    assert predictions(tmp_path / "again") == predictions(output)
+
+
+def test_too_few_regions_for_the_smallest_class(support, query, checkpoints, tmp_path, capsys):
+    for file in sorted((support / "digit 1").iterdir())[1:]:
+        file.unlink()
+    assert classify(support, query, checkpoints[0], tmp_path / "out", "--head", "knn") == 2
+    assert "neighbors must be at most 1, the local features of the class with the fewest" in capsys.readouterr().err
 
 
 def test_neither_checkpoint_nor_backbone(support, query, tmp_path, capsys):

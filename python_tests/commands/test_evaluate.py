@@ -34,6 +34,22 @@ def test_two_checkpoints_in_one_table(checkpoints, tmp_path, capsys):
     assert not (tmp_path / "b" / "features").exists()
 
 
+def test_the_table_of_deepemd_beside_another_head(checkpoints, tmp_path, capsys):
+    from fewshot_ext.evaluation import HEAD_GROUPS
+
+    settings = ["--shots", "3", "--deepemd.classifier.passes", "1", "--local_features.regions", "2"]
+    assert evaluate(checkpoints[:1], tmp_path / "a", "--heads", "protonet", "deepemd_table", *settings) == 0
+    content = json.loads((tmp_path / "a" / "results.json").read_text())
+    heads = ["protonet", *HEAD_GROUPS["deepemd_table"]]
+    assert [row["head"] for row in content["accuracies"]] == heads
+    assert content["config"]["head_settings"]["deepemd@sampling"]["maps"]["regions"] == 2
+    printed = capsys.readouterr().out
+    assert all(head in printed for head in heads)
+    config = str(tmp_path / "a" / "config.yaml")
+    assert main(["evaluate", "--config", config, "--output", str(tmp_path / "b"), "--no_cache"]) == 0
+    assert json.loads((tmp_path / "b" / "results.json").read_text())["accuracies"] == content["accuracies"]
+
+
 def test_ctrl_c_prints_what_is_there(checkpoints, tmp_path, capsys, monkeypatch):
     from fewshot_ext.evaluation import comparison
 
@@ -87,6 +103,14 @@ def test_a_full_disk_loses_no_number(checkpoints, tmp_path, capsys, monkeypatch)
         (["--split", "test"], "split must be 'base' or 'validation' or 'novel', got 'test'"),
         (["--heads", "svm"], "head must be one of finetune, protonet,"),
         (["--heads", "protonet", "protonet"], "none twice"),
+        (["--heads", "finetune@fcn"], "asks for maps, but finetune takes feature vectors"),
+        (["--heads", "knn"], "head knn on backbone seed_0: neighbors must be at most 1, the local features"),
+        (["--heads", "deepemd", "--local_features.pyramid", "[2]"], "pyramid must have sides of at most 1"),
+        (["--heads", "deepemd@grid", "--local_features.grids", "[9]"], "at least 18 x 18 pixels for a grid of 9 x 9"),
+        (["--heads", "deepemd", "--map_memory", "1e-9"], "map_memory must be at least 0.01 GiB for head deepemd"),
+        (["--map_dtype", "int8"], "map_dtype must be 'float32' or 'float16'"),
+        (["--deepemd.temperature", "0"], "temperature must be above 0"),
+        (["--deepemd.classifier.passes", "-1"], "passes must be at least 0"),
         (["--episodes", "0"], "episodes must be at least 1"),
         (["--seed", "-1"], "seed must be at least 0"),
         (["--threads", "0"], "threads must be at least 1"),
@@ -128,10 +152,10 @@ def test_output_below_a_file(checkpoints, tmp_path, capsys):
 
 
 def test_help_lists_every_head_and_needs_no_lightning(capsys, monkeypatch):
-    from fewshot_ext.evaluation import HEADS
+    from fewshot_ext.evaluation import HEADS, MAP_HEADS
 
     monkeypatch.setitem(sys.modules, "lightning", None)
     with pytest.raises(SystemExit):
         main(["evaluate", "--help"])
     shown = capsys.readouterr().out.replace("\n", " ")
-    assert all(head in shown for head in HEADS)
+    assert all(head in shown for head in (*HEADS, *MAP_HEADS, "deepemd_table"))

@@ -10,6 +10,7 @@ from fewshot_ext._files import file_sha256
 from fewshot_ext.data import ImageInput, load_digits
 from fewshot_ext.evaluation import FrozenBackbone, extract_features
 from fewshot_ext.evaluation.backbones import distinct_names, state_checksum
+from fewshot_ext.models import LocalFeaturesConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -90,6 +91,59 @@ def test_a_module_with_an_image_input_takes_uint8_itself(checkpoints):
     assert backbone.module is module
     assert (backbone.channels, backbone.similarity) == (1, "cosine")
     assert backbone.module(images).shape[0] == 3
+
+
+def test_maps_of_everything_that_holds_a_checkpoint(checkpoints):
+    from fewshot_ext.training import PreTraining, load_backbone
+
+    images = load_digits().images[:5]
+    extractor = load_backbone(checkpoints[0])
+    expected = extractor.feature_map(images).flatten(2).mT
+    for source in (checkpoints[0], extractor, PreTraining.from_checkpoint(checkpoints[0]), extractor.backbone):
+        preprocessing = extractor.input if source is extractor.backbone else None
+        backbone = FrozenBackbone.open(source, preprocessing)
+        maps = extract_features(backbone.local_features(LocalFeaturesConfig()), images)
+        torch.testing.assert_close(maps, expected, msg=type(source).__name__)
+        grid = backbone.local_features(LocalFeaturesConfig("grid", grids=(2,)))
+        assert extract_features(grid, images).shape == (5, 4, expected.shape[2])
+        assert not grid.training
+
+
+def test_images_are_tried_out_with_a_message_that_names_them(checkpoints):
+    backbone = FrozenBackbone.from_checkpoint(checkpoints[0])
+    image = load_digits().images[:1]
+    assert backbone.try_out(image, "digits").shape == (1, 8)
+    assert backbone.try_out(image, "digits", LocalFeaturesConfig("sampling", regions=3)).shape == (1, 3, 8)
+    with pytest.raises(ValueError, match="does not take the 3x8x8 images of colours"):
+        backbone.try_out(image.expand(-1, 3, -1, -1), "colours")
+
+
+class TimmModel(nn.Module):
+    """What timm's models have in common, with its maps in three layouts."""
+
+    num_features = 6
+
+    def __init__(self, layout):
+        super().__init__()
+        self.layout = layout
+
+    def forward_features(self, pixels):
+        maps = nn.functional.avg_pool2d(pixels, 2).repeat(1, 2, 1, 1)
+        return {"NCHW": maps, "NHWC": maps.permute(0, 2, 3, 1), "tokens": maps.flatten(2).mT}[self.layout]
+
+
+def test_maps_of_a_timm_model(monkeypatch):
+    fake_timm(monkeypatch)
+    images = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
+    for layout in ("NCHW", "NHWC"):
+        sys.modules["timm"].create_model = lambda *_, layout=layout, **__: TimmModel(layout)
+        module = FrozenBackbone.open("tiny").local_features(LocalFeaturesConfig())
+        expected = nn.functional.avg_pool2d((images / 255 - 0.5) / 0.25, 2).repeat(1, 2, 1, 1).flatten(2).mT
+        torch.testing.assert_close(module(images), expected, msg=layout)
+    sys.modules["timm"].create_model = lambda *_, **__: TimmModel("tokens")
+    backbone = FrozenBackbone.open("tiny")
+    with pytest.raises(ValueError, match=r"images of pets: TimmModel gives features \[1, 4, 6\], no map of 6 channels"):
+        backbone.try_out(images[:1], "pets", LocalFeaturesConfig())
 
 
 def fake_timm(monkeypatch):

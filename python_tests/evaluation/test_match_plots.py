@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fewshot_ext.evaluation import plot_match, square_regions
+from fewshot_ext.evaluation import MatchedPair, plot_match, plot_matches, square_regions
 from fewshot_ext.evaluation.match_plots import _heat_map
 from fewshot_ext.models import match_flows
 
@@ -74,6 +74,39 @@ def test_heat_map_averages_the_regions_over_a_pixel():
     heat = _heat_map(torch.zeros(3, 4, 3), regions, torch.tensor([0.5, 1.5]))
     torch.testing.assert_close(heat[:2], torch.tensor([[0.5, 1.0, 1.5, 1.5]] * 2, dtype=torch.float64))
     assert heat[2].isnan().all()
+
+
+def test_several_pairs_share_one_scale(figures):
+    pairs = [MatchedPair(*pair(), title=f"pair {k}") for k in range(3)]
+    matches = plot_matches(pairs, "unused.png", flows=2, columns=2)
+    for match in matches:
+        assert torch.equal(match.flow, match_flows(*pair()[2:]).flow)
+    axes = figures[0].axes
+    assert len(axes) == 3 * 4 + 1
+    weights = torch.cat([matches[0].query_weight, matches[0].support_weight])
+    assert axes[0].get_xlim() == pytest.approx((weights.min().item(), weights.max().item()), rel=1e-5)
+    above = figures[0].subfigs[0].subfigs
+    assert [block.get_suptitle() for block in above[:3]] == ["pair 0", "pair 1", "pair 2"]
+    assert [len(block.axes[0].patches) for block in above[:3]] == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "options", "message"),
+    [
+        ([], {}, "pairs must hold at least one pair, got none"),
+        ([MatchedPair(*pair())], {"columns": 0}, "columns must be at least 1"),
+        ([MatchedPair(*pair())], {"flows": 0}, "flows must be at least 1"),
+        (
+            [MatchedPair(*pair()), MatchedPair(*pair()[:3], torch.rand(4, 9))],
+            {},
+            "support_map must have the 6 channels",
+        ),
+    ],
+)
+def test_bad_pairs_are_named_and_nothing_is_written(pairs, options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        plot_matches(pairs, tmp_path / "matches.png", **options)
+    assert not list(tmp_path.iterdir())
 
 
 IMAGE, MAP = torch.zeros(3, 8, 8), torch.rand(4, 6)

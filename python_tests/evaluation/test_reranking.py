@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 
-from fewshot_ext.evaluation import rerank, reranking
-from fewshot_ext.models import emd_logits
+from fewshot_ext.data import Split, load_digits
+from fewshot_ext.evaluation import FrozenBackbone, rerank, reranking, retrieval_metrics, retrieve_and_rerank
+from fewshot_ext.models import LocalFeaturesConfig, emd_logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -87,3 +89,123 @@ def test_features_that_are_not_finite_are_named(name):
     arguments[name][2, 1, 0] = float("nan")
     with pytest.raises(ValueError, match=f"{name} must be finite"):
         rerank(**arguments, candidates=candidates)
+
+
+class Blocks(nn.Module):
+    """A backbone of pixels: its feature map has one channel for each pixel of a 2 x 2 block."""
+
+    def __init__(self, factor=1.0):
+        super().__init__()
+        self.factor, self.images_seen = factor, 0
+
+    def feature_map(self, images):
+        self.images_seen += len(images)
+        return self.factor * nn.functional.pixel_unshuffle(images, 2)
+
+    def forward(self, images):
+        return self.feature_map(images).mean((2, 3))
+
+
+def digits(count=60):
+    novel = load_digits().subset(Split.NOVEL)
+    return novel.images[:count], novel.labels[:count]
+
+
+def test_recall_before_is_that_of_the_retrieval_and_after_that_of_the_matching():
+    images, labels = digits()
+    stages = []
+    found = retrieve_and_rerank(
+        images, labels, FrozenBackbone.open(Blocks()), candidates=20, on_progress=lambda *told: stages.append(told)
+    )
+    vectors = Blocks()(images / 255)
+    assert found.before == pytest.approx(retrieval_metrics(vectors, labels).recall)
+    maps = Blocks().feature_map(images / 255).flatten(2).mT
+    assert torch.equal(found.reranked, rerank(maps, maps, found.candidates))
+    hits = labels[found.reranked] == labels[:, None]
+    assert found.after == pytest.approx({k: hits[:, :k].any(1).double().mean().item() for k in (1, 2, 4, 8)})
+    # Means of pixels tell little, regions much.
+    assert found.after[1] > found.before[1] + 0.2
+    assert not (found.candidates == torch.arange(60)[:, None]).any()
+    assert found.queries == 60
+    assert [name for name, done, total in stages if done == total] == ["features", "maps", "matching"]
+
+
+def test_queries_and_gallery_may_be_two_sets_and_embeddings_given():
+    images, labels = digits(90)
+    query, gallery = (images[:30], labels[:30]), (images[30:], labels[30:])
+    module = Blocks()
+    backbone, options = FrozenBackbone.open(module), {"candidates": 9, "ks": (1, 3), "map_dtype": torch.float16}
+    found = retrieve_and_rerank(*query, backbone, *gallery, **options)
+    seen = module.images_seen
+    vectors = [Blocks()(x / 255) for x, _ in (query, gallery)]
+    expected = retrieval_metrics(vectors[0], query[1], vectors[1], gallery[1], ks=(1, 3))
+    assert found.before == pytest.approx(expected.recall)
+    again = retrieve_and_rerank(
+        *query, backbone, *gallery, **options, embeddings=vectors[0], gallery_embeddings=vectors[1]
+    )
+    assert torch.equal(again.reranked, found.reranked)
+    assert module.images_seen - seen == 91  # maps, and the image that is tried first
+    grid = LocalFeaturesConfig("grid")
+    assert retrieve_and_rerank(*query, backbone, *gallery, **options, local_features=grid).queries == 30
+
+
+@pytest.mark.parametrize(("lone", "queries", "share"), [("exclude", 40, 1.0), ("miss", 41, 40 / 41)])
+def test_lone_queries_are_left_out_or_missed(lone, queries, share):
+    images, labels = digits(40)
+    labels = torch.cat([labels, torch.tensor([99])])
+    images = torch.cat([images, images[:1]])
+    backbone = FrozenBackbone.open(Blocks())
+    found = retrieve_and_rerank(images, labels, backbone, candidates=40, ks=(1, 40), lone_queries=lone)
+    assert found.queries == queries
+    assert found.after[40] == pytest.approx(found.before[40]) == pytest.approx(share)
+    with pytest.raises(ValueError, match="another sample of each query's class"):
+        retrieve_and_rerank(images, labels, backbone, candidates=40)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"images": torch.zeros(30, 1, 8, 8)}, TypeError, "images must be a uint8 tensor, got torch.float32"),
+        ({"images": torch.zeros(30, 8, 8, dtype=torch.uint8)}, ValueError, r"images must be \[images, C, H, W\]"),
+        ({"labels": [1]}, TypeError, "labels must be an int64 tensor, got list"),
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, ValueError, r"labels must be \[30\] for images, got \[3\]"),
+        ({"gallery_labels": torch.zeros(3, dtype=torch.int64)}, ValueError, "must be given together"),
+        ({"gallery_embeddings": torch.zeros(3, 4)}, ValueError, "gallery_embeddings must be left out"),
+        ({"candidates": 7}, ValueError, r"candidates must lie in \[8, 29\], .*, got 7"),
+        ({"candidates": 30}, ValueError, r"candidates must lie in \[8, 29\], .*, got 30"),
+        ({"ks": (1, 1)}, ValueError, "ks: expected at least one K, and none twice"),
+        ({"ks": (40,)}, ValueError, r"ks: expected K in \[1, 29\]"),
+        ({"distance": "manhattan"}, ValueError, "distance must be 'cosine' or 'euclidean'"),
+        ({"weighting": "norm"}, ValueError, "weighting must be 'cross_reference' or 'uniform'"),
+        ({"lone_queries": "drop"}, ValueError, "lone_queries: expected one of"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+        ({"map_dtype": torch.bfloat16}, ValueError, "map_dtype must be torch.float32 or torch.float16"),
+        ({"map_memory": 1e-6}, ValueError, "map_memory must be at least 0.000 GiB .* got 1e-06"),
+        ({"local_features": LocalFeaturesConfig(pyramid=(5,))}, ValueError, "pyramid must have sides of at most 4"),
+        ({"backbone": FrozenBackbone.open(nn.Flatten())}, TypeError, "Flatten has no method feature_map"),
+    ],
+)
+def test_what_cannot_be_retrieved_is_found_before_any_work(changes, error, message):
+    images, labels = digits(30)
+    module = Blocks()
+    arguments = {"images": images, "labels": labels, "backbone": FrozenBackbone.open(module), "candidates": 10}
+    with pytest.raises(error, match=message):
+        retrieve_and_rerank(**{**arguments, **changes})
+    assert module.images_seen <= 1
+
+
+def test_embeddings_of_one_side_alone_are_refused():
+    images, labels = digits(30)
+    with pytest.raises(ValueError, match="embeddings and gallery_embeddings must be given together"):
+        retrieve_and_rerank(
+            images, labels, FrozenBackbone.open(Blocks()), images, labels, embeddings=torch.zeros(30, 4)
+        )
+
+
+def test_diverged_features_are_named():
+    images, labels = digits(30)
+    backbone = FrozenBackbone.open(Blocks(float("nan")))
+    with pytest.raises(ValueError, match="embeddings: expected finite entries"):
+        retrieve_and_rerank(images, labels, backbone, candidates=10)
+    with pytest.raises(ValueError, match="maps must be finite"):
+        retrieve_and_rerank(images, labels, backbone, candidates=10, embeddings=torch.rand(30, 4))

@@ -32,6 +32,37 @@ def test_fcn_lists_the_positions_row_by_row(images):
     assert torch.equal(features[1, 2 * 30 + 7], images[1, :, 2, 7])
 
 
+def test_regions_are_what_the_features_are_made_of(images):
+    """Of pixels: the mean over a region is the feature, whatever its kind."""
+    for module in (FCN(Pixels(), pyramid=(2, 3, 5)), Grid(Pixels(), (3,)), FCN(Pixels())):
+        features, regions = module.eval()(images), module.boxes(images)
+        assert regions.shape == (*features.shape[:2], 4)
+        for place in (0, 3, features.shape[1] - 1):
+            left, top, right, bottom = regions[1, place].round().long().tolist()
+            if isinstance(module, Grid):
+                crop = F.interpolate(images[1:2, :, top:bottom, left:right], (24, 30), mode="bilinear")
+            else:
+                crop = images[1:2, :, top:bottom, left:right]
+            torch.testing.assert_close(features[1, place], crop.mean((0, 2, 3)))
+
+
+def test_regions_of_random_crops_are_those_of_the_features(images):
+    module = Sampling(Pixels(), regions=4).eval()
+    assert torch.equal(module.boxes(images), module.draw(images, 24, 30)[0].double())
+    assert torch.equal(module.boxes(images)[2:], module.boxes(images[2:]))
+
+
+def test_regions_are_those_behind_the_preprocessing():
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    module = FCN(conv4(pooled_blocks=2).eval(), preprocessing=ImageInput((0.5,) * 3, (0.5,) * 3, image_size=64))
+    assert module.boxes(images)[1, -1].tolist() == [60.0, 60.0, 64.0, 64.0]
+
+
+def test_a_side_above_that_of_the_map_is_refused(images):
+    with pytest.raises(ValueError, match="sides of at most 24, for the feature map is 24 x 30, got 25"):
+        FCN(Pixels(), pyramid=(2, 25))(images)
+
+
 def test_fcn_pyramid_comes_first(images):
     features = FCN(Pixels(), pyramid=(2, 3))(images)
     assert features.shape == (3, 4 + 9 + 24 * 30, 2)

@@ -1,9 +1,10 @@
-"""The experiments of the papers, one command each.
+"""The experiments of the papers, one command each, and a look at what DeepEMD matches.
 
 "margins" trains backbones over margins and measures them; other commands look at those backbones, or train more. Each
 writes its numbers as JSON and CSV and a picture, takes over what is already trained, and goes on where it was
-interrupted. "collapse" trains embeddings with and without the Anti-Collapse term; all others are of the
-negative-margin paper. "report" then holds the numbers against a paper's claims.
+interrupted. "collapse" trains embeddings with and without the Anti-Collapse term; "report" then holds the numbers
+against a paper's claims. "matches" draws the regions of two images that DeepEMD matches, for the backbone of any
+checkpoint. All others are of the negative-margin paper.
 """
 
 from fewshot_ext.commands.analyze import (
@@ -13,6 +14,7 @@ from fewshot_ext.commands.analyze import (
     label_distribution,
     label_smoothing,
     margins,
+    matches,
     regularizers,
     report,
     shots,
@@ -20,7 +22,7 @@ from fewshot_ext.commands.analyze import (
     variance,
 )
 
-SUMMARY = "the experiments of the negative-margin and Anti-Collapse papers"
+SUMMARY = "the experiments of the negative-margin and Anti-Collapse papers, the matches of DeepEMD"
 
 COMMANDS = {
     "margins": margins,
@@ -34,4 +36,5 @@ COMMANDS = {
     "finetuning_margin": finetuning_margin,
     "collapse": collapse,
     "report": report,
+    "matches": matches,
 }

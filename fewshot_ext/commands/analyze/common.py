@@ -26,7 +26,7 @@ _DECIDED_BY_THE_ANALYSIS = ("similarity", "margin", "scale")
 _DEFAULT_RECIPE = {"pretrain": "_conv4_cosine", "metric-train": "_conv4"}
 
 # Options that say where things are on one machine and how the work is spread.
-_PLACES = ("config", "output", "runs", "sweep", "device", "jobs", "threads")
+_PLACES = ("config", "output", "runs", "sweep", "checkpoint", "query", "support", "device", "jobs", "threads")
 
 
 def add_run_arguments(parser, data: str | None = None) -> None:

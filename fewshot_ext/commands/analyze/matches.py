@@ -1,0 +1,140 @@
+"""The regions that DeepEMD matches between a query and a support image, and how much each of them counts.
+
+Draws random pairs from a data set, of one class and of two, or takes two folders or files of pictures. Writes
+matches.png (the strongest flows above, the cross-reference weights as heat maps below), matches.json and .csv (a row a
+pair, with its distance) and match_flows.json and .csv (a row for each flow that is drawn).
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from fewshot_ext import _extras
+from fewshot_ext._checks import check_at_least, check_choice
+from fewshot_ext._record import versions
+from fewshot_ext.commands.analyze import common
+from fewshot_ext.commands.common import resolve_device, set_threads, writable_folder
+from fewshot_ext.data import Split, list_images, load_images, read_image
+from fewshot_ext.evaluation import FrozenBackbone
+from fewshot_ext.experiments.matches import (
+    ImagePair,
+    check_pairs,
+    draw_pairs,
+    matches_table,
+    measure_matches,
+    write_matches,
+)
+from fewshot_ext.models import LocalFeaturesConfig
+
+SUMMARY = "the regions that DeepEMD matches between two images, drawn"
+
+
+def add_arguments(parser) -> None:
+    """Adds the options of ``analyze matches`` to a jsonargparse parser."""
+    run = parser.add_argument_group("run")
+    run.add_argument("--checkpoint", type=str | None, default=None, metavar="FILE", help="of any training")
+    run.add_argument(
+        "--data", type=str | None, default=None, metavar="NAME|FILE", help="image set that pairs are drawn from"
+    )
+    run.add_argument(
+        "--query", type=str | None, default=None, metavar="PATH", help="in place of --data: a picture, or a folder"
+    )
+    run.add_argument(
+        "--support",
+        type=str | None,
+        default=None,
+        metavar="PATH",
+        help="with --query: as many pictures, in the order of their names, or one for all",
+    )
+    run.add_argument("--output", type=str | None, default=None, metavar="FOLDER", help="where the results go")
+    run.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu or cuda")
+    run.add_argument("--threads", type=int, default=1, help="CPU threads")
+    pairs = parser.add_argument_group("pairs of a data set")
+    pairs.add_argument("--classes", default="novel", help="base, validation or novel")
+    pairs.add_argument("--same_class", type=int, default=4, metavar="N", help="pairs of one class")
+    pairs.add_argument("--other_class", type=int, default=2, metavar="N", help="pairs of two classes")
+    pairs.add_argument("--seed", type=int, default=0, help="decides the pairs")
+    matching = parser.add_argument_group("matching and picture")
+    matching.add_argument("--weighting", default="cross_reference", help="of the regions: cross_reference or uniform")
+    matching.add_argument("--flows", type=int, default=5, help="strongest flows that are drawn and told for each pair")
+    matching.add_argument("--columns", type=int, default=3, help="pairs next to each other; 3 fill a page")
+    parser.add_class_arguments(LocalFeaturesConfig, "local_features")
+    # Otherwise the title is a sentence of the docstring.
+    parser.groups["local_features"].title = "regions"
+
+
+def prepare(arguments, resolved: str) -> Callable[[], int]:
+    """Checks the settings, reads the pictures, and returns the function that matches them."""
+    _extras.require("train", "matplotlib")
+    for name in ("checkpoint", "output"):
+        if arguments[name] is None:
+            raise ValueError(f"--{name} must be given")
+    files = [arguments.query, arguments.support]
+    if (arguments.data is None) == (None in files) or (arguments.data is not None and any(files)):
+        raise ValueError("either --data, or --query and --support, must be given")
+    check_choice("weighting", arguments.weighting, "cross_reference", "uniform")
+    check_choice("classes", arguments.classes, "base", "validation", "novel")
+    check_at_least("flows", arguments.flows, 1)
+    check_at_least("columns", arguments.columns, 1)
+    set_threads(arguments.threads)
+    device = resolve_device(arguments.device)
+    backbone = FrozenBackbone.from_checkpoint(arguments.checkpoint)
+    data = None
+    if arguments.data is None:
+        pairs = _read_pairs(*files, backbone)
+    else:
+        archive = load_images(arguments.data).subset(Split[arguments.classes.upper()])
+        pairs = draw_pairs(
+            archive, same_class=arguments.same_class, other_class=arguments.other_class, seed=arguments.seed
+        )
+        data = {"name": Path(arguments.data).stem, "sha256": archive.checksum()}
+    backbone.try_out(pairs[0].query[None], arguments.data or arguments.query, arguments.local_features, device)
+    output = writable_folder(arguments.output)
+    head = {
+        "config": common.settings_of(resolved),
+        "checkpoint": {"name": backbone.name, "sha256": backbone.sha256},
+        "data": data,
+        "versions": versions("torch", "numpy", "matplotlib"),
+    }
+    matching = {"weighting": arguments.weighting, "flows": arguments.flows}
+
+    def run() -> int:
+        try:
+            drawn, rows, flows = measure_matches(
+                pairs, backbone, local_features=arguments.local_features, device=device, **matching
+            )
+            print(matches_table(rows))
+            common.write_config(output, "matches", resolved)
+            written = write_matches(output, drawn, rows, flows, **matching, columns=arguments.columns, **head)
+        except KeyboardInterrupt:
+            print("interrupted; the same command starts anew", file=sys.stderr)
+            return 130
+        except OSError as error:
+            print(f"fewshot-ext analyze matches: error: cannot write the results: {error}", file=sys.stderr)
+            return 1
+        common.print_written(written)
+        return 0
+
+    return run
+
+
+def _read_pairs(query: str, support: str, backbone: FrozenBackbone) -> list[ImagePair]:
+    if backbone.image_size is None:
+        raise ValueError(f"checkpoint {backbone.name} was trained on images that are not square: take --data")
+    sides = []
+    for name in (query, support):
+        path = Path(name).expanduser()
+        sides.append(list_images(path) if path.is_dir() else [path])
+    count = max(map(len, sides))
+    if {len(side) for side in sides} - {1, count}:
+        raise ValueError(
+            f"query and support must be as many pictures, or one on either side, got {len(sides[0])} and "
+            f"{len(sides[1])}"
+        )
+    check_pairs(count)
+    mode = "L" if backbone.channels == 1 else "RGB"
+    read = {path: read_image(path, backbone.image_size, mode=mode) for path in dict.fromkeys((*sides[0], *sides[1]))}
+    sides = [side * count if len(side) == 1 else side for side in sides]
+    return [
+        ImagePair(read[first], read[second], (first.stem, second.stem)) for first, second in zip(*sides, strict=True)
+    ]
