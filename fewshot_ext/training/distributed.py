@@ -1,5 +1,7 @@
 """One run over several processes: each takes its share of the same batches."""
 
+import atexit
+import time
 from collections.abc import Iterator
 
 import torch
@@ -57,3 +59,12 @@ def share_batches(loader: DataLoader, rank: int, world_size: int) -> DataLoader:
     """The loader of one of ``world_size`` processes, from the loader of one process; see ``RankBatches``."""
     sampler = RankBatches(loader.sampler, rank, world_size)
     return DataLoader(loader.dataset, batch_size=None, sampler=sampler, generator=torch.Generator())
+
+
+def let_gloo_finish() -> None:
+    """Has this process wait a moment at its end, while gloo's threads drop the tensors of their last exchange.
+
+    Up to Python 3.13 a thread that does so while the interpreter ends aborts the process, though all is done and
+    written: pytorch/pytorch#190489. Torch has no call that waits for these threads.
+    """
+    atexit.register(time.sleep, 0.2)

@@ -29,6 +29,7 @@ from fewshot_ext.data import ImageArchive  # noqa: E402
 from fewshot_ext.models import Backbone  # noqa: E402
 from fewshot_ext.training.callbacks import BestCheckpoint, EpochMeans, ProgressBar  # noqa: E402
 from fewshot_ext.training.checkpoints import AtomicCheckpointIO  # noqa: E402
+from fewshot_ext.training.distributed import let_gloo_finish  # noqa: E402
 from fewshot_ext.training.features import FeatureExtractor, read_checkpoint  # noqa: E402
 
 LAST, BEST = "last.ckpt", "best.ckpt"
@@ -168,6 +169,8 @@ class TrainingRun(ABC):
             trainer = self._trainer()
             loader = self._loader
             if trainer.world_size > 1:
+                if self.device.type == "cpu":
+                    let_gloo_finish()
                 loader = self._shared(loader, trainer.global_rank, trainer.world_size)
             with _keyboard_interrupt(trainer):
                 trainer.fit(self.module, loader, ckpt_path=self.start, weights_only=True)
