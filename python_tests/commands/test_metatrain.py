@@ -165,7 +165,9 @@ def test_a_terminal_sees_one_bar_over_the_whole_run(arguments, tmp_path):
     text = shown.decode()
     assert re.search(r"epoch \d/8 \|.*% \d\d:\d\d<\d\d:\d\d, loss \d", text)
     assert "images/s" in text
-    assert max(map(int, re.findall(r"\| +(\d+)% ", text))) in range(80, 101)
+    shares = [(int(epoch), int(share)) for epoch, share in re.findall(r"epoch (\d)/8 \|[^|]*\| +(\d+)% ", text)]
+    # How often it is drawn depends on the machine, what is drawn does not: it counts episodes, three of them a step.
+    assert shares and all(abs(share - 100 * (epoch - 0.5) / 8) <= 100 / 8 for epoch, share in shares), shares
     assert "\nepoch" not in text
 
 

@@ -217,7 +217,7 @@ def test_the_state_has_every_weight_once(settings, digits, tmp_path):
 KILLED = """
 import os, signal, sys
 import torch
-from killed_settings import config, digits
+from killed_meta_settings import config, digits
 from fewshot_ext.training import MetaTraining, metatrain
 
 torch.set_num_threads(1)
@@ -249,7 +249,7 @@ config = MetaTrainingConfig(
 
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path, monkeypatch, weights):
     """Momentum, the stepped rate, dropout's ramp, the order of the structured layer and random crops all go on."""
-    (tmp_path / "killed_settings.py").write_text(SETTINGS)
+    (tmp_path / "killed_meta_settings.py").write_text(SETTINGS)
     (tmp_path / "killed.py").write_text(KILLED)
     command = [sys.executable, str(tmp_path / "killed.py"), str(tmp_path / "killed")]
     killed = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -258,7 +258,7 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path, monkeypatch, weights
     assert checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"] == 2
 
     monkeypatch.syspath_prepend(tmp_path)
-    from killed_settings import config, digits
+    from killed_meta_settings import config, digits
 
     resumed = metatrain(config, digits, tmp_path / "killed", checkpoint=None, seed=1, resume=True)
     unbroken = metatrain(config, digits, tmp_path / "unbroken", checkpoint=None, seed=1)
