@@ -105,11 +105,11 @@ def draw_curves(
         axis.legend(fontsize=7, frameon=False)
 
 
-def shared_legend(axis) -> None:
-    """One legend above all panels for curves that every panel has: inside, it would hide some of them."""
+def shared_legend(axis, loc: str = "outside upper center", *, columns: int = 4) -> None:
+    """One legend beside all panels for curves that every panel has: inside, it would hide some of them."""
     handles, labels = axis.get_legend_handles_labels()
     if len(labels) > 1:
-        axis.figure.legend(handles, labels, fontsize=7, frameon=False, loc="outside upper center", ncols=4)
+        axis.figure.legend(handles, labels, fontsize=7, frameon=False, loc=loc, ncols=columns)
 
 
 def draw_grid(

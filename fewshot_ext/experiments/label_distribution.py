@@ -12,7 +12,7 @@ from fewshot_ext._checks import check_at_least
 from fewshot_ext._files import replace_file
 from fewshot_ext.evaluation import FineTuning, base_class_probabilities, same_class_probability
 from fewshot_ext.experiments.accuracies import Row, mean_accuracy, select, values
-from fewshot_ext.experiments.figures import draw_curves, figure
+from fewshot_ext.experiments.figures import draw_curves, figure, shared_legend
 from fewshot_ext.experiments.measurements import FewShotAccuracy, TrainedRun
 from fewshot_ext.experiments.runs import SweepImages, SweepRun
 from fewshot_ext.experiments.tables import write_table
@@ -219,7 +219,9 @@ def plot_label_distribution(
                 for number, mean in enumerate(means)
             }
             way = of_shot[0]["way"]
-            draw_curves(axis, curves, title=f"(b) {shot}-shot", x="margin $m$", y=f"{way}-way accuracy (%)")
+            titles = {"title": f"(b) {shot}-shot", "x": "margin $m$", "y": f"{way}-way accuracy (%)"}
+            draw_curves(axis, curves, **titles, legend=False)
+        shared_legend(axes[1, 0], "outside lower center", columns=2)
 
 
 def _group_means(rows: Sequence[Row], groups: Sequence[Sequence[str]]) -> list[float]:

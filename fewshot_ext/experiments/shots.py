@@ -1,5 +1,7 @@
 """Accuracy over the number of support images, for a few margins: the paper's Fig. 8."""
 
+import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,13 @@ def plot_shots(rows: Sequence[Row], path: str | Path) -> None:
             draw_curves(axes[1, 0], gains, y="gain over margin 0 (points)", styles=styles, legend=False)
             axes[1, 0].axhline(0, color="0.5", linewidth=0.8)
         axes[-1, 0].set_xscale("log")
-        axes[-1, 0].set_xticks(shots, [str(shot) for shot in shots])
+        axes[-1, 0].set_xticks(shots, _tick_labels(sorted(shots)))
         axes[-1, 0].minorticks_off()
         axes[-1, 0].set_xlabel("shots", fontsize=8)
+
+
+def _tick_labels(shots: Sequence[int]) -> list[str]:
+    """The numbers in rising order, but those that would run into the next one on a logarithmic axis are left out."""
+    room = 0.09 * math.log(shots[-1] / shots[0])
+    written = [math.log(after / shot) >= room for shot, after in itertools.pairwise(shots)]
+    return [str(shot) if write else "" for shot, write in zip(shots, [*written, True], strict=True)]

@@ -20,7 +20,7 @@ from fewshot_ext.experiments.label_distribution import (
 )
 from fewshot_ext.experiments.margins import margin_runs
 from fewshot_ext.experiments.runs import SweepImages, SweepRun
-from fewshot_ext.experiments.shots import write_shots
+from fewshot_ext.experiments.shots import _tick_labels, write_shots
 from fewshot_ext.experiments.sweep import Sweep
 from fewshot_ext.experiments.tables import read_table
 from fewshot_ext.experiments.tsne import Embedding, write_tsne
@@ -158,6 +158,18 @@ def test_shots(cosine, tmp_path):
     assert {row["shot"] for row in rows} == {1, 20}
     assert "shots.png" in pictures(write_shots(tmp_path, rows))
     assert "shots.png" in pictures(write_shots(tmp_path, select(rows, margin=0.2)))
+
+
+@pytest.mark.parametrize(
+    ("shots", "labels"),
+    [
+        ([1, 5, 10, 20, 50, 100, 200, 300], ["1", "5", "10", "20", "50", "100", "", "300"]),
+        ([1, 2, 3, 5], ["1", "2", "3", "5"]),
+        ([5], ["5"]),
+    ],
+)
+def test_numbers_of_shots_do_not_run_into_each_other(shots, labels):
+    assert _tick_labels(shots) == labels
 
 
 def test_embeddings(cosine, tmp_path):
