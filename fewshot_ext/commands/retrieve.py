@@ -4,13 +4,23 @@ Takes the unseen classes of an image set, or folders of pictures with a folder f
 every picture is searched among the others, or --query and --gallery. Prints Recall@K, MAP@R, R-precision and NMI, and
 writes them to retrieval.json and retrieval.csv, the neighbours of every query to neighbors.csv, and a picture of
 some queries with their nearest neighbours, right and wrong ones marked, to neighbors.png.
+
+--rerank N retrieves in two stages: the N images nearest by their embeddings are put in the order of the Earth Mover's
+Distance (EMD) between their regions. Recall@K is then given before and after; neighbors.csv and neighbors.png have the
+second order, with the place that each image had in the first. The other measures are those of the embeddings.
+The regions are what --local_features says. They are compared by the backbone's dense features: where a metric training
+put a projection behind the backbone (--backbone.embedding), the first stage takes the projected vectors, and the second
+the features before the projection, which no loss compared directly. The local features of all images are in memory,
+images x regions x channels x 4 bytes, and the pixels of pictures from folders beside them; --map_memory is the limit.
 """
 
 import json
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fewshot_ext import _extras
-from fewshot_ext._checks import check_at_least, check_choice
+from fewshot_ext._checks import check_at_least, check_choice, check_positive
 from fewshot_ext._files import replace_file, replace_text
 from fewshot_ext._progress import progress_bar
 from fewshot_ext._random import derive_generator
@@ -27,18 +37,24 @@ from fewshot_ext.commands.common import resolve_device, set_threads, writable_fo
 from fewshot_ext.data import Split, load_images
 from fewshot_ext.evaluation import (
     FrozenBackbone,
+    RerankedRetrieval,
     check_retrieval,
     clustering_nmi,
     csv_of_rows,
     measure_spread,
     nearest_neighbors,
     retrieval_metrics,
+    retrieve_and_rerank,
 )
+from fewshot_ext.evaluation.head_choice import features_record
+from fewshot_ext.evaluation.protocol import check_map_memory
 from fewshot_ext.evaluation.retrieval import DISTANCES
 from fewshot_ext.evaluation.retrieval_images import LabelledImages, common_labels, neighbor_rows, neighbor_sheet
+from fewshot_ext.models import LocalFeaturesConfig
 
 SUMMARY = "nearest images by a checkpoint's embeddings: Recall@K, MAP@R, NMI and a picture"
 FILES = ("retrieval.json", "retrieval.csv", "neighbors.csv", "neighbors.png", "config.yaml")
+_HEADING = "The {} nearest by their embeddings, re-ranked by the EMD between regions. 'Was' is the place by embeddings."
 
 
 def add_arguments(parser) -> None:
@@ -72,9 +88,29 @@ def add_arguments(parser) -> None:
     )
     measures.add_argument("--no_nmi", action="store_true", help="leave out the clustering, which takes the longest")
     measures.add_argument("--seed", type=int, default=0, help="decides the clustering, and the queries of the picture")
+    second = parser.add_argument_group("second stage")
+    second.add_argument(
+        "--rerank",
+        type=int | None,
+        default=None,
+        metavar="N",
+        help="put the N nearest in the order of the EMD between their regions; null for one stage",
+    )
+    second.add_argument(
+        "--weighting", default="cross_reference", help="of the regions: cross_reference (the paper's) or uniform"
+    )
+    second.add_argument(
+        "--map_dtype", default="float32", help="float32, or float16 for half the memory; distances are in float32"
+    )
+    second.add_argument(
+        "--map_memory", type=float, default=4.0, metavar="GIB", help="most that local features may take in GiB"
+    )
     picture = parser.add_argument_group("neighbours")
     picture.add_argument("--neighbors", type=int, default=8, help="neighbours a query in neighbors.csv and .png")
     picture.add_argument("--rows", type=int, default=10, help="queries in the picture")
+    parser.add_class_arguments(LocalFeaturesConfig, "local_features")
+    # Otherwise the title is a sentence of the docstring.
+    parser.groups["local_features"].title = "regions, for --rerank"
 
 
 def prepare(arguments, resolved: str) -> Callable[[], int]:
@@ -91,6 +127,9 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         check_at_least(name, arguments[name], 1)
     check_at_least("seed", arguments.seed, 0)
     check_choice("distance", arguments.distance, *DISTANCES)
+    check_choice("weighting", arguments.weighting, "cross_reference", "uniform")
+    check_choice("map_dtype", arguments.map_dtype, "float32", "float16")
+    check_positive("map_memory", arguments.map_memory)
     check_choice("split", arguments.split, *(split.name.lower() for split in Split))
     set_threads(arguments.threads)
     device = resolve_device(arguments.device)
@@ -105,8 +144,10 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     most = len(queries) - 1 if gallery is None else len(gallery)
     if arguments.neighbors > most:
         raise ValueError(f"neighbors must be at most {most}, the images that are searched, got {arguments.neighbors}")
+    if arguments.rerank is not None:
+        _check_rerank(arguments, backbone, queries, gallery, most, device)
     output = writable_folder(arguments.output)
-    search = _Search(backbone, queries, gallery, labels, arguments)
+    search = _Search(backbone, queries, gallery, labels, device, arguments)
     return lambda: _run(search, output, resolved)
 
 
@@ -126,6 +167,51 @@ def _images(arguments, backbone: FrozenBackbone, device: torch.device) -> tuple[
     return queries, None if gallery is None else LabelledImages.of_folder(gallery)
 
 
+def _check_rerank(
+    arguments: Namespace,
+    backbone: FrozenBackbone,
+    queries: LabelledImages,
+    gallery: LabelledImages | None,
+    most: int,
+    device: torch.device,
+) -> None:
+    least, reason = max((max(arguments.ks), "the largest K"), (arguments.neighbors, "neighbors"))
+    if arguments.rerank < least:
+        raise ValueError(f"rerank must be at least {least}, {reason}, got {arguments.rerank}")
+    if arguments.rerank > most:
+        raise ValueError(f"rerank must be at most {most}, the images that are searched, got {arguments.rerank}")
+    image = torch.stack(queries.pixels(backbone, [0]))
+    maps = backbone.try_out(image, arguments.data or arguments.query, arguments.local_features, device)
+    parts = [part for part in (queries, gallery) if part is not None]
+    check_map_memory(
+        arguments.map_memory,
+        sum(map(len, parts)),
+        maps.shape[1:],
+        getattr(torch, arguments.map_dtype),
+        "re-ranking",
+        pixels=sum(len(part) * image.nbytes for part in parts if not isinstance(part.images, Tensor)),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """What a search comes to.
+
+    Attributes:
+        measures: by name, as they are written.
+        neighbors: ``[Q, k]`` int64 rows of the gallery, the nearest first, on the CPU.
+        second: of the second stage, where there is one.
+    """
+
+    measures: dict[str, Any]
+    neighbors: Tensor
+    second: RerankedRetrieval | None
+
+    @property
+    def places(self) -> Tensor | None:
+        return None if self.second is None else self.second.places(self.neighbors.shape[1])
+
+
 class _Search:
     """What is searched for what, and how."""
 
@@ -135,14 +221,18 @@ class _Search:
         queries: LabelledImages,
         gallery: LabelledImages | None,
         labels: Sequence[Tensor],
+        device: torch.device,
         arguments: Namespace,
     ) -> None:
         self.backbone, self.queries, self.gallery, self.arguments = backbone, queries, gallery, arguments
-        self.labels = labels
+        self.labels, self.device = labels, device
 
-    def run(self) -> tuple[dict[str, Any], Tensor]:
-        """The measures, and the neighbours ``[Q, k]`` of every query; they are what re-ranking would take."""
+    def run(self) -> _Found:
         arguments, parts = self.arguments, [part for part in (self.queries, self.gallery) if part is not None]
+        if arguments.rerank is not None and not isinstance(parts[0].images, Tensor):
+            # Both stages look at every picture: it is read once.
+            with progress_bar(total=sum(map(len, parts)), desc="reading pictures", unit=" images") as bar:
+                parts = [part.in_memory(self.backbone, bar.update) for part in parts]
         with progress_bar(total=sum(map(len, parts)), desc="embedding", unit=" images") as bar:
             embeddings = [part.embed(self.backbone, arguments.batch_size, bar.update) for part in parts]
         labels = [label.to(embeddings[0].device) for label in self.labels]
@@ -155,19 +245,68 @@ class _Search:
                 lone_queries=arguments.lone_queries,
                 on_progress=lambda count: bar.update(count - bar.n),
             )
-        neighbors = nearest_neighbors(*embeddings, k=arguments.neighbors, distance=arguments.distance)
         found: dict[str, Any] = {"queries": metrics.queries, "gallery": len(parts[-1]), **metrics.row()}
         if not arguments.no_nmi:
             found["nmi"] = clustering_nmi(*pairs[:2], distance=arguments.distance, seed=arguments.seed)
-        return {**found, **measure_spread(embeddings[0]).row()}, neighbors.cpu()
+        found |= measure_spread(embeddings[0]).row()
+        if arguments.rerank is None:
+            neighbors = nearest_neighbors(*embeddings, k=arguments.neighbors, distance=arguments.distance)
+            return _Found(found, neighbors.cpu(), None)
+        second = self._rerank(parts, embeddings)
+        found |= {f"recall_at_{k}_reranked": share for k, share in second.after.items()}
+        return _Found(found, second.reranked[:, : arguments.neighbors], second)
+
+    def _rerank(self, parts: Sequence[LabelledImages], embeddings: Sequence[Tensor]) -> RerankedRetrieval:
+        arguments = self.arguments
+        pairs = [value for part, label in zip(parts, self.labels, strict=True) for value in (part.images, label)]
+        with _stages() as report:
+            return retrieve_and_rerank(
+                *pairs[:2],
+                self.backbone,
+                *pairs[2:],
+                candidates=arguments.rerank,
+                ks=(*arguments.ks,),
+                distance=arguments.distance,
+                lone_queries=arguments.lone_queries,
+                weighting=arguments.weighting,
+                local_features=arguments.local_features,
+                map_dtype=getattr(torch, arguments.map_dtype),
+                map_memory=arguments.map_memory,
+                batch_size=arguments.batch_size,
+                device=self.device,
+                embeddings=embeddings[0],
+                gallery_embeddings=embeddings[1] if len(embeddings) > 1 else None,
+                on_progress=report,
+            )
+
+
+@contextmanager
+def _stages() -> Iterator[Callable[[str, int, int], None]]:
+    """Yields what draws a bar for each stage that it is told of, one after the other."""
+    bar = None
+
+    def report(stage: str, done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = progress_bar(total=total, desc=stage, unit=" queries" if stage == "matching" else " images")
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+            bar = None
+
+    try:
+        yield report
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 def _run(search: _Search, output: Path, resolved: str) -> int:
     started = time.perf_counter()
     try:
-        found, neighbors = search.run()
+        found = search.run()
         print(_table(search, found))
-        _write(search, found, neighbors, output, resolved, round(time.perf_counter() - started, 1))
+        _write(search, found, output, resolved, round(time.perf_counter() - started, 1))
     except KeyboardInterrupt:
         print("interrupted before everything was measured; nothing was written", file=sys.stderr)
         return 130
@@ -179,20 +318,27 @@ def _run(search: _Search, output: Path, resolved: str) -> int:
     return 0
 
 
-def _table(search: _Search, found: dict[str, Any]) -> str:
-    arguments = search.arguments
+def _table(search: _Search, results: _Found) -> str:
+    arguments, found = search.arguments, results.measures
     where = f"{arguments.split} classes of {arguments.data}" if arguments.data else str(arguments.query)
     among = "the others" if search.gallery is None else f"{found['gallery']:,} images of {arguments.gallery}"
     classes = len(set(search.queries.classes))
     shares = {f"Recall@{k}": found[f"recall_at_{k}"] for k in arguments.ks}
     shares |= {"MAP@R": found["map_at_r"], "R-precision": found["r_precision"]}
     shares |= {"NMI": found["nmi"]} if "nmi" in found else {}
+    rows = {"embeddings": list(shares.values())}
+    if results.second is not None:
+        rows[f"{arguments.rerank} re-ranked"] = list(results.second.after.values())
+    width = max(map(len, rows)) if len(rows) > 1 else 0
     return "\n".join(
         [
             f"{where}: {found['queries']:,} queries of {classes} classes, searched among {among}",
             "",
-            "".join(name.rjust(13) for name in shares),
-            "".join(f"{100 * share:.2f} %".rjust(13) for share in shares.values()),
+            " " * width + "".join(name.rjust(13) for name in shares),
+            *(
+                name[:width].ljust(width) + "".join(f"{100 * share:.2f} %".rjust(13) for share in row)
+                for name, row in rows.items()
+            ),
             "",
             f"coding rate {found['coding_rate']:.2f} nats, effective rank {found['effective_rank']:.1f} of "
             f"{len(found['spectrum'])} dimensions",
@@ -200,10 +346,18 @@ def _table(search: _Search, found: dict[str, Any]) -> str:
     )
 
 
-def _write(
-    search: _Search, found: dict[str, Any], neighbors: Tensor, output: Path, resolved: str, seconds: float
-) -> None:
-    arguments, backbone = search.arguments, search.backbone
+def _second_stage(arguments: Namespace) -> dict[str, Any] | None:
+    if arguments.rerank is None:
+        return None
+    return {
+        "candidates": arguments.rerank,
+        "local_features": features_record(arguments.local_features),
+        **{name: arguments[name] for name in ("weighting", "map_dtype")},
+    }
+
+
+def _write(search: _Search, found: _Found, output: Path, resolved: str, seconds: float) -> None:
+    arguments, backbone, neighbors, places = search.arguments, search.backbone, found.neighbors, found.places
     gallery = search.queries if search.gallery is None else search.gallery
     record = {
         "checkpoint": {"path": backbone.path, "sha256": backbone.sha256},
@@ -211,16 +365,28 @@ def _write(
         "distance": arguments.distance,
         "lone_queries": arguments.lone_queries,
         "seed": arguments.seed,
-        "measures": found,
+        "rerank": _second_stage(arguments),
+        "measures": found.measures,
         "seconds": seconds,
         "versions": versions("torch", "numpy"),
     }
-    row = {"checkpoint": backbone.path, **record["images"], "distance": arguments.distance, **found}
+    row = {"checkpoint": backbone.path, **record["images"], "distance": arguments.distance}
+    row |= {"rerank": arguments.rerank, **found.measures}
     replace_text(output / "retrieval.json", json.dumps(record, indent=2) + "\n")
     replace_text(output / "retrieval.csv", csv_of_rows([row]))
-    replace_text(output / "neighbors.csv", csv_of_rows(neighbor_rows(search.queries, gallery, neighbors)))
+    replace_text(
+        output / "neighbors.csv", csv_of_rows(neighbor_rows(search.queries, gallery, neighbors, places=places))
+    )
     order = torch.randperm(len(search.queries), generator=derive_generator(arguments.seed))
     asked = order[: arguments.rows].sort().values.tolist()
-    sheet = neighbor_sheet(backbone, search.queries, gallery, neighbors[asked], asked)
+    sheet = neighbor_sheet(
+        backbone,
+        search.queries,
+        gallery,
+        neighbors[asked],
+        asked,
+        places=None if places is None else places[asked],
+        heading="" if places is None else _HEADING.format(arguments.rerank),
+    )
     replace_file(output / "neighbors.png", lambda path: sheet.save(path))
     replace_text(output / "config.yaml", resolved)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,7 +28,12 @@ from fewshot_ext.evaluation.head_choice import (
 )
 from fewshot_ext.evaluation.heads import FineTuningConfig
 from fewshot_ext.evaluation.map_heads import DeepEMDHead
-from fewshot_ext.evaluation.protocol import ProtocolConfig, episode_accuracies, extract_features
+from fewshot_ext.evaluation.protocol import (
+    ProtocolConfig,
+    check_map_memory,
+    episode_accuracies,
+    extract_features,
+)
 from fewshot_ext.evaluation.results import ComparisonResults, HeadAccuracy
 from fewshot_ext.models import LocalFeaturesConfig
 
@@ -276,20 +280,13 @@ class Comparison:
         return features
 
     def _check_maps(self, backbone: str, heads: Sequence[str], shape: Sequence[int]) -> None:
-        regions, channels = shape
         for name in heads:
             try:
-                self.config.choose(name).head.check_regions(regions * min(self.episodes))
+                self.config.choose(name).head.check_regions(shape[0] * min(self.episodes))
             except ValueError as error:
                 raise ValueError(f"head {name} on backbone {backbone}: {error}") from error
-        size = len(self.images) * regions * channels * getattr(torch, self.config.map_dtype).itemsize / 2**30
-        if size > self.config.map_memory:
-            smaller = ", keep them in map_dtype float16" if self.config.map_dtype == "float32" else ""
-            raise ValueError(
-                f"map_memory must be at least {math.ceil(100 * size) / 100} GiB for head {heads[0]} on backbone "
-                f"{backbone}, with {regions} x {channels} numbers for each of {len(self.images)} images, "
-                f"got {self.config.map_memory:g}; raise it{smaller} or take fewer regions"
-            )
+        dtype, purpose = getattr(torch, self.config.map_dtype), f"head {heads[0]} on backbone {backbone}"
+        check_map_memory(self.config.map_memory, len(self.images), shape, dtype, purpose)
 
     def _sample(self, shot: int, data_name: str) -> Episodes:
         protocol, where = self.config.protocol, f"the {self.config.split} classes of {data_name}"

@@ -1,7 +1,7 @@
 """The few-shot protocol: features once, then accuracy over many episodes with its interval."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -146,6 +146,36 @@ def episode_accuracies(
         if on_progress:
             on_progress(done)
     return torch.cat(accuracies)
+
+
+def check_map_memory(
+    map_memory: float, images: int, shape: Sequence[int], dtype: torch.dtype, purpose: str, *, pixels: int = 0
+) -> None:
+    """Holds what the maps of all images take against what they may.
+
+    Args:
+        map_memory: the limit, in GiB.
+        images: how many there are.
+        shape: regions and channels of an image's maps.
+        dtype: in which they are kept.
+        purpose: what they are for; the message says it.
+        pixels: bytes of pictures that are kept beside them.
+
+    Raises:
+        ValueError: it is more; the message says how much is needed.
+
+    Example:
+        >>> check_map_memory(1.0, 10_000, (25, 640), torch.float32, "re-ranking")
+    """
+    regions, channels = shape
+    size = (images * regions * channels * dtype.itemsize + pixels) / 2**30
+    if size > map_memory:
+        beside = f" and {pixels / 2**30:.2f} GiB of pictures" if pixels else ""
+        smaller = ", keep them in map_dtype float16" if dtype == torch.float32 else ""
+        raise ValueError(
+            f"map_memory must be at least {math.ceil(100 * size) / 100} GiB for {purpose}, with {regions} x {channels} "
+            f"numbers for each of {images} images{beside}, got {map_memory:g}; raise it{smaller} or take fewer regions"
+        )
 
 
 def mean_and_interval(values: Tensor) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fewshot_ext._checks import check_at_least, check_choice, check_positive
 from fewshot_ext.evaluation.backbones import FrozenBackbone
 from fewshot_ext.evaluation.head_choice import crops_an_image
-from fewshot_ext.evaluation.protocol import extract_features
+from fewshot_ext.evaluation.protocol import check_map_memory, extract_features
 from fewshot_ext.evaluation.retrieval import _count_relevant, check_retrieval, nearest_neighbors
 from fewshot_ext.models import LocalFeaturesConfig, emd_logits
 from fewshot_ext.models.matching import Weighting, check_finite_maps, check_floating
@@ -105,6 +105,11 @@ class RerankedRetrieval:
         queries: how many queries count in both.
         candidates: ``[Q, candidates]`` int64 rows of the gallery, nearest by the global feature first, on the CPU.
         reranked: ``[Q, candidates]``, the same rows, nearest by the matching first.
+
+    Example:
+        >>> first, second = torch.tensor([[7, 2, 5]]), torch.tensor([[5, 7, 2]])
+        >>> RerankedRetrieval({1: 0.0}, {1: 1.0}, 1, first, second).places(2)
+        tensor([[3, 1]])
     """
 
     before: dict[int, float]
@@ -112,6 +117,11 @@ class RerankedRetrieval:
     queries: int
     candidates: Tensor
     reranked: Tensor
+
+    def places(self, k: int) -> Tensor:
+        """``[Q, k]`` int64: which place, from 1, the first k after the matching had by the global feature."""
+        rows, place = self.candidates.sort(dim=1)
+        return 1 + place.gather(1, torch.searchsorted(rows, self.reranked[:, :k].contiguous()))
 
 
 def retrieve_and_rerank(
@@ -202,10 +212,9 @@ def retrieve_and_rerank(
             f"got {candidates}"
         )
     maps_of = backbone.local_features(local_features).to(device)
-    example = extract_features(maps_of, images[:1], dtype=map_dtype)
-    size = sum(len(pictures) for pictures, _ in sets.values()) * example[0].nbytes / 2**30
-    if size > map_memory:
-        raise ValueError(f"map_memory must be at least {size:.3f} GiB for these images and regions, got {map_memory:g}")
+    example = extract_features(maps_of, images[:1])
+    total = sum(len(pictures) for pictures, _ in sets.values())
+    check_map_memory(map_memory, total, example.shape[1:], map_dtype, "re-ranking")
 
     def extract(stage: str, module: torch.nn.Module, pictures: Tensor, **options) -> Tensor:
         report = None if on_progress is None else lambda done: on_progress(stage, done, len(pictures))

@@ -1,7 +1,7 @@
 """Images with their classes as retrieval takes them, from a set or from folders, and pictures of what was found."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewshot_ext.data import ImageArchive, contact_sheet
 from fewshot_ext.data._threads import in_threads
-from fewshot_ext.data.pictures import picture_size
+from fewshot_ext.data.pictures import _wrapped, picture_size
 from fewshot_ext.evaluation.backbones import FrozenBackbone
 from fewshot_ext.evaluation.images import ImageBatches, class_folders
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's bluish green and vermilion, which stay apart for every common kind of colour blindness.
 RIGHT, WRONG = "#009E73", "#D55E00"
+_FILES_AT_ONCE = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +75,28 @@ class LabelledImages:
         )
         return [image for batch in _batches(chosen, backbone, len(index)) for image in batch]
 
+    def in_memory(self, backbone: FrozenBackbone, on_progress: Callable[[int], Any]) -> "LabelledImages":
+        """The same, with picture files read to a tensor as the backbone sees them.
+
+        Args:
+            backbone: decides their size and channels.
+            on_progress: called with the number of images of each batch.
+
+        Raises:
+            ValueError: a file that is damaged.
+        """
+        if isinstance(self.images, Tensor):
+            return self
+        pixels: Tensor | None = None
+        done = 0
+        for batch in _batches(self.images, backbone, _FILES_AT_ONCE):
+            if pixels is None:
+                pixels = batch.new_empty(len(self), *batch.shape[1:])
+            pixels[done : done + len(batch)] = batch
+            done += len(batch)
+            on_progress(len(batch))
+        return replace(self, images=pixels)
+
     @torch.inference_mode()
     def embed(self, backbone: FrozenBackbone, batch_size: int, on_progress: Callable[[int], Any]) -> Tensor:
         """``[N, D]`` float32 embeddings, on the device of the backbone.
@@ -113,7 +136,11 @@ def common_labels(*sets: LabelledImages) -> list[Tensor]:
 
 
 def neighbor_rows(
-    queries: LabelledImages, gallery: LabelledImages, neighbors: Tensor, asked: Sequence[int] | None = None
+    queries: LabelledImages,
+    gallery: LabelledImages,
+    neighbors: Tensor,
+    asked: Sequence[int] | None = None,
+    places: Tensor | None = None,
 ) -> list[dict[str, Any]]:
     """One row a query and neighbour: which, of which class, and whether it is the query's.
 
@@ -121,18 +148,21 @@ def neighbor_rows(
         queries, gallery: the images.
         neighbors: ``[q, k]`` int64 rows of the gallery, the nearest first.
         asked: the query of each row of ``neighbors``; all queries where None.
+        places: ``[q, k]``, which place each had before it was put in another order, for a column of its own.
     """
     asked = range(len(queries)) if asked is None else asked
+    before = None if places is None else places.tolist()
     return [
         {
             "query": queries.names[query],
             "query_class": queries.classes[query],
             "rank": rank,
+            **({} if before is None else {"rank_by_embedding": before[row][rank - 1]}),
             "neighbor": gallery.names[neighbor],
             "neighbor_class": gallery.classes[neighbor],
             "right": queries.classes[query] == gallery.classes[neighbor],
         }
-        for query, found in zip(asked, neighbors.tolist(), strict=True)
+        for row, (query, found) in enumerate(zip(asked, neighbors.tolist(), strict=True))
         for rank, neighbor in enumerate(found, start=1)
     ]
 
@@ -143,6 +173,9 @@ def neighbor_sheet(
     gallery: LabelledImages,
     neighbors: Tensor,
     asked: Sequence[int],
+    *,
+    places: Tensor | None = None,
+    heading: str = "",
 ) -> "Image.Image":
     """A row a query: the query first, then its neighbours, each marked right or wrong in words and by its border.
 
@@ -151,6 +184,8 @@ def neighbor_sheet(
         queries, gallery: the images.
         neighbors: ``[q, k]`` int64 rows of the gallery, the nearest first.
         asked: the query of each row of ``neighbors``.
+        places: ``[q, k]``, which place each had before it was put in another order; the captions name it.
+        heading: written above the rows.
 
     Raises:
         ImportError: Pillow is missing.
@@ -159,16 +194,32 @@ def neighbor_sheet(
     images, captions, borders = [], [], []
     own = queries.pixels(backbone, asked)
     near = gallery.pixels(backbone, neighbors.flatten().tolist())
-    rows = neighbor_rows(queries, gallery, neighbors, asked)
+    rows = neighbor_rows(queries, gallery, neighbors, asked, places)
     depth = neighbors.shape[1]
     for i, query in enumerate(asked):
         images += [own[i], *near[i * depth : (i + 1) * depth]]
         captions.append(f"query\n{queries.classes[query]}")
         borders.append(None)
         for row in rows[i * depth : (i + 1) * depth]:
-            captions.append(f"{'right' if row['right'] else 'wrong'}\n{row['neighbor_class']}")
+            was = "" if places is None else f", was {row['rank_by_embedding']}"
+            captions.append(f"{'right' if row['right'] else 'wrong'}{was}\n{row['neighbor_class']}")
             borders.append(RIGHT if row["right"] else WRONG)
-    return contact_sheet(images, captions, columns=depth + 1, borders=borders)
+    sheet = contact_sheet(images, captions, columns=depth + 1, borders=borders)
+    return _below(heading, sheet) if heading else sheet
+
+
+def _below(heading: str, sheet: "Image.Image") -> "Image.Image":
+    from PIL import ImageDraw, ImageFont, ImageOps
+
+    gap, font = 8, ImageFont.load_default(size=13)
+    text = _wrapped(heading, font, sheet.width - 2 * gap)
+    line_height = sum(font.getmetrics())
+    height = (text.count("\n") + 1) * line_height
+    sheet = ImageOps.expand(sheet, (0, height + gap, 0, 0), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, line in enumerate(text.split("\n")):
+        draw.text((gap, gap + number * line_height), line, fill="black", font=font)
+    return sheet
 
 
 def _batches(images: Tensor | list[Path], backbone: FrozenBackbone, batch_size: int) -> ImageBatches:

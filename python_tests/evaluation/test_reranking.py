@@ -130,6 +130,16 @@ def test_recall_before_is_that_of_the_retrieval_and_after_that_of_the_matching()
     assert [name for name, done, total in stages if done == total] == ["features", "maps", "matching"]
 
 
+def test_places_are_those_of_the_first_stage():
+    images, labels = digits()
+    found = retrieve_and_rerank(images, labels, FrozenBackbone.open(Blocks()), candidates=20)
+    expected = [
+        [1 + before.index(index) for index in after[:7]]
+        for before, after in zip(found.candidates.tolist(), found.reranked.tolist(), strict=True)
+    ]
+    assert found.places(7).tolist() == expected
+
+
 def test_queries_and_gallery_may_be_two_sets_and_embeddings_given():
     images, labels = digits(90)
     query, gallery = (images[:30], labels[:30]), (images[30:], labels[30:])
@@ -180,7 +190,7 @@ def test_lone_queries_are_left_out_or_missed(lone, queries, share):
         ({"lone_queries": "drop"}, ValueError, "lone_queries: expected one of"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
         ({"map_dtype": torch.bfloat16}, ValueError, "map_dtype must be torch.float32 or torch.float16"),
-        ({"map_memory": 1e-6}, ValueError, "map_memory must be at least 0.000 GiB .* got 1e-06"),
+        ({"map_memory": 1e-6}, ValueError, r"map_memory must be at least 0\.01 GiB for re-ranking, .* got 1e-06; "),
         ({"local_features": LocalFeaturesConfig(pyramid=(5,))}, ValueError, "pyramid must have sides of at most 4"),
         ({"backbone": FrozenBackbone.open(nn.Flatten())}, TypeError, "Flatten has no method feature_map"),
     ],
