@@ -40,7 +40,7 @@ def load_recipe(name: str) -> PreTrainingConfig:
 
     Args:
         name: one of ``recipe_names()``, ``DATA_BACKBONE_LOSS`` with ``_1shot`` or ``_5shot`` where the paper tells the
-            two apart.
+            two apart, or ``DATA_BACKBONE_deepemd``, the first stage of DeepEMD.
 
     Raises:
         ValueError: there is no recipe of that name.
@@ -104,6 +104,7 @@ def _pre_training_row(name: str) -> tuple[str, ...]:
         backbone.name,
         read_recipe(name)["loss"],
         f"{config.margin:g}",
+        config.optimizer,
         f"{config.weight_decay:g}",
         f"{backbone.drop_rate:g}, {backbone.drop_block_size}" if backbone.drop_rate else "-",
         str(config.epochs),
@@ -136,7 +137,17 @@ def _metric_training_row(name: str) -> tuple[str, ...]:
 
 
 _HEADERS = {
-    "pretrain": ("recipe", "backbone", "loss", "margin", "weight decay", "drop rate, block", "epochs", "pixels"),
+    "pretrain": (
+        "recipe",
+        "backbone",
+        "loss",
+        "margin",
+        "optimizer",
+        "weight decay",
+        "drop rate, block",
+        "epochs",
+        "pixels",
+    ),
     "metatrain": ("recipe", "regions", "episodes", "queries", "rate", "epochs", "episodes an epoch"),
     "metric-train": ("recipe", "backbone", "embedding", "P x K", "rate, of proxies", "epochs", "pixels"),
 }

@@ -1,7 +1,7 @@
 """Typed settings of pre-training: what a YAML file or the command line fills in."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from fewshot_ext._checks import (
@@ -15,6 +15,12 @@ from fewshot_ext.data.augmentation import AugmentationConfig
 from fewshot_ext.models import BackboneConfig
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "64-true")
+
+# Settings that one optimiser alone has.
+_OPTIMIZERS = {
+    "adam": ("minimum_learning_rate", "warmup", "warmup_multiplier"),
+    "sgd": ("momentum", "nesterov", "decay", "decay_epochs"),
+}
 
 # The four losses of the paper's table 3, each with its similarity.
 LOSSES = {"neg-cosine": "cosine", "neg-softmax": "softmax", "cosine": "cosine", "softmax": "softmax"}
@@ -57,7 +63,8 @@ _PARTS = {"backbone": BackboneConfig, "augmentation": AugmentationConfig, "valid
 class PreTrainingConfig:
     """Pre-training on base classes with a signed-margin softmax (paper eq. 1, 7, 8).
 
-    The defaults are the paper's recipe for Neg-Cosine on CUB.
+    The defaults are the paper's recipe for Neg-Cosine on CUB. Those of sgd are of the pre-training of DeepEMD, whose
+    other settings are a rate of 0.1 and, for a plain softmax, margin 0 and scale 1 of the inner product.
 
     Args:
         similarity: "cosine" (Neg-Cosine) or "softmax" (inner product, Neg-Softmax).
@@ -67,11 +74,16 @@ class PreTrainingConfig:
         label_smoothing: share of the target spread over all classes.
         epochs: passes over the base images.
         batch_size: images a step, over all devices.
-        learning_rate: Adam's rate at the end of the warm-up.
-        minimum_learning_rate: the rate that the cosine decay ends at.
-        warmup: share of the steps spent in the linear warm-up (the paper: 50 of 200 epochs, 100 of 400).
-        warmup_multiplier: how many times smaller than ``learning_rate`` the first rate is.
-        weight_decay: L2 penalty that Adam adds to the gradient.
+        optimizer: adam, with linear warm-up and cosine decay, or sgd, whose rate falls in steps.
+        learning_rate: Adam's at the end of the warm-up; SGD's in the first epochs.
+        minimum_learning_rate: adam alone: the rate that the cosine decay ends at.
+        warmup: adam alone: share of the steps spent in the linear warm-up (the paper: 50 of 200 epochs, 100 of 400).
+        warmup_multiplier: adam alone: how many times smaller than ``learning_rate`` the first rate is.
+        momentum: sgd alone: of the gradients.
+        nesterov: sgd alone: Nesterov's momentum.
+        decay: sgd alone: what the rate is multiplied by every ``decay_epochs`` epochs.
+        decay_epochs: sgd alone: epochs between two decays.
+        weight_decay: L2 penalty that the optimiser adds to the gradient.
         precision: Lightning's name of the arithmetic, as "32-true" or "bf16-mixed".
         channels_last: keep feature maps in the channels-last layout, which most convolutions are faster in.
         compile: compile the backbone by torch.compile; the first steps then take minutes.
@@ -84,7 +96,16 @@ class PreTrainingConfig:
         validation: see ``ValidationConfig``.
 
     Raises:
-        ValueError: a value out of range; the message names it.
+        ValueError: a value out of range, or a setting of the other optimiser; the message names it.
+
+    Reference:
+        Liu et al., Negative Margin Matters: Understanding Margin in Few-shot Classification, ECCV 2020, section 3.5;
+        with sgd Zhang et al., DeepEMD, CVPR 2020, and its official implementation.
+
+    Example:
+        >>> deepemd = PreTrainingConfig.for_loss("softmax", scale=1.0, optimizer="sgd", learning_rate=0.1, epochs=120)
+        >>> deepemd.decay, deepemd.decay_epochs
+        (0.2, 30)
     """
 
     similarity: Literal["cosine", "softmax"] = "cosine"
@@ -93,10 +114,15 @@ class PreTrainingConfig:
     label_smoothing: float = 0.0
     epochs: int = 200
     batch_size: int = 256
+    optimizer: Literal["adam", "sgd"] = "adam"
     learning_rate: float = 3e-3
     minimum_learning_rate: float = 1e-6
     warmup: float = 0.25
     warmup_multiplier: float = 16.0
+    momentum: float = 0.9
+    nesterov: bool = True
+    decay: float = 0.2
+    decay_epochs: int = 30
     weight_decay: float = 0.0
     precision: Literal["32-true", "16-mixed", "bf16-mixed", "64-true"] = "32-true"
     channels_last: bool = False
@@ -121,9 +147,24 @@ class PreTrainingConfig:
         check_at_least("minimum_learning_rate", self.minimum_learning_rate, 0)
         check_fraction("warmup", self.warmup)
         check_at_least("warmup_multiplier", self.warmup_multiplier, 1)
+        check_fraction("momentum", self.momentum)
+        check_positive("decay", self.decay)
+        check_at_least("decay_epochs", self.decay_epochs, 1)
+        self._check_optimizer()
         check_at_least("weight_decay", self.weight_decay, 0)
         check_at_least("checkpoint_epochs", self.checkpoint_epochs, 1)
         check_normalisation(self.image_size, self.mean, self.std)
+
+    def _check_optimizer(self) -> None:
+        check_choice("optimizer", self.optimizer, *_OPTIMIZERS)
+        default = {own.name: own.default for own in fields(self)}
+        for optimizer, names in _OPTIMIZERS.items():
+            for name in names:
+                came = getattr(self, name)
+                if optimizer != self.optimizer and came != default[name]:
+                    raise ValueError(f"{name} is an option of optimizer {optimizer}, got {came} for {self.optimizer}")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov must be false without momentum, got momentum 0")
 
     @classmethod
     def for_loss(

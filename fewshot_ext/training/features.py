@@ -1,6 +1,7 @@
 """What training is for: a network from uint8 images to feature vectors, with or without Lightning."""
 
 import pickle
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,12 +83,16 @@ def load_backbone(path: str | Path) -> FeatureExtractor:
 def build_extractor(checkpoint: dict[str, Any]) -> FeatureExtractor:
     """As ``load_backbone``, from the content of the file, of which hyper-parameters and weights are enough."""
     arguments = checkpoint["hyper_parameters"]
-    kind = MetricTrainingConfig if arguments.get("stage") == METRIC_TRAINING else PreTrainingConfig
     # Augmentation is for training, and would ask for kornia.
-    config = replace(kind.from_dict(arguments["config"]), augmentation=AugmentationConfig())
+    config = replace(config_class(arguments).from_dict(arguments["config"]), augmentation=AugmentationConfig())
     extractor = FeatureExtractor(config, arguments["image_size"], arguments["mean"], arguments["std"])
     load_extractor(extractor, checkpoint)
     return extractor.eval()
+
+
+def config_class(arguments: Mapping[str, Any]) -> type[PreTrainingConfig] | type[MetricTrainingConfig]:
+    """Which settings ``config`` is among the hyper-parameters of a checkpoint."""
+    return MetricTrainingConfig if arguments.get("stage") == METRIC_TRAINING else PreTrainingConfig
 
 
 def load_extractor(extractor: FeatureExtractor, checkpoint: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from fewshot_ext.training.episodic import EpisodeBatches, EpisodeValidation, Ran
 from fewshot_ext.training.features import META_TRAINING, FeatureExtractor, load_extractor, read_checkpoint
 from fewshot_ext.training.meta_config import FROM_SCRATCH, MetaTrainingConfig
 from fewshot_ext.training.run import BEST, ImageTraining, TrainingRun, image_statistics
+from fewshot_ext.training.schedule import sgd_in_steps
 
 
 class MetaTraining(ImageTraining):
@@ -132,16 +133,7 @@ class MetaTraining(ImageTraining):
         }
 
     def configure_optimizers(self) -> dict:
-        config = self.config
-        optimizer = torch.optim.SGD(
-            [parameter for parameter in self.parameters() if parameter.requires_grad],
-            lr=config.learning_rate,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-        )
-        schedule = torch.optim.lr_scheduler.StepLR(optimizer, config.decay_epochs, config.decay)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
+        return sgd_in_steps([parameter for parameter in self.parameters() if parameter.requires_grad], self.config)
 
     @torch.inference_mode()
     def _map_shape(self, image_size: tuple[int, int, int]) -> tuple[int, int]:

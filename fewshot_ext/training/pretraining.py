@@ -16,13 +16,13 @@ from fewshot_ext.training.config import PreTrainingConfig
 from fewshot_ext.training.distributed import RankBatches, share_batches
 from fewshot_ext.training.features import PRE_TRAINING, FeatureExtractor, read_checkpoint
 from fewshot_ext.training.run import BEST, ImageTraining, TrainingRun, image_statistics
-from fewshot_ext.training.schedule import warmup_cosine
+from fewshot_ext.training.schedule import sgd_in_steps, warmup_cosine
 
 HEADS = {"cosine": MarginCosineLoss, "softmax": MarginSoftmaxLoss}
 
 
 class PreTraining(ImageTraining):
-    """Backbone and margin head over uint8 images, with Adam, linear warm-up and cosine decay.
+    """Backbone and margin head over uint8 images, with Adam, linear warm-up and cosine decay, or with SGD in steps.
 
     Args:
         config: see ``PreTrainingConfig``.
@@ -107,6 +107,8 @@ class PreTraining(ImageTraining):
 
     def configure_optimizers(self) -> dict:
         config = self.config
+        if config.optimizer == "sgd":
+            return sgd_in_steps(self.parameters(), config)
         # Rates come from the schedule whole, so the optimiser's own rate is 1 and the factor is the rate.
         optimizer = torch.optim.Adam(self.parameters(), lr=1.0, weight_decay=config.weight_decay)
         total_steps = int(self.trainer.estimated_stepping_batches)

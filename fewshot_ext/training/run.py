@@ -7,6 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from fewshot_ext.models import Backbone  # noqa: E402
 from fewshot_ext.training.callbacks import BestCheckpoint, EpochMeans, ProgressBar  # noqa: E402
 from fewshot_ext.training.checkpoints import AtomicCheckpointIO  # noqa: E402
 from fewshot_ext.training.distributed import let_gloo_finish  # noqa: E402
-from fewshot_ext.training.features import FeatureExtractor, read_checkpoint  # noqa: E402
+from fewshot_ext.training.features import FeatureExtractor, config_class, read_checkpoint  # noqa: E402
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 
@@ -198,6 +199,8 @@ class TrainingRun(ABC):
         if not last.exists():
             return None
         before, after = dict(read_checkpoint(last, self.module.stage)["hyper_parameters"]), dict(self.module.hparams)
+        # A setting that the checkpoint is older than had its default.
+        before["config"] = asdict(config_class(before)()) | before["config"]
         # A run may go on with its checkpoints further apart: the result is the same.
         for settings in (before, after):
             for name, config in settings.items():

@@ -1,6 +1,15 @@
-"""The learning-rate schedule of the negative-margin paper's pre-training."""
+"""How the learning rate goes: warm-up and cosine of the negative-margin paper, SGD in steps of DeepEMD."""
 
 import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from fewshot_ext.training.config import PreTrainingConfig
+    from fewshot_ext.training.meta_config import MetaTrainingConfig
 
 
 def warmup_cosine(
@@ -25,3 +34,18 @@ def warmup_cosine(
     decay_steps = max(total_steps - warmup_steps, 1)
     progress = min((step - warmup_steps) / decay_steps, 1.0)
     return minimum + (peak - minimum) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def sgd_in_steps(
+    parameters: Iterable[nn.Parameter], config: "PreTrainingConfig | MetaTrainingConfig"
+) -> dict[str, Any]:
+    """SGD whose rate falls every ``decay_epochs`` epochs, as Lightning takes it from ``configure_optimizers``."""
+    optimizer = torch.optim.SGD(
+        parameters,
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+    )
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, config.decay_epochs, config.decay)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}

@@ -81,6 +81,20 @@ def test_resume_may_add_margins_and_runs_but_nothing_else(digits, tmp_path):
         MarginSweep(longer, digits, tmp_path, resume=True)
 
 
+def test_results_older_than_a_setting_resume_by_its_default(digits, tmp_path):
+    one = replace(TINY, margins=(0.0,), runs=1)
+    MarginSweep(one, digits, tmp_path).run()
+    path = tmp_path / "results.json"
+    results = json.loads(path.read_text())
+    for name in ("optimizer", "decay_epochs"):
+        del results["config"]["pretraining"][name]
+    path.write_text(json.dumps(results))
+    assert MarginSweep(one, digits, tmp_path, resume=True).results.finished == {(0, 0.0)}
+    other = replace(one, pretraining=replace(one.pretraining, optimizer="sgd"))
+    with pytest.raises(ValueError, match=r"its pretraining\.optimizer is adam, not sgd"):
+        MarginSweep(other, digits, tmp_path, resume=True)
+
+
 def test_a_fresh_sweep_removes_what_an_earlier_one_left(digits, tmp_path, monkeypatch):
     for name in ("results.csv", "accuracy_over_margin.png"):
         (tmp_path / name).write_text("stale")

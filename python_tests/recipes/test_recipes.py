@@ -2,7 +2,7 @@ import pytest
 
 from fewshot_ext.cli import main
 from fewshot_ext.data import AugmentationConfig
-from fewshot_ext.models import StructuredClassifierConfig, build_backbone
+from fewshot_ext.models import BackboneConfig, StructuredClassifierConfig, build_backbone
 from fewshot_ext.recipes import (
     load_meta_recipe,
     load_recipe,
@@ -38,8 +38,11 @@ SMALL = [
 ]
 
 
+DEEPEMD = [f"{data}_resnet12_deepemd" for data in ("cifarfs", "cub", "fc100", "miniimagenet", "tieredimagenet")]
+
+
 def test_the_recipes_are_these():
-    assert recipe_names() == sorted([*PUBLISHED, *SMALL])
+    assert recipe_names() == sorted([*PUBLISHED, *SMALL, *DEEPEMD])
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -69,6 +72,28 @@ def test_published_recipes_have_the_published_values(name):
     assert config.validation.shot == int(shot.removesuffix("shot"))
 
 
+@pytest.mark.parametrize("name", DEEPEMD)
+def test_the_first_stage_of_deepemd_has_the_published_values(name):
+    """The defaults of the official train_pretrain.py, and the transforms of its data sets."""
+    config = load_recipe(name)
+    assert (config.similarity, config.margin, config.scale, config.label_smoothing) == ("softmax", 0, 1, 0)
+    assert (config.optimizer, config.learning_rate, config.momentum, config.nesterov) == ("sgd", 0.1, 0.9, True)
+    assert (config.decay, config.decay_epochs, config.weight_decay) == (0.2, 30, 5e-4)
+    assert (config.epochs, config.batch_size, config.image_size) == (120, 128, 84)
+    assert config.backbone == BackboneConfig("resnet12")
+    assert config.augmentation == AugmentationConfig(crop_scale=0.08, horizontal_flip=True)
+    validation = config.validation
+    assert (validation.epochs, validation.episodes) == (1, 100)
+    assert (validation.way, validation.shot, validation.queries) == (5, 1, 15)
+    if name.startswith("cifarfs"):
+        assert (config.mean, config.std) == ((0.5071, 0.4866, 0.4409), (0.2009, 0.1984, 0.2023))
+    else:
+        levels = [125.3, 123.0, 113.9], [63.0, 62.1, 66.7]
+        assert (config.mean, config.std) == tuple(tuple(round(level / 255, 4) for level in part) for part in levels)
+    second = [other for other in recipe_names("metatrain") if other.startswith(f"{name}_")]
+    assert len(second) == len(META_ROWS)
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_small_recipes_name_their_data_and_suit_it(name):
     config = load_recipe(name)
@@ -86,7 +111,7 @@ def test_the_small_pairs_differ_in_the_margin_alone(data):
     assert {key for key in negative | zero if negative.get(key) != zero.get(key)} == {"loss", "margin"}
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED, *SMALL])
+@pytest.mark.parametrize("name", [*PUBLISHED, *SMALL, *DEEPEMD])
 def test_the_command_line_reads_what_python_reads(name, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["pretrain", "--config", name, "--output", "out", "--print_config"])
@@ -117,7 +142,7 @@ def test_the_table_has_a_line_a_recipe(capsys):
     lines = recipe_table().splitlines()
     assert [line.split()[0] for line in lines[1:]] == recipe_names()
     line = next(line for line in lines if line.startswith("miniimagenet_resnet18_neg_cosine_1shot"))
-    assert line.split()[1:] == ["resnet18", "neg-cosine", "-0.05", "5e-05", "0.2,", "3", "400", "224"]
+    assert line.split()[1:] == ["resnet18", "neg-cosine", "-0.05", "adam", "5e-05", "0.2,", "3", "400", "224"]
     with pytest.raises(SystemExit) as done:
         main(["pretrain", "--list-recipes"])
     assert done.value.code == 0

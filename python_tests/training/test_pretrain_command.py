@@ -192,6 +192,15 @@ def test_a_terminal_sees_one_bar_over_the_whole_run(three_splits, tmp_path):
         (["--data", "digits", "--output", "out", "--backbone.name", "resnet12"], "pooled_blocks is an option of conv4"),
         (["--data", "digits", "--output", "out", "--validation.way", "1"], "way must be at least 2"),
         (["--data", "digits", "--output", "out", "--mean", "[0.5]"], "mean and std must both be given"),
+        (
+            ["--data", "digits", "--output", "out", "--optimizer", "sgd", "--warmup", "0.1"],
+            "warmup is an option of optimizer adam, got 0.1 for sgd",
+        ),
+        (
+            ["--data", "digits", "--output", "out", "--decay_epochs", "10"],
+            "decay_epochs is an option of optimizer sgd, got 10 for adam",
+        ),
+        (["--data", "digits", "--output", "out", "--optimizer", "lion"], "lion"),
         (["--config", "missing.yaml"], "missing.yaml"),
         (["--similarity", "cosine"], "similarity"),
     ],

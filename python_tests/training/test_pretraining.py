@@ -3,7 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fewshot_ext.training import BackboneConfig, PreTraining, PreTrainingConfig, pretrain
+from fewshot_ext.training import BackboneConfig, PreTraining, PreTrainingConfig, PreTrainingRun, pretrain
+from fewshot_ext.training.schedule import sgd_in_steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -80,6 +81,134 @@ def test_learning_rate_follows_the_schedule(tiny, archive, tmp_path):
     # The warm-up is the first of the four epochs; the rate after the last step is the minimum.
     assert rates[0] == pytest.approx(tiny.learning_rate, rel=1e-6)
     assert rates[-1] == pytest.approx(tiny.minimum_learning_rate, rel=1e-3)
+
+
+def in_steps(config, **changes):
+    return replace(config, optimizer="sgd", learning_rate=0.05, decay_epochs=2, weight_decay=1e-3, **changes)
+
+
+def test_sgd_falls_in_steps(tiny, archive, tmp_path, monkeypatch):
+    rates, losses = {}, []
+
+    def watch(module, optimizer):
+        rates.setdefault(module.current_epoch, set()).add(optimizer.param_groups[0]["lr"])
+
+    monkeypatch.setattr(PreTraining, "on_before_optimizer_step", watch)
+    config = in_steps(tiny, epochs=5, decay=0.5)
+    pretrain(config, archive, tmp_path, on_epoch=lambda epoch, loss: losses.append(loss))
+    assert rates == {0: {0.05}, 1: {0.05}, 2: {0.025}, 3: {0.025}, 4: {0.0125}}
+    assert losses[-1] < losses[0]
+
+
+def test_the_published_schedule_of_deepemd():
+    config = PreTrainingConfig(optimizer="sgd", learning_rate=0.1, epochs=120)
+    made = sgd_in_steps([torch.nn.Parameter(torch.zeros(1))], config)
+    optimizer, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
+    group = optimizer.param_groups[0]
+    assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 0.0)
+    rates = []
+    for _ in range(config.epochs):
+        rates.append(group["lr"])
+        optimizer.step()
+        schedule.step()
+    expected = {0: 0.1, 29: 0.1, 30: 0.02, 59: 0.02, 60: 4e-3, 89: 4e-3, 90: 8e-4, 119: 8e-4}
+    assert {epoch: rates[epoch] for epoch in expected} == pytest.approx(expected)
+    assert made["lr_scheduler"]["interval"] == "epoch"
+
+
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0.0, "nesterov": False}])
+def test_sgd_trains_by_its_settings(settings, tiny, archive, tmp_path):
+    """Two steps of a run against the rule written out."""
+    config = in_steps(tiny, epochs=1, batch_size=len(archive) // 2, precision="64-true", **settings)
+    kept, step = [], PreTraining.training_step
+
+    class Watched(PreTraining):
+        def training_step(self, batch, batch_index):
+            kept.append((next(self.head.parameters()).detach().clone(),))
+            return step(self, batch, batch_index)
+
+        def on_before_optimizer_step(self, optimizer):
+            kept[-1] += (next(self.head.parameters()).grad.clone(),)
+
+    run = PreTrainingRun(config, archive, tmp_path)
+    run.module.__class__ = Watched
+    final = next(run.train().head.parameters()).detach()
+    velocity = 0
+    for index, (weight, gradient) in enumerate(kept):
+        gradient = gradient + 1e-3 * weight
+        velocity = config.momentum * velocity + gradient
+        move = gradient + config.momentum * velocity if config.nesterov else velocity
+        after = kept[index + 1][0] if index + 1 < len(kept) else final
+        torch.testing.assert_close(after, weight - 0.05 * move)
+    assert len(kept) >= 2
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_an_interrupted_run_of_sgd_resumes_to_the_same_weights(tiny, archive, tmp_path, stop_after, weights):
+    """Before, at and after the epoch whose end lowers the rate."""
+    config = in_steps(tiny)
+
+    def interrupt(epoch, loss):
+        if epoch > stop_after:
+            raise KeyboardInterrupt
+
+    unbroken = pretrain(config, archive, tmp_path / "unbroken", seed=1)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(config, archive, tmp_path / "broken", seed=1, on_epoch=interrupt)
+    resumed = pretrain(config, archive, tmp_path / "broken", seed=1, resume=True)
+    assert torch.equal(weights(resumed), weights(unbroken))
+
+
+def without_optimizer(path):
+    """Makes a checkpoint one of a release that knew Adam alone."""
+    checkpoint = torch.load(path, weights_only=True)
+    config = checkpoint["hyper_parameters"]["config"]
+    for name in ("optimizer", "momentum", "nesterov", "decay", "decay_epochs"):
+        del config[name]
+    torch.save(checkpoint, path)
+
+
+def test_a_run_older_than_the_choice_of_optimizer_resumes_as_adam(tiny, archive, tmp_path, weights):
+    def interrupt(epoch, loss):
+        if epoch > 2:
+            raise KeyboardInterrupt
+
+    unbroken = pretrain(tiny, archive, tmp_path / "unbroken")
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(tiny, archive, tmp_path / "broken", on_epoch=interrupt)
+    without_optimizer(tmp_path / "broken" / "last.ckpt")
+    assert PreTraining.from_checkpoint(tmp_path / "broken" / "last.ckpt").config == tiny
+    with pytest.raises(ValueError, match=r"config\.decay_epochs is 30, not 2"):
+        pretrain(in_steps(tiny), archive, tmp_path / "broken", resume=True)
+    with pytest.raises(ValueError, match=r"config\.optimizer is adam, not sgd"):
+        pretrain(replace(tiny, optimizer="sgd"), archive, tmp_path / "broken", resume=True)
+    resumed = pretrain(tiny, archive, tmp_path / "broken", resume=True)
+    assert torch.equal(weights(resumed), weights(unbroken))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"momentum": 0.5}, "momentum is an option of optimizer sgd, got 0.5 for adam"),
+        ({"nesterov": False}, "nesterov is an option of optimizer sgd, got False for adam"),
+        ({"decay": 0.5}, "decay is an option of optimizer sgd, got 0.5 for adam"),
+        ({"decay_epochs": 5}, "decay_epochs is an option of optimizer sgd, got 5 for adam"),
+        ({"optimizer": "sgd", "warmup": 0.0}, "warmup is an option of optimizer adam, got 0.0 for sgd"),
+        ({"optimizer": "sgd", "warmup_multiplier": 2.0}, "warmup_multiplier is an option of optimizer adam, got 2.0"),
+        (
+            {"optimizer": "sgd", "minimum_learning_rate": 0.0},
+            "minimum_learning_rate is an option of optimizer adam, got 0.0 for sgd",
+        ),
+        ({"optimizer": "sgd", "momentum": 0.0}, "nesterov must be false without momentum, got momentum 0"),
+        ({"optimizer": "lion"}, "optimizer must be 'adam' or 'sgd', got 'lion'"),
+        ({"optimizer": "sgd", "momentum": 1.0}, r"momentum must lie in \[0, 1\), got 1.0"),
+        ({"optimizer": "sgd", "decay": 0.0}, "decay must be above 0, got 0.0"),
+        ({"optimizer": "sgd", "decay_epochs": 0}, "decay_epochs must be at least 1, got 0"),
+    ],
+)
+def test_settings_of_the_other_optimizer_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PreTrainingConfig(**settings)
 
 
 @pytest.mark.parametrize(
