@@ -245,7 +245,7 @@ class _Search:
                 lone_queries=arguments.lone_queries,
                 on_progress=lambda count: bar.update(count - bar.n),
             )
-        found: dict[str, Any] = {"queries": metrics.queries, "gallery": len(parts[-1]), **metrics.row()}
+        found: dict[str, Any] = {"queries": metrics.queries, "gallery_images": len(parts[-1]), **metrics.row()}
         if not arguments.no_nmi:
             found["nmi"] = clustering_nmi(*pairs[:2], distance=arguments.distance, seed=arguments.seed)
         found |= measure_spread(embeddings[0]).row()
@@ -321,7 +321,7 @@ def _run(search: _Search, output: Path, resolved: str) -> int:
 def _table(search: _Search, results: _Found) -> str:
     arguments, found = search.arguments, results.measures
     where = f"{arguments.split} classes of {arguments.data}" if arguments.data else str(arguments.query)
-    among = "the others" if search.gallery is None else f"{found['gallery']:,} images of {arguments.gallery}"
+    among = "the others" if search.gallery is None else f"{found['gallery_images']:,} images of {arguments.gallery}"
     classes = len(set(search.queries.classes))
     shares = {f"Recall@{k}": found[f"recall_at_{k}"] for k in arguments.ks}
     shares |= {"MAP@R": found["map_at_r"], "R-precision": found["r_precision"]}

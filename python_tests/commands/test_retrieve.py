@@ -117,6 +117,8 @@ def test_folders_of_queries_and_gallery(checkpoints, folders, tmp_path, capsys):
     assert rows[0]["query"] == str(query / "digit 5" / "0.png")
     assert rows[0]["neighbor"].startswith(str(gallery))
     measures = json.loads((tmp_path / "retrieval.json").read_text())["measures"]
+    (row,) = csv.DictReader((tmp_path / "retrieval.csv").open())
+    assert (row["gallery"], row["gallery_images"]) == (str(gallery), "18")
     right = [row["right"] == "True" for row in rows if row["rank"] == "1"]
     assert measures["recall_at_1"] == pytest.approx(sum(right) / 6)
 
