@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fewshot_ext.experiments.accuracies import Difference, Row, difference, mean_accuracy, select, values
-from fewshot_ext.experiments.collapse import QUANTITIES, gain
+from fewshot_ext.experiments.collapse import QUANTITIES, arms_of, gain
 from fewshot_ext.experiments.figures import LOSS_TITLES
 from fewshot_ext.experiments.metric_runs import LOSS_TITLES as METRIC_LOSS_TITLES
 
@@ -259,7 +259,7 @@ def label_smoothing_findings(table: Mapping[str, Any]) -> list[Finding]:
 
 # By the name of the results file.
 def collapse_findings(table: Mapping[str, Any]) -> list[Finding]:
-    """Anti-Collapse: what the term does to the spectrum and to retrieval, for every loss and weight."""
+    """Anti-Collapse: what the term does to the spectrum and to retrieval, for every loss and arm."""
     rows, found = table["rows"], []
     claims = (
         ("effective_rank", "seen", "the spectrum of seen classes flattens (effective rank rises)"),
@@ -268,15 +268,15 @@ def collapse_findings(table: Mapping[str, Any]) -> list[Finding]:
         ("recall_at_1", "unseen", "Recall@1 on unseen classes rises"),
     )
     for loss in values(rows, "loss"):
-        for weight in values(select(rows, loss=loss), "weight"):
-            for quantity, classes, claim in claims if weight else ():
-                difference = gain(rows, loss, weight, classes, quantity)
+        for arm in arms_of(select(rows, loss=loss)):
+            for quantity, classes, claim in claims if arm.weight else ():
+                difference = gain(rows, loss, arm, classes, quantity)
                 if difference is None:
                     continue
                 title, factor, layout = QUANTITIES[quantity]
                 seeds = ", ".join(format(factor * value, f"+{layout}") for value in difference.by_seed)
                 measured = f"{title} {difference.text(f'+{layout}', factor)} (by seed {seeds})"
-                where = f"{METRIC_LOSS_TITLES[loss]}, weight {weight:g}"
+                where = f"{METRIC_LOSS_TITLES[loss]}, {arm.variant} {arm.weight:g}"
                 found.append(Finding("abstract", f"{claim} ({where})", measured, judge(1, difference.sign)))
     return found
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,14 @@ from fewshot_ext._files import replace_file
 from fewshot_ext.data import ImageArchive
 from fewshot_ext.experiments.accuracies import Row, select, values
 from fewshot_ext.experiments.figures import STYLES, Curve, draw_curves, figure
-from fewshot_ext.experiments.metric_runs import LOSS_TITLES, MetricRun, TrainEmbedding, arm_title, class_sets
+from fewshot_ext.experiments.metric_runs import (
+    LOSS_TITLES,
+    WITHOUT,
+    Arm,
+    MetricRun,
+    TrainEmbedding,
+    class_sets,
+)
 from fewshot_ext.experiments.sweep import TaskSweep
 from fewshot_ext.experiments.tables import write_table
 from fewshot_ext.models import build_backbone
@@ -36,7 +43,7 @@ class CollapseSweep(TaskSweep):
     Finished runs are taken over as they are and interrupted ones go on from their last epoch.
 
     Args:
-        runs: of ``metric_runs``, so that they share all settings but loss, weight and seed.
+        runs: of ``metric_runs``, so that they share all settings but loss, arm and seed.
         archive: the images of ``data`` that all runs name, with base and novel classes.
         output: existing folder.
         device: "cpu" or "cuda".
@@ -124,27 +131,34 @@ def last_epoch(rows: Sequence[Row]) -> list[Row]:
     """The rows of each run's last measurement."""
     last: dict[Any, int] = {}
     for row in rows:
-        run = (row["loss"], row["weight"], row["seed"])
-        last[run] = max(last.get(run, 0), row["epoch"])
-    return [row for row in rows if row["epoch"] == last[row["loss"], row["weight"], row["seed"]]]
+        last[_run(row)] = max(last.get(_run(row), 0), row["epoch"])
+    return [row for row in rows if row["epoch"] == last[_run(row)]]
 
 
-def gain(rows: Sequence[Row], loss: str, weight: float, classes: str, quantity: str) -> SeedMean | None:
+def _run(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("loss", "variant", "weight", "seed"))
+
+
+def arms_of(rows: Sequence[Row]) -> list[Arm]:
+    """The arms that the rows are of, each once, the one without the term first."""
+    return sorted({Arm(row["variant"], row["weight"]) for row in rows}, key=lambda arm: (arm != WITHOUT, arm))
+
+
+def gain(rows: Sequence[Row], loss: str, arm: Arm, classes: str, quantity: str) -> SeedMean | None:
     """How far the training with the term lies above that without, paired by seed, in the last epoch.
 
     Args:
         rows: of ``CollapseSweep.run``.
-        loss, weight, classes: which.
+        loss, arm, classes: which.
         quantity: a column.
 
     Returns:
         None where no seed has both.
     """
-    arms = []
-    for arm in (weight, 0.0):
-        own = select(last_epoch(rows), loss=loss, weight=arm, classes=classes)
-        arms.append({row["seed"]: row[quantity] for row in own})
-    ours, theirs = arms
+    ours, theirs = (
+        {row["seed"]: row[quantity] for row in select(last_epoch(rows), loss=loss, classes=classes, **asdict(one))}
+        for one in (arm, WITHOUT)
+    )
     seeds = sorted(ours.keys() & theirs.keys())
     return SeedMean.of([ours[seed] - theirs[seed] for seed in seeds]) if seeds else None
 
@@ -153,19 +167,19 @@ def summarize(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Each quantity after the last epoch, over seeds, with its difference to the training without the term.
 
     Returns:
-        One row a set of classes, loss, weight and quantity, with columns classes, loss, weight, quantity, mean,
+        One row a set of classes, loss, arm and quantity, with columns classes, loss, variant, weight, quantity, mean,
         interval, seeds and, with the term, difference and difference_interval; intervals are missing for one seed.
     """
     found = []
     for classes in CLASSES:
         for loss in sorted({row["loss"] for row in rows}):
-            for weight in values(select(rows, loss=loss), "weight"):
-                cell = {"classes": classes, "loss": loss, "weight": weight}
+            for arm in arms_of(select(rows, loss=loss)):
+                cell = {"classes": classes, "loss": loss, **asdict(arm)}
                 own = select(last_epoch(rows), **cell)
                 for quantity in QUANTITIES if own else ():
                     mean = SeedMean.of([row[quantity] for row in own])
                     row = {**cell, "quantity": quantity, **_columns("", mean), "seeds": len(own)}
-                    difference = gain(rows, loss, weight, classes, quantity) if weight else None
+                    difference = gain(rows, loss, arm, classes, quantity) if arm.weight else None
                     found.append(row | (_columns("difference", difference) if difference else {}))
     return found
 
@@ -177,12 +191,12 @@ def _columns(name: str, value: SeedMean) -> dict[str, float]:
 
 
 def collapse_table(rows: Sequence[Row]) -> str:
-    """The quantities as text: a block a set of classes, a line a loss and weight."""
+    """The quantities as text: a block a set of classes, a line a loss and arm."""
     lines = [_caption(rows)]
     width = 20
     for classes, block in _blocks(rows).items():
-        lines += ["", f"{f'{classes} classes':<32}" + "".join(title.rjust(width) for title, *_ in QUANTITIES.values())]
-        lines += [f"{name:<32}" + "".join(cell.rjust(width) for cell in cells) for name, cells in block]
+        lines += ["", f"{f'{classes} classes':<44}" + "".join(title.rjust(width) for title, *_ in QUANTITIES.values())]
+        lines += [f"{name:<44}" + "".join(cell.rjust(width) for cell in cells) for name, cells in block]
     return "\n".join(lines)
 
 
@@ -213,11 +227,11 @@ def _blocks(rows: Sequence[Row]) -> dict[str, list[tuple[str, list[str]]]]:
     blocks: dict[str, list[tuple[str, list[str]]]] = {}
     for classes in CLASSES:
         for loss in sorted({row["loss"] for row in rows}):
-            for weight in values(select(rows, loss=loss), "weight"):
-                own = select(last_epoch(rows), classes=classes, loss=loss, weight=weight)
+            for arm in arms_of(select(rows, loss=loss)):
+                own = select(last_epoch(rows), classes=classes, loss=loss, **asdict(arm))
                 if not own:
                     continue
-                name = f"{LOSS_TITLES[loss]}, {arm_title(weight)}"
+                name = f"{LOSS_TITLES[loss]}, {arm.title}"
                 cells = [
                     SeedMean.of([row[quantity] for row in own]).text(layout, factor)
                     for quantity, (_, factor, layout) in QUANTITIES.items()
@@ -245,8 +259,8 @@ def plot_collapse(rows: Sequence[Row], path: str | Path) -> None:
     Lines are means over seeds and bars their 95 % t intervals.
     """
     losses = sorted({row["loss"] for row in rows})
-    weights = values(rows, "weight")
-    styles = {arm_title(weight): style for weight, style in zip(weights, STYLES * len(weights), strict=False)}
+    arms = arms_of(rows)
+    styles = {arm.title: style for arm, style in zip(arms, STYLES * len(arms), strict=False)}
     panels = [("spectrum", classes) for classes in ("seen", "unseen")]
     panels += [("recall_at_1", "unseen"), ("coding_rate", "unseen")]
     with figure(path, rows=len(panels), columns=len(losses), height=1.9) as axes:
@@ -261,10 +275,7 @@ def plot_collapse(rows: Sequence[Row], path: str | Path) -> None:
                     name, factor, _ = QUANTITIES[quantity]
                     draw_curves(
                         axes[i, j],
-                        {
-                            arm_title(w): _over_epochs(select(own, weight=w), quantity, factor)
-                            for w in values(own, "weight")
-                        },
+                        {arm.title: _over_epochs(select(own, **asdict(arm)), quantity, factor) for arm in arms_of(own)},
                         title=title,
                         x="epoch" if i == len(panels) - 1 else "",
                         y=name,
@@ -273,19 +284,19 @@ def plot_collapse(rows: Sequence[Row], path: str | Path) -> None:
                     )
                     axes[i, j].xaxis.get_major_locator().set_params(integer=True)
         shown = [axis.get_legend_handles_labels() for axis in axes[0]]
-        arms = {label: handle for handles, labels in shown for handle, label in zip(handles, labels, strict=True)}
+        lines = {label: handle for handles, labels in shown for handle, label in zip(handles, labels, strict=True)}
         legend = {"fontsize": 7, "frameon": False, "loc": "outside upper center", "ncols": 4}
-        axes[0, 0].figure.legend(list(arms.values()), list(arms), **legend)
+        axes[0, 0].figure.legend(list(lines.values()), list(lines), **legend)
 
 
 def _draw_spectra(axis, rows: Sequence[Row], styles: Mapping[str, Mapping[str, str]], title: str) -> None:
-    for weight in values(rows, "weight"):
-        spectra = torch.tensor([row["spectrum"] for row in last_epoch(select(rows, weight=weight))])
+    for arm in arms_of(rows):
+        spectra = torch.tensor([row["spectrum"] for row in last_epoch(select(rows, **asdict(arm)))])
         # Zeros of a collapsed direction are rounding noise, and have no place on a logarithmic axis.
         mean = spectra.mean(0).clamp(min=1e-4)
         index = torch.arange(1, len(mean) + 1)
-        arm, every = arm_title(weight), max(1, len(mean) // 8)
-        axis.plot(index, mean, label=arm, linewidth=1.3, markersize=3.5, markevery=every, **styles[arm])
+        every = max(1, len(mean) // 8)
+        axis.plot(index, mean, label=arm.title, linewidth=1.3, markersize=3.5, markevery=every, **styles[arm.title])
     axis.set_yscale("log")
     axis.set_title(title, fontsize=8, loc="left")
     axis.set_xlabel("index", fontsize=8)

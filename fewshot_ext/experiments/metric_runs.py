@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fewshot_ext._checks import check_at_least, check_positive
+from fewshot_ext._checks import check_at_least, check_choice, check_positive
 from fewshot_ext._record import check_same_settings, versions
 from fewshot_ext.data import ImageArchive, Split
 from fewshot_ext.experiments.runs import without_defaults
@@ -25,6 +25,32 @@ LOSS_TITLES = {
     "contrastive": "contrastive",
     "triplet": "triplet",
 }
+
+
+@dataclass(frozen=True, order=True)
+class Arm:
+    """What a training adds to its loss: the Anti-Collapse term of one variant and weight, or nothing.
+
+    Args:
+        variant: "pair", "batch_proxy" or "all_proxy"; "none" without the term.
+        weight: of the penalty; 0 without the term.
+    """
+
+    variant: str = NO_ANTI_COLLAPSE
+    weight: float = 0.0
+
+    @property
+    def title(self) -> str:
+        """What tables and pictures call it.
+
+        Example:
+            >>> Arm().title, Arm("pair", 0.1).title
+            ('without', 'Anti-Collapse pair 0.1')
+        """
+        return f"Anti-Collapse {self.variant} {self.weight:g}" if self.weight else "without"
+
+
+WITHOUT = Arm()
 
 
 @dataclass(frozen=True)
@@ -48,20 +74,20 @@ class MetricRun:
         check_at_least("seed", self.seed, 0)
 
     @property
-    def weight(self) -> float:
-        """Of the Anti-Collapse penalty; 0 without it."""
+    def arm(self) -> Arm:
+        """What it adds to its loss."""
         term = self.training.anti_collapse
-        return 0.0 if term.variant == NO_ANTI_COLLAPSE else term.weight
+        return WITHOUT if term.variant == NO_ANTI_COLLAPSE else Arm(term.variant, term.weight)
 
     @property
     def name(self) -> str:
-        """Loss, weight and seed in words."""
-        return ", ".join([LOSS_TITLES[self.training.loss], arm_title(self.weight), f"seed {self.seed}"])
+        """Loss, arm and seed in words."""
+        return ", ".join([LOSS_TITLES[self.training.loss], self.arm.title, f"seed {self.seed}"])
 
     @property
     def labels(self) -> dict[str, Any]:
         """The columns of a results table that say which run a row belongs to."""
-        return {"loss": self.training.loss, "weight": self.weight, "seed": self.seed}
+        return {"loss": self.training.loss, **asdict(self.arm), "seed": self.seed}
 
     def settings(self, checksum: str) -> dict[str, Any]:
         """Everything that decides the weights and what is measured of them, in plain JSON types.
@@ -83,17 +109,8 @@ class MetricRun:
         default = json.loads(json.dumps(asdict(MetricTrainingConfig())))
         settings["training"] = without_defaults(settings["training"], default)
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        return runs / f"{self.training.loss}_weight{self.weight:g}_seed{self.seed}_{digest[:12]}"
-
-
-def arm_title(weight: float) -> str:
-    """What tables and pictures call the training with this weight.
-
-    Example:
-        >>> arm_title(0.0), arm_title(0.1)
-        ('without', 'Anti-Collapse 0.1')
-    """
-    return f"Anti-Collapse {weight:g}" if weight else "without"
+        arm = f"{self.arm.variant}{self.arm.weight:g}" if self.arm.weight else "without"
+        return runs / f"{self.training.loss}_{arm}_seed{self.seed}_{digest[:12]}"
 
 
 def metric_runs(
@@ -105,6 +122,7 @@ def metric_runs(
     pair_weights: Sequence[float] = (0.1,),
     proxy_weights: Sequence[float] = (1.0,),
     proxy_variant: str = "batch_proxy",
+    proxy_pair_weights: Sequence[float] = (),
 ) -> list[MetricRun]:
     """The runs of a sweep, seed by seed, each loss without the term and with it at every weight.
 
@@ -115,30 +133,37 @@ def metric_runs(
         seeds: each repeats all runs.
         pair_weights: of the penalty for losses that compare images, which then spreads the embeddings; above 0.
         proxy_weights: of the penalty for losses that have proxies, above 0.
-        proxy_variant: what it spreads there, "pair", "batch_proxy" or "all_proxy".
+        proxy_variant: which proxies it spreads there, "batch_proxy" or "all_proxy".
+        proxy_pair_weights: of the penalty that spreads the embeddings of a loss with proxies, above 0; an arm each,
+            beside those of ``proxy_weights``.
 
     Raises:
         ValueError: no losses, weights or seeds, one given twice, or a value that the settings do not take.
 
     Example:
         >>> [run.name for run in metric_runs("digits", MetricTrainingConfig(), ["triplet"], [0])]
-        ['triplet, without, seed 0', 'triplet, Anti-Collapse 0.1, seed 0']
+        ['triplet, without, seed 0', 'triplet, Anti-Collapse pair 0.1, seed 0']
     """
     weights = {"pair_weights": pair_weights, "proxy_weights": proxy_weights}
+    check_choice("proxy_variant", proxy_variant, "batch_proxy", "all_proxy")
     for name, values in {"losses": losses, "seeds": seeds, **weights}.items():
         if not values or len(set(values)) < len(values):
             raise ValueError(f"{name} must name at least one, and none twice, got {list(values)}")
+    weights["proxy_pair_weights"] = proxy_pair_weights
+    if len(set(proxy_pair_weights)) < len(proxy_pair_weights):
+        raise ValueError(f"proxy_pair_weights must name none twice, got {list(proxy_pair_weights)}")
     for name, values in weights.items():
         for weight in values:
             check_positive(name, weight)
     plain = replace(training.anti_collapse, variant=NO_ANTI_COLLAPSE)
+    of_pairs = [Arm("pair", weight) for weight in pair_weights]
+    of_proxies = [Arm(proxy_variant, weight) for weight in proxy_weights]
+    of_proxies += [Arm("pair", weight) for weight in proxy_pair_weights]
     runs = []
     for seed in seeds:
         for loss in losses:
-            runs.append(MetricRun(data, replace(training, loss=loss, anti_collapse=plain), seed))
-            variant = proxy_variant if loss in PROXY_LOSSES else "pair"
-            for weight in proxy_weights if loss in PROXY_LOSSES else pair_weights:
-                term = replace(plain, variant=variant, weight=weight)
+            terms = [replace(plain, **asdict(arm)) for arm in (of_proxies if loss in PROXY_LOSSES else of_pairs)]
+            for term in (plain, *terms):
                 runs.append(MetricRun(data, replace(training, loss=loss, anti_collapse=term), seed))
     return runs
 

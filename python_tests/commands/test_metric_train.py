@@ -173,31 +173,32 @@ def test_recipes_fit_their_data(name, capsys):
 
 COLLAPSE = ["--seeds", "0", "--epochs", "1", "--losses", "contrastive", "proxy_anchor", "--set"]
 COLLAPSE += ["backbone.width=4", "backbone.pooled_blocks=2", "backbone.embedding=6", "classes_per_batch=3"]
-COLLAPSE += ["samples_per_class=20"]
+COLLAPSE += ["samples_per_class=20", "--proxy_pair_weights", "0.5"]
 
 
 def test_collapse(tmp_path, capsys):
     arguments = ["analyze", "collapse", "--data", "digits", *COLLAPSE, "--output", str(tmp_path)]
     assert main(arguments) == 0
     printed = capsys.readouterr()
-    assert "ProxyAnchor, Anti-Collapse 1" in printed.out
+    assert "ProxyAnchor, Anti-Collapse batch_proxy 1" in printed.out
     assert "unseen classes" in printed.out
     content = json.loads((tmp_path / "collapse.json").read_text())
     assert content["training"]["backbone"]["width"] == 4
-    assert {(row["loss"], row["weight"]) for row in content["rows"]} == {
-        ("contrastive", 0.0),
-        ("contrastive", 0.1),
-        ("proxy_anchor", 0.0),
-        ("proxy_anchor", 1.0),
+    assert {(row["loss"], row["variant"], row["weight"]) for row in content["rows"]} == {
+        ("contrastive", "none", 0.0),
+        ("contrastive", "pair", 0.1),
+        ("proxy_anchor", "none", 0.0),
+        ("proxy_anchor", "batch_proxy", 1.0),
+        ("proxy_anchor", "pair", 0.5),
     }
     assert str(tmp_path) not in (tmp_path / "collapse.json").read_text()
     assert {f"collapse.{suffix}" for suffix in ("json", "csv", "png", "yaml")} <= {p.name for p in tmp_path.iterdir()}
     assert main(["analyze", "collapse", "--config", str(tmp_path / "collapse.yaml"), "--output", str(tmp_path)]) == 0
-    assert "4 of 4 runs are there already" in capsys.readouterr().err
+    assert "5 of 5 runs are there already" in capsys.readouterr().err
     page = tmp_path / "page.md"
     report = ["analyze", "report", "--paper", "anti_collapse", "--results", str(tmp_path), "--output", str(page)]
     assert main(report) == 0
-    assert "| ProxyAnchor, Anti-Collapse 1 |" in page.read_text()
+    assert "| ProxyAnchor, Anti-Collapse batch_proxy 1 |" in page.read_text()
 
 
 @pytest.mark.parametrize(

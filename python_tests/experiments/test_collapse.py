@@ -14,6 +14,7 @@ from fewshot_ext.experiments.claims import collapse_findings
 from fewshot_ext.experiments.collapse import (
     CollapseSweep,
     SeedMean,
+    arms_of,
     collapse_markdown,
     collapse_table,
     gain,
@@ -21,7 +22,7 @@ from fewshot_ext.experiments.collapse import (
     summarize,
     write_collapse,
 )
-from fewshot_ext.experiments.metric_runs import TrainEmbedding, metric_runs
+from fewshot_ext.experiments.metric_runs import Arm, TrainEmbedding, metric_runs
 from fewshot_ext.experiments.report import page_with_report, report
 from fewshot_ext.experiments.tables import read_table
 from fewshot_ext.training import AntiCollapseConfig, BackboneConfig, MeasurementConfig
@@ -42,6 +43,7 @@ def made_up(recalls, classes=("seen", "unseen"), epochs=(1, 2)):
     return [
         {
             "loss": loss,
+            "variant": {"triplet": "pair"}.get(loss, "batch_proxy") if weight else "none",
             "weight": weight,
             "seed": seed,
             "epoch": epoch,
@@ -58,6 +60,7 @@ def made_up(recalls, classes=("seen", "unseen"), epochs=(1, 2)):
     ]
 
 
+PAIR = Arm("pair", 0.1)
 CLEAR = {
     **{("triplet", 0.0, seed): value for seed, value in enumerate((0.50, 0.52, 0.48))},
     **{("triplet", 0.1, seed): value for seed, value in enumerate((0.60, 0.63, 0.59))},
@@ -72,15 +75,48 @@ def test_the_runs_of_a_sweep():
     )
     assert [run.name for run in runs[:5]] == [
         "contrastive, without, seed 3",
-        "contrastive, Anti-Collapse 0.1, seed 3",
-        "contrastive, Anti-Collapse 0.2, seed 3",
+        "contrastive, Anti-Collapse pair 0.1, seed 3",
+        "contrastive, Anti-Collapse pair 0.2, seed 3",
         "ProxyNCA, without, seed 3",
-        "ProxyNCA, Anti-Collapse 1, seed 3",
+        "ProxyNCA, Anti-Collapse batch_proxy 1, seed 3",
     ]
     assert [run.training.anti_collapse.variant for run in runs[:5]] == ["none", "pair", "pair", "none", "batch_proxy"]
     assert len({run.folder(Path("runs"), "0") for run in runs}) == len(runs) == 10
     spread = metric_runs("digits", TINY, ["proxy_nca"], [0], proxy_variant="all_proxy")
     assert spread[1].training.anti_collapse.variant == "all_proxy"
+
+
+def test_a_loss_with_proxies_can_spread_its_embeddings_too():
+    runs = metric_runs("digits", TINY, ["triplet", "proxy_nca"], [0], proxy_pair_weights=[1.0, 0.1])
+    assert [run.arm for run in runs] == [
+        Arm(),
+        Arm("pair", 0.1),
+        Arm(),
+        Arm("batch_proxy", 1.0),
+        Arm("pair", 1.0),
+        Arm("pair", 0.1),
+    ]
+    assert [run.labels["variant"] for run in runs[2:]] == ["none", "batch_proxy", "pair", "pair"]
+    # The variants of one weight are told apart, and so are their folders.
+    assert len({run.folder(Path("runs"), "0").name.rsplit("_", 1)[0] for run in runs}) == len(runs)
+
+
+def test_arms_of_one_weight_are_not_mixed():
+    rows = made_up({("proxy_anchor", 0.0, 0): 0.4, ("proxy_anchor", 1.0, 0): 0.3})
+    rows += [
+        {**row, "variant": "pair", "recall_at_1": 0.7} for row in made_up({("proxy_anchor", 1.0, 0): 0.6}, epochs=(2,))
+    ]
+    assert arms_of(rows) == [Arm(), Arm("batch_proxy", 1.0), Arm("pair", 1.0)]
+    assert gain(rows, "proxy_anchor", Arm("pair", 1.0), "unseen", "recall_at_1").by_seed == pytest.approx((0.3,))
+    assert gain(rows, "proxy_anchor", Arm("batch_proxy", 1.0), "unseen", "recall_at_1").by_seed == pytest.approx(
+        (-0.1,)
+    )
+    cells = [(row["variant"], row["mean"]) for row in summarize(rows) if row["quantity"] == "recall_at_1"]
+    assert cells == [("none", 0.4), ("batch_proxy", 0.3), ("pair", 0.7)] * 2
+    table = collapse_table(rows)
+    assert (
+        table.count("ProxyAnchor, Anti-Collapse batch_proxy 1") == table.count("ProxyAnchor, Anti-Collapse pair 1") == 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -90,6 +126,9 @@ def test_the_runs_of_a_sweep():
         ({"seeds": [1, 1]}, "seeds must name at least one, and none twice"),
         ({"pair_weights": []}, "pair_weights must name at least one"),
         ({"proxy_weights": [0.0]}, "proxy_weights must be above 0"),
+        ({"proxy_pair_weights": [-1.0]}, "proxy_pair_weights must be above 0"),
+        ({"proxy_pair_weights": [1.0, 1.0]}, "proxy_pair_weights must name none twice"),
+        ({"proxy_variant": "pair"}, "proxy_variant must be"),
         ({"seeds": [-1]}, "seed must be at least 0"),
         ({"losses": ["hinge"]}, "loss must be"),
     ],
@@ -115,17 +154,17 @@ def test_a_mean_over_seeds_has_the_interval_of_students_t():
 
 def test_gains_are_paired_by_seed_in_the_last_epoch():
     rows = made_up(CLEAR)
-    found = gain(rows, "triplet", 0.1, "unseen", "recall_at_1")
+    found = gain(rows, "triplet", PAIR, "unseen", "recall_at_1")
     assert found.by_seed == pytest.approx((0.10, 0.11, 0.11))
     assert (
-        gain(made_up({("triplet", 0.0, 0): 0.5, ("triplet", 0.1, 1): 0.6}), "triplet", 0.1, "seen", "map_at_r") is None
+        gain(made_up({("triplet", 0.0, 0): 0.5, ("triplet", 0.1, 1): 0.6}), "triplet", PAIR, "seen", "map_at_r") is None
     )
     assert {row["epoch"] for row in last_epoch(rows)} == {2}
 
 
 def test_a_run_that_has_not_come_as_far_counts_by_its_own_last_epoch():
     rows = made_up({("triplet", 0.0, 0): 0.5}, epochs=(1, 2)) + made_up({("triplet", 0.1, 0): 0.6}, epochs=(1,))
-    assert gain(rows, "triplet", 0.1, "unseen", "recall_at_1").by_seed == pytest.approx((0.1,))
+    assert gain(rows, "triplet", PAIR, "unseen", "recall_at_1").by_seed == pytest.approx((0.1,))
 
 
 def test_summary_and_tables_tell_the_same():
@@ -144,7 +183,7 @@ def test_summary_and_tables_tell_the_same():
     for shown in (text, page):
         assert "After 2 epochs, mean ± 95 % t interval over 3 seeds" in shown
         assert f"{100 * mean.mean:.2f} ± {100 * mean.interval:.2f}" in shown
-        assert "triplet, Anti-Collapse 0.1" in shown
+        assert "triplet, Anti-Collapse pair 0.1" in shown
     assert page.count("| seen classes |") == page.count("| unseen classes |") == 1
     assert "validation classes" not in page
     assert "from 1 seed" in collapse_table(made_up({("triplet", 0.0, 0): 0.5}))
@@ -153,11 +192,11 @@ def test_summary_and_tables_tell_the_same():
 def test_claims_are_shown_contradicted_or_left_open():
     verdicts = {finding.claim: finding.verdict for finding in collapse_findings({"rows": made_up(CLEAR)})}
     assert len(verdicts) == 8
-    assert verdicts["Recall@1 on unseen classes rises (triplet, weight 0.1)"] == "shown"
-    assert verdicts["Recall@1 on unseen classes rises (ProxyAnchor, weight 1)"] == "contradicted"
+    assert verdicts["Recall@1 on unseen classes rises (triplet, pair 0.1)"] == "shown"
+    assert verdicts["Recall@1 on unseen classes rises (ProxyAnchor, batch_proxy 1)"] == "contradicted"
     open_question = dict(CLEAR) | {("triplet", 0.1, 0): 0.1}
     verdicts = {finding.claim: finding.verdict for finding in collapse_findings({"rows": made_up(open_question)})}
-    assert verdicts["Recall@1 on unseen classes rises (triplet, weight 0.1)"] == "not shown"
+    assert verdicts["Recall@1 on unseen classes rises (triplet, pair 0.1)"] == "not shown"
     (finding,) = (
         finding
         for finding in collapse_findings({"rows": made_up(CLEAR)})
@@ -175,7 +214,7 @@ def test_files_picture_and_page(tmp_path):
     assert (folder / "collapse.png").stat().st_size > 10_000
     page = page_with_report([folder], tmp_path / "page.md", "anti_collapse")
     assert "| ProxyAnchor, without |" in page
-    assert "| abstract | Recall@1 on unseen classes rises (triplet, weight 0.1) |" in page
+    assert "| abstract | Recall@1 on unseen classes rises (triplet, pair 0.1) |" in page
     assert "](digits/collapse.png)" in page
     assert "Not yet measured" not in page
     # The other paper's page knows nothing of it.
@@ -202,7 +241,7 @@ def test_a_sweep_trains_resumes_and_takes_over(digits, tmp_path, monkeypatch, ca
     )
     again = sweep([0, 1]).run()
     assert again[: len(rows)] == rows
-    assert trained == ["triplet, without, seed 1", "triplet, Anti-Collapse 0.1, seed 1"]
+    assert trained == ["triplet, without, seed 1", "triplet, Anti-Collapse pair 0.1, seed 1"]
     # A run that was broken off goes on from its last epoch.
     folder = sweep([1]).tasks[0].folder
     before = json.loads((folder / "run.json").read_text())

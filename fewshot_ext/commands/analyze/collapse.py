@@ -15,7 +15,6 @@ from fewshot_ext.commands.common import resolve_device, writable_folder
 from fewshot_ext.data import load_images
 from fewshot_ext.experiments.collapse import NAME, CollapseSweep, collapse_table, write_collapse
 from fewshot_ext.experiments.metric_runs import metric_runs
-from fewshot_ext.losses.anti_collapse import VARIANTS
 from fewshot_ext.losses.base_losses import BASE_LOSSES
 
 SUMMARY = "spectrum and retrieval with and without Anti-Collapse; trains"
@@ -28,19 +27,28 @@ def add_arguments(parser) -> None:
     sweep.add_argument(
         "--losses", nargs="+", default=["triplet", "proxy_anchor"], metavar="LOSS", help=", ".join(BASE_LOSSES)
     )
-    for name, default, kind in (("pair", 0.1, "contrastive and triplet"), ("proxy", 1.0, "losses with proxies")):
-        sweep.add_argument(
-            f"--{name}_weights",
-            type=float,
-            nargs="+",
-            default=[default],
-            metavar="W",
-            help=f"of the term for {kind}; each loss also goes without",
-        )
+    weights = {"type": float, "metavar": "W"}
     sweep.add_argument(
-        "--proxy_variant",
-        default="batch_proxy",
-        help="what the term spreads for losses with proxies: pair, batch_proxy or all_proxy; for others it is pair",
+        "--pair_weights",
+        nargs="+",
+        default=[0.1],
+        help="of the term for contrastive and triplet, where it spreads embeddings; each loss also goes without",
+        **weights,
+    )
+    sweep.add_argument(
+        "--proxy_weights",
+        nargs="+",
+        default=[1.0],
+        help="of the term for losses with proxies, where it spreads proxies; each loss also goes without",
+        **weights,
+    )
+    sweep.add_argument("--proxy_variant", default="batch_proxy", help="which proxies: batch_proxy or all_proxy")
+    sweep.add_argument(
+        "--proxy_pair_weights",
+        nargs="*",
+        default=[],
+        help="further arms of losses with proxies, where the term spreads embeddings",
+        **weights,
     )
     common.add_training_arguments(parser, seeds=(0, 1, 2), command="metric-train")
 
@@ -50,7 +58,6 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     common.check_run_arguments(arguments)
     for loss in arguments.losses:
         check_choice("losses", loss, *BASE_LOSSES)
-    check_choice("proxy_variant", arguments.proxy_variant, *VARIANTS)
     runs = metric_runs(
         arguments.data,
         common.read_metric_training(arguments, ("loss",)),
@@ -59,6 +66,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         pair_weights=arguments.pair_weights,
         proxy_weights=arguments.proxy_weights,
         proxy_variant=arguments.proxy_variant,
+        proxy_pair_weights=arguments.proxy_pair_weights,
     )
     device = resolve_device(arguments.device)
     archive = load_images(arguments.data)
