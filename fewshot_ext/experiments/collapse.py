@@ -12,7 +12,7 @@ from fewshot_ext import _extras
 from fewshot_ext._files import replace_file
 from fewshot_ext.data import ImageArchive
 from fewshot_ext.experiments.accuracies import Row, select, values
-from fewshot_ext.experiments.figures import STYLES, Curve, draw_curves, figure
+from fewshot_ext.experiments.figures import Curve, curve_styles, draw_curves, figure
 from fewshot_ext.experiments.metric_runs import (
     LOSS_TITLES,
     WITHOUT,
@@ -259,8 +259,7 @@ def plot_collapse(rows: Sequence[Row], path: str | Path) -> None:
     Lines are means over seeds and bars their 95 % t intervals.
     """
     losses = sorted({row["loss"] for row in rows})
-    arms = arms_of(rows)
-    styles = {arm.title: style for arm, style in zip(arms, STYLES * len(arms), strict=False)}
+    styles = curve_styles(arm.title for arm in arms_of(rows))
     panels = [("spectrum", classes) for classes in ("seen", "unseen")]
     panels += [("recall_at_1", "unseen"), ("coding_rate", "unseen")]
     with figure(path, rows=len(panels), columns=len(losses), height=1.9) as axes:

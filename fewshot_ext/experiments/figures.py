@@ -1,6 +1,6 @@
 """What the pictures of all analyses share: sizes, colours, markers, and curves with intervals over panels."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,6 +30,21 @@ CLASS_TITLES = {
     "novel": "novel classes",
 }
 LOSS_TITLES = {"cosine": "cosine softmax", "softmax": "softmax"}
+
+
+def curve_styles(names: Iterable[Hashable]) -> dict[Hashable, dict[str, str]]:
+    """A style for each name. After the seventh the colours come again, with other markers and lines.
+
+    Example:
+        >>> first, *_, eighth = curve_styles(range(8)).values()
+        >>> first["color"] == eighth["color"], first["marker"] == eighth["marker"]
+        (True, False)
+    """
+    styles = {}
+    for k, name in enumerate(dict.fromkeys(names)):
+        turn = STYLES[(k + k // len(STYLES)) % len(STYLES)]
+        styles[name] = {**turn, "color": STYLES[k % len(STYLES)]["color"]}
+    return styles
 
 
 @contextmanager
@@ -83,7 +98,7 @@ def draw_curves(
         styles: by label, where curves of several panels belong together.
         legend: whether the labels are written into the panel, where there is more than one.
     """
-    styles = styles or dict(zip(curves, STYLES * len(curves), strict=False))
+    styles = styles or curve_styles(curves)
     for label, points in curves.items():
         xs, ys, intervals = zip(*sorted(points), strict=True)
         axis.errorbar(

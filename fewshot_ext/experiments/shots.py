@@ -8,7 +8,7 @@ from typing import Any
 
 from fewshot_ext._files import replace_file
 from fewshot_ext.experiments.accuracies import Row, difference, mean_accuracy, select, values
-from fewshot_ext.experiments.figures import CLASS_TITLES, STYLES, draw_curves, figure
+from fewshot_ext.experiments.figures import CLASS_TITLES, curve_styles, draw_curves, figure
 from fewshot_ext.experiments.tables import write_table
 
 NAME = "shots"
@@ -37,7 +37,7 @@ def plot_shots(rows: Sequence[Row], path: str | Path) -> None:
             for margin in margins
         }
         way = rows[0]["way"]
-        styles = dict(zip(accuracies, STYLES * len(accuracies), strict=False))
+        styles = curve_styles(accuracies)
         draw_curves(axes[0, 0], accuracies, title=CLASS_TITLES[classes], y=f"{way}-way accuracy (%)")
         if others:
             gains = {}

@@ -22,6 +22,7 @@ from fewshot_ext.experiments.collapse import (
     summarize,
     write_collapse,
 )
+from fewshot_ext.experiments.figures import curve_styles
 from fewshot_ext.experiments.metric_runs import Arm, TrainEmbedding, metric_runs
 from fewshot_ext.experiments.report import page_with_report, report
 from fewshot_ext.experiments.tables import read_table
@@ -283,3 +284,8 @@ def test_an_unseen_class_with_one_image(digits, tmp_path):
     assert lone.subset(Split.NOVEL).num_classes == 5
     with pytest.raises(ValueError, match=r"unseen classes, .*got none for 1 queries"):
         CollapseSweep(metric_runs("digits", TINY, ["triplet"], [0]), lone, tmp_path)
+
+
+def test_more_arms_than_colours_are_told_apart():
+    styles = curve_styles(Arm("pair", k + 1).title for k in range(20))
+    assert len({tuple(style.values()) for style in styles.values()}) == 20
