@@ -32,8 +32,10 @@ PUBLISHED = {
 }
 SMALL = [
     "miniimagenet32_conv4_cosine",
+    "miniimagenet32_conv4_deepemd",
     "miniimagenet32_conv4_neg_cosine",
     "omniglot28_conv4_cosine",
+    "omniglot28_conv4_deepemd",
     "omniglot28_conv4_neg_cosine",
 ]
 
@@ -102,7 +104,9 @@ def test_small_recipes_name_their_data_and_suit_it(name):
     assert (config.margin < 0) == ("neg" in name)
     assert config.augmentation.horizontal_flip == (data == "miniimagenet32")
     size = 32 if data == "miniimagenet32" else 28
-    assert build_backbone(config.backbone).feature_size(size, size) == {32: 256, 28: 64}[size]
+    # DeepEMD's first stage keeps regions to match: 4 x 4 and 3 x 3 of them.
+    sides = {32: 4, 28: 3} if name.endswith("deepemd") else {32: 2, 28: 1}
+    assert build_backbone(config.backbone).feature_size(size, size) == 64 * sides[size] ** 2
 
 
 @pytest.mark.parametrize("data", ["miniimagenet32", "omniglot28"])
@@ -190,8 +194,9 @@ def test_small_recipes_of_meta_training_name_their_data_and_suit_it(name):
     assert read_recipe(name, "metatrain")["data"] == data
     config = load_meta_recipe(name)
     assert config.augmentation.horizontal_flip == (data == "miniimagenet32")
-    assert f"{data}_conv4_cosine" in recipe_names()
-    assert f"{data}_conv4_cosine" in recipe_path(name, "metatrain").read_text()
+    first_stage = f"{data}_conv4_deepemd"
+    assert first_stage in recipe_names()
+    assert f"Pre-train with {first_stage}." in recipe_path(name, "metatrain").read_text()
 
 
 @pytest.mark.parametrize("name", [*(f"miniimagenet_resnet12_deepemd_{row}" for row in META_ROWS), *META_SMALL])
