@@ -1,42 +1,13 @@
 """The paper's claims held against measured numbers: one finding each, worded by the numbers themselves."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from fewshot_ext.experiments.accuracies import Difference, Row, difference, mean_accuracy, select, values
 from fewshot_ext.experiments.collapse import QUANTITIES, arms_of, gain
 from fewshot_ext.experiments.figures import LOSS_TITLES
+from fewshot_ext.experiments.findings import CONTRADICTED, NOT_SHOWN, SHOWN, Finding, judge
 from fewshot_ext.experiments.metric_runs import LOSS_TITLES as METRIC_LOSS_TITLES
-
-SHOWN, NOT_SHOWN, CONTRADICTED = "shown", "not shown", "contradicted"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What became of one claim.
-
-    Attributes:
-        source: figure, table or section of the paper.
-        claim: in words.
-        measured: the numbers that decide.
-        verdict: "shown", "not shown" or "contradicted".
-    """
-
-    source: str
-    claim: str
-    measured: str
-    verdict: str
-
-
-def judge(expected: int, observed: int) -> str:
-    """The verdict on a claim of one sign where the numbers have another, or 0 for no clear one.
-
-    Example:
-        >>> judge(1, 0)
-        'not shown'
-    """
-    return SHOWN if observed == expected else NOT_SHOWN if not observed else CONTRADICTED
 
 
 def margin_findings(table: Mapping[str, Any]) -> list[Finding]:
@@ -257,7 +228,6 @@ def label_smoothing_findings(table: Mapping[str, Any]) -> list[Finding]:
     return found
 
 
-# By the name of the results file.
 def collapse_findings(table: Mapping[str, Any]) -> list[Finding]:
     """Anti-Collapse: what the term does to the spectrum and to retrieval, for every loss and arm."""
     rows, found = table["rows"], []
@@ -281,6 +251,7 @@ def collapse_findings(table: Mapping[str, Any]) -> list[Finding]:
     return found
 
 
+# By the name of the results file.
 FINDINGS: dict[str, Callable[[Mapping[str, Any]], list[Finding]]] = {
     "margins": margin_findings,
     "variance": variance_findings,

@@ -1,13 +1,18 @@
 """A page of findings made from results files, so that its text cannot disagree with the numbers."""
 
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fewshot_ext.experiments.claims import CONTRADICTED, FINDINGS, NOT_SHOWN, SHOWN, Finding
+from fewshot_ext.experiments.claims import FINDINGS
 from fewshot_ext.experiments.collapse import collapse_markdown
+from fewshot_ext.experiments.deepemd_report import deepemd_missing, deepemd_section
+from fewshot_ext.experiments.deepemd_results import FILES as DEEPEMD_FILES
+from fewshot_ext.experiments.deepemd_results import read_deepemd
+from fewshot_ext.experiments.findings import Finding, findings_markdown, picture_markdown, source_markdown
 from fewshot_ext.experiments.tables import read_table
 
 START = "<!-- findings: written by fewshot-ext analyze report, edits are lost -->"
@@ -45,29 +50,34 @@ COLLAPSE = {
         "Singular values of the embeddings after the last epoch, Recall@1 and coding rate over the epochs.",
     )
 }
-PAPERS = {"negative_margin": ANALYSES, "anti_collapse": COLLAPSE}
 
 # What a section says before its findings.
 _TABLES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {"collapse": collapse_markdown}
 _WITH_SWEEP = ("variance", "label_distribution", "tsne", "shots", "finetuning_margin")
 
+# What was read from one folder, by the name of the file.
+Results = Mapping[str, Any]
 
-def read_results(folder: Path, paper: str = "negative_margin") -> dict[str, dict[str, Any]]:
-    """Every results file of a paper's analyses that is in ``folder``, by its name.
 
-    Args:
-        folder: output of the analyses.
-        paper: one of ``PAPERS``.
+@dataclass(frozen=True)
+class Paper:
+    """How what was measured about a paper becomes a page.
 
-    Raises:
-        ValueError: a file does not hold what its name says.
+    Attributes:
+        files: names of the results files that a folder may hold.
+        read: the content of those that a folder holds, by name; raises ValueError for one that holds something else.
+        section: lines about what was read from one folder, and how the page links that folder.
+        missing: lines about what is in none of the folders, a command each; takes what was read, by folder.
     """
-    names = [name for files, _, _ in PAPERS[paper].values() for name in files]
-    return {name: read_table(folder, name) for name in names if (folder / f"{name}.json").exists()}
+
+    files: tuple[str, ...]
+    read: Callable[[Path], dict[str, Any]]
+    section: Callable[[Results, str], list[str]]
+    missing: Callable[[Mapping[Path, Results]], list[str]]
 
 
-def findings(results: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
-    """What the results say about the paper's claims, in the order of ``FINDINGS``."""
+def findings(results: Results) -> list[Finding]:
+    """What the results of analyses say about the paper's claims, in the order of ``FINDINGS``."""
     return [finding for name, find in FINDINGS.items() if name in results for finding in find(results[name])]
 
 
@@ -101,42 +111,70 @@ def report(folders: Sequence[Path], relative_to: Path, paper: str = "negative_ma
         relative_to: the folder of the page, from which pictures are linked.
         paper: one of ``PAPERS``.
     """
-    analyses = PAPERS[paper]
-    results = {folder: read_results(folder, paper) for folder in folders}
-    lines = [line for folder, own in results.items() for line in _section(folder, own, relative_to, analyses)]
-    there = {name for own in results.values() for name in own}
-    if missing := [analysis for analysis, (files, _, _) in analyses.items() if files[0] not in there]:
-        lines += ["Not yet measured:", ""]
-        lines += [f"- `fewshot-ext analyze {analysis} {_arguments(analysis)}`" for analysis in missing]
-        lines.append("")
+    own = PAPERS[paper]
+    results = {folder: own.read(folder) for folder in folders}
+    lines = []
+    for folder, found in results.items():
+        link = Path(os.path.relpath(folder, relative_to)).as_posix()
+        lines += [f"### {folder.name}", "", *own.section(found, link)]
+    if missing := own.missing(results):
+        lines += ["Not yet measured:", "", *missing, ""]
     return "\n".join(lines)
 
 
-def _section(
-    folder: Path, results: Mapping[str, Mapping[str, Any]], relative_to: Path, analyses: Mapping[str, Any]
-) -> list[str]:
-    link = Path(os.path.relpath(folder, relative_to)).as_posix()
+def read_results(folder: Path, paper: str = "negative_margin") -> dict[str, Any]:
+    """Every results file about a paper that is in ``folder``, by its name.
+
+    Args:
+        folder: with results files.
+        paper: one of ``PAPERS``.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: a file does not hold what its name says.
+    """
+    return PAPERS[paper].read(folder)
+
+
+def _read_analyses(analyses: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    names = [name for files, _, _ in analyses.values() for name in files]
+    return {name: read_table(folder, name) for name in names if (folder / f"{name}.json").exists()}
+
+
+def _section(analyses: Mapping[str, Any], results: Results, link: str) -> list[str]:
     head = next(iter(results.values()))
-    packages = ", ".join(f"{name} {version}" for name, version in head["versions"].items())
-    lines = [f"### {folder.name}", "", f"Image set {head['data']['name']}; {packages}.", ""]
+    lines = source_markdown(head["data"]["name"], head["versions"])
     for name, table in _TABLES.items():
         lines += table(results[name]) if name in results else []
-    if found := findings(results):
-        counts = Counter(one.verdict for one in found)
-        lines += [", ".join(f"{counts[verdict]} {verdict}" for verdict in (SHOWN, NOT_SHOWN, CONTRADICTED)) + ".", ""]
-        lines += ["| | claim | measured | verdict |", "|---|---|---|---|"]
-        lines += [f"| {one.source} | {one.claim} | {one.measured} | **{one.verdict}** |" for one in found]
-        lines.append("")
+    lines += findings_markdown(findings(results))
     for analysis, (files, picture, caption) in analyses.items():
         if files[0] not in results:
             continue
         sweep = " --sweep SWEEP" if analysis in _WITH_SWEEP else ""
         command = f"fewshot-ext analyze {analysis} --config {link}/{analysis}.yaml{sweep} --output OUTPUT"
-        lines += [f"![{caption}]({link}/{picture}.png)", "", f"{caption} Again: `{command}`", ""]
+        lines += picture_markdown(f"{link}/{picture}.png", caption, command)
     return lines
+
+
+def _missing(analyses: Mapping[str, Any], results: Mapping[Path, Results]) -> list[str]:
+    there = {name for own in results.values() for name in own}
+    missing = [analysis for analysis, (files, _, _) in analyses.items() if files[0] not in there]
+    return [f"- `fewshot-ext analyze {analysis} {_arguments(analysis)}`" for analysis in missing]
 
 
 def _arguments(analysis: str) -> str:
     if analysis in _WITH_SWEEP:
         return "--sweep SWEEP"
     return "--data mnist --output OUTPUT" if analysis == "angles" else "--data DATA --output OUTPUT"
+
+
+def _paper_of(analyses: Mapping[str, Any]) -> Paper:
+    files = tuple(f"{name}.json" for names, _, _ in analyses.values() for name in names)
+    return Paper(files, *(partial(function, analyses) for function in (_read_analyses, _section, _missing)))
+
+
+PAPERS = {
+    "negative_margin": _paper_of(ANALYSES),
+    "anti_collapse": _paper_of(COLLAPSE),
+    "deepemd": Paper(tuple(DEEPEMD_FILES.values()), read_deepemd, deepemd_section, deepemd_missing),
+}

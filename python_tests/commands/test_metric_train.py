@@ -230,5 +230,7 @@ def test_a_report_that_cannot_be(arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["analyze", "report", *arguments]) == 2
     error = capsys.readouterr().err
-    assert "paper must be 'negative_margin' or 'anti_collapse'" in error or "holds no results file" in error
+    assert (
+        "paper must be 'negative_margin' or 'anti_collapse' or 'deepemd'" in error or "holds no results file" in error
+    )
     assert not list(tmp_path.iterdir())

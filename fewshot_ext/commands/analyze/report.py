@@ -5,6 +5,10 @@ accuracies is shown where the 95 % interval of the paired difference leaves zero
 one about a trend where the rank correlation with the margin is at least 0.8 in every seed; contradicted where the same
 holds the other way round; not shown otherwise. Claims of the Anti-Collapse paper are shown where the 95 % t interval
 of the paired difference over seeds leaves zero out.
+
+For DeepEMD each folder is an image set, with the output of fewshot-ext evaluate in evaluation/, of retrieve --rerank in
+retrieval/ and of analyze matches in matches/, as far as they are there; evaluate was given its checkpoints in pairs,
+each before and after meta-training.
 """
 
 from collections.abc import Callable
@@ -20,7 +24,7 @@ SUMMARY = "a paper's claims against the numbers, as a page"
 def add_arguments(parser) -> None:
     """Adds the options of ``analyze report`` to a jsonargparse parser."""
     parser.add_argument(
-        "--results", nargs="+", default=[], metavar="FOLDER", help="output folders of other analyses, a section each"
+        "--results", nargs="+", default=[], metavar="FOLDER", help="folders with what was measured, a section each"
     )
     parser.add_argument("--paper", default="negative_margin", help=" or ".join(PAPERS))
     parser.add_argument(
@@ -40,7 +44,8 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         if not folder.is_dir():
             raise NotADirectoryError(f"results {str(folder)!r} is not a folder")
         if not read_results(folder, arguments.paper):
-            raise ValueError(f"results {str(folder)!r} holds no results file of an analysis")
+            files = ", ".join(PAPERS[arguments.paper].files)
+            raise ValueError(f"results {str(folder)!r} holds no results file of an analysis, that is one of {files}")
     page = Path(arguments.output or f"{arguments.paper}.md").expanduser()
     if not page.parent.is_dir():
         raise NotADirectoryError(f"output {str(page)!r} is in no folder that there is")
