@@ -47,7 +47,7 @@ def deepemd_missing(results: Mapping[Path, Mapping[str, Any]]) -> list[str]:
         data = next(filter(None, map(data_name, own.values())), folder.name)
         evaluate = (
             f"evaluate --checkpoint PRETRAINED META_TRAINED --data {data} --shots {' '.join(map(str, SHOTS))} "
-            f"--heads {TABLE}"
+            f"--queries 15 --heads {TABLE}"
         )
         retrieve = f"retrieve --checkpoint META_TRAINED --data {data} --rerank 50"
         matches = f"analyze matches --checkpoint META_TRAINED --data {data}"

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -238,7 +239,7 @@ def test_what_is_missing_is_listed_with_its_command(tmp_path):
         "Not yet measured:",
         "",
         "- DATA, accuracies: `fewshot-ext evaluate --checkpoint PRETRAINED META_TRAINED --data DATA --shots 1 5 "
-        "--heads deepemd_table --output DATA/evaluation`",
+        "--queries 15 --heads deepemd_table --output DATA/evaluation`",
         "- DATA, retrieval with re-ranking: `fewshot-ext retrieve --checkpoint META_TRAINED --data DATA --rerank 50 "
         "--output DATA/retrieval`",
         "- DATA, a picture of matches: `fewshot-ext analyze matches --checkpoint META_TRAINED --data DATA --output "
@@ -401,3 +402,21 @@ def test_a_folder_without_results(tmp_path, capsys):
     assert "holds no results file of an analysis, that is one of evaluation/results.json" in error
     assert len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "deepemd.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL))
+def test_the_examples_on_the_page_run(code):
+    exec(code, {})
+
+
+@pytest.mark.parametrize(
+    "command", re.findall(r"^    fewshot-ext (.*)$", PAGE.replace("\\\n", " "), flags=re.MULTILINE)
+)
+def test_the_commands_on_the_page_are_understood(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([*command.split(), "--print_config"])
+    assert caught.value.code == 0
+    assert "output:" in capsys.readouterr().out
