@@ -15,10 +15,10 @@ from fewshot_ext.experiments.findings import Finding, judge
 # What a head is called on a page, by the name of its classifier.
 HEAD_TITLES = {
     "protonet": "ProtoNet",
-    "protonet_cosine": "ProtoNet, cosine",
+    "protonet_cosine": "ProtoNet (cosine)",
     "matchingnet": "MatchingNet",
-    "fc_dot": "classifier on the mean, inner product",
-    "fc_cosine": "classifier on the mean, cosine",
+    "fc_dot": "classifier on the mean (inner product)",
+    "fc_cosine": "classifier on the mean (cosine)",
     "knn": "kNN on local features",
     "prediction_fusion": "prediction fusion",
     "deepemd_uniform": "DeepEMD, uniform weights",
@@ -94,14 +94,13 @@ def paired_gain(results: ComparisonResults, ours: Arm, theirs: Arm, shot: int) -
         shot: support images a class.
 
     Returns:
-        None where no seed has both.
+        None unless every seed has both.
     """
     measured = {(row.backbone, row.head): row.per_episode() for row in results.accuracies if row.shot == shot}
     pairs = [((mine, ours[1]), (other, theirs[1])) for mine, other in zip(ours[0], theirs[0], strict=True)]
-    gains = [measured[mine] - measured[other] for mine, other in pairs if {mine, other} <= measured.keys()]
-    if not gains:
+    if not {arm for pair in pairs for arm in pair} <= measured.keys():
         return None
-    by_episode = torch.stack(gains)
+    by_episode = torch.stack([measured[mine] - measured[other] for mine, other in pairs])
     return Difference(*mean_and_interval(by_episode.mean(0)), tuple(by_episode.mean(1).tolist()))
 
 

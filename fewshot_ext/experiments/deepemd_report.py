@@ -8,7 +8,7 @@ import torch
 
 from fewshot_ext.evaluation import ComparisonResults, expand_heads, mean_and_interval
 from fewshot_ext.experiments.deepemd_claims import backbone_of, deepemd_findings, head_title
-from fewshot_ext.experiments.deepemd_results import FILES, PICTURES, data_name, heads_by_kind, kind_of, stages
+from fewshot_ext.experiments.deepemd_results import FILES, PICTURES, data_name, heads_by_kind, kind_of, recalled, stages
 from fewshot_ext.experiments.findings import findings_markdown, markdown_table, picture_markdown, source_markdown
 
 TABLE, SHOTS = "deepemd_table", (1, 5)
@@ -91,7 +91,7 @@ def retrieval_markdown(retrieval: Mapping[str, Any], backbone: str) -> list[str]
         backbone: what to call it; "" if unknown.
     """
     measures, split = retrieval["measures"], retrieval["images"]["split"]
-    ks = sorted(int(name.removeprefix("recall_at_")) for name in measures if name.removeprefix("recall_at_").isdigit())
+    ks = recalled(measures)
     rows = [["embeddings", *(f"{100 * measures[f'recall_at_{k}']:.2f}" for k in ks)]]
     if retrieval["rerank"] is not None:
         shares = (f"{100 * measures[f'recall_at_{k}_reranked']:.2f}" for k in ks)

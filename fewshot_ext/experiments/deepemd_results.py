@@ -135,10 +135,27 @@ def heads_by_kind(results: ComparisonResults) -> dict[Kind, str]:
     return {kind_of(head, regions): head for head in dict.fromkeys(row.head for row in results.accuracies)}
 
 
+def recalled(measures: Mapping[str, Any]) -> list[int]:
+    """The K of the Recall@K that a retrieval measured.
+
+    Example:
+        >>> recalled({"queries": 9, "recall_at_8": 0.5, "recall_at_1": 0.25, "recall_at_1_reranked": 0.5})
+        [1, 8]
+    """
+    names = (name.removeprefix("recall_at_") for name in measures if name.startswith("recall_at_"))
+    return sorted(int(name) for name in names if name.isdigit())
+
+
 def _read_retrieval(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         lacking = [key for key in ("checkpoint", "images", "measures", "rerank", "versions") if key not in content]
+        if not lacking:
+            measures = content["measures"]
+            wanted = ["queries", "gallery_images"]
+            if content["rerank"] is not None:
+                wanted += [f"recall_at_{k}_reranked" for k in recalled(measures)]
+            lacking = [name for name in wanted if name not in measures]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} does not hold the results of fewshot-ext retrieve: {error}") from error
     if lacking:

@@ -151,6 +151,7 @@ def test_seeds_are_averaged_over_the_same_episodes():
     gain = paired_gain(comparison(rows), (SEEDS[1::2], "deepemd"), (SEEDS[::2], "deepemd"), 1)
     assert gain.by_seed == pytest.approx((4.0, 8.0))
     assert (gain.mean, gain.interval) == (pytest.approx(6.0), pytest.approx(0.0, abs=1e-9))
+    assert paired_gain(comparison(rows[:-1]), (SEEDS[1::2], "deepemd"), (SEEDS[::2], "deepemd"), 1) is None
     (finding,) = deepemd_findings({"evaluation": comparison(rows)})
     assert finding.measured == "+6.00 ± 0.00 points (by seed +4.00, +8.00)"
     # Three times the same trainings are no more evidence than one.
@@ -231,7 +232,7 @@ def test_the_page_says_what_intervals_over_seeds_cover(tmp_path):
     mean, interval = mean_and_interval(rows[0].per_episode() * 0.5 + rows[4].per_episode() * 0.5)
     assert f"| kNN on local features (`knn`) | **{mean:.2f} ± {interval:.2f}** |" in text
     # One of the two trainings is not measured: no mean of the other is passed off as that of both.
-    assert re.search(r"\(`deepemd`\) \|[^|]*\|  \|", text) or re.search(r"\(`deepemd`\) \|[^|]*\| \|", text)
+    assert re.search(r"\(`deepemd`\) \|[^|]*\d[^|]*\| \|", text)
 
 
 def test_what_is_missing_is_listed_with_its_command(tmp_path):
@@ -309,6 +310,11 @@ def test_a_wrong_results_file_is_named(change, message, tmp_path):
         ("evaluation/results.json", "[]", "does not hold the results of fewshot-ext evaluate"),
         ("retrieval/retrieval.json", "{", "does not hold the results of fewshot-ext retrieve"),
         ("retrieval/retrieval.json", '{"images": {}}', "retrieve: it lacks checkpoint, measures, rerank, versions"),
+        (
+            "retrieval/retrieval.json",
+            json.dumps(retrieval(measures={"queries": 9, "recall_at_2": 0.5})),
+            "retrieve: it lacks gallery_images, recall_at_2_reranked",
+        ),
         ("retrieval/retrieval.json", "3", "does not hold the results of fewshot-ext retrieve"),
         ("matches/matches.json", '{"analysis": "shots", "rows": []}', "it holds the analysis 'shots'"),
     ],
