@@ -42,6 +42,7 @@ class MetricTraining(ImageTraining):
 
     stage = METRIC_TRAINING
     means = ("base_loss", "coding_rate")
+    rates = ("learning_rate_backbone", "learning_rate_proxies")
 
     def __init__(
         self,
@@ -88,10 +89,6 @@ class MetricTraining(ImageTraining):
     def forward(self, images: Tensor) -> Tensor:
         features = super().forward(images)
         return F.normalize(features.to(accumulate_dtype(features.dtype)), dim=1)
-
-    def on_train_epoch_end(self) -> None:
-        for name, group in zip(("backbone", "proxies"), self.trainer.optimizers[0].param_groups, strict=False):
-            self.log(f"train/learning_rate_{name}", group["lr"])
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> dict[str, Tensor]:
         images, target = batch

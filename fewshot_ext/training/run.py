@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ class ImageTraining(pl.LightningModule):
     """A feature extractor that is being trained; a subclass brings the loss and the optimiser.
 
     A training step returns ``loss``, to be minimised, and of its batch ``mean_loss`` and what ``means`` names.
+    Learning rates are logged as their means over an epoch's steps.
 
     Args:
         extractor: the network from uint8 images to features.
@@ -60,10 +62,12 @@ class ImageTraining(pl.LightningModule):
 
     stage: str  # what its checkpoints are the checkpoints of
     means: tuple[str, ...] = ("accuracy",)  # what is logged beside the loss
+    rates: tuple[str, ...] = ("learning_rate",)  # what the rates of the optimiser's groups are logged as
 
     def __init__(self, extractor: FeatureExtractor, seed: int) -> None:
         super().__init__()
         self.extractor, self.seed = extractor, seed
+        self._rates: list[list[float]] = []
 
     @property
     def backbone(self) -> Backbone:
@@ -77,9 +81,15 @@ class ImageTraining(pl.LightningModule):
         # run draw what the unbroken run would have drawn; other processes draw other numbers for their images.
         rank = (self.global_rank,) if self.global_rank else ()
         torch.manual_seed(derive_seed(self.seed, self.current_epoch, *rank))
+        self._rates = []
+
+    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+        # At an epoch's end the schedule has moved on to the rate of the next.
+        self._rates.append([group["lr"] for group in self.trainer.optimizers[0].param_groups])
 
     def on_train_epoch_end(self) -> None:
-        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+        for name, rates in zip(self.rates, zip(*self._rates, strict=True), strict=False):
+            self.log(f"train/{name}", fmean(rates))
 
 
 class TrainingRun(ABC):

@@ -96,8 +96,7 @@ def test_proxies_have_their_own_rate_and_both_fall_at_the_milestone(trained):
     events = EventAccumulator(str(trained.directory)).Reload()
     for name, rate in (("backbone", 1e-3), ("proxies", 0.02)):
         logged = [event.value for event in events.Scalars(f"train/learning_rate_{name}")]
-        # After the schedule's step: the rate of the epoch to come.
-        assert logged == pytest.approx([rate, rate, rate / 2, rate / 2])
+        assert logged == pytest.approx([rate, rate, rate, rate / 2])
     groups = trained.module.configure_optimizers()["optimizer"].param_groups
     assert sum(len(group["params"]) for group in groups) == len(list(trained.module.parameters()))
     assert [group["weight_decay"] for group in groups] == [4e-4, 0.0]

@@ -1,9 +1,18 @@
+import math
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
 import torch
 
-from fewshot_ext.training import BackboneConfig, PreTraining, PreTrainingConfig, PreTrainingRun, pretrain
+from fewshot_ext.training import (
+    BackboneConfig,
+    PreTraining,
+    PreTrainingConfig,
+    PreTrainingRun,
+    pretrain,
+    warmup_cosine,
+)
 from fewshot_ext.training.schedule import sgd_in_steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,16 +80,24 @@ def test_a_checkpoint_gives_the_module_back(tiny, archive, tmp_path):
     torch.testing.assert_close(loaded(archive.images), module(archive.images))
 
 
-def test_learning_rate_follows_the_schedule(tiny, archive, tmp_path):
+def logged_rates(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    events = EventAccumulator(str(folder)).Reload()
+    return [event.value for event in events.Scalars("train/learning_rate")]
+
+
+def test_the_log_has_the_mean_rate_over_each_epochs_steps(tiny, archive, tmp_path):
     pretrain(tiny, archive, tmp_path)
-    events = EventAccumulator(str(tmp_path)).Reload()
-    rates = [event.value for event in events.Scalars("train/learning_rate")]
-    assert len(rates) == 4
-    # The warm-up is the first of the four epochs; the rate after the last step is the minimum.
-    assert rates[0] == pytest.approx(tiny.learning_rate, rel=1e-6)
-    assert rates[-1] == pytest.approx(tiny.minimum_learning_rate, rel=1e-3)
+    steps = math.ceil(len(archive) / tiny.batch_size)
+    # The warm-up is the first of the four epochs.
+    schedule = {"total_steps": 4 * steps, "warmup_steps": steps, "peak": tiny.learning_rate}
+    schedule |= {"minimum": tiny.minimum_learning_rate, "warmup_multiplier": tiny.warmup_multiplier}
+    rates = [warmup_cosine(step, **schedule) for step in range(4 * steps)]
+    assert steps > 1
+    assert logged_rates(tmp_path) == pytest.approx(
+        [fmean(rates[epoch * steps : (epoch + 1) * steps]) for epoch in range(4)]
+    )
 
 
 def in_steps(config, **changes):
@@ -97,6 +114,7 @@ def test_sgd_falls_in_steps(tiny, archive, tmp_path, monkeypatch):
     config = in_steps(tiny, epochs=5, decay=0.5)
     pretrain(config, archive, tmp_path, on_epoch=lambda epoch, loss: losses.append(loss))
     assert rates == {0: {0.05}, 1: {0.05}, 2: {0.025}, 3: {0.025}, 4: {0.0125}}
+    assert logged_rates(tmp_path) == pytest.approx([0.05, 0.05, 0.025, 0.025, 0.0125])
     assert losses[-1] < losses[0]
 
 
