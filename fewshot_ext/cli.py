@@ -19,6 +19,7 @@ from fewshot_ext.commands import (
     pretrain,
     retrieve,
 )
+from fewshot_ext.commands.locks import release_locks
 
 # Each command is a module with SUMMARY, add_arguments(parser) and prepare(arguments, resolved) -> run. `prepare`
 # finds every mistake of the user and raises it as ImportError, OSError, TypeError or ValueError; `run` does the
@@ -39,6 +40,7 @@ COMMANDS: dict[str, ModuleType] = {
 }
 
 
+@release_locks()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs ``fewshot-ext`` and returns its exit code: 0, 2 for a wrong argument, 130 after Ctrl-C.
 

@@ -16,6 +16,7 @@ import torch
 from fewshot_ext import _extras
 from fewshot_ext._checks import check_at_least
 from fewshot_ext.commands.common import resolve_device, writable_folder
+from fewshot_ext.commands.locks import hold_folder
 from fewshot_ext.data import AugmentationConfig, load_digits
 from fewshot_ext.evaluation import FineTuningConfig, ProtocolConfig
 from fewshot_ext.experiments import MarginSweep, MarginSweepConfig
@@ -99,6 +100,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     torch.set_num_threads(arguments.threads)
     device = resolve_device(arguments.device)
     output = writable_folder(arguments.output)
+    hold_folder(output)
     sweep = MarginSweep(config, load_digits(), output, device=device, resume=arguments.resume)
     return lambda: _run(sweep, output, resolved)
 

@@ -16,6 +16,7 @@ from fewshot_ext._checks import check_at_least
 from fewshot_ext._files import replace_text
 from fewshot_ext._record import versions
 from fewshot_ext.commands.common import resolve_device, set_threads, writable_folder
+from fewshot_ext.commands.locks import hold_folder
 from fewshot_ext.data import ImageArchive, Split, load_images
 from fewshot_ext.recipes import recipe_names, recipe_path, recipe_table
 
@@ -90,10 +91,12 @@ def check_run(arguments) -> RunInputs:
 
     Raises:
         ImportError: a package for training is missing.
-        OSError: images cannot be read or the output folder not written to.
+        OSError: images cannot be read, the output folder not written to, or another process is writing to it.
         ValueError: an option missing or out of range, or an output folder with another run's checkpoint.
     """
     _extras.require("train", "lightning", "tensorboard", "tqdm")
+    from lightning.pytorch.utilities import rank_zero_only
+
     for name in ("data", "output"):
         if arguments[name] is None:
             raise ValueError(f"--{name} must be given")
@@ -114,6 +117,8 @@ def check_run(arguments) -> RunInputs:
         for split in (Split.VALIDATION, Split.NOVEL)
     )
     output = writable_folder(arguments.output)
+    if not rank_zero_only.rank:  # which writes for all processes of the run
+        hold_folder(output)
     if (output / "last.ckpt").exists() and not arguments.resume:
         raise ValueError(
             f"output {str(output)!r} holds the checkpoint of an earlier run: --resume goes on from it; "

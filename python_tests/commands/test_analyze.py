@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from filelock import FileLock
 
 from fewshot_ext import _extras
 from fewshot_ext.cli import main
@@ -71,6 +72,14 @@ def test_analyses_of_a_sweep(name, sweep, tmp_path, capsys):
     config = ["--config", str(tmp_path / f"{name}.yaml")]
     assert main(["analyze", name, "--sweep", str(sweep), "--output", str(tmp_path), *config]) == 0
     assert json.loads((tmp_path / f"{name}.json").read_text())["rows"] == before["rows"]
+
+
+@pytest.mark.parametrize("name", LOOKERS)
+def test_an_analysis_that_another_process_makes_is_refused(name, sweep, tmp_path, capsys):
+    with FileLock(tmp_path / f".{name}.lock"):
+        assert main(["analyze", name, "--sweep", str(sweep), "--output", str(tmp_path), *LOOKERS[name]]) == 2
+        assert f"output '{tmp_path}' is in use by another process" in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == [f".{name}.lock"]
 
 
 TRAINERS = {

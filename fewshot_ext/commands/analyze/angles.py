@@ -39,5 +39,5 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         margins = {"cosine": arguments.margins}
         return margin_runs(arguments.data, config, margins, arguments.seeds, arguments.held_out)
 
-    sweep = common.prepare_sweep(arguments, runs, AngleMeasurement(arguments.bins))
+    sweep = common.prepare_sweep("angles", arguments, runs, AngleMeasurement(arguments.bins))
     return lambda: common.train_and_write("angles", sweep, arguments, resolved, write_angles, angles_table)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from fewshot_ext._checks import check_choice
 from fewshot_ext.commands.analyze import common
 from fewshot_ext.commands.common import resolve_device, writable_folder
+from fewshot_ext.commands.locks import hold_sweep
 from fewshot_ext.data import load_images
 from fewshot_ext.experiments.collapse import NAME, CollapseSweep, collapse_table, write_collapse
 from fewshot_ext.experiments.metric_runs import metric_runs
@@ -73,4 +74,5 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     output = writable_folder(arguments.output)
     checkpoints = None if arguments.runs is None else writable_folder(arguments.runs)
     sweep = CollapseSweep(runs, archive, output, device=device.type, checkpoints=checkpoints)
+    hold_sweep(NAME, sweep, output)
     return lambda: common.train_and_write(NAME, sweep, arguments, resolved, write_collapse, collapse_table)

@@ -11,6 +11,7 @@ from fewshot_ext._checks import check_at_least, check_choice
 from fewshot_ext._files import replace_file
 from fewshot_ext._record import versions
 from fewshot_ext.commands.common import resolve_device, writable_folder
+from fewshot_ext.commands.locks import hold_sweep
 from fewshot_ext.data import load_images
 from fewshot_ext.evaluation import FineTuningConfig, ProtocolConfig
 from fewshot_ext.experiments.measurements import FewShotAccuracy, Measurement
@@ -184,11 +185,12 @@ def _changed(recipe: Any, arguments, varied: Sequence[str]) -> Any:
 
 
 def prepare_sweep(
-    arguments, runs: Callable[[PreTrainingConfig], Sequence[SweepRun]], measurement: Measurement
+    name: str, arguments, runs: Callable[[PreTrainingConfig], Sequence[SweepRun]], measurement: Measurement
 ) -> Sweep:
-    """Checks everything and returns the sweep.
+    """Checks everything and returns the sweep, which no other process then works on.
 
     Args:
+        name: of the analysis.
         arguments: the parsed options of all groups above.
         runs: makes the runs of the shared settings.
         measurement: what is measured on each.
@@ -199,7 +201,9 @@ def prepare_sweep(
     archive = load_images(arguments.data)
     output = writable_folder(arguments.output)
     checkpoints = None if arguments.runs is None else writable_folder(arguments.runs)
-    return Sweep(planned, archive, output, measurement=measurement, device=device.type, checkpoints=checkpoints)
+    sweep = Sweep(planned, archive, output, measurement=measurement, device=device.type, checkpoints=checkpoints)
+    hold_sweep(name, sweep, output)
+    return sweep
 
 
 def check_run_arguments(arguments) -> None:
@@ -217,17 +221,18 @@ def check_one_loss(arguments) -> None:
         raise ValueError(f"losses must name one loss here, got {' '.join(arguments.losses) or 'none'}")
 
 
-def open_sweep(arguments, measurement: Measurement) -> tuple[Sweep, Path]:
+def open_sweep(name: str, arguments, measurement: Measurement) -> tuple[Sweep, Path]:
     """Checks everything and returns the trained runs that the options choose, and the folder for what is found.
 
     Args:
+        name: of the analysis, which no other process then makes in that folder.
         arguments: the parsed options.
         measurement: what is measured on each.
     """
     if arguments.sweep is None:
         raise ValueError("--sweep must be given")
-    for name in ("jobs", "threads"):
-        check_at_least(name, arguments[name], 1)
+    for option in ("jobs", "threads"):
+        check_at_least(option, arguments[option], 1)
     for loss in arguments.losses:
         check_choice("losses", loss, "cosine", "softmax")
 
@@ -241,7 +246,9 @@ def open_sweep(arguments, measurement: Measurement) -> tuple[Sweep, Path]:
 
     device = resolve_device(arguments.device)
     sweep = Sweep.read(arguments.sweep, measurement, choose=choose, device=device.type)
-    return sweep, writable_folder(arguments.output or arguments.sweep)
+    output = writable_folder(arguments.output or arguments.sweep)
+    hold_sweep(name, sweep, output)
+    return sweep, output
 
 
 def train_and_write(

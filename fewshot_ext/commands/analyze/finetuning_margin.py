@@ -31,7 +31,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     """Checks the settings and returns the function that runs the analysis."""
     accuracy = common.read_accuracy(arguments, classes=(arguments.classes,))
     measurement = FineTuningMargins(tuple(arguments.finetuning_margins), accuracy)
-    sweep, output = common.open_sweep(arguments, measurement)
+    sweep, output = common.open_sweep("finetuning_margin", arguments, measurement)
     return lambda: common.analyze_sweep(
         "finetuning_margin", sweep, arguments, resolved, write_finetuning_margin, output
     )

@@ -31,7 +31,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     """Checks the settings and returns the function that runs the analysis."""
     common.check_one_loss(arguments)
     accuracy = common.read_accuracy(arguments)
-    sweep, output = common.open_sweep(arguments, LabelDistribution(arguments.groups, accuracy))
+    sweep, output = common.open_sweep("label_distribution", arguments, LabelDistribution(arguments.groups, accuracy))
 
     def run() -> int:
         common.write_config(output, "label_distribution", resolved)

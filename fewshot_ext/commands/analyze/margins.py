@@ -47,6 +47,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
             raise ValueError(f"losses must be cosine or softmax, got {loss!r}")
     margins = {loss: chosen[loss] for loss in arguments.losses}
     sweep = common.prepare_sweep(
+        "margins",
         arguments,
         lambda config: margin_runs(arguments.data, config, margins, arguments.seeds, arguments.held_out),
         common.read_accuracy(arguments),

@@ -41,6 +41,6 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         configs = regularizer_configs(config, arguments.margin, **settings)
         return variant_runs(arguments.data, configs, arguments.seeds, arguments.held_out)
 
-    sweep = common.prepare_sweep(arguments, runs, common.read_accuracy(arguments))
+    sweep = common.prepare_sweep(NAME, arguments, runs, common.read_accuracy(arguments))
     write = partial(write_variants, name=NAME)
     return lambda: common.train_and_write(NAME, sweep, arguments, resolved, write, variants_table)

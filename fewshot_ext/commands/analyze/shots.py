@@ -22,5 +22,5 @@ def add_arguments(parser) -> None:
 def prepare(arguments, resolved: str) -> Callable[[], int]:
     """Checks the settings and returns the function that runs the analysis."""
     common.check_one_loss(arguments)
-    sweep, output = common.open_sweep(arguments, common.read_accuracy(arguments, classes=(arguments.classes,)))
+    sweep, output = common.open_sweep("shots", arguments, common.read_accuracy(arguments, classes=(arguments.classes,)))
     return lambda: common.analyze_sweep("shots", sweep, arguments, resolved, write_shots, output)

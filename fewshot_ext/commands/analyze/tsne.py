@@ -39,6 +39,6 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     common.check_one_loss(arguments)
     accuracy = replace(common.read_accuracy(arguments), classes=("base", "novel"))
     measurement = Embedding(arguments.num_classes, arguments.images, arguments.perplexity, accuracy)
-    sweep, output = common.open_sweep(arguments, measurement)
+    sweep, output = common.open_sweep("tsne", arguments, measurement)
     sweep = sweep.restrict(_pictured(sweep, arguments.margins))
     return lambda: common.analyze_sweep("tsne", sweep, arguments, resolved, write_tsne, output)

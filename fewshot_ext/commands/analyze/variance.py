@@ -21,7 +21,7 @@ def add_arguments(parser) -> None:
 
 def prepare(arguments, resolved: str) -> Callable[[], int]:
     """Checks the settings and returns the function that runs the analysis."""
-    sweep, output = common.open_sweep(arguments, VarianceMeasurement())
+    sweep, output = common.open_sweep("variance", arguments, VarianceMeasurement())
 
     def run() -> int:
         exit_code = common.analyze_sweep("variance", sweep, arguments, resolved, write_variance, output)

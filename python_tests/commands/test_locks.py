@@ -1,0 +1,157 @@
+"""No two processes write to one folder: the second is refused, and a killed one is in nobody's way."""
+
+import errno
+import fcntl
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from filelock import FileLock
+
+from fewshot_ext.cli import main
+
+# The commands set the number of threads of the process; the fixture sets it back.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NETWORK = ["backbone.pooled_blocks", "3"], ["backbone.width", "4"], ["batch_size", "64"]
+PRETRAIN = ["pretrain", "--data", "digits", "--margin", "-0.1", "--threads", "1"]
+PRETRAIN += [word for name, value in NETWORK for word in (f"--{name}", value)]
+SWEEP = ["--data", "digits", "--seeds", "0", "--set", *("=".join(pair) for pair in NETWORK)]
+EPISODES = ["--shots", "1", "--episodes", "2", "--queries", "3", "--finetuning.steps", "2"]
+MARGINS = ["analyze", "margins", "--losses", "cosine", "--cosine_margins", "0", *SWEEP, *EPISODES]
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("command", "lock", "resume", "goes_on"),
+    [
+        (PRETRAIN, ".lock", ["--resume"], "going on after epoch "),
+        (MARGINS, ".margins.lock", [], "1/1 cosine, margin +0, seed 0: "),
+    ],
+)
+def test_the_second_is_refused_until_the_first_is_killed(command, lock, resume, goes_on, tmp_path, capsys):
+    output = tmp_path / "out"
+    command = [*command, "--epochs", "15", "--output", str(output)]
+    first = subprocess.Popen([sys.executable, "-m", "fewshot_ext.cli", *command], stderr=subprocess.DEVNULL)
+    try:
+        while first.poll() is None and not list(output.rglob("last.ckpt")):
+            time.sleep(0.01)
+        first.send_signal(signal.SIGSTOP)
+        before = contents(output)
+        for options in ([], resume):
+            assert main([*command, *options]) == 2
+            error = capsys.readouterr().err
+            assert f"error: output '{output}' is in use by process {first.pid} on " in error
+            assert len(error.splitlines()) == 1
+        assert contents(output) == before
+    finally:
+        first.kill()
+        first.wait()
+    assert (output / lock).exists()
+    assert main([*command, *resume]) == 0
+    assert goes_on in capsys.readouterr().err
+    assert not list(output.rglob("*.lock"))
+
+
+@pytest.fixture
+def held(tmp_path):
+    """Holds a lock as another process would."""
+    locks = []
+
+    def hold(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        locks.append(FileLock(path, timeout=0))
+        locks[-1].acquire()
+        path.write_text("process 7 on a machine\n")
+
+    yield hold
+    for lock in locks:
+        lock.release()
+
+
+@pytest.mark.parametrize("command", [["metatrain"], ["metric-train", "--classes_per_batch", "3"], ["demo"]])
+def test_every_training_is_refused(command, held, checkpoints, tmp_path, capsys):
+    held(tmp_path / ".lock")
+    options = {"metatrain": ["--data", "digits", "--checkpoint", str(checkpoints[0])], "metric-train": SWEEP[:2]}
+    before = contents(tmp_path)
+    assert main([*command, *options.get(command[0], []), "--output", str(tmp_path)]) == 2
+    assert f"output '{tmp_path}' is in use by process 7 on a machine: wait until it ends" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("angles", SWEEP),
+        ("regularizers", [*SWEEP, *EPISODES, "--without_augmentation", "false"]),
+        ("label_smoothing", [*SWEEP, *EPISODES]),
+        ("collapse", [*SWEEP[:-1], "classes_per_batch=3", "--seeds", "0"]),
+    ],
+)
+def test_every_sweep_is_refused(name, options, held, tmp_path, capsys):
+    held(tmp_path / f".{name}.lock")
+    before = contents(tmp_path)
+    assert main(["analyze", name, *options, "--output", str(tmp_path)]) == 2
+    assert f"output '{tmp_path}' is in use by process 7 on a machine" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def test_sweeps_share_a_folder_of_runs_as_long_as_they_train_different_ones(held, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    command = [*MARGINS, "--epochs", "1", "--runs", str(runs), "--output"]
+    assert main([*command, str(tmp_path / "a")]) == 0
+    (trained,) = runs.iterdir()
+    (trained / "run.json").unlink()
+    held(runs / f".{trained.name}.lock")
+    capsys.readouterr()
+    assert main([*command, str(tmp_path / "b")]) == 2
+    message = f"run 'cosine, margin +0, seed 0' in '{runs}' is in use by process 7 on a machine"
+    assert message in capsys.readouterr().err
+    assert not list((tmp_path / "b").iterdir())
+    assert main([*command, str(tmp_path / "b"), "--seeds", "1"]) == 0
+
+
+def test_an_analysis_is_refused_and_another_beside_it_is_not(held, tmp_path, capsys):
+    assert main([*MARGINS, "--epochs", "1", "--output", str(tmp_path)]) == 0
+    held(tmp_path / ".variance.lock")
+    capsys.readouterr()
+    variance = ["analyze", "variance", "--sweep", str(tmp_path)]
+    assert main(variance) == 2
+    assert f"output '{tmp_path}' is in use by process 7 on a machine" in capsys.readouterr().err
+    assert main([*variance, "--output", str(tmp_path / "elsewhere")]) == 0
+    # A trained run is nobody's any more, and other results go into other files.
+    assert main([*MARGINS, "--epochs", "1", "--output", str(tmp_path)]) == 0
+
+
+def test_a_mistake_leaves_the_folder_free(tmp_path, capsys):
+    assert main([*PRETRAIN, "--output", str(tmp_path), "--backbone.pooled_blocks", "4"]) == 2
+    assert "at least 16 x 16" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_holder_that_has_not_written_its_name_yet(held, tmp_path, capsys):
+    held(tmp_path / ".lock")
+    (tmp_path / ".lock").write_text("")
+    assert main([*PRETRAIN, "--output", str(tmp_path)]) == 2
+    assert "is in use by another process: wait" in capsys.readouterr().err
+
+
+def test_where_there_are_no_locks_a_run_goes_on_without(tmp_path, monkeypatch, capsys):
+    def refuse(descriptor, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert main([*PRETRAIN, "--epochs", "1", "--output", str(tmp_path)]) == 0
+    error = capsys.readouterr().err
+    assert f"output '{tmp_path}' cannot be locked (Function not implemented): start no second command" in error
+
+
+def test_a_lock_that_cannot_be_made_is_an_error(tmp_path, capsys):
+    (tmp_path / ".lock").mkdir()
+    assert main([*PRETRAIN, "--output", str(tmp_path)]) == 2
+    assert str(tmp_path / ".lock") in capsys.readouterr().err
