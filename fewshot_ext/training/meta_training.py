@@ -15,7 +15,7 @@ from fewshot_ext.data import ImageArchive
 from fewshot_ext.models import BackboneConfig, DeepEMD, EmbeddedBackbone, build_local_features
 from fewshot_ext.training.config import PreTrainingConfig
 from fewshot_ext.training.episodic import EpisodeBatches, EpisodeValidation, RankEpisodes, episode_loader
-from fewshot_ext.training.features import META_TRAINING, FeatureExtractor, load_extractor, read_checkpoint
+from fewshot_ext.training.features import META_TRAINING, load_extractor, read_checkpoint
 from fewshot_ext.training.meta_config import FROM_SCRATCH, MetaTrainingConfig
 from fewshot_ext.training.run import BEST, ImageTraining, TrainingRun, image_statistics
 from fewshot_ext.training.schedule import sgd_in_steps
@@ -58,21 +58,9 @@ class MetaTraining(ImageTraining):
         seed: int = 0,
         checkpoint_sha256: str | None = None,
     ) -> None:
-        super().__init__(FeatureExtractor(network, image_size, mean, std), seed)
+        settings = {"meta_training": asdict(config), "checkpoint_sha256": checkpoint_sha256}
+        super().__init__(network, image_size, mean, std, seed, stage=self.stage, **settings)
         self.config = config
-        # Plain containers, so that a checkpoint loads with weights_only and survives a renamed class.
-        self.save_hyperparameters(
-            {
-                "stage": self.stage,
-                "config": asdict(network),
-                "meta_training": asdict(config),
-                "image_size": tuple(image_size),
-                "mean": tuple(mean),
-                "std": tuple(std),
-                "seed": seed,
-                "checkpoint_sha256": checkpoint_sha256,
-            }
-        )
         if isinstance(self.backbone, EmbeddedBackbone):
             # It projects feature vectors, which matching never makes; several processes wait for every gradient.
             self.backbone.projection.requires_grad_(False)

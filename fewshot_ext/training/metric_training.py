@@ -14,7 +14,7 @@ from fewshot_ext.data import ImageArchive, PKBatches
 from fewshot_ext.losses import AntiCollapseLoss, base_loss
 from fewshot_ext.ops import coding_rate
 from fewshot_ext.ops._autograd import accumulate_dtype
-from fewshot_ext.training.features import METRIC_TRAINING, FeatureExtractor, read_checkpoint
+from fewshot_ext.training.features import METRIC_TRAINING, read_checkpoint
 from fewshot_ext.training.metric_callbacks import EmbeddingHistory
 from fewshot_ext.training.metric_config import NO_ANTI_COLLAPSE, MetricTrainingConfig
 from fewshot_ext.training.run import BEST, ImageTraining, TrainingRun, image_statistics
@@ -53,20 +53,8 @@ class MetricTraining(ImageTraining):
         std: tuple[float, ...],
         seed: int = 0,
     ) -> None:
-        super().__init__(FeatureExtractor(config, image_size, mean, std), seed)
+        super().__init__(config, image_size, mean, std, seed, stage=self.stage, num_classes=num_classes)
         self.config = config
-        # Plain containers, so that a checkpoint loads with weights_only and survives a renamed class.
-        self.save_hyperparameters(
-            {
-                "config": asdict(config),
-                "num_classes": num_classes,
-                "image_size": tuple(image_size),
-                "mean": tuple(mean),
-                "std": tuple(std),
-                "seed": seed,
-                "stage": self.stage,
-            }
-        )
         self.criterion = base_loss(config.loss, num_classes, self.extractor.out_features)
         if config.anti_collapse.variant != NO_ANTI_COLLAPSE:
             self.criterion = AntiCollapseLoss(self.criterion, **asdict(config.anti_collapse))

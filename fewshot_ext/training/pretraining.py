@@ -1,7 +1,6 @@
 """Pre-training of a backbone on base classes with a signed-margin softmax, the first of the two stages."""
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from fewshot_ext.losses import MarginCosineLoss, MarginSoftmaxLoss
 from fewshot_ext.training.callbacks import Validation
 from fewshot_ext.training.config import PreTrainingConfig
 from fewshot_ext.training.distributed import RankBatches, share_batches
-from fewshot_ext.training.features import PRE_TRAINING, FeatureExtractor, read_checkpoint
+from fewshot_ext.training.features import PRE_TRAINING, read_checkpoint
 from fewshot_ext.training.run import BEST, ImageTraining, TrainingRun, image_statistics
 from fewshot_ext.training.schedule import sgd_in_steps, warmup_cosine
 
@@ -50,19 +49,8 @@ class PreTraining(ImageTraining):
         std: tuple[float, ...],
         seed: int = 0,
     ) -> None:
-        super().__init__(FeatureExtractor(config, image_size, mean, std), seed)
+        super().__init__(config, image_size, mean, std, seed, num_classes=num_classes)
         self.config = config
-        # Plain containers, so that a checkpoint loads with weights_only and survives a renamed class.
-        self.save_hyperparameters(
-            {
-                "config": asdict(config),
-                "num_classes": num_classes,
-                "image_size": tuple(image_size),
-                "mean": tuple(mean),
-                "std": tuple(std),
-                "seed": seed,
-            }
-        )
         self.head = HEADS[config.similarity](
             self.extractor.out_features,
             num_classes,

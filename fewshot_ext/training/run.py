@@ -31,8 +31,10 @@ from fewshot_ext.data import ImageArchive  # noqa: E402
 from fewshot_ext.models import Backbone  # noqa: E402
 from fewshot_ext.training.callbacks import BestCheckpoint, EpochMeans, ProgressBar  # noqa: E402
 from fewshot_ext.training.checkpoints import AtomicCheckpointIO  # noqa: E402
+from fewshot_ext.training.config import PreTrainingConfig  # noqa: E402
 from fewshot_ext.training.distributed import let_gloo_finish  # noqa: E402
 from fewshot_ext.training.features import FeatureExtractor, config_class, read_checkpoint  # noqa: E402
+from fewshot_ext.training.metric_config import MetricTrainingConfig  # noqa: E402
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 
@@ -53,8 +55,11 @@ class ImageTraining(pl.LightningModule):
     Learning rates are logged as their means over an epoch's steps.
 
     Args:
-        extractor: the network from uint8 images to features.
+        network: settings of the feature extractor, from uint8 images to features.
+        image_size: (channels, height, width).
+        mean, std: one number a channel, for pixels in [0, 1].
         seed: with the epoch's number it decides what is random in that epoch.
+        others: what a checkpoint has among its hyper-parameters besides these; plain containers and numbers.
 
     Shape:
         ``[B, C, H, W]`` uint8 -> features ``[B, D]``.
@@ -64,9 +69,28 @@ class ImageTraining(pl.LightningModule):
     means: tuple[str, ...] = ("accuracy",)  # what is logged beside the loss
     rates: tuple[str, ...] = ("learning_rate",)  # what the rates of the optimiser's groups are logged as
 
-    def __init__(self, extractor: FeatureExtractor, seed: int) -> None:
+    def __init__(
+        self,
+        network: PreTrainingConfig | MetricTrainingConfig,
+        image_size: tuple[int, int, int],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        seed: int,
+        **others: Any,
+    ) -> None:
         super().__init__()
-        self.extractor, self.seed = extractor, seed
+        self.extractor, self.seed = FeatureExtractor(network, image_size, mean, std), seed
+        # Plain containers, so that a checkpoint loads with weights_only and survives a renamed class.
+        self.save_hyperparameters(
+            {
+                "config": asdict(network),
+                "image_size": tuple(image_size),
+                "mean": tuple(mean),
+                "std": tuple(std),
+                "seed": seed,
+                **others,
+            }
+        )
         self._rates: list[list[float]] = []
 
     @property
