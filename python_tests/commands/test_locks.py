@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import training_commands
 from filelock import FileLock
 
 from fewshot_ext.cli import main
@@ -15,10 +16,9 @@ from fewshot_ext.cli import main
 # The commands set the number of threads of the process; the fixture sets it back.
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NETWORK = ["backbone.pooled_blocks", "3"], ["backbone.width", "4"], ["batch_size", "64"]
-PRETRAIN = ["pretrain", "--data", "digits", "--margin", "-0.1", "--threads", "1"]
-PRETRAIN += [word for name, value in NETWORK for word in (f"--{name}", value)]
-SWEEP = ["--data", "digits", "--seeds", "0", "--set", *("=".join(pair) for pair in NETWORK)]
+PRETRAIN = [*training_commands.PRETRAIN, "--data", "digits"]
+NETWORK = ["backbone.pooled_blocks=3", "backbone.width=4", "batch_size=64"]
+SWEEP = ["--data", "digits", "--seeds", "0", "--set", *NETWORK]
 EPISODES = ["--shots", "1", "--episodes", "2", "--queries", "3", "--finetuning.steps", "2"]
 MARGINS = ["analyze", "margins", "--losses", "cosine", "--cosine_margins", "0", *SWEEP, *EPISODES]
 
@@ -74,10 +74,10 @@ def held(tmp_path):
         lock.release()
 
 
-@pytest.mark.parametrize("command", [["metatrain"], ["metric-train", "--classes_per_batch", "3"], ["demo"]])
+@pytest.mark.parametrize("command", [training_commands.METATRAIN, training_commands.METRIC_TRAIN, ["demo"]])
 def test_every_training_is_refused(command, held, checkpoints, tmp_path, capsys):
     held(tmp_path / ".lock")
-    options = {"metatrain": ["--data", "digits", "--checkpoint", str(checkpoints[0])], "metric-train": SWEEP[:2]}
+    options = {"metatrain": ["--checkpoint", str(checkpoints[0]), "--data", "digits"], "metric-train": SWEEP[:2]}
     before = contents(tmp_path)
     assert main([*command, *options.get(command[0], []), "--output", str(tmp_path)]) == 2
     assert f"output '{tmp_path}' is in use by process 7 on a machine: wait until it ends" in capsys.readouterr().err

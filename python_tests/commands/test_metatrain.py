@@ -1,48 +1,22 @@
-import fcntl
 import json
-import os
-import pty
 import re
-import signal
-import struct
-import subprocess
-import sys
-import termios
 
 import pytest
 import torch
 import yaml
+from training_commands import METATRAIN, check_refused, same_weights
 
-from fewshot_ext import _extras
 from fewshot_ext.cli import main
-from fewshot_ext.data import ImageArchive, load_digits
-from fewshot_ext.training import MetaTraining, MetaTrainingConfig, MetaTrainingRun
+from fewshot_ext.data import ImageArchive
+from fewshot_ext.training import MetaTraining, MetaTrainingConfig
 
 # The command sets the number of threads of the process; the fixture sets it back.
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TINY = ["metatrain", "--threads", "1", "--way", "3", "--queries", "3", "--steps", "2", "--learning_rate", "0.01"]
-TINY += ["--validation.episodes", "10", "--validation.way", "2", "--validation.queries", "3"]
-
-
-@pytest.fixture(scope="module")
-def three_splits(tmp_path_factory):
-    """Digits with three base, two validation and five novel classes."""
-    digits = load_digits()
-    split = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 2], dtype=torch.uint8)
-    path = tmp_path_factory.mktemp("data") / "digits.npz"
-    ImageArchive(digits.images, digits.labels, digits.class_names, split).save(path)
-    return str(path)
-
 
 @pytest.fixture(scope="module")
 def arguments(three_splits, checkpoints):
-    return [*TINY, "--data", three_splits, "--checkpoint", str(checkpoints[0])]
-
-
-def same_weights(first, second):
-    states = [MetaTraining.from_checkpoint(path / "last.ckpt").state_dict() for path in (first, second)]
-    return all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    return [*METATRAIN, "--data", three_splits, "--checkpoint", str(checkpoints[0])]
 
 
 def test_a_run_leaves_checkpoints_records_and_a_log(arguments, checkpoints, three_splits, tmp_path, capsys):
@@ -95,7 +69,7 @@ def test_its_checkpoints_are_evaluated(arguments, three_splits, checkpoints, tmp
 
 def test_from_scratch(three_splits, tmp_path, capsys):
     options = ["--backbone.name", "conv4", "--backbone.width", "4", "--backbone.pooled_blocks", "1", "--epochs", "1"]
-    scratch = [*TINY, *options, "--data", three_splits, "--checkpoint", "scratch", "--output", str(tmp_path)]
+    scratch = [*METATRAIN, *options, "--data", three_splits, "--checkpoint", "scratch", "--output", str(tmp_path)]
     assert main(scratch) == 0
     error = capsys.readouterr().err
     assert "parameters, random weights" in error
@@ -105,70 +79,6 @@ def test_from_scratch(three_splits, tmp_path, capsys):
     again = ["metatrain", "--config", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "again")]
     assert main(again) == 0
     assert same_weights(tmp_path, tmp_path / "again")
-
-
-def test_without_validation_classes_the_last_epoch_is_the_best(checkpoints, tmp_path, capsys):
-    arguments = [*TINY, "--data", "digits", "--checkpoint", str(checkpoints[0]), "--epochs", "1"]
-    assert main([*arguments, "--output", str(tmp_path)]) == 0
-    printed = capsys.readouterr()
-    assert "no validation classes: the last epoch is the best" in printed.err
-    assert "validation episodes" not in printed.out
-
-
-def test_ctrl_c_leaves_a_checkpoint_that_resume_completes(arguments, tmp_path, capsys):
-    arguments = [*arguments, "--epochs", "12", "--output"]
-    running = subprocess.Popen(
-        [sys.executable, "-m", "fewshot_ext.cli", *arguments, str(tmp_path / "out")], stderr=subprocess.PIPE, text=True
-    )
-    for line in running.stderr:
-        if line.startswith("epoch 2/12"):
-            running.send_signal(signal.SIGINT)
-            break
-    rest = running.stderr.read()
-    assert running.wait(timeout=60) == 130, rest
-    assert "Traceback" not in rest
-    assert f"interrupted; the same command with --resume goes on from {tmp_path / 'out' / 'last.ckpt'}" in rest
-
-    assert main([*arguments, str(tmp_path / "out")]) == 2
-    assert "--resume goes on from it; to train afresh take another folder" in capsys.readouterr().err
-    assert main([*arguments, str(tmp_path / "out"), "--resume"]) == 0
-    assert "going on after epoch " in capsys.readouterr().err
-    assert main([*arguments, str(tmp_path / "unbroken")]) == 0
-    assert same_weights(tmp_path / "out", tmp_path / "unbroken")
-
-
-@pytest.mark.parametrize("error", [OSError("cannot write x: full"), FloatingPointError("the loss is nan")])
-def test_a_run_that_fails_says_why_and_how_to_go_on(arguments, tmp_path, monkeypatch, capsys, error):
-    def fail(self):
-        raise error
-
-    monkeypatch.setattr(MetaTrainingRun, "train", fail)
-    assert main([*arguments, "--output", str(tmp_path)]) == 1
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"fewshot-ext metatrain: error: {error}; there is no checkpoint yet")
-
-
-def test_a_terminal_sees_one_bar_over_the_whole_run(arguments, tmp_path):
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 150, 0, 0))
-    command = [sys.executable, "-m", "fewshot_ext.cli", *arguments, "--episodes_per_step", "3", "--epochs", "8"]
-    running = subprocess.Popen([*command, "--output", tmp_path], stderr=slave, stdout=subprocess.DEVNULL)
-    os.close(slave)
-    shown = b""
-    try:
-        while chunk := os.read(master, 4096):
-            shown += chunk
-    except OSError:  # the other side is closed
-        pass
-    os.close(master)
-    assert running.wait(timeout=60) == 0, shown
-    text = shown.decode()
-    assert re.search(r"epoch \d/8 \|.*% \d\d:\d\d<\d\d:\d\d, loss \d", text)
-    assert "images/s" in text
-    shares = [(int(epoch), int(share)) for epoch, share in re.findall(r"epoch (\d)/8 \|[^|]*\| +(\d+)% ", text)]
-    # How often it is drawn depends on the machine, what is drawn does not: it counts episodes, three of them a step.
-    assert shares and all(abs(share - 100 * (epoch - 0.5) / 8) <= 100 / 8 for epoch, share in shares), shares
-    assert "\nepoch" not in text
 
 
 @pytest.mark.parametrize(
@@ -206,13 +116,7 @@ def test_a_wrong_argument_gets_one_line_and_exit_code_2(options, message, argume
         place = given.index(options[0])
         del given[place : place + 2]
         options = []
-    assert main([*given, *options]) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert len(printed.err.splitlines()) == 1, printed.err
-    assert printed.err.startswith("fewshot-ext")
-    assert message in printed.err
-    assert not list(tmp_path.glob("out/*"))
+    check_refused([*given, *options], message, capsys)
 
 
 def test_a_wrong_checkpoint_is_found_before_the_images_are_loaded(arguments, tmp_path, monkeypatch, capsys):
@@ -220,31 +124,3 @@ def test_a_wrong_checkpoint_is_found_before_the_images_are_loaded(arguments, tmp
     (tmp_path / "text.ckpt").write_text("nothing")
     assert main([*arguments, "--output", str(tmp_path), "--checkpoint", str(tmp_path / "text.ckpt")]) == 2
     assert "text.ckpt is not the checkpoint of a" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("module", ["lightning", "tensorboard", "tqdm"])
-def test_a_missing_package_is_named(module, arguments, monkeypatch, tmp_path, capsys):
-    is_installed = _extras.is_installed
-    monkeypatch.setattr(_extras, "is_installed", lambda name: name != module and is_installed(name))
-    assert main([*arguments, "--output", str(tmp_path)]) == 2
-    assert f"'{module}' is missing; pip install 'fewshot_ext[train]'" in capsys.readouterr().err
-
-
-def test_help_is_grouped_and_needs_no_lightning():
-    script = """
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"lightning", "kornia", "tensorboard", "tqdm"}:
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Refuse())
-from fewshot_ext.cli import main
-main(["metatrain", "--help"])
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    options = done.stdout[done.stdout.index("\noptions:") :]
-    titles = [line for line in options.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    parts = ["local_features:", "classifier:", "augmentation:", "validation:"]
-    assert titles == ["options:", "run:", "training:", *parts]
-    assert "authors of DeepEMD advise against" in " ".join(done.stdout.split())

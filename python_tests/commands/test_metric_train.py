@@ -3,43 +3,17 @@
 import json
 
 import pytest
-import torch
 import yaml
+from training_commands import METRIC_TRAIN, check_refused, same_weights
 
 from fewshot_ext import _extras
 from fewshot_ext.cli import main
-from fewshot_ext.data import ImageArchive, load_digits
 from fewshot_ext.models import build_backbone
 from fewshot_ext.recipes import load_metric_recipe, read_recipe, recipe_names
-from fewshot_ext.training import MetricTraining, MetricTrainingConfig, MetricTrainingRun
+from fewshot_ext.training import MetricTraining, MetricTrainingConfig
 
 # The command sets the number of threads of the process; the fixture sets it back.
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-SMALL = ["--backbone.width", "4", "--backbone.pooled_blocks", "2", "--backbone.embedding", "6"]
-TINY = [
-    "metric-train",
-    "--threads",
-    "1",
-    "--epochs",
-    "2",
-    "--classes_per_batch",
-    "3",
-    "--samples_per_class",
-    "8",
-    *SMALL,
-]
-TINY += ["--measurement.epochs", "1", "--measurement.seen_images", "60"]
-
-
-@pytest.fixture(scope="module")
-def three_splits(tmp_path_factory):
-    """Digits with four base, two validation and four novel classes."""
-    digits = load_digits()
-    split = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2, 2], dtype=torch.uint8)
-    path = tmp_path_factory.mktemp("data") / "digits.npz"
-    ImageArchive(digits.images, digits.labels, digits.class_names, split).save(path)
-    return str(path)
 
 
 def test_a_run_leaves_checkpoints_history_records_and_a_log(three_splits, tmp_path, capsys):
@@ -54,7 +28,7 @@ def test_a_run_leaves_checkpoints_history_records_and_a_log(three_splits, tmp_pa
         "--seed",
         "4",
     ]
-    assert main([*TINY, *arguments, "--data", three_splits, "--output", str(output)]) == 0
+    assert main([*METRIC_TRAIN, "--epochs", "2", *arguments, "--data", three_splits, "--output", str(output)]) == 0
     printed = capsys.readouterr()
     record = json.loads((output / "run.json").read_text())
     results = record["results"]
@@ -70,7 +44,7 @@ def test_a_run_leaves_checkpoints_history_records_and_a_log(three_splits, tmp_pa
     assert list(output.glob("events.out.tfevents*"))
     assert len(json.loads((output / "history.json").read_text())["rows"]) == 6
     assert record["seed"] == 4
-    assert [record["data"][name]["classes"] for name in ("base", "validation", "novel")] == [4, 2, 4]
+    assert [record["data"][name]["classes"] for name in ("base", "validation", "novel")] == [3, 2, 5]
     config = MetricTraining.from_checkpoint(output / "best.ckpt").config
     assert MetricTrainingConfig.from_dict(record["config"]) == config
     assert (config.loss, config.anti_collapse.weight) == ("triplet", 0.01)
@@ -84,32 +58,15 @@ def test_a_run_leaves_checkpoints_history_records_and_a_log(three_splits, tmp_pa
 
 
 def test_the_record_of_a_run_repeats_it_and_resume_completes_it(tmp_path, capsys):
-    assert main([*TINY, "--data", "digits", "--output", str(tmp_path / "a")]) == 0
+    assert main([*METRIC_TRAIN, "--epochs", "2", "--data", "digits", "--output", str(tmp_path / "a")]) == 0
     config = ["--config", str(tmp_path / "a" / "config.yaml"), "--output", str(tmp_path / "b")]
     assert main(["metric-train", *config]) == 0
-    a, b = (MetricTraining.from_checkpoint(tmp_path / name / "last.ckpt") for name in "ab")
-    assert all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
+    assert same_weights(tmp_path / "a", tmp_path / "b")
     capsys.readouterr()
     assert main(["metric-train", *config]) == 2
     assert "--resume goes on from it" in capsys.readouterr().err
     assert main(["metric-train", *config, "--resume"]) == 0
     assert "going on after epoch 2 of 2" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "message"),
-    [
-        (KeyboardInterrupt(), 130, "interrupted; there is no checkpoint yet"),
-        (FloatingPointError("the embeddings are not finite"), 1, "error: the embeddings are not finite; there is no"),
-    ],
-)
-def test_a_run_that_ends_early_says_how_to_go_on(error, code, message, tmp_path, monkeypatch, capsys):
-    def fail(self):
-        raise error
-
-    monkeypatch.setattr(MetricTrainingRun, "train", fail)
-    assert main([*TINY, "--data", "digits", "--output", str(tmp_path)]) == code
-    assert message in capsys.readouterr().err
 
 
 PLACE = ["--data", "digits", "--output", "out"]
@@ -140,24 +97,17 @@ PLACE = ["--data", "digits", "--output", "out"]
 )
 def test_a_wrong_argument_gets_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main([*TINY, *arguments]) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert len(printed.err.splitlines()) == 1, printed.err
-    assert printed.err.startswith("fewshot-ext metric-train: error: ")
-    assert message in printed.err
-    assert not (tmp_path / "out" / "run.json").exists()
+    check_refused([*METRIC_TRAIN, *arguments], message, capsys)
 
 
 @pytest.mark.parametrize(
     ("module", "extra"), [("lightning", "train"), ("pytorch_metric_learning", "metric"), ("tqdm", "train")]
 )
-def test_a_missing_package_names_the_pip_line(module, extra, tmp_path, monkeypatch, capsys):
+def test_a_missing_package_of_collapse_names_the_pip_line(module, extra, tmp_path, monkeypatch, capsys):
     is_installed = _extras.is_installed
     monkeypatch.setattr(_extras, "is_installed", lambda name: name != module and is_installed(name))
-    for command in (TINY, ["analyze", "collapse", *COLLAPSE]):
-        assert main([*command, "--data", "digits", "--output", str(tmp_path)]) == 2
-        assert f"'{module}' is missing; pip install 'fewshot_ext[{extra}]'" in capsys.readouterr().err
+    assert main(["analyze", "collapse", *COLLAPSE, "--data", "digits", "--output", str(tmp_path)]) == 2
+    assert f"'{module}' is missing; pip install 'fewshot_ext[{extra}]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", recipe_names("metric-train"))
