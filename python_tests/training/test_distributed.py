@@ -12,26 +12,45 @@ from fewshot_ext.training.distributed import RankBatches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# Batch normalisation takes its statistics over a process's own share on CPUs, and augmentation draws other numbers in
-# each process; without the two, several processes must compute what one computes. 75 images in batches of 16 leave a
-# ragged rest of 11, of which one process has 6 and the other 5.
-SCRIPT = """
+HEAD = """
 import sys
 from dataclasses import replace
 import torch
 from torch import nn
 from fewshot_ext.data import Split, load_digits
-from fewshot_ext.training import BackboneConfig, PreTrainingConfig, PreTrainingRun, ValidationConfig
+from fewshot_ext.training import (
+    BackboneConfig, MetaTrainingConfig, MetaTrainingRun, PreTrainingConfig, PreTrainingRun, ValidationConfig
+)
 
 torch.set_num_threads(1)
+directory, devices = sys.argv[1], int(sys.argv[2])
 digits = load_digits()
-archive = digits.subset(Split.BASE)
-archive = replace(archive, images=archive.images[:75], labels=archive.labels[:75])
+base, novel = digits.subset(Split.BASE), digits.subset(Split.NOVEL)
+backbone = BackboneConfig(width=6, pooled_blocks=2)
+validation = ValidationConfig(epochs=1, episodes=20, way=3, shot=1, queries=3)
+"""
+
+# 75 images in batches of 16 leave a ragged rest of 11, of which one process has 6 and the other 5.
+PRE_TRAINING = """
+base = replace(base, images=base.images[:75], labels=base.labels[:75])
 config = PreTrainingConfig(
-    epochs=3, batch_size=16, precision="64-true", backbone=BackboneConfig(width=6, pooled_blocks=2),
-    validation=ValidationConfig(epochs=1, episodes=20, way=3, shot=1, queries=3),
+    epochs=3, batch_size=16, precision="64-true", backbone=backbone, validation=validation
 )
-run = PreTrainingRun(config, archive, sys.argv[1], validation=digits.subset(Split.NOVEL), devices=int(sys.argv[2]))
+run = PreTrainingRun(config, base, directory, validation=novel, devices=devices)
+"""
+
+# Four episodes a step, of which each process has two.
+META_TRAINING = """
+config = MetaTrainingConfig(
+    way=3, queries=4, steps=3, episodes_per_step=4, epochs=2, learning_rate=0.01, precision="64-true",
+    backbone=backbone, validation=validation,
+)
+run = MetaTrainingRun(config, base, directory, checkpoint=None, validation=novel, devices=devices)
+"""
+
+# Batch normalisation takes its statistics over a process's own share on CPUs, and augmentation draws other numbers in
+# each process; without the two, several processes must compute what one computes.
+TAIL = """
 for block in run.module.backbone.blocks:
     block[1] = nn.Identity()
 seen, step = [], run.module.training_step
@@ -42,78 +61,39 @@ def training_step(batch, batch_idx):
 
 run.module.training_step = training_step
 module = run.train()
-rank = run.module.global_rank
-torch.save({"weights": module.state_dict(), "results": run.results(), "seen": seen}, f"{sys.argv[1]}-{rank}.pt")
-print(f"rank {rank} done")
+found = {"weights": module.state_dict(), "results": run.results(), "seen": seen}
+torch.save(found, f"{directory}-{run.module.global_rank}.pt")
 """
 
 
-def run_by_one_and_by_two(source, tmp_path):
-    """What one process saves, and what each of two saves."""
-    script = tmp_path / "script.py"
+def check_two_processes_train_as_one(source, tmp_path):
+    """Returns the images of every batch that one process sees, and those that each of two sees."""
+    script, source = tmp_path / "script.py", HEAD + source + TAIL
     script.write_text(source)
     one = subprocess.run([sys.executable, str(script), str(tmp_path / "one"), "1"], capture_output=True, text=True)
     assert one.returncode == 0, one.stderr
     run_script(tmp_path / "processes.py", source, str(tmp_path / "two"), "2")
-    return [torch.load(tmp_path / name) for name in ("one-0.pt", "two-0.pt", "two-1.pt")]
-
-
-def test_two_processes_compute_what_one_computes(tmp_path):
-    single, first, second = run_by_one_and_by_two(SCRIPT, tmp_path)
+    single, first, second = (torch.load(tmp_path / name) for name in ("one-0.pt", "two-0.pt", "two-1.pt"))
     torch.testing.assert_close(first["weights"], single["weights"], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(second["weights"], first["weights"], rtol=0, atol=0)
     assert first["results"] == pytest.approx(single["results"], rel=1e-6)
     assert second["results"] == pytest.approx(first["results"], rel=1e-6)
-    assert [len(batch) for batch in first["seen"][:5]] == [8, 8, 8, 8, 6]
-    for mine, theirs, both in zip(first["seen"], second["seen"], single["seen"], strict=True):
-        assert mine + theirs == both
     # One process writes: a second one would leave a log of its own.
     assert len(list((tmp_path / "two").glob("events.out.tfevents*"))) == 1
+    return single["seen"], first["seen"], second["seen"]
 
 
-# As above, batch normalisation aside. Four episodes a step, of which each process has two.
-META_SCRIPT = """
-import sys
-import torch
-from torch import nn
-from fewshot_ext.data import Split, load_digits
-from fewshot_ext.training import BackboneConfig, MetaTrainingConfig, MetaTrainingRun, ValidationConfig
-
-torch.set_num_threads(1)
-digits = load_digits()
-config = MetaTrainingConfig(
-    way=3, queries=4, steps=3, episodes_per_step=4, epochs=2, learning_rate=0.01, precision="64-true",
-    backbone=BackboneConfig(width=6, pooled_blocks=2),
-    validation=ValidationConfig(epochs=1, episodes=20, way=3, shot=1),
-)
-run = MetaTrainingRun(
-    config, digits.subset(Split.BASE), sys.argv[1], checkpoint=None, validation=digits.subset(Split.NOVEL),
-    devices=int(sys.argv[2]),
-)
-for block in run.module.backbone.blocks:
-    block[1] = nn.Identity()
-seen, step = [], run.module.training_step
-
-def training_step(batch, batch_idx):
-    seen.append(batch[0].flatten(1).sum(1).tolist())
-    return step(batch, batch_idx)
-
-run.module.training_step = training_step
-module = run.train()
-rank = run.module.global_rank
-torch.save({"weights": module.state_dict(), "results": run.results(), "seen": seen}, f"{sys.argv[1]}-{rank}.pt")
-"""
+def test_two_processes_pre_train_as_one(tmp_path):
+    single, first, second = check_two_processes_train_as_one(PRE_TRAINING, tmp_path)
+    assert [len(batch) for batch in first[:5]] == [8, 8, 8, 8, 6]
+    for mine, theirs, both in zip(first, second, single, strict=True):
+        assert mine + theirs == both
 
 
 def test_two_processes_meta_train_as_one(tmp_path):
-    single, first, second = run_by_one_and_by_two(META_SCRIPT, tmp_path)
-    torch.testing.assert_close(first["weights"], single["weights"], rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(second["weights"], first["weights"], rtol=0, atol=0)
-    assert first["results"] == pytest.approx(single["results"], rel=1e-6)
-    assert second["results"] == pytest.approx(first["results"], rel=1e-6)
-    assert single["seen"][::2] == first["seen"]
-    assert single["seen"][1::2] == second["seen"]
-    assert len(list((tmp_path / "two").glob("events.out.tfevents*"))) == 1
+    single, first, second = check_two_processes_train_as_one(META_TRAINING, tmp_path)
+    assert single[::2] == first
+    assert single[1::2] == second
 
 
 @pytest.mark.slow
