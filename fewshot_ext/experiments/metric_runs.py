@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fewshot_ext._checks import check_at_least, check_choice, check_positive
-from fewshot_ext._record import check_same_settings, versions
 from fewshot_ext.data import ImageArchive, Split
 from fewshot_ext.experiments.runs import without_defaults
-from fewshot_ext.experiments.sweep_task import RECORD, load_once, write_json
+from fewshot_ext.experiments.sweep_task import SweepTask, load_once
 from fewshot_ext.training import MetricTrainingConfig
 from fewshot_ext.training.metric_config import NO_ANTI_COLLAPSE, PROXY_LOSSES
 
@@ -180,46 +179,20 @@ def class_sets(archive: ImageArchive) -> Mapping[str, ImageArchive]:
     return sets
 
 
-class TrainEmbedding:
-    """The task of one run: train it where that is not done; what it measured on the way is the result.
-
-    Args:
-        run: see ``MetricRun``.
-        runs: folder of all runs.
-        checksum: of the image set.
-        device: "cpu" or "cuda".
+class TrainEmbedding(SweepTask):
+    """The task of one run, a ``MetricRun``: train it where that is not done; what it measured on the way is the result.
 
     Returns (a call):
         The rows of ``EmbeddingHistory``.
     """
-
-    def __init__(self, run: MetricRun, runs: Path, checksum: str, device: str = "cpu") -> None:
-        self.run, self.device = run, device
-        self.folder = run.folder(runs, checksum)
-        self._checksum = checksum
-
-    @property
-    def name(self) -> str:
-        return self.run.name
 
     @property
     def work(self) -> int:
         """Epochs to train."""
         return 0 if self.is_trained else self.run.training.epochs
 
-    @property
-    def is_trained(self) -> bool:
-        return (self.folder / RECORD).exists()
-
     def rows(self) -> list[dict[str, Any]] | None:
-        """What was measured before, None where the run is not finished."""
-        return json.loads((self.folder / RECORD).read_text(encoding="utf-8"))["rows"] if self.is_trained else None
-
-    def check_record(self) -> None:
-        """Raises ValueError where the run in the folder was trained with other settings after all."""
-        if self.is_trained:
-            before = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))["settings"]
-            check_same_settings(before, self.run.settings(self._checksum), self.folder)
+        return self._record["rows"] if self.is_trained else None
 
     def __call__(self, report: Callable[..., None]) -> list[dict[str, Any]]:
         from fewshot_ext.training import MetricTrainingRun
@@ -239,11 +212,5 @@ class TrainEmbedding:
                 on_epoch=lambda epochs, loss: report(epochs, f"epoch {epochs}, loss {loss:.4f}"),
             )
             training.train()
-            record = {
-                "name": self.run.name,
-                "settings": self.run.settings(self._checksum),
-                "rows": training.history.rows,
-                "versions": versions("torch", "numpy", "lightning", "pytorch-metric-learning"),
-            }
-            write_json(self.folder / RECORD, record)
+            self._write_record("pytorch-metric-learning", rows=training.history.rows)
         return self.rows()

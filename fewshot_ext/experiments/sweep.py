@@ -13,7 +13,7 @@ from fewshot_ext import _extras
 from fewshot_ext.data import ImageArchive, load_images
 from fewshot_ext.experiments.measurements import Measurement
 from fewshot_ext.experiments.runs import SweepImages, SweepRun
-from fewshot_ext.experiments.sweep_task import TrainAndMeasure, write_json
+from fewshot_ext.experiments.sweep_task import SweepTask, TrainAndMeasure, write_json
 from fewshot_ext.experiments.workers import Outcome, run_tasks, sweep_progress
 from fewshot_ext.models import build_backbone
 from fewshot_ext.training import PreTrainingConfig
@@ -40,14 +40,13 @@ class TaskSweep:
     """Tasks that belong to one question, their results, and what became of those that failed.
 
     Args:
-        tasks: each with ``name``, ``work``, ``run.labels``, ``rows()``, ``folder`` and ``check_record()``, as
-            ``TrainAndMeasure`` has them.
+        tasks: all different.
 
     Raises:
         ValueError: a folder holds a run of other settings.
     """
 
-    def __init__(self, tasks: Sequence[Any]) -> None:
+    def __init__(self, tasks: Sequence[SweepTask]) -> None:
         self.tasks = list(tasks)
         for task in self.tasks:
             task.check_record()

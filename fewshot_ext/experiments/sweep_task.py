@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +17,66 @@ from fewshot_ext.experiments.runs import SweepImages, SweepRun
 RECORD = "run.json"
 
 
-class TrainAndMeasure:
+class SweepTask(ABC):
+    """One run of a sweep in a folder of its own, as a task that any process can do.
+
+    Args:
+        run: see ``SweepRun`` or ``MetricRun``.
+        runs: folder of all runs.
+        checksum: of the image set.
+        device: "cpu" or "cuda".
+
+    Returns (a call):
+        The rows of ``rows``.
+    """
+
+    def __init__(self, run: Any, runs: Path, checksum: str, device: str = "cpu") -> None:
+        self.run, self.device = run, device
+        self.folder = run.folder(runs, checksum)
+        self._checksum = checksum
+
+    @property
+    def name(self) -> str:
+        return self.run.name
+
+    @property
+    @abstractmethod
+    def work(self) -> int:
+        """Epochs, or what takes about as long, that are left to do."""
+
+    @property
+    def is_trained(self) -> bool:
+        return (self.folder / RECORD).exists()
+
+    @abstractmethod
+    def rows(self) -> list[dict[str, Any]] | None:
+        """What was measured before, None where that is not finished."""
+
+    def check_record(self) -> None:
+        """Raises ValueError where the run in the folder was trained with other settings after all."""
+        if self.is_trained:
+            check_same_settings(self._record["settings"], self.run.settings(self._checksum), self.folder)
+
+    @abstractmethod
+    def __call__(self, report: Callable[..., None]) -> list[dict[str, Any]]:
+        """Does what is left to do; ``report`` takes the epochs done so far and a remark."""
+
+    @property
+    def _record(self) -> dict[str, Any]:
+        return json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
+
+    def _write_record(self, *packages: str, **results: Any) -> None:
+        """Marks the run as trained; ``packages`` are those whose versions its weights depend on."""
+        record = {
+            "name": self.run.name,
+            "settings": self.run.settings(self._checksum),
+            **results,
+            "versions": versions("torch", "numpy", "lightning", *packages),
+        }
+        write_json(self.folder / RECORD, record)
+
+
+class TrainAndMeasure(SweepTask):
     """The task of one run: train it where that is not done, then measure it where that is not done.
 
     Args:
@@ -33,23 +93,14 @@ class TrainAndMeasure:
     def __init__(
         self, run: SweepRun, runs: Path, checksum: str, measurement: Measurement | None = None, device: str = "cpu"
     ) -> None:
-        self.run, self.measurement, self.device = run, measurement, device
-        self.folder = run.folder(runs, checksum)
-        self._checksum = checksum
-
-    @property
-    def name(self) -> str:
-        return self.run.name
+        super().__init__(run, runs, checksum, device)
+        self.measurement = measurement
 
     @property
     def work(self) -> int:
         """Epochs to train, and one for what is measured."""
         trained = 0 if self.is_trained else self.run.pretraining.epochs
         return trained + (self.measurement is not None and self.rows() is None)
-
-    @property
-    def is_trained(self) -> bool:
-        return (self.folder / RECORD).exists()
 
     @property
     def checkpoint(self) -> Path:
@@ -64,10 +115,8 @@ class TrainAndMeasure:
         return json.loads(path.read_text(encoding="utf-8")) if self.is_trained and path.exists() else None
 
     def check_record(self) -> None:
-        """Raises ValueError where the run in the folder was trained with other settings after all."""
         if self.is_trained:
-            before = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))["settings"]
-            now = self.run.settings(self._checksum)
+            before, now = self._record["settings"], self.run.settings(self._checksum)
             # What only one of two releases knows had its default in the other.
             common = before["pretraining"].keys() & now["pretraining"].keys()
             for settings in (before, now):
@@ -106,13 +155,7 @@ class TrainAndMeasure:
             on_epoch=lambda epochs, loss: report(epochs, f"epoch {epochs}, loss {loss:.4f}"),
         )
         training.train()
-        record = {
-            "name": self.run.name,
-            "settings": self.run.settings(self._checksum),
-            "results": training.results(),
-            "versions": versions("torch", "numpy", "lightning", "kornia"),
-        }
-        write_json(self.folder / RECORD, record)
+        self._write_record("kornia", results=training.results())
 
 
 def write_json(path: Path, content: Any) -> None:
