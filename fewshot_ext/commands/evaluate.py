@@ -14,7 +14,8 @@ deepemd_uniform (equal weights), deepemd_mean (class means in place of the struc
 features), prediction_fusion (local features classified one by one), fc_dot and fc_cosine (a classifier trained on their
 mean). The regions follow the name: deepemd@fcn (positions of the feature map, the default), deepemd@grid or
 deepemd@sampling (crops); with them protonet, protonet_cosine and matchingnet take the mean of the local features.
-"--heads deepemd_table" is the whole comparison of the DeepEMD paper.
+"--heads deepemd_table" is the whole comparison of the DeepEMD paper. The rate of the structured layer depends on the
+length of the features: choose --deepemd.classifier.lr with "--split validation" (the authors take 100 for ResNet-12).
 
 The local features of all images are kept in memory and on disk, one kind at a time: images x regions x channels x 4
 bytes. That is 0.77 GB for the 12,000 novel images of mini-ImageNet under a ResNet-12 (25 regions, 640 channels).
