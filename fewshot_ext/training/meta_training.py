@@ -15,8 +15,9 @@ from fewshot_ext.data import ImageArchive
 from fewshot_ext.models import BackboneConfig, DeepEMD, EmbeddedBackbone, build_local_features
 from fewshot_ext.training.config import PreTrainingConfig
 from fewshot_ext.training.episodic import EpisodeBatches, EpisodeValidation, RankEpisodes, episode_loader
-from fewshot_ext.training.features import META_TRAINING, load_extractor, read_checkpoint
+from fewshot_ext.training.features import META_TRAINING, config_class, load_extractor, read_checkpoint
 from fewshot_ext.training.meta_config import FROM_SCRATCH, MetaTrainingConfig
+from fewshot_ext.training.metric_config import MetricTrainingConfig
 from fewshot_ext.training.run import BEST, ImageTraining, TrainingRun, image_statistics
 from fewshot_ext.training.schedule import sgd_in_steps
 
@@ -247,16 +248,23 @@ def metatrain(config: MetaTrainingConfig, archive: ImageArchive, directory: str 
 
 
 def _from_scratch(config: MetaTrainingConfig, archive: ImageArchive, seed: int) -> MetaTraining:
-    network = PreTrainingConfig(
+    network = _network(config, config.backbone or BackboneConfig(), config)
+    return MetaTraining(config, network, *image_statistics(archive, config.mean, config.std), seed=seed)
+
+
+def _network(
+    config: MetaTrainingConfig, backbone: BackboneConfig, images: MetaTrainingConfig | MetricTrainingConfig
+) -> PreTrainingConfig:
+    """A backbone that no margin loss has trained, as if one had: whatever takes a pre-training then takes it."""
+    return PreTrainingConfig(
         margin=0.0,
-        backbone=config.backbone or BackboneConfig(),
-        image_size=config.image_size,
-        mean=config.mean,
-        std=config.std,
+        backbone=backbone,
+        image_size=images.image_size,
+        mean=images.mean,
+        std=images.std,
         augmentation=config.augmentation,
         channels_last=config.channels_last,
     )
-    return MetaTraining(config, network, *image_statistics(archive, config.mean, config.std), seed=seed)
 
 
 def _from_checkpoint(config: MetaTrainingConfig, archive: ImageArchive, path: str | Path, seed: int) -> MetaTraining:
@@ -281,11 +289,11 @@ def _from_checkpoint(config: MetaTrainingConfig, archive: ImageArchive, path: st
     if not_finite:
         raise ValueError(f"checkpoint {path} holds NaN or infinity in {not_finite[0]}")
     try:
-        network = replace(
-            PreTrainingConfig.from_dict(arguments["config"]),
-            augmentation=config.augmentation,
-            channels_last=config.channels_last,
-        )
+        trained = config_class(arguments).from_dict(arguments["config"])
+        if isinstance(trained, MetricTrainingConfig):
+            network = _network(config, trained.backbone, trained)
+        else:
+            network = replace(trained, augmentation=config.augmentation, channels_last=config.channels_last)
         module = MetaTraining(
             config, network, image_size, arguments["mean"], arguments["std"], seed, checkpoint_sha256=file_sha256(path)
         )

@@ -16,6 +16,8 @@ from fewshot_ext.training import (
     MetaTraining,
     MetaTrainingConfig,
     MetaTrainingRun,
+    MetricTrainingConfig,
+    MetricTrainingRun,
     ValidationConfig,
     load_backbone,
     metatrain,
@@ -385,3 +387,15 @@ def test_channels_last_trains_to_the_same_weights_up_to_rounding(settings, digit
     channels_last = metatrain(replace(double, channels_last=True), digits, tmp_path / "last", checkpoint=None)
     assert channels_last.backbone.blocks[1][0].weight.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(weights(channels_last), weights(plain))
+
+
+def test_it_goes_on_from_a_metric_training(from_checkpoint, digits, tmp_path):
+    backbone = BackboneConfig(width=8, pooled_blocks=2, embedding=4)
+    trained = MetricTrainingConfig("triplet", epochs=1, classes_per_batch=3, image_size=8, backbone=backbone)
+    module = MetricTrainingRun(trained, digits, tmp_path / "metric").train()
+    config = replace(from_checkpoint, augmentation=AugmentationConfig())
+    run = MetaTrainingRun(config, digits, tmp_path / "meta", checkpoint=tmp_path / "metric" / "best.ckpt")
+    images = digits.images[:3]
+    assert torch.equal(run.module.eval().extractor(images), module.eval().extractor(images))
+    run.train()
+    assert FrozenBackbone.from_checkpoint(tmp_path / "meta" / "last.ckpt").module(images).shape == (3, 4)
