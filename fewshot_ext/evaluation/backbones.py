@@ -143,11 +143,11 @@ class FrozenBackbone:
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> "FrozenBackbone":
-        """The backbone of a pre-training checkpoint; the file is read without running code in it.
+        """The backbone behind a checkpoint of any training; the file is read without running code in it.
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: it is no checkpoint of a pre-training, or is damaged.
+            ValueError: it is no checkpoint of a training, or is damaged.
         """
         from fewshot_ext.training.features import read_checkpoint
 

@@ -4,7 +4,7 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,7 @@ def load_backbone(path: str | Path) -> FeatureExtractor:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not the checkpoint of a pre-training.
+        ValueError: it is not the checkpoint of a training.
     """
     return build_extractor(read_checkpoint(path))
 
@@ -117,12 +117,16 @@ def read_checkpoint(path: str | Path, stage: str | None = None) -> dict[str, Any
         OSError: the file cannot be read.
         ValueError: it is no checkpoint, or that of another stage.
     """
-    kind = stage or PRE_TRAINING
-    with open(path, "rb") as file:
+    kind = stage or f"{PRE_TRAINING} or of another training"
+    with _opened(path) as file:
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            # Torch's own words advise to run whatever code is in the file.
+            reason = "it holds something that is not weights and settings"
+            raise ValueError(f"{path} is not the checkpoint of a {kind}, or is damaged: {reason}") from error
         # What torch raises depends on where the file is cut or what lies there instead.
-        except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError, LookupError) as error:
+        except (RuntimeError, ValueError, EOFError, OSError, LookupError) as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise ValueError(f"{path} is not the checkpoint of a {kind}, or is damaged: {reason}") from error
     arguments = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
@@ -133,3 +137,11 @@ def read_checkpoint(path: str | Path, stage: str | None = None) -> dict[str, Any
     if stage not in (None, came):
         raise ValueError(f"{path} is not the checkpoint of a {kind}: it is that of a {came}")
     return checkpoint
+
+
+def _opened(path: str | Path) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        # Alone, errno and path do not tell which of many settings is meant.
+        raise type(error)(error.errno, f"checkpoint cannot be read: {error.strerror}", str(path)) from error

@@ -164,8 +164,10 @@ print(list(load_backbone({str(trained[1])!r})(torch.zeros(2, 1, 8, 8, dtype=torc
 
 @pytest.mark.parametrize("read", [load_backbone, PreTraining.from_checkpoint])
 def test_files_that_are_no_checkpoints_are_named(tmp_path, read):
-    with pytest.raises(FileNotFoundError, match=r"missing\.ckpt"):
+    with pytest.raises(FileNotFoundError, match=r"checkpoint cannot be read: .*missing\.ckpt"):
         read(tmp_path / "missing.ckpt")
+    with pytest.raises(IsADirectoryError, match=f"checkpoint cannot be read: .*{tmp_path.name}"):
+        read(tmp_path)
     for name, content in (("tensor.ckpt", torch.zeros(2)), ("other.ckpt", {"state_dict": {}}), ("list.ckpt", [1])):
         torch.save(content, tmp_path / name)
         with pytest.raises(ValueError, match=f"{name} is not the checkpoint of a pre-training"):
@@ -174,8 +176,9 @@ def test_files_that_are_no_checkpoints_are_named(tmp_path, read):
         {"hyper_parameters": {"config": {}, "image_size": (1, 8, 8)}, "state_dict": {}, "x": ImageArchive},
         tmp_path / "code.ckpt",
     )
-    with pytest.raises(ValueError, match=r"code\.ckpt is not the checkpoint of a pre-training"):
+    with pytest.raises(ValueError, match=r"code\.ckpt is not the checkpoint of a pre-training") as refused:
         read(tmp_path / "code.ckpt")
+    assert "weights_only" not in str(refused.value), "nobody should be advised to run what is in the file"
 
 
 @pytest.mark.parametrize("read", [load_backbone, PreTraining.from_checkpoint])
