@@ -67,7 +67,8 @@ class AntiCollapseLoss(nn.Module):
     Raises:
         TypeError: a wrong type or dtype.
         ValueError: a number out of range, an unknown variant or convention, no proxies ``[C, D]`` in ``base``; in a
-            call shapes that do not fit, no samples, and under "batch_proxy" labels without a proxy.
+            call shapes that do not fit, a single sample under "pair", a single class or labels without a proxy under
+            "batch_proxy", and no samples.
 
     Example:
         >>> import torch, fewshot_ext
@@ -148,11 +149,15 @@ class AntiCollapseLoss(nn.Module):
 
     def _vectors(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         if self.variant == "pair":
+            if len(embeddings) < 2:
+                raise ValueError("embeddings: expected at least two samples, got one, whose rate is the same anywhere")
             return embeddings
         proxies = self._proxies()
         if self.variant == "all_proxy":
             return proxies
         classes = labels.unique()
+        if len(classes) < 2:
+            raise ValueError("labels: expected at least two classes, got one, whose proxy has the same rate anywhere")
         if classes[0] < 0 or classes[-1] >= len(proxies):
             raise ValueError(
                 f"labels: expected labels in [0, {len(proxies)}), the number of proxies, "

@@ -6,12 +6,11 @@ from typing import Any, Literal
 from fewshot_ext._checks import check_at_least, check_choice, check_positive
 from fewshot_ext.data.augmentation import AugmentationConfig
 from fewshot_ext.losses.anti_collapse import CONVENTIONS, VARIANTS
-from fewshot_ext.losses.base_losses import BASE_LOSSES
+from fewshot_ext.losses.base_losses import BASE_LOSSES, PROXY_LOSSES
 from fewshot_ext.models import BackboneConfig
 from fewshot_ext.training.config import PRECISIONS, build_parts, check_normalisation
 
 NO_ANTI_COLLAPSE = "none"
-PROXY_LOSSES = ("proxy_anchor", "proxy_nca")
 
 
 @dataclass(frozen=True)

@@ -276,6 +276,7 @@ def test_bad_settings(change, error, message):
             "labels: expected labels in [0, 7), the number of proxies, got 0 to 7",
         ),
         ({"labels": torch.arange(8) - 2}, ValueError, "got -2 to 5"),
+        ({"labels": torch.full((8,), 3)}, ValueError, "labels: expected at least two classes, got one"),
     ),
 )
 def test_bad_batches(change, error, message):
@@ -283,6 +284,60 @@ def test_bad_batches(change, error, message):
     with pytest.raises(error) as raised:
         AntiCollapseLoss(Distances())(**{"embeddings": embeddings, "labels": labels, **change})
     assert message in str(raised.value)
+
+
+def test_the_rate_of_one_embedding_is_refused():
+    with pytest.raises(ValueError, match="embeddings: expected at least two samples, got one"):
+        AntiCollapseLoss(Distances(), "pair")(torch.ones(1, DIMENSIONS), torch.tensor([3]))
+
+
+BASES = ("proxy_anchor", "proxy_nca", "contrastive", "triplet")
+PROXY, PAIR = BASES[:2], BASES[2:]
+
+
+@pytest.mark.parametrize(
+    "names, change, error, message",
+    (
+        (BASES, {"embeddings": [[0.0]]}, TypeError, "embeddings: expected a tensor [n, D], got list"),
+        (BASES, {"embeddings": torch.zeros(3)}, ValueError, "embeddings: expected shape [n, D], got [3]"),
+        (BASES, {"embeddings": torch.zeros(8, 3).long()}, TypeError, "embeddings: expected dtype float32"),
+        (BASES, {"labels": torch.zeros(8).int()}, TypeError, "labels: expected dtype torch.int64, got torch.int32"),
+        (BASES, {"labels": torch.arange(5)}, ValueError, "labels: expected shape [8] to fit embeddings, got [5]"),
+        (
+            BASES,
+            {"embeddings": torch.zeros(0, DIMENSIONS), "labels": torch.zeros(0).long()},
+            ValueError,
+            "embeddings: expected at least one sample, got none",
+        ),
+        (PROXY, {"embeddings": torch.ones(8, 3)}, ValueError, "embeddings: expected shape [n, 12] to fit the proxies"),
+        (PROXY, {"labels": torch.arange(8)}, ValueError, "labels: expected labels in [0, 7), the number of proxies"),
+        (PROXY, {"labels": torch.arange(8) - 1}, ValueError, "got -1 to 6"),
+        (PAIR, {"labels": torch.full((8,), 3)}, ValueError, "labels: expected at least two classes, got one for all 8"),
+        (PAIR, {"labels": torch.arange(8)}, ValueError, "expected a class with at least two samples, got 8 classes"),
+        (
+            PAIR,
+            {"embeddings": torch.full((8, DIMENSIONS), math.nan)},
+            ValueError,
+            "embeddings: expected finite entries, got others in row 0",
+        ),
+    ),
+)
+def test_bad_batches_of_base_losses(names, change, error, message):
+    needs_metric_learning()
+    embeddings, labels = batch(torch.float32)
+    for name in names:
+        for loss in (base_loss(name, CLASSES, DIMENSIONS), copy.deepcopy(base_loss(name, CLASSES, DIMENSIONS))):
+            arguments = {"embeddings": embeddings, "labels": labels, **change}
+            for call in (lambda: loss(**arguments), lambda: loss(*arguments.values())):  # noqa: B023
+                with pytest.raises(error) as raised:
+                    call()
+                assert message in str(raised.value)
+
+
+def test_checks_leave_the_names_of_parameters_alone():
+    needs_metric_learning()
+    assert list(base_loss("proxy_anchor", CLASSES, DIMENSIONS).state_dict()) == ["proxies"]
+    assert not base_loss("triplet", CLASSES, DIMENSIONS).state_dict()
 
 
 @pytest.mark.parametrize(
