@@ -170,7 +170,8 @@ def retrieve_and_rerank(
         on_progress: called with the name of a stage, how much of it is done and its total.
 
     Raises:
-        TypeError: images or labels of another dtype, or a backbone without feature maps.
+        TypeError: images or labels of another dtype, ``candidates`` that is no integer, or a backbone without feature
+            maps.
         ValueError: shapes that do not fit each other, fewer candidates than the largest K, more than the gallery holds,
             lone queries (see ``lone_queries``), images that the backbone does not take, maps that take more than
             ``map_memory``, features that are not finite, or an option out of range. All but the features are looked
@@ -198,6 +199,12 @@ def retrieve_and_rerank(
         raise ValueError("embeddings and gallery_embeddings must be given together")
     for name, (pictures, own) in sets.items():
         _check_images(name, pictures, own)
+    for name, vectors, pictures in (
+        ("embeddings", embeddings, images),
+        ("gallery_embeddings", gallery_embeddings, gallery_images),
+    ):
+        if vectors is not None and len(vectors) != len(pictures):
+            raise ValueError(f"{name} must be [{len(pictures)}, D], a row an image, got {list(vectors.shape)}")
     check_retrieval(labels, gallery_labels, ks=ks, lone_queries=lone_queries)
     check_choice("distance", distance, "cosine", "euclidean")
     check_choice("weighting", weighting, "cross_reference", "uniform")
@@ -206,13 +213,19 @@ def retrieve_and_rerank(
     if map_dtype not in (torch.float32, torch.float16):
         raise ValueError(f"map_dtype must be torch.float32 or torch.float16, got {map_dtype}")
     neighbors = len(images) - 1 if gallery_images is None else len(gallery_images)
+    if not isinstance(candidates, int) or isinstance(candidates, bool):
+        raise TypeError(f"candidates must be an integer, got {type(candidates).__name__}")
     if not max(ks) <= candidates <= neighbors:
         raise ValueError(
             f"candidates must lie in [{max(ks)}, {neighbors}], from the largest K to the images that can be found, "
             f"got {candidates}"
         )
     maps_of = backbone.local_features(local_features).to(device)
-    example = extract_features(maps_of, images[:1])
+    try:
+        example = extract_features(maps_of, images[:1])
+    except RuntimeError as error:
+        shape = list(images.shape)
+        raise ValueError(f"images must be what backbone {backbone.name} takes, got {shape}: {error}") from error
     total = sum(len(pictures) for pictures, _ in sets.values())
     check_map_memory(map_memory, total, example.shape[1:], map_dtype, "re-ranking")
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fewshot_ext._checks import check_at_least
 from fewshot_ext._extras import require
 
 DISTANCES = ("cosine", "euclidean")
@@ -151,7 +152,7 @@ def nearest_neighbors(
         ``[q, k]`` int64 rows of the gallery: candidates that :func:`rerank` takes.
 
     Raises:
-        TypeError, ValueError: as :func:`retrieval_metrics`.
+        TypeError, ValueError: as :func:`retrieval_metrics`, and ``queries`` that are no rows of ``embeddings``.
 
     Example:
         >>> nearest_neighbors(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), k=2)
@@ -168,7 +169,10 @@ def nearest_neighbors(
         _check_fits(embeddings, gallery)
     _check_ks((k,), len(gallery) - with_itself, "k")
     _check_choice("distance", distance, DISTANCES)
-    asked = torch.arange(len(embeddings), device=embeddings.device) if queries is None else queries
+    asked = torch.arange(len(embeddings), device=embeddings.device)
+    if queries is not None:
+        _check_queries(queries, embeddings)
+        asked = queries
     all_queries, gallery, offset = _comparable(embeddings, gallery, distance)
     found = []
     for chunk in asked.split(max(1, _SCORES_AT_ONCE // len(gallery))):
@@ -194,7 +198,7 @@ def clustering_nmi(
 
     Raises:
         ImportError: scikit-learn is missing (extra ``metric``).
-        TypeError, ValueError: as in :func:`retrieval_metrics`.
+        TypeError, ValueError: as in :func:`retrieval_metrics`, and a seed below 0.
 
     Example:
         >>> import torch
@@ -204,6 +208,7 @@ def clustering_nmi(
     """
     _check_set("embeddings", embeddings, "labels", labels)
     _check_choice("distance", distance, DISTANCES)
+    check_at_least("seed", seed, 0)
     require("metric", "sklearn")
     from sklearn.cluster import KMeans
     from sklearn.metrics import normalized_mutual_info_score
@@ -254,6 +259,17 @@ def _check_set(name: str, embeddings: object, labels_name: str, labels: object) 
         raise ValueError(f"{labels_name}: expected device {embeddings.device} as {name} is on, got {labels.device}")
 
 
+def _check_queries(queries: object, embeddings: Tensor) -> None:
+    _check_shape("queries", queries, "[q]", 1)
+    if queries.dtype != torch.int64:
+        raise TypeError(f"queries: expected dtype torch.int64, got {queries.dtype}")
+    if queries.device != embeddings.device:
+        raise ValueError(f"queries: expected device {embeddings.device} as embeddings is on, got {queries.device}")
+    if len(queries) and not (queries.min() >= 0 and queries.max() < len(embeddings)):
+        low, high = queries.min().item(), queries.max().item()
+        raise ValueError(f"queries: expected rows in [0, {len(embeddings)}), got {low} to {high}")
+
+
 def _check_fits(embeddings: Tensor, gallery: Tensor) -> None:
     if gallery.shape[1] != embeddings.shape[1]:
         raise ValueError(
@@ -288,6 +304,10 @@ def check_retrieval(
 
 
 def _check_ks(ks: Sequence[int], neighbours: int, name: str = "ks") -> None:
+    if isinstance(ks, int) or not isinstance(ks, Sequence):
+        raise TypeError(f"{name}: expected a sequence of integers, got {type(ks).__name__}")
+    if neighbours < 1:
+        raise ValueError(f"{name}: expected samples beside the query to search, got the query alone")
     if len(ks) == 0 or len(set(ks)) < len(ks):
         raise ValueError(f"{name}: expected at least one K, and none twice, got {list(ks)}")
     for k in ks:

@@ -6,7 +6,7 @@ from torch import nn
 
 from fewshot_ext.data import Split, load_digits
 from fewshot_ext.evaluation import FrozenBackbone, rerank, reranking, retrieval_metrics, retrieve_and_rerank
-from fewshot_ext.models import LocalFeaturesConfig, emd_logits
+from fewshot_ext.models import LocalFeaturesConfig, conv4, emd_logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -182,6 +182,13 @@ def test_lone_queries_are_left_out_or_missed(lone, queries, share):
         ({"gallery_labels": torch.zeros(3, dtype=torch.int64)}, ValueError, "must be given together"),
         ({"gallery_embeddings": torch.zeros(3, 4)}, ValueError, "gallery_embeddings must be left out"),
         ({"candidates": 7}, ValueError, r"candidates must lie in \[8, 29\], .*, got 7"),
+        ({"candidates": 10.0}, TypeError, "candidates must be an integer, got float"),
+        ({"embeddings": torch.zeros(3, 4)}, ValueError, r"embeddings must be \[30, D\], a row an image, got \[3, 4\]"),
+        (
+            {"backbone": FrozenBackbone.open(conv4())},
+            ValueError,
+            r"images must be what backbone Conv\w* takes, got \[30, 1, 8, 8\]: .*to have 3 channels",
+        ),
         ({"candidates": 30}, ValueError, r"candidates must lie in \[8, 29\], .*, got 30"),
         ({"ks": (1, 1)}, ValueError, "ks: expected at least one K, and none twice"),
         ({"ks": (40,)}, ValueError, r"ks: expected K in \[1, 29\]"),

@@ -223,6 +223,12 @@ LABELS = torch.tensor([0, 0, 1, 1, 2, 2])
         ({"ks": ()}, ValueError, "ks: expected at least one K"),
         ({"ks": (1, 1)}, ValueError, "ks: expected at least one K, and none twice, got [1, 1]"),
         ({"ks": (1.0,)}, TypeError, "ks: expected integers, got float"),
+        ({"ks": 1}, TypeError, "ks: expected a sequence of integers, got int"),
+        (
+            {"embeddings": signs(1, 0), "labels": LABELS[:1]},
+            ValueError,
+            "ks: expected samples beside the query to search, got the query alone",
+        ),
         ({"distance": "manhattan"}, ValueError, "distance: expected one of cosine, euclidean, got 'manhattan'"),
         ({"lone_queries": "drop"}, ValueError, "lone_queries: expected one of error, exclude, miss, got 'drop'"),
         ({"chunk_size": 0}, ValueError, "chunk_size: expected an integer of at least 1, got 0"),
@@ -239,6 +245,8 @@ def test_bad_input_of_nmi(monkeypatch):
         clustering_nmi(entry(math.nan), LABELS)
     with pytest.raises(ValueError, match="distance: expected one of cosine, euclidean"):
         clustering_nmi(signs(6, 0), LABELS, distance="dot")
+    with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
+        clustering_nmi(signs(6, 0), LABELS, seed=-1)
     monkeypatch.setattr("fewshot_ext._extras.is_installed", lambda module: False)
     with pytest.raises(ImportError, match=r"'sklearn' is missing; pip install 'fewshot_ext\[metric\]'"):
         clustering_nmi(signs(6, 0), LABELS)
