@@ -1,10 +1,20 @@
 """Checks that the typed configurations share, so that one mistake is worded in one way everywhere."""
 
 import math
+from numbers import Integral, Real
+
+
+def check_count(name: str, value: int, least: int) -> None:
+    """Raises TypeError unless ``value`` is an integer, and ValueError unless it is at least ``least``."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    check_at_least(name, value, least)
 
 
 def check_finite(name: str, value: float) -> None:
-    """Raises ValueError unless ``value`` is a finite number."""
+    """Raises TypeError unless ``value`` is a number, and ValueError unless it is finite."""
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewshot_ext._checks import check_at_least
+from fewshot_ext._checks import check_count
 
 
 def check_support_target(support_target: Tensor, support: Tensor, way: int) -> None:
@@ -16,7 +16,7 @@ def check_support_target(support_target: Tensor, support: Tensor, way: int) -> N
         way: classes an episode, at least 2.
 
     Raises:
-        TypeError: targets that are not an int64 tensor.
+        TypeError: targets that are not an int64 tensor, or a ``way`` that is no integer.
         ValueError: another shape or device, fewer than 2 classes, a target out of range, or a class without a
             support image.
     """
@@ -29,7 +29,7 @@ def check_support_target(support_target: Tensor, support: Tensor, way: int) -> N
         raise ValueError(
             f"support_target must be on the device of support, {support.device}, got {support_target.device}"
         )
-    check_at_least("way", way, 2)
+    check_count("way", way, 2)
     if ((support_target < 0) | (support_target >= way)).any():
         low, high = support_target.min().item(), support_target.max().item()
         raise ValueError(f"support_target must lie in [0, {way}), got {low} to {high}")

@@ -79,7 +79,7 @@ def plot_match(
 
     Raises:
         ImportError: matplotlib is missing.
-        TypeError: maps that are not floating-point tensors.
+        TypeError: maps that are not floating-point tensors, or images or regions that are no tensors.
         ValueError: images, maps or regions of another shape, features that are not finite, or fewer than one flow.
         OSError: the file cannot be written.
 
@@ -169,9 +169,11 @@ def _checked_pair(pair: MatchedPair, weighting: Weighting) -> _Drawn:
             raise ValueError(f"{name}_map must be [N, C], got {list(maps.shape)}")
         height, width = image.shape[1:]
         boxes = square_regions(len(maps), height, width) if boxes is None else boxes
+        if not isinstance(boxes, Tensor):
+            raise TypeError(f"{name}_regions must be a tensor, got {type(boxes).__name__}")
         if boxes.shape != (len(maps), 4):
             raise ValueError(f"{name}_regions must be [{len(maps)}, 4], got {list(boxes.shape)}")
-        empty = (boxes[:, 2:] <= boxes[:, :2]).any(1)
+        empty = ~(boxes[:, 2:] > boxes[:, :2]).all(1)  # of NaN too
         if empty.any():
             raise ValueError(f"{name}_regions must have an area, got {boxes[empty][0].tolist()}")
         regions.append(boxes.double().cpu())

@@ -168,8 +168,9 @@ class DeepEMD(nn.Module):
         maps = self.local_features(torch.cat([support, query], 1).flatten(0, 1))
         # The structured layer computes in float32 or better, and what it is compared with must have its dtype.
         with full_precision(maps):
-            maps = maps.to(torch.promote_types(maps.dtype, torch.float32)).unflatten(0, (support.shape[0], -1))
-            support_maps, query_maps = maps.split([support.shape[1], query.shape[1]], 1)
+            images = [support.shape[1], query.shape[1]]
+            maps = maps.to(torch.promote_types(maps.dtype, torch.float32)).unflatten(0, (len(support), sum(images)))
+            support_maps, query_maps = maps.split(images, 1)
             return self.logits(query_maps, self.prototypes(support_maps, support_target, way, generator=generator))
 
     def prototypes(

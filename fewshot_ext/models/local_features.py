@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewshot_ext._checks import check_at_least
+from fewshot_ext._checks import check_at_least, check_count
 from fewshot_ext._random import derive_generator
 from fewshot_ext.models.backbone import Backbone
 
@@ -63,7 +63,7 @@ class FCN(LocalFeatures):
         ``[B, channels, H, W]`` -> ``[B, N, C]``, N = h w plus the squares of the pyramid's sides.
 
     Raises:
-        TypeError: a backbone without ``feature_map``.
+        TypeError: a backbone without ``feature_map``, or a side that is no integer.
         ValueError: a pyramid with a side below 1; in a call, a side above that of the feature map.
 
     Reference:
@@ -157,7 +157,7 @@ class Grid(_Crops):
         ``[B, channels, H, W]`` -> ``[B, N, C]``, N the sum of the squares of the grids' sides: 13 by default.
 
     Raises:
-        TypeError: a backbone without ``feature_map``.
+        TypeError: a backbone without ``feature_map``, or a side that is no integer.
         ValueError: grids without a cell or a ratio below 1; in a call, images smaller than a grid.
 
     Reference:
@@ -226,7 +226,7 @@ class Sampling(_Crops):
         ``[B, channels, H, W]`` -> ``[B, regions, C]``.
 
     Raises:
-        TypeError: a backbone without ``feature_map``.
+        TypeError: a backbone without ``feature_map``, or a number that is no integer.
         ValueError: no regions, or a negative seed.
 
     Reference:
@@ -252,8 +252,8 @@ class Sampling(_Crops):
         preprocessing: nn.Module | None = None,
     ) -> None:
         super().__init__(backbone, horizontal_flip, preprocessing)
-        check_at_least("regions", regions, 1)
-        check_at_least("seed", seed, 0)
+        check_count("regions", regions, 1)
+        check_count("seed", seed, 0)
         self.regions, self.seed = regions, seed
 
     def draw(self, images: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -372,6 +372,8 @@ def _enlarged_cells(size: int, side: int, ratio: Tensor) -> tuple[Tensor, Tensor
 
 
 def _checked_sides(name: str, sides: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(sides, Sequence):
+        raise TypeError(f"{name} must be a sequence of integers, got {type(sides).__name__}")
     for side in sides:
-        check_at_least(name, side, 1)
+        check_count(name, side, 1)
     return tuple(sides)

@@ -100,7 +100,8 @@ def emd_logits(
     Raises:
         TypeError: an argument that is not a floating-point tensor, or dtypes that differ.
         ValueError: shapes or devices that do not fit each other, no regions, features that are not finite (on a GPU
-            the logits are NaN instead, because a look would make the host wait), or an option out of range.
+            the logits are NaN instead, because a look would make the host wait) or whose products overflow, or an
+            option out of range.
 
     Reference:
         Zhang et al., "DeepEMD: Few-Shot Image Classification with Differentiable Earth Mover's Distance and Structured
@@ -247,7 +248,12 @@ def _solve(query: Tensor, support: Tensor, weighting: Weighting, detach_weights:
             weights = tuple(weight.detach() for weight in weights)
         try:
             solved = emd(1 - similarity, *weights)
-        except ValueError:
+        except ValueError as error:
             check_finite_maps(query=query, support=support)
-            raise
+            if all(part.isfinite().all() for part in (similarity, *weights)):
+                raise
+            largest = max(maps.detach().abs().max().item() for maps in (query, support))
+            raise ValueError(
+                f"query and support must have inner products that {query.dtype} holds, got entries of up to {largest:g}"
+            ) from error
     return _Solved(solved.value, solved.flow, *weights)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewshot_ext._checks import check_at_least, check_choice, check_fraction, check_positive
+from fewshot_ext._checks import check_choice, check_count, check_fraction, check_positive
 from fewshot_ext._episodes import check_support_target, class_means
 from fewshot_ext.models.matching import (
     SMALLEST_LENGTH,
@@ -45,7 +45,8 @@ class StructuredClassifierConfig:
             every evaluation. Where False, prototypes also move to be weighted otherwise, as the paper's equations say.
 
     Raises:
-        ValueError: a value out of range; the message names it.
+        TypeError: a value of another type; the message names it.
+        ValueError: a value out of range; likewise.
     """
 
     passes: int = 100
@@ -56,8 +57,8 @@ class StructuredClassifierConfig:
     detach_weights: bool = True
 
     def __post_init__(self) -> None:
-        check_at_least("passes", self.passes, 0)
-        check_at_least("batch_size", self.batch_size, 1)
+        check_count("passes", self.passes, 0)
+        check_count("batch_size", self.batch_size, 1)
         check_positive("lr", self.lr)
         check_fraction("momentum", self.momentum)
         check_fraction("dampening", self.dampening)
@@ -98,7 +99,7 @@ def fit_prototypes(
         ``[E, way, N, C]`` prototypes without gradients, to be given to :func:`emd_logits` as its support.
 
     Raises:
-        TypeError: features that are not floating-point, or targets that are not int64 tensors.
+        TypeError: features that are not floating-point, targets or an order that are not int64 tensors.
         ValueError: shapes that do not fit each other, a target out of range, a class without a support image, an order
             that leaves out an image, features that are not finite, or an option out of range.
 
@@ -123,6 +124,9 @@ def fit_prototypes(
     episodes, shots, nodes, channels = support.shape
     if order is None:
         order = torch.rand(episodes, config.passes, shots, generator=generator).argsort(-1)
+    if not isinstance(order, Tensor) or order.dtype != torch.int64:
+        came = order.dtype if isinstance(order, Tensor) else type(order).__name__
+        raise TypeError(f"order must be an int64 tensor, got {came}")
     if order.shape != (episodes, config.passes, shots):
         raise ValueError(f"order must be {[episodes, config.passes, shots]}, got {list(order.shape)}")
     if (order.sort(-1).values != torch.arange(shots, device=order.device)).any():

@@ -128,6 +128,8 @@ IMAGE, MAP = torch.zeros(3, 8, 8), torch.rand(4, 6)
         ({"query_map": MAP * float("nan")}, ValueError, "query_map must be finite, got NaN"),
         ({"query_regions": torch.zeros(3, 4)}, ValueError, r"query_regions must be \[4, 4\], got \[3, 4\]"),
         ({"support_regions": torch.zeros(4, 4)}, ValueError, r"support_regions must have an area, got \[0.0, 0.0, 0"),
+        ({"query_regions": torch.full((4, 4), float("nan"))}, ValueError, "query_regions must have an area, got .nan"),
+        ({"query_regions": [0]}, TypeError, "query_regions must be a tensor, got list"),
         ({"flows": 0}, ValueError, "flows must be at least 1, got 0"),
         ({"weighting": "norm"}, ValueError, "weighting must be 'cross_reference' or 'uniform'"),
     ],

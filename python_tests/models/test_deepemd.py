@@ -188,6 +188,11 @@ def test_bad_input_is_named(changes, error, message):
         model()(**arguments)
 
 
+def test_no_episodes_have_no_logits():
+    images, target = torch.rand(0, 3, 1, 12, 12), torch.zeros(0, 3, dtype=torch.int64)
+    assert model().eval()(images, target, images, 3).shape == (0, 3, 3)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"temperature": 0}, "temperature must be above 0"), ({"weighting": "norm"}, "weighting must be 'cross_ref")],

@@ -220,6 +220,9 @@ def test_no_images(kind):
     [
         (lambda: FCN(nn.Flatten()), TypeError, "backbone must have a method feature_map, Flatten has none"),
         (lambda: FCN(Pixels(), pyramid=(2, 0)), ValueError, "pyramid must be at least 1, got 0"),
+        (lambda: FCN(Pixels(), pyramid=2), TypeError, "pyramid must be a sequence of integers, got int"),
+        (lambda: FCN(Pixels(), pyramid=(2.5,)), TypeError, "pyramid must be an integer, got float"),
+        (lambda: Sampling(Pixels(), regions=2.5), TypeError, "regions must be an integer, got float"),
         (lambda: Grid(Pixels(), grids=()), ValueError, "grids must name at least one side"),
         (lambda: Grid(Pixels(), grids=(0,)), ValueError, "grids must be at least 1, got 0"),
         (lambda: Grid(Pixels(), ratio=0.5), ValueError, "ratio must be at least 1, got 0.5"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from emd_peers import quadratic_layer
 
-from fewshot_ext.models import cross_reference_weights, emd_logits, match_flows
+from fewshot_ext.models import cross_reference_weights, emd_logits, match_flows, matching
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -157,8 +157,6 @@ def test_chunks_change_nothing(bytes_at_once):
 
 
 def test_one_call_of_the_operator_for_all_pairs(monkeypatch):
-    from fewshot_ext.models import matching
-
     calls = []
     monkeypatch.setattr(
         matching, "emd", lambda *inputs, emd=matching.emd: calls.append(inputs[0].shape) or emd(*inputs)
@@ -255,6 +253,7 @@ GOOD = torch.zeros(2, 3, 4, 6)
         ({"query": GOOD + float("nan")}, ValueError, "query must be finite, got NaN or infinity"),
         ({"support": GOOD - float("inf")}, ValueError, "support must be finite, got NaN or infinity"),
         ({"temperature": 0.0}, ValueError, "temperature must be above 0"),
+        ({"temperature": "1"}, TypeError, "temperature must be a number, got str"),
         ({"bytes_at_once": 0}, ValueError, "bytes_at_once must be above 0"),
         ({"weighting": "attention"}, ValueError, "weighting must be 'cross_reference' or 'uniform', got 'attention'"),
     ],
@@ -279,6 +278,16 @@ def test_bad_pairs_are_named(query, support, error, message):
         match_flows(query, support)
 
 
-def test_overflow_of_finite_features_is_told_by_the_operator():
-    with pytest.raises(ValueError, match="supply: expected finite entries"):
+def test_overflow_of_finite_features_is_named():
+    message = r"query and support must have inner products that torch\.float32 holds, got entries of up to 1e\+30"
+    with pytest.raises(ValueError, match=message):
         emd_logits(GOOD + 1e30, GOOD + 1e30)
+
+
+def test_other_errors_of_the_operator_stay_what_they_are(monkeypatch):
+    def refuses(*_):
+        raise ValueError("cost: expected at most 256 points")
+
+    monkeypatch.setattr(matching, "emd", refuses)
+    with pytest.raises(ValueError, match="cost: expected at most 256 points"):
+        emd_logits(GOOD, GOOD)

@@ -187,6 +187,9 @@ def test_carries_no_gradient():
         ({"way": 1}, ValueError, "way must be at least 2"),
         ({"order": torch.zeros(3, 99, 7, dtype=torch.int64)}, ValueError, r"order must be \[3, 100, 7\]"),
         ({"order": torch.zeros(3, 100, 7, dtype=torch.int64)}, ValueError, "order must hold permutations of the 7"),
+        ({"way": 3.0}, TypeError, "way must be an integer, got float"),
+        ({"order": [0]}, TypeError, "order must be an int64 tensor, got list"),
+        ({"order": torch.zeros(3, 100, 7)}, TypeError, "order must be an int64 tensor, got torch.float32"),
         ({"temperature": -1.0}, ValueError, "temperature must be above 0"),
         ({"bytes_at_once": 0}, ValueError, "bytes_at_once must be above 0"),
         ({"weighting": "norm"}, ValueError, "weighting must be 'cross_reference' or 'uniform'"),
@@ -203,4 +206,10 @@ def test_bad_input_is_named(changes, error, message):
 )
 def test_bad_settings_are_named(name, value):
     with pytest.raises(ValueError, match=f"{name} must"):
+        StructuredClassifierConfig(**{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), [("passes", 1.5), ("batch_size", True), ("lr", "0.1")])
+def test_settings_of_another_type_are_named(name, value):
+    with pytest.raises(TypeError, match=f"{name} must be a"):
         StructuredClassifierConfig(**{name: value})
