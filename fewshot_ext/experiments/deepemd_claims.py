@@ -15,10 +15,10 @@ from fewshot_ext.experiments.findings import Finding, judge
 # What a head is called on a page, by the name of its classifier.
 HEAD_TITLES = {
     "protonet": "ProtoNet",
-    "protonet_cosine": "ProtoNet (cosine)",
+    "protonet_cosine": "cosine ProtoNet",
     "matchingnet": "MatchingNet",
-    "fc_dot": "classifier on the mean (inner product)",
-    "fc_cosine": "classifier on the mean (cosine)",
+    "fc_dot": "dot-product classifier on the mean",
+    "fc_cosine": "cosine classifier on the mean",
     "knn": "kNN on local features",
     "prediction_fusion": "prediction fusion",
     "deepemd_uniform": "DeepEMD, uniform weights",
