@@ -28,9 +28,10 @@ _LOCAL_FEATURES = LocalFeaturesConfig()
 _HEAD_TYPES = {type(head).__name__: type(head) for head in (*HEADS.values(), *MAP_HEADS.values())}
 # What else a head may have among its settings.
 _SETTING_TYPES = {**_HEAD_TYPES, "StructuredClassifierConfig": StructuredClassifierConfig}
-# Scores of this many queries against thousands of support images still fit in a few hundred megabytes; maps take more.
+# Scores of this many queries against thousands of support images still fit in a few hundred megabytes. Maps take more,
+# and a head that is fitted for every call takes as many queries as there is room for.
 _QUERIES_AT_ONCE = 4096
-_MAP_BYTES_AT_ONCE = 2**28
+_BYTES_AT_ONCE = 2**28
 
 
 class FewShotClassifier:
@@ -175,7 +176,7 @@ class FewShotClassifier:
         scores, waiting = [], []
         for features in self._features(batches, on_progress):
             self._check_size(features)
-            waiting.append(features)
+            waiting.append(self.head.condense_queries(features) if self.head.takes_maps else features)
             if self._is_enough(waiting):
                 scores.append(self._scores(torch.cat(waiting), support, target))
                 waiting = []
@@ -367,11 +368,14 @@ class FewShotClassifier:
         return self._fitted
 
     def _is_enough(self, waiting: Sequence[Tensor]) -> bool:
-        """Whether so many queries wait that they should be scored: each round costs some heads a fit."""
-        whole = sum(map(len, waiting)) >= _QUERIES_AT_ONCE
-        return whole or (self.head.takes_maps and sum(part.nbytes for part in waiting) >= _MAP_BYTES_AT_ONCE)
+        """Whether so many queries wait that they should be scored."""
+        size, count = sum(part.nbytes for part in waiting), sum(map(len, waiting))
+        if self.head.fits:
+            return size >= _BYTES_AT_ONCE
+        return count >= _QUERIES_AT_ONCE or (self.head.takes_maps and size >= _BYTES_AT_ONCE)
 
     def _scores(self, query: Tensor, support: Tensor, target: Tensor) -> Tensor:
+        at_once = max(1, len(query)) if self.head.fits else _QUERIES_AT_ONCE
         return torch.cat(
             [
                 self.head(
@@ -383,7 +387,7 @@ class FewShotClassifier:
                     # The same for every part, so that an image's scores do not depend on its neighbours.
                     generator=torch.Generator().manual_seed(self.seed),
                 )[0]
-                for part in query.split(_QUERIES_AT_ONCE)
+                for part in query.split(at_once)
             ]
         )
 

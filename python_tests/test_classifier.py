@@ -6,8 +6,9 @@ from torch import nn
 
 from fewshot_ext import FewShotClassifier
 from fewshot_ext.data import ImageInput, load_digits
-from fewshot_ext.evaluation import HEADS, FineTuning, ProtoNet, SimpleShot, extract_features
+from fewshot_ext.evaluation import HEADS, FineTuning, MatchingNet, ProtoNet, SimpleShot, extract_features
 from fewshot_ext.evaluation.images import ImageBatches
+from fewshot_ext.ops import finetune_episodes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -61,8 +62,43 @@ def test_scores_do_not_depend_on_the_neighbours(monkeypatch):
     classifier = FewShotClassifier(nn.Flatten(), batch_size=3).fit(*some(2, 2))
     whole = classifier.decision_function(query)
     torch.testing.assert_close(classifier.decision_function(query[5:6]), whole[5:6])
-    monkeypatch.setattr("fewshot_ext.classifier._QUERIES_AT_ONCE", 3)
+    monkeypatch.setattr("fewshot_ext.classifier._BYTES_AT_ONCE", 1)
     torch.testing.assert_close(classifier.decision_function(query), whole)
+
+
+def test_queries_of_a_head_that_fits_nothing_are_scored_in_parts(monkeypatch):
+    query, _ = some(4, 4, start=10)
+    classifier = FewShotClassifier(nn.Flatten(), "matchingnet", batch_size=3).fit(*some(2, 2))
+    whole, parts, score = classifier.decision_function(query), [], MatchingNet._scores
+
+    def counted(head, support, target, query, *others):
+        parts.append(query.shape[1])
+        return score(head, support, target, query, *others)
+
+    monkeypatch.setattr(MatchingNet, "_scores", counted)
+    monkeypatch.setattr("fewshot_ext.classifier._QUERIES_AT_ONCE", 4)
+    torch.testing.assert_close(classifier.decision_function(query), whole)
+    assert parts == [4, 2, 2]
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "softmax"])
+def test_fine_tuning_is_done_once_for_all_queries(similarity, monkeypatch):
+    query, _ = some(4, 4, start=10)
+    classifier = FewShotClassifier(nn.Flatten(), FineTuning(similarity=similarity), batch_size=3).fit(*some(2, 2))
+    whole, calls = classifier.decision_function(query), []
+
+    def counted(support, target, query, **settings):
+        calls.append(query.shape[1])
+        return finetune_episodes(support, target, query, **settings)
+
+    monkeypatch.setattr("fewshot_ext.evaluation.heads.finetune_episodes", counted)
+    monkeypatch.setattr("fewshot_ext.classifier._QUERIES_AT_ONCE", 4)
+    assert torch.equal(classifier.decision_function(query), whole)
+    assert calls == [8]
+    # 64 features of 4 bytes: memory is the bound, on batches of 3.
+    monkeypatch.setattr("fewshot_ext.classifier._BYTES_AT_ONCE", 4 * 64 * 4)
+    assert torch.equal(classifier.decision_function(query), whole)
+    assert calls == [8, 6, 2]
 
 
 def test_the_module_is_used_in_evaluation_mode_and_without_gradients():

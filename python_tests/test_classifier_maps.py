@@ -16,6 +16,7 @@ from fewshot_ext.evaluation import (
     map_heads,
 )
 from fewshot_ext.models import LocalFeaturesConfig, StructuredClassifierConfig
+from fewshot_ext.ops import finetune_episodes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -82,7 +83,7 @@ def test_the_structured_layer_is_fitted_once(monkeypatch):
         return fit(support, *arguments)
 
     monkeypatch.setattr(map_heads, "class_prototypes", counted)
-    monkeypatch.setattr(classifier_module, "_MAP_BYTES_AT_ONCE", 1)
+    monkeypatch.setattr(classifier_module, "_BYTES_AT_ONCE", 1)
     classifier = FewShotClassifier(Blocks(), QUICK, batch_size=2).fit(*some(3, 3))
     query, _ = some(4, 4, start=10)
     whole = classifier.decision_function(query)
@@ -104,12 +105,37 @@ def test_classes_one_after_the_other():
     torch.testing.assert_close(grown.decision_function(images), whole.decision_function(images))
 
 
-def test_memory_bounds_the_queries_at_once_and_changes_nothing(monkeypatch):
+@pytest.mark.parametrize("head", ["fc_cosine", "knn"])
+def test_memory_bounds_the_queries_at_once_and_changes_nothing(head, monkeypatch):
     query, _ = some(4, 4, start=10)
-    classifier = FewShotClassifier(Blocks(), "fc_cosine", batch_size=3).fit(*some(2, 2))
+    classifier = FewShotClassifier(Blocks(), f"{head}@fcn", batch_size=3).fit(*some(2, 2))
     whole = classifier.decision_function(query)
-    monkeypatch.setattr(classifier_module, "_MAP_BYTES_AT_ONCE", 1)
+    monkeypatch.setattr(classifier_module, "_BYTES_AT_ONCE", 1)
     torch.testing.assert_close(classifier.decision_function(query), whole)
+
+
+@pytest.mark.parametrize("head", ["fc_cosine", "fc_dot"])
+def test_a_linear_classifier_is_fitted_once_to_mean_features(head, monkeypatch):
+    images, labels = some(2, 2)
+    query, _ = some(4, 4, start=10)
+    maps, queries = (Blocks().feature_map(part / 255).flatten(2).mT[None] for part in (images, query))
+    target = torch.tensor([[int(label[-1]) for label in labels]])
+    expected = MAP_HEADS[head](maps, target, queries, 2, generator=torch.Generator().manual_seed(0))[0]
+    calls = []
+
+    def counted(support, target, query, **settings):
+        calls.append(query.shape[1])
+        return finetune_episodes(support, target, query, **settings)
+
+    monkeypatch.setattr("fewshot_ext.evaluation.heads.finetune_episodes", counted)
+    monkeypatch.setattr(classifier_module, "_QUERIES_AT_ONCE", 4)
+    classifier = FewShotClassifier(Blocks(), head, batch_size=3).fit(images, labels)
+    assert torch.equal(classifier.decision_function(query), expected)
+    assert calls == [8]
+    # One mean of 4 channels of 4 bytes is left of an image's 16 regions.
+    monkeypatch.setattr(classifier_module, "_BYTES_AT_ONCE", 4 * 4 * 4)
+    assert torch.equal(classifier.decision_function(query), expected)
+    assert calls == [8, 6, 2]
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,11 @@ class Head(ABC):
     """Whether features are maps, ``[E, images, N, C]`` with N local features an image; see ``MapHead``."""
 
     @property
+    def fits(self) -> bool:
+        """Whether a call trains on the support set, which costs the same for one query as for thousands."""
+        return False
+
+    @property
     def needs_base_mean(self) -> bool:
         """Whether a call needs ``base_mean``."""
         return False
@@ -149,6 +154,10 @@ class FineTuning(FineTuningConfig, Head):
         """The head of these settings for a backbone that was pre-trained with ``similarity``."""
         settings = {field.name: getattr(config, field.name) for field in fields(FineTuningConfig)}
         return cls(**settings, similarity=similarity)
+
+    @property
+    def fits(self) -> bool:
+        return True
 
     @torch.no_grad()
     def _scores(self, support, target, query, way, generator):

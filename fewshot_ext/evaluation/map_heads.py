@@ -65,6 +65,17 @@ class MapHead(Head):
         """
         return support, support_target
 
+    def condense_queries(self, query: Tensor) -> Tensor:
+        """Queries that score as the given ones do against what ``condense`` gives, in less memory where that can be.
+
+        Args:
+            query: ``[..., N, C]``.
+
+        Returns:
+            ``[..., N', C]``; the given ones for a head that looks at every region.
+        """
+        return query
+
     def check_regions(self, regions: int) -> None:
         """Raises ValueError where a class with this many local features, of all its images, has too few."""
 
@@ -225,8 +236,18 @@ class Pooled(MapHead):
                 f"head must be a head for single features that needs no mean of the base classes, got {self.head!r}"
             )
 
+    @property
+    def fits(self) -> bool:
+        return self.head.fits
+
     def probabilities(self, scores: Tensor) -> Tensor:
         return self.head.probabilities(scores)
+
+    def condense(self, support, support_target, way, *, generator=None):
+        return self.condense_queries(support), support_target
+
+    def condense_queries(self, query: Tensor) -> Tensor:
+        return query.to(torch.promote_types(query.dtype, torch.float32)).mean(-2, keepdim=True)
 
     def _scores(self, support, target, query, way, generator):
         return self.head(support.mean(2), target, query.mean(2), way, generator=generator)
