@@ -7,7 +7,8 @@ some queries with their nearest neighbours, right and wrong ones marked, to neig
 
 --rerank N retrieves in two stages: the N images nearest by their embeddings are put in the order of the Earth Mover's
 Distance (EMD) between their regions. Recall@K is then given before and after; neighbors.csv and neighbors.png have the
-second order, with the place that each image had in the first. The other measures are those of the embeddings.
+second order, with the place that each image had in the first. The other measures are those of the embeddings. What the
+first stage finds is written before the second begins, and is there if that is interrupted.
 The regions are what --local_features says. They are compared by the backbone's dense features: where a metric training
 put a projection behind the backbone (--backbone.embedding), the first stage takes the projected vectors, and the second
 the features before the projection, which no loss compared directly. The local features of all images are in memory,
@@ -227,7 +228,8 @@ class _Search:
         self.backbone, self.queries, self.gallery, self.arguments = backbone, queries, gallery, arguments
         self.labels, self.device = labels, device
 
-    def run(self) -> _Found:
+    def run(self) -> Iterator[_Found]:
+        """Yields what each stage comes to, the second with what the first found."""
         arguments, parts = self.arguments, [part for part in (self.queries, self.gallery) if part is not None]
         if arguments.rerank is not None and not isinstance(parts[0].images, Tensor):
             # Both stages look at every picture: it is read once.
@@ -249,12 +251,12 @@ class _Search:
         if not arguments.no_nmi:
             found["nmi"] = clustering_nmi(*pairs[:2], distance=arguments.distance, seed=arguments.seed)
         found |= measure_spread(embeddings[0]).row()
-        if arguments.rerank is None:
-            neighbors = nearest_neighbors(*embeddings, k=arguments.neighbors, distance=arguments.distance)
-            return _Found(found, neighbors.cpu(), None)
-        second = self._rerank(parts, embeddings)
-        found |= {f"recall_at_{k}_reranked": share for k, share in second.after.items()}
-        return _Found(found, second.reranked[:, : arguments.neighbors], second)
+        neighbors = nearest_neighbors(*embeddings, k=arguments.neighbors, distance=arguments.distance)
+        yield _Found(found, neighbors.cpu(), None)
+        if arguments.rerank is not None:
+            second = self._rerank(parts, embeddings)
+            reranked = {f"recall_at_{k}_reranked": share for k, share in second.after.items()}
+            yield _Found(found | reranked, second.reranked[:, : arguments.neighbors], second)
 
     def _rerank(self, parts: Sequence[LabelledImages], embeddings: Sequence[Tensor]) -> RerankedRetrieval:
         arguments = self.arguments
@@ -302,20 +304,30 @@ def _stages() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _run(search: _Search, output: Path, resolved: str) -> int:
-    started = time.perf_counter()
+    started, found, written = time.perf_counter(), None, None
+    exit_code, ending = 0, ""
     try:
-        found = search.run()
-        print(_table(search, found))
-        _write(search, found, output, resolved, round(time.perf_counter() - started, 1))
+        # The second stage may take hours: what the first found is written before.
+        for found in search.run():
+            _write(search, found, output, resolved, round(time.perf_counter() - started, 1))
+            written = found
     except KeyboardInterrupt:
-        print("interrupted before everything was measured; nothing was written", file=sys.stderr)
-        return 130
+        exit_code, ending = 130, "interrupted before everything was measured"
     except (OSError, ValueError) as error:
         # A full disk, pixels that cannot be decoded, embeddings beyond what floats can hold: all come late.
-        print(f"fewshot-ext retrieve: error: {error}", file=sys.stderr)
-        return 1
-    print("written:", ", ".join(str(output / name) for name in FILES), flush=True)
-    return 0
+        exit_code, ending = 1, f"fewshot-ext retrieve: error: {error}"
+    if found is not None:
+        print(_table(search, found), flush=True)
+    if found is None:
+        kept = "nothing was written"
+    elif found is written:
+        kept = "what was written are the results without --rerank"
+        print("written:", ", ".join(str(output / name) for name in FILES), flush=True)
+    else:
+        kept = "not everything was written"
+    if exit_code:
+        print(f"{ending}; {kept}", file=sys.stderr)
+    return exit_code
 
 
 def _table(search: _Search, results: _Found) -> str:
@@ -346,9 +358,7 @@ def _table(search: _Search, results: _Found) -> str:
     )
 
 
-def _second_stage(arguments: Namespace) -> dict[str, Any] | None:
-    if arguments.rerank is None:
-        return None
+def _second_stage(arguments: Namespace) -> dict[str, Any]:
     return {
         "candidates": arguments.rerank,
         "local_features": features_record(arguments.local_features),
@@ -365,18 +375,13 @@ def _write(search: _Search, found: _Found, output: Path, resolved: str, seconds:
         "distance": arguments.distance,
         "lone_queries": arguments.lone_queries,
         "seed": arguments.seed,
-        "rerank": _second_stage(arguments),
+        "rerank": None if found.second is None else _second_stage(arguments),
         "measures": found.measures,
         "seconds": seconds,
         "versions": versions("torch", "numpy"),
     }
     row = {"checkpoint": backbone.path, **record["images"], "distance": arguments.distance}
-    row |= {"rerank": arguments.rerank, **found.measures}
-    replace_text(output / "retrieval.json", json.dumps(record, indent=2) + "\n")
-    replace_text(output / "retrieval.csv", csv_of_rows([row]))
-    replace_text(
-        output / "neighbors.csv", csv_of_rows(neighbor_rows(search.queries, gallery, neighbors, places=places))
-    )
+    row |= {"rerank": None if found.second is None else arguments.rerank, **found.measures}
     order = torch.randperm(len(search.queries), generator=derive_generator(arguments.seed))
     asked = order[: arguments.rows].sort().values.tolist()
     sheet = neighbor_sheet(
@@ -387,6 +392,12 @@ def _write(search: _Search, found: _Found, output: Path, resolved: str, seconds:
         asked,
         places=None if places is None else places[asked],
         heading="" if places is None else _HEADING.format(arguments.rerank),
+    )
+    # Drawn before, so that an interrupt hardly finds the files of one stage beside those of the other.
+    replace_text(output / "retrieval.json", json.dumps(record, indent=2) + "\n")
+    replace_text(output / "retrieval.csv", csv_of_rows([row]))
+    replace_text(
+        output / "neighbors.csv", csv_of_rows(neighbor_rows(search.queries, gallery, neighbors, places=places))
     )
     replace_file(output / "neighbors.png", lambda path: sheet.save(path))
     replace_text(output / "config.yaml", resolved)

@@ -219,7 +219,10 @@ def test_the_picture_of_reranked_neighbors_says_so(with_regions, tmp_path, monke
     assert run(with_regions, tmp_path / "two", *arguments, "--rerank", "9") == 0
     rows = list(csv.DictReader((tmp_path / "two" / "neighbors.csv").open()))
     told = {f", was {row['rank_by_embedding']}\n{row['neighbor_class']}" for row in rows}
-    assert len(captions) == 6
+    # The picture of the first stage is drawn before the second begins.
+    assert len(captions) == 12
+    assert not any("was" in caption for caption in captions[:6])
+    del captions[:6]
     assert all(caption[5:] in told for caption in captions if not caption.startswith("query"))
     sizes = [Image.open(tmp_path / name / "neighbors.png").size for name in ("one", "two")]
     # A heading above the rows, no wider than they are.
@@ -304,16 +307,50 @@ def test_progress_has_a_bar_for_each_stage(with_regions, folders, tmp_path, monk
     assert all(bar.n == bar.total and bar.closed for bar in bars)
 
 
-def test_maps_that_are_no_numbers_end_the_search_by_name(with_regions, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("error", "code", "ending"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted before everything was measured"),
+        (ValueError("query_maps must be finite"), 1, "fewshot-ext retrieve: error: query_maps must be finite"),
+    ],
+)
+def test_what_ends_the_second_stage_leaves_the_first(error, code, ending, with_regions, tmp_path, monkeypatch, capsys):
     few_digits(tmp_path / "few.npz")
+    arguments = ["--data", str(tmp_path / "few.npz"), "--no_nmi"]
+    assert run(with_regions, tmp_path / "plain", *arguments) == 0
+    plain = capsys.readouterr().out
 
     def broken(*_, **__):
-        raise ValueError("query_maps must be finite")
+        raise error
 
     monkeypatch.setattr(retrieve, "retrieve_and_rerank", broken)
-    arguments = ["--data", str(tmp_path / "few.npz"), "--no_nmi", "--rerank", "8"]
-    assert run(with_regions, tmp_path / "out", *arguments) == 1
-    assert capsys.readouterr().err == "fewshot-ext retrieve: error: query_maps must be finite\n"
+    assert run(with_regions, tmp_path / "out", *arguments, "--rerank", "8") == code
+    printed = capsys.readouterr()
+    assert printed.err == f"{ending}; what was written are the results without --rerank\n"
+    assert printed.out == plain.replace(str(tmp_path / "plain"), str(tmp_path / "out"))
+    for name in ("retrieval.csv", "neighbors.csv", "neighbors.png"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    records = [json.loads((tmp_path / name / "retrieval.json").read_text()) for name in ("plain", "out")]
+    assert records[0].pop("seconds") >= 0 and records[1].pop("seconds") >= 0
+    assert records[0] == records[1]
+
+    # The record of the settings is that of the whole search, which it repeats.
+    monkeypatch.undo()
+    again = ["--config", str(tmp_path / "out" / "config.yaml"), "--output", str(tmp_path / "again")]
+    assert main(["retrieve", *again]) == 0
+    assert json.loads((tmp_path / "again" / "retrieval.json").read_text())["rerank"]["candidates"] == 8
+
+
+def test_results_that_cannot_be_written_are_printed(checkpoints, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(retrieve, "replace_text", full)
+    assert run(checkpoints[0], tmp_path, "--data", "digits", "--no_nmi") == 1
+    printed = capsys.readouterr()
+    assert "Recall@1" in printed.out
+    assert "written:" not in printed.out
+    assert printed.err.endswith("error: No space left on device; not everything was written\n")
 
 
 def test_a_backbone_without_maps_is_found_before_any_work(with_regions, tmp_path, monkeypatch, capsys):
@@ -449,7 +486,7 @@ def test_ctrl_c(checkpoints, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(retrieve.LabelledImages, "embed", interrupt)
     assert run(checkpoints[0], tmp_path, "--data", "digits") == 130
-    assert "interrupted before everything was measured" in capsys.readouterr().err
+    assert "interrupted before everything was measured; nothing was written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("module", "extra"), [("PIL", "train"), ("sklearn", "metric")])
