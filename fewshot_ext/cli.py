@@ -85,7 +85,7 @@ def _build_parser():
 
     parser = ArgumentParser(
         prog="fewshot-ext",
-        description="Few-shot image classification with PyTorch.",
+        description="Few-shot image classification and metric learning with PyTorch.",
         version=__version__,
         exit_on_error=False,
     )
