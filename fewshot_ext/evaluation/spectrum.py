@@ -1,5 +1,6 @@
 """How far embeddings have collapsed: their singular values and their coding rate."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,8 +92,9 @@ class EmbeddingSpread:
     spectrum: Tensor
 
     def row(self) -> dict[str, Any]:
-        """All of it in plain types, as columns of a table."""
-        return {**vars(self), "spectrum": self.spectrum.tolist()}
+        """All of it in plain types, as columns of a table; an infinite decay is None, because JSON has no infinity."""
+        decay = self.spectral_decay if math.isfinite(self.spectral_decay) else None
+        return {**vars(self), "spectral_decay": decay, "spectrum": self.spectrum.tolist()}
 
 
 def measure_spread(embeddings: Tensor, eps: float = 0.5) -> EmbeddingSpread:

@@ -1,5 +1,6 @@
 """Singular values of embeddings, what is told of them, and that the coding rate agrees with them."""
 
+import json
 import math
 
 import pytest
@@ -65,6 +66,13 @@ def test_a_row_is_plain():
     row = measure_spread(embeddings(10, 3)).row()
     assert list(row) == ["coding_rate", "effective_rank", "spectral_decay", "spectrum"]
     assert [type(value) for value in row["spectrum"]] == [float] * 3
+
+
+def test_a_row_with_an_empty_direction_is_strict_json():
+    spread = measure_spread(torch.eye(4)[[0, 1] * 6])
+    assert spread.spectral_decay == float("inf")
+    assert spread.row()["spectral_decay"] is None
+    json.dumps(spread.row(), allow_nan=False)
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
