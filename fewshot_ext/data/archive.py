@@ -208,6 +208,15 @@ class ImageArchive:
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    @property
+    def class_titles(self) -> tuple[str, ...]:
+        """What pictures call each class: the first of its words, which WordNet's synonyms follow, or its name."""
+        if self.class_words is None:
+            return self.class_names
+        return tuple(
+            words.partition(",")[0] or name for words, name in zip(self.class_words, self.class_names, strict=True)
+        )
+
     def subset(self, split: Split) -> "ImageArchive":
         """The classes of one split alone, relabelled 0, 1, ... in their old order.
 

@@ -1,7 +1,7 @@
 """Images with their classes as retrieval takes them, from a set or from folders, and pictures of what was found."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +30,13 @@ class LabelledImages:
         images: a uint8 tensor ``[N, C, H, W]`` or a list of N picture files.
         classes: the name of each image's class.
         names: what to call each image.
+        titles: what pictures call a class, by its name, where that is a code.
     """
 
     images: Tensor | list[Path]
     classes: list[str]
     names: list[str]
+    titles: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of_archive(cls, archive: ImageArchive) -> "LabelledImages":
@@ -45,7 +47,7 @@ class LabelledImages:
             classes.append(archive.class_names[label])
             names.append(f"{classes[-1]}/{counts[label]}")
             counts[label] += 1
-        return cls(archive.images, classes, names)
+        return cls(archive.images, classes, names, dict(zip(archive.class_names, archive.class_titles, strict=True)))
 
     @classmethod
     def of_folder(cls, root: str | Path) -> "LabelledImages":
@@ -63,6 +65,10 @@ class LabelledImages:
 
     def __len__(self) -> int:
         return len(self.classes)
+
+    def title(self, index: int) -> str:
+        """What pictures call the class of an image."""
+        return self.titles.get(self.classes[index], self.classes[index])
 
     def pixels(self, backbone: FrozenBackbone, index: Sequence[int]) -> list[Tensor]:
         """``[C, H, W]`` uint8 of some images, as the backbone sees them.
@@ -198,11 +204,11 @@ def neighbor_sheet(
     depth = neighbors.shape[1]
     for i, query in enumerate(asked):
         images += [own[i], *near[i * depth : (i + 1) * depth]]
-        captions.append(f"query\n{queries.classes[query]}")
+        captions.append(f"query\n{queries.title(query)}")
         borders.append(None)
-        for row in rows[i * depth : (i + 1) * depth]:
+        for row, neighbor in zip(rows[i * depth : (i + 1) * depth], neighbors[i].tolist(), strict=True):
             was = "" if places is None else f", was {row['rank_by_embedding']}"
-            captions.append(f"{'right' if row['right'] else 'wrong'}{was}\n{row['neighbor_class']}")
+            captions.append(f"{'right' if row['right'] else 'wrong'}{was}\n{gallery.title(neighbor)}")
             borders.append(RIGHT if row["right"] else WRONG)
     sheet = contact_sheet(images, captions, columns=depth + 1, borders=borders)
     return _below(heading, sheet) if heading else sheet

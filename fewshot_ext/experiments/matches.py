@@ -83,7 +83,7 @@ def draw_pairs(archive: ImageArchive, *, same_class: int = 4, other_class: int =
         two = torch.randperm(len(present), generator=generator)[:2].tolist()
         drawn.append(tuple(pick(present[place], 1)[0] for place in two))
     # WordNet's words are followed by their synonyms.
-    words = [word.partition(",")[0] for word in archive.class_words or archive.class_names]
+    words = archive.class_titles
     return [
         ImagePair(
             archive.images[query],

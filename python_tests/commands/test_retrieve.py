@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -228,6 +229,23 @@ def test_the_picture_of_reranked_neighbors_says_so(with_regions, tmp_path, monke
     # A heading above the rows, no wider than they are.
     assert sizes[0][0] == sizes[1][0]
     assert sizes[0][1] < sizes[1][1]
+
+
+def test_the_picture_has_words_where_classes_are_codes(checkpoints, tmp_path, monkeypatch):
+    digits = load_digits()
+    words = tuple(f"the digit {name}, a synonym" for name in digits.class_names)
+    replace(digits, class_words=words).save(tmp_path / "words.npz")
+    captions, draw = [], retrieval_images.contact_sheet
+    monkeypatch.setattr(
+        retrieval_images,
+        "contact_sheet",
+        lambda images, texts, **options: captions.extend(texts) or draw(images, texts, **options),
+    )
+    arguments = ["--data", str(tmp_path / "words.npz"), "--no_nmi", "--rows", "2", "--neighbors", "2"]
+    assert run(checkpoints[0], tmp_path / "out", *arguments) == 0
+    assert [caption.rpartition(" ")[0].rpartition("\n")[2] for caption in captions] == ["the digit"] * 6
+    rows = list(csv.DictReader((tmp_path / "out" / "neighbors.csv").open()))
+    assert {row["query_class"] for row in rows} <= set(digits.class_names)
 
 
 @pytest.mark.parametrize("regions", ["fcn", "grid", "sampling"])

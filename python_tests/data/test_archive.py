@@ -117,7 +117,7 @@ def test_channel_statistics_normalise_the_pixels():
 
 def test_optional_parts_follow_their_images_and_classes(archive):
     novel = archive.subset(Split.NOVEL)
-    assert novel.class_words == ("size",)
+    assert novel.class_words == novel.class_titles == ("size",)
     assert novel.image_fields["drawer"].tolist() == [1995, 4995, 7995, 10995]
     kept, held = archive.hold_out(0.5, torch.Generator().manual_seed(0))
     for part in (kept, held):
