@@ -219,7 +219,7 @@ def collapse_markdown(table: Mapping[str, Any]) -> list[str]:
 def _caption(rows: Sequence[Row]) -> str:
     seeds, epochs = len(values(rows, "seed")), max(row["epoch"] for row in rows)
     how = "mean ± 95 % t interval over" if seeds > 1 else "from"
-    return f"After {epochs} epochs, {how} {seeds} seed{'s' if seeds > 1 else ''}"
+    return f"After {epochs} epoch{'s' if epochs > 1 else ''}, {how} {seeds} seed{'s' if seeds > 1 else ''}"
 
 
 def _blocks(rows: Sequence[Row]) -> dict[str, list[tuple[str, list[str]]]]:
