@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -203,10 +202,24 @@ def matches_table(rows: Sequence[Row]) -> str:
     """The distances as text, one line a pair."""
     lines = ["pair  distance  query and support"]
     for row in rows:
-        names = [shorten(str(row.get(f"{side}_class", row[side])), 30) for side in ("query", "support")]
+        names = [shortened(str(row.get(f"{side}_class", row[side])), 30) for side in ("query", "support")]
         whom = names[0] if "query_class" in row and names[0] == names[1] else " and ".join(names)
         lines.append(f"{row['pair']:>4}  {row['distance']:>8.4f}  {whom}")
     return "\n".join(lines)
+
+
+def shortened(name: str, width: int) -> str:
+    """At most ``width`` characters: the middle is left out, because names of one set tend to begin alike.
+
+    Example:
+        >>> shortened("Atemayar_Qelisayer/character06", 15), shortened("ant", 15)
+        ('Atemaya…acter06', 'ant')
+    """
+    name = " ".join(name.split())
+    if len(name) <= width:
+        return name
+    end = (width - 1) // 2
+    return f"{name[: width - 1 - end]}…{name[len(name) - end :]}"
 
 
 def check_pairs(pairs: int) -> None:
@@ -226,7 +239,7 @@ def _seen_by(preprocessing: nn.Module, images: Tensor) -> Tensor:
 def _titles(pair: ImagePair) -> tuple[str, str]:
     if pair.classes is not None:
         return "query", "support"
-    return tuple(shorten(name, _HALF_TITLE, placeholder="…") for name in pair.names)
+    return tuple(shortened(name, _HALF_TITLE) for name in pair.names)
 
 
 def _title(pair: ImagePair, distance: float) -> str:
@@ -235,6 +248,6 @@ def _title(pair: ImagePair, distance: float) -> str:
     first, second = pair.classes
     room = _TITLE - len(", distance 0.00")
     if first == second:
-        return f"{shorten(first, room, placeholder='…')}, distance {distance:.2f}"
-    names = [shorten(name, room // 2, placeholder="…") for name in pair.classes]
+        return f"{shortened(first, room)}, distance {distance:.2f}"
+    names = [shortened(name, room // 2) for name in pair.classes]
     return f"{' / '.join(names)}, distance {distance:.2f}"
