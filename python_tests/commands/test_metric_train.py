@@ -121,9 +121,10 @@ def test_recipes_fit_their_data(name, capsys):
     assert name in capsys.readouterr().out
 
 
-COLLAPSE = ["--seeds", "0", "--epochs", "1", "--losses", "contrastive", "proxy_anchor", "--set"]
+COLLAPSE = ["--seeds", "0", "--epochs", "1", "--losses", "contrastive", "proxy_anchor"]
+COLLAPSE += ["--proxy_pair_weights", "0.5", "--set"]
 COLLAPSE += ["backbone.width=4", "backbone.pooled_blocks=2", "backbone.embedding=6", "classes_per_batch=3"]
-COLLAPSE += ["samples_per_class=20", "--proxy_pair_weights", "0.5"]
+COLLAPSE += ["samples_per_class=20"]
 
 
 def test_collapse(tmp_path, capsys):
