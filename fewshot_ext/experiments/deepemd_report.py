@@ -24,8 +24,9 @@ def deepemd_section(results: Mapping[str, Any], link: str) -> list[str]:
     first = next(iter(results.values()))
     versions = first.versions if isinstance(first, ComparisonResults) else first["versions"]
     lines = source_markdown(data_name(first) or "of one's own", versions)
-    if "evaluation" in results:
-        lines += accuracy_markdown(results["evaluation"], f"{link}/{Path(FILES['evaluation']).parent}")
+    for name, content in results.items():
+        if isinstance(content, ComparisonResults):
+            lines += accuracy_markdown(content, f"{link}/{Path(FILES[name]).parent}")
     if "retrieval" in results:
         lines += retrieval_markdown(results["retrieval"], backbone_of(results, "retrieval"))
     lines += findings_markdown(deepemd_findings(results))
@@ -45,14 +46,12 @@ def deepemd_missing(results: Mapping[Path, Mapping[str, Any]]) -> list[str]:
     lines = []
     for folder, own in results.items() or [(Path("DATA"), {})]:
         data = next(filter(None, map(data_name, own.values())), folder.name)
-        evaluate = (
-            f"evaluate --checkpoint PRETRAINED META_TRAINED --data {data} --shots {' '.join(map(str, SHOTS))} "
-            f"--queries 15 --heads {TABLE}"
-        )
+        evaluate = f"evaluate --checkpoint PRETRAINED META_TRAINED --data {data} --queries 15 --heads {TABLE}"
         retrieve = f"retrieve --checkpoint META_TRAINED --data {data} --rerank 50"
         matches = f"analyze matches --checkpoint META_TRAINED --data {data}"
         gaps = {
-            "evaluation": (_gaps(own.get("evaluation")), evaluate),
+            "evaluation": (_gaps(own.get("evaluation")), f"{evaluate} --shots {' '.join(map(str, SHOTS))}"),
+            "evaluation_10way": ("" if "evaluation_10way" in own else "10-way", f"{evaluate} --way 10 --shots 1"),
             "retrieval": (_retrieval_gap(own.get("retrieval")), retrieve),
             "matches": ("" if "matches" in own else "a picture of matches", matches),
         }

@@ -12,6 +12,7 @@ from fewshot_ext.models import LocalFeaturesConfig
 # evaluate and retrieve both write a config.yaml: each command has a folder of its own.
 FILES = {
     "evaluation": "evaluation/results.json",
+    "evaluation_10way": "evaluation_10way/results.json",
     "retrieval": "retrieval/retrieval.json",
     "matches": "matches/matches.json",
 }
@@ -23,7 +24,7 @@ Kind = tuple[str, str | None]
 
 
 def read_deepemd(folder: Path) -> dict[str, Any]:
-    """What is in ``folder``, by the keys of ``FILES``: ``ComparisonResults`` for "evaluation", JSON for the others.
+    """What is in ``folder``, by the keys of ``FILES``: ``ComparisonResults`` of evaluations, JSON for the others.
 
     Raises:
         OSError: a file cannot be read, or a picture is missing.
@@ -31,6 +32,7 @@ def read_deepemd(folder: Path) -> dict[str, Any]:
     """
     read: dict[str, Callable[[Path], Any]] = {
         "evaluation": read_comparison,
+        "evaluation_10way": read_comparison,
         "retrieval": _read_retrieval,
         "matches": lambda path: read_table(path.parent, "matches"),
     }

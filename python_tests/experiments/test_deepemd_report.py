@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,11 +66,12 @@ def retrieval(before=0.5, after=0.6, queries=10_000, **changes):
     }
 
 
-def write(folder, evaluation=None, retrieved=None, matched=None):
-    for name in ("evaluation", "retrieval", "matches"):
+def write(folder, evaluation=None, retrieved=None, matched=None, ten_way=None):
+    for name in ("evaluation", "evaluation_10way", "retrieval", "matches"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    if evaluation is not None:
-        evaluation.write(folder / "evaluation")
+    for name, results in (("evaluation", evaluation), ("evaluation_10way", ten_way)):
+        if results is not None:
+            results.write(folder / name)
     if retrieved is not None:
         (folder / "retrieval" / "retrieval.json").write_text(json.dumps(retrieved))
         Image.new("L", (2, 2)).save(folder / "retrieval" / "neighbors.png")
@@ -197,8 +199,13 @@ def test_the_interval_of_recall_holds_for_any_pairing():
 
 
 def test_the_page_has_the_numbers(tmp_path):
-    folder = write(tmp_path / "docs" / "digits", table(ALL), retrieval(), MATCHES)
+    ten_way = replace(table({"knn": (30, 35), "deepemd": (40, 45)}, shots=(1,)), way=10)
+    folder = write(tmp_path / "docs" / "digits", table(ALL), retrieval(), MATCHES, ten_way)
     text = report([folder], tmp_path / "docs", "deepemd")
+    before, ten, after = re.split(r"(?=10-way accuracy|Retrieval \(%\))", text)
+    assert re.findall(r"\(`(\w+)`\) \|[^|]*\|[^|]* ± [^|]*\|\n", ten) == ["knn", "deepemd"]
+    assert "--config digits/evaluation_10way/config.yaml" in ten
+    text = before + after
     assert "Image set digits; fewshot_ext 0.1.0, torch 2." in text
     assert "5-way accuracy (%) on novel classes" in text
     assert "of one training: it covers the draw of episodes alone." in text
@@ -239,8 +246,10 @@ def test_what_is_missing_is_listed_with_its_command(tmp_path):
     assert report([], tmp_path, "deepemd").splitlines() == [
         "Not yet measured:",
         "",
-        "- DATA, accuracies: `fewshot-ext evaluate --checkpoint PRETRAINED META_TRAINED --data DATA --shots 1 5 "
-        "--queries 15 --heads deepemd_table --output DATA/evaluation`",
+        "- DATA, accuracies: `fewshot-ext evaluate --checkpoint PRETRAINED META_TRAINED --data DATA --queries 15 "
+        "--heads deepemd_table --shots 1 5 --output DATA/evaluation`",
+        "- DATA, 10-way: `fewshot-ext evaluate --checkpoint PRETRAINED META_TRAINED --data DATA --queries 15 --heads "
+        "deepemd_table --way 10 --shots 1 --output DATA/evaluation_10way`",
         "- DATA, retrieval with re-ranking: `fewshot-ext retrieve --checkpoint META_TRAINED --data DATA --rerank 50 "
         "--output DATA/retrieval`",
         "- DATA, a picture of matches: `fewshot-ext analyze matches --checkpoint META_TRAINED --data DATA --output "

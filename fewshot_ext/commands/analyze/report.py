@@ -6,9 +6,9 @@ one about a trend where the rank correlation with the margin is at least 0.8 in 
 holds the other way round; not shown otherwise. Claims of the Anti-Collapse paper are shown where the 95 % t interval
 of the paired difference over seeds leaves zero out.
 
-For DeepEMD each folder is an image set, with the output of fewshot-ext evaluate in evaluation/, of retrieve --rerank in
-retrieval/ and of analyze matches in matches/, as far as they are there; evaluate was given its checkpoints in pairs,
-each before and after meta-training.
+For DeepEMD each folder is an image set, with the output of fewshot-ext evaluate in evaluation/ and, for 10-way ones,
+in evaluation_10way/, of retrieve --rerank in retrieval/ and of analyze matches in matches/, as far as they are there;
+evaluate was given its checkpoints in pairs, each before and after meta-training.
 """
 
 from collections.abc import Callable
