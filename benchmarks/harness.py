@@ -155,11 +155,12 @@ def versions(*packages: str) -> dict[str, str]:
     return found
 
 
-def parser(description: str, *, output: Path) -> argparse.ArgumentParser:
-    """The options that every benchmark takes."""
+def parser(description: str, *, output: Path, in_turns: bool = True) -> argparse.ArgumentParser:
+    """The options that every benchmark takes; without ``in_turns`` that of the time for the turns is left out."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     options.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
-    options.add_argument("--seconds", type=float, default=10.0, help="time to spend on one case, about")
+    if in_turns:
+        options.add_argument("--seconds", type=float, default=10.0, help="time to spend on one case, about")
     options.add_argument("--output", type=Path, default=output, help="CSV file; a Markdown table goes beside it")
     return options
 
