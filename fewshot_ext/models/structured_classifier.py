@@ -32,8 +32,8 @@ class StructuredClassifierConfig:
 
     The right rate grows with the square of the features' length, because cosines do not feel it: a step turns a
     prototype p by something like lr / |p|^2. The official evaluation, which the published 5-shot accuracies are of,
-    takes 100 for its ResNet-12. For a Conv-4 with features of length 4 that was too much by far, and 10 was best:
-    choose it on validation classes.
+    takes 100 for its ResNet-12; a small network with shorter features may want far less. Choose it on validation
+    classes.
 
     Args:
         passes: over the support set; 0 leaves the means of the support maps as they are.

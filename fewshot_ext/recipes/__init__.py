@@ -49,9 +49,7 @@ def load_recipe(name: str) -> PreTrainingConfig:
         >>> load_recipe("miniimagenet_resnet12_neg_cosine_5shot").margin
         -0.01
     """
-    values = read_recipe(name)
-    values.pop("data", None)
-    return PreTrainingConfig.for_loss(**values)
+    return PreTrainingConfig.for_loss(**_settings(name, "pretrain"))
 
 
 def load_meta_recipe(name: str) -> MetaTrainingConfig:
@@ -67,9 +65,7 @@ def load_meta_recipe(name: str) -> MetaTrainingConfig:
         >>> load_meta_recipe("miniimagenet_resnet12_deepemd_grid_1shot").local_features.grids
         (2, 3)
     """
-    values = read_recipe(name, "metatrain")
-    values.pop("data", None)
-    return MetaTrainingConfig.from_dict(values)
+    return MetaTrainingConfig.from_dict(_settings(name, "metatrain"))
 
 
 def load_metric_recipe(name: str) -> MetricTrainingConfig:
@@ -85,9 +81,12 @@ def load_metric_recipe(name: str) -> MetricTrainingConfig:
         >>> load_metric_recipe("omniglot28_conv4").backbone.embedding
         64
     """
-    values = read_recipe(name, "metric-train")
-    values.pop("data", None)
-    return MetricTrainingConfig.from_dict(values)
+    return MetricTrainingConfig.from_dict(_settings(name, "metric-train"))
+
+
+def _settings(name: str, command: str) -> dict[str, Any]:
+    """What a recipe sets of the training; the image set that it names is no part of it."""
+    return {key: value for key, value in read_recipe(name, command).items() if key != "data"}
 
 
 def recipe_table(command: str = "pretrain") -> str:
