@@ -247,7 +247,12 @@ class _Search:
                 lone_queries=arguments.lone_queries,
                 on_progress=lambda count: bar.update(count - bar.n),
             )
-        found: dict[str, Any] = {"queries": metrics.queries, "gallery_images": len(parts[-1]), **metrics.row()}
+        found: dict[str, Any] = {
+            "queries": metrics.queries,
+            "query_classes": metrics.classes,
+            "gallery_images": len(parts[-1]),
+            **metrics.row(),
+        }
         if not arguments.no_nmi:
             found["nmi"] = clustering_nmi(*pairs[:2], distance=arguments.distance, seed=arguments.seed)
         found |= measure_spread(embeddings[0]).row()
@@ -334,7 +339,6 @@ def _table(search: _Search, results: _Found) -> str:
     arguments, found = search.arguments, results.measures
     where = f"{arguments.split} classes of {arguments.data}" if arguments.data else str(arguments.query)
     among = "the others" if search.gallery is None else f"{found['gallery_images']:,} images of {arguments.gallery}"
-    classes = len(set(search.queries.classes))
     shares = {f"Recall@{k}": found[f"recall_at_{k}"] for k in arguments.ks}
     shares |= {"MAP@R": found["map_at_r"], "R-precision": found["r_precision"]}
     shares |= {"NMI": found["nmi"]} if "nmi" in found else {}
@@ -344,7 +348,7 @@ def _table(search: _Search, results: _Found) -> str:
     width = max(map(len, rows)) if len(rows) > 1 else 0
     return "\n".join(
         [
-            f"{where}: {found['queries']:,} queries of {classes} classes, searched among {among}",
+            f"{where}: {found['queries']:,} queries of {found['query_classes']} classes, searched among {among}",
             "",
             " " * width + "".join(name.rjust(13) for name in shares),
             *(

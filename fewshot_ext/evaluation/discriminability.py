@@ -4,10 +4,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fewshot_ext._normalize import full_precision, normalize
 
+
+@full_precision()
 def class_centers(features: Tensor, labels: Tensor) -> Tensor:
     """Mean of the L2-normalised features of each class.
 
@@ -31,9 +33,10 @@ def class_centers(features: Tensor, labels: Tensor) -> Tensor:
     """
     counts = _class_counts(features, labels)
     sums = features.new_zeros(len(counts), features.shape[1])
-    return sums.index_add(0, labels, F.normalize(features, dim=1)) / counts.unsqueeze(1)
+    return sums.index_add(0, labels, normalize(features)) / counts.unsqueeze(1)
 
 
+@full_precision()
 def inter_class_variance(features: Tensor, labels: Tensor) -> Tensor:
     """D_inter: mean squared distance between the centres of two different classes.
 
@@ -59,6 +62,7 @@ def inter_class_variance(features: Tensor, labels: Tensor) -> Tensor:
     return 2 * centers.var(0).sum()
 
 
+@full_precision()
 def intra_class_variance(features: Tensor, labels: Tensor) -> Tensor:
     """D_intra: mean squared distance of an image to the centre of its class, the mean taken class by class.
 
@@ -81,6 +85,7 @@ def intra_class_variance(features: Tensor, labels: Tensor) -> Tensor:
     return _spread(features, labels, class_centers(features, labels)).mean()
 
 
+@full_precision()
 def discriminative_function(features: Tensor, labels: Tensor) -> Tensor:
     """phi = D_inter / D_intra: how well classes can be told apart.
 
@@ -122,6 +127,7 @@ class Discriminability:
     ratio_interval: float
 
 
+@full_precision()
 def measure_discriminability(features: Tensor, labels: Tensor) -> Discriminability:
     """D_inter, D_intra and phi with jackknife intervals: each class is left out once.
 
@@ -164,7 +170,7 @@ def measure_discriminability(features: Tensor, labels: Tensor) -> Discriminabili
 
 def _spread(features: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
     """``[C]`` mean squared distance to the centre of the class."""
-    distances = (F.normalize(features, dim=1) - centers[labels]).square().sum(1)
+    distances = (normalize(features) - centers[labels]).square().sum(1)
     return distances.new_zeros(len(centers)).index_add(0, labels, distances) / labels.bincount()
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fewshot_ext._checks import check_at_least, check_choice, check_finite, check_fraction, check_positive
 from fewshot_ext._episodes import check_support_target, class_means
+from fewshot_ext._normalize import full_precision, normalize
 from fewshot_ext.ops import finetune_episodes
 
 
@@ -54,6 +55,7 @@ class Head(ABC):
         """Whether a call needs ``base_mean``."""
         return False
 
+    @full_precision()
     def __call__(
         self,
         support: Tensor,
@@ -287,7 +289,7 @@ class SimpleShot(Head):
 
     def _scores(self, support, target, query, way, generator):
         if self.transform != "un":
-            support, query = (F.normalize(x, dim=-1) for x in (support, query))
+            support, query = (normalize(x) for x in (support, query))
         return _similarities(query, class_means(support, target, way), "euclidean")
 
 
@@ -341,7 +343,7 @@ def _check_episodes(support: Tensor, support_target: Tensor, query: Tensor, way:
 def _similarities(query: Tensor, points: Tensor, metric: Literal["cosine", "euclidean"]) -> Tensor:
     """``[E, Q, P]``, the cosine or minus the squared distance of each query to each point ``[E, P, D]``."""
     if metric == "cosine":
-        return torch.bmm(F.normalize(query, dim=-1), F.normalize(points, dim=-1).mT)
+        return torch.bmm(normalize(query), normalize(points).mT)
     # |q|^2 - 2 q.p + |p|^2 cancels badly far from the origin, and distances do not depend on it.
     centre = points.mean(1, keepdim=True)
     query, points = query - centre, points - centre

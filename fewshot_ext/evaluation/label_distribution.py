@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from fewshot_ext._checks import check_positive
+from fewshot_ext._normalize import full_precision
 from fewshot_ext.evaluation.discriminability import count_labels
 
 
+@full_precision()
 def base_class_probabilities(similarities: Tensor, labels: Tensor, scale: float) -> Tensor:
     """P_jk: probability that an image of class j is classified as base class k.
 
@@ -43,6 +45,7 @@ def base_class_probabilities(similarities: Tensor, labels: Tensor, scale: float)
     return sums.index_add(0, labels, torch.softmax(scale * similarities, 1)) / counts.unsqueeze(1)
 
 
+@full_precision()
 def same_class_probability(probabilities: Tensor) -> Tensor:
     """P_j^s: probability that two images of class j are classified as the same base class. Its mean is P^s.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fewshot_ext._checks import check_at_least, check_choice, check_positive
 from fewshot_ext._episodes import check_support_target, class_means
+from fewshot_ext._normalize import full_precision, normalize
 from fewshot_ext.evaluation.heads import FineTuning, Head, MatchingNet, ProtoNet
 from fewshot_ext.models import StructuredClassifierConfig, class_prototypes, emd_logits
 from fewshot_ext.models.matching import TEMPERATURE, Weighting, check_finite_maps, checked_maps
@@ -34,6 +35,7 @@ class MapHead(Head):
 
     takes_maps: ClassVar[bool] = True
 
+    @full_precision()
     def __call__(
         self,
         support: Tensor,
@@ -166,9 +168,9 @@ class LocalNearestNeighbors(MapHead):
         # Every class gets room for the images of the largest; what is left over must never be near.
         present, images = member.topk(int(counts.max()) if counts.numel() else support.shape[1], -1)  # [E, way, K]
         rows = torch.arange(len(support), device=support.device)[:, None, None]
-        points = F.normalize(support, dim=-1)[rows, images].flatten(1, 3)  # [E, way K N, C]
+        points = normalize(support)[rows, images].flatten(1, 3)  # [E, way K N, C]
         missing = (present == 0).repeat_interleave(nodes, -1)[:, None]  # [E, 1, way, K N]
-        units = F.normalize(query, dim=-1)
+        units = normalize(query)
         scores = []
         for part in units.split(_queries_at_once(units, points.shape[1]), 1):
             cosines = torch.bmm(part.flatten(1, 2), points.mT).unflatten(-1, missing.shape[2:])
@@ -205,8 +207,8 @@ class PredictionFusion(MapHead):
         check_positive("local_scale", self.local_scale)
 
     def _scores(self, support, target, query, way, generator):
-        means = F.normalize(class_means(support.mean(2), target, way), dim=-1)  # [E, way, C]
-        cosines = torch.einsum("eqnc,ewc->eqnw", F.normalize(query, dim=-1), means)
+        means = normalize(class_means(support.mean(2), target, way))  # [E, way, C]
+        cosines = torch.einsum("eqnc,ewc->eqnw", normalize(query), means)
         logarithms = torch.log_softmax(self.local_scale * cosines, -1)
         return logarithms.logsumexp(2) - math.log(query.shape[2])
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from fewshot_ext._checks import check_at_least, check_choice, check_positive
+from fewshot_ext._normalize import full_precision
 from fewshot_ext.evaluation.backbones import FrozenBackbone
 from fewshot_ext.evaluation.head_choice import crops_an_image
 from fewshot_ext.evaluation.protocol import check_map_memory, extract_features
-from fewshot_ext.evaluation.retrieval import _count_relevant, check_retrieval, nearest_neighbors
+from fewshot_ext.evaluation.retrieval import check_retrieval, count_relevant, nearest_neighbors
 from fewshot_ext.models import LocalFeaturesConfig, emd_logits
 from fewshot_ext.models.matching import Weighting, check_finite_maps, check_floating
 
@@ -21,6 +22,7 @@ _LOCAL_FEATURES = LocalFeaturesConfig()
 
 
 @torch.no_grad()
+@full_precision()
 def rerank(
     query_maps: Tensor,
     gallery_maps: Tensor,
@@ -248,7 +250,7 @@ def retrieve_and_rerank(
     others = labels if gallery_labels is None else gallery_labels
     counted = torch.ones(len(labels), dtype=torch.bool)
     if lone_queries == "exclude":
-        counted = _count_relevant(labels, others) > int(gallery_labels is None)
+        counted = count_relevant(labels, others) > int(gallery_labels is None)
     before, after = (_recall(order[counted], labels[counted], others, ks) for order in (found, ordered))
     return RerankedRetrieval(before, after, int(counted.sum()), found, ordered)
 

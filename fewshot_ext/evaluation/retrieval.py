@@ -5,15 +5,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fewshot_ext._checks import check_at_least
 from fewshot_ext._extras import require
+from fewshot_ext._normalize import full_precision, normalize
+from fewshot_ext.evaluation.exact_search import SCORES_AT_ONCE, ExactSearch
+from fewshot_ext.ops._autograd import accumulate_dtype
 
 DISTANCES = ("cosine", "euclidean")
 LONE_QUERIES = ("error", "exclude", "miss")
-_SCORES_AT_ONCE = 2**26  # 256 MB in float32: a product this large runs at the full rate of every machine
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class RetrievalMetrics:
         map_at_r: mean average precision at R.
         r_precision: mean share of the query's class among its R nearest.
         queries: how many queries count.
+        classes: how many classes they are of.
     """
 
     recall: dict[int, float]
     map_at_r: float
     r_precision: float
     queries: int
+    classes: int
 
     def row(self) -> dict[str, float]:
         """The means as columns of a table: recall_at_1, ..., map_at_r, r_precision."""
@@ -38,6 +41,7 @@ class RetrievalMetrics:
         return {**recall, "map_at_r": self.map_at_r, "r_precision": self.r_precision}
 
 
+@full_precision()
 def retrieval_metrics(
     embeddings: Tensor,
     labels: Tensor,
@@ -47,6 +51,7 @@ def retrieval_metrics(
     ks: Sequence[int] = (1, 2, 4, 8),
     distance: Literal["cosine", "euclidean"] = "cosine",
     lone_queries: Literal["error", "exclude", "miss"] = "error",
+    query_index: Tensor | None = None,
     chunk_size: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> RetrievalMetrics:
@@ -58,28 +63,31 @@ def retrieval_metrics(
         \text{MAP@R} = \frac{1}{R} \sum_{i=1}^{R} P(i) \, [\text{the } i\text{-th nearest is of the class}]
 
     as in Musgrave et al., "A Metric Learning Reality Check", ECCV 2020. A query never counts as its own neighbour.
-    Neighbours at the same computed distance come in the order of the gallery.
+    Neighbours at the same distance come in the order of the gallery.
 
-    Scores are one matrix product a chunk of queries and are never stored whole: beside the embeddings and a normalised
-    copy there is room for one chunk, 256 MB, and for three more where many distances tie. On a GPU with TF32 allowed
-    the order of neighbours is that of distances rounded so.
+    Distances are compared in float64, and again by sums of squared differences where rounding leaves their order open:
+    results do not depend on ``chunk_size``, on autocast or on TF32, and embeddings that have collapsed to nearly one
+    point are told apart as far as their own digits do. Beside float64 copies of the embeddings there is room for one
+    chunk of distances, 256 MB, and for two more where many of them tie.
 
     Definitions agree with ``AccuracyCalculator`` of pytorch-metric-learning, whose ``precision_at_1`` is Recall@1, but
     for three things: it has no Recall@K beyond K = 1; it leaves lone queries out without a word; and by default it
     takes Euclidean distances between embeddings as they come, in the order of cosines only where all have length 1.
 
     Args:
-        embeddings: ``[Q, D]``, the queries; float32, float64, bfloat16 or float16 (half types are compared in float32).
+        embeddings: ``[Q, D]``, the queries; float32, float64, bfloat16 or float16.
         labels: ``[Q]`` int64, on the device of ``embeddings``.
         gallery: ``[N, D]``, dtype and device of ``embeddings``; where None the queries are the gallery, and each
-            leaves itself out.
+            leaves itself out. To pass the queries again is an error without ``query_index``.
         gallery_labels: ``[N]`` int64, with ``gallery``.
         ks: the K of Recall@K, each at most the number of neighbours that a query has.
         distance: "cosine" or "euclidean".
         lone_queries: what to do with queries of whose class the gallery holds no other, which nothing can retrieve:
             "error" raises, "exclude" leaves them out of the means, "miss" counts them as 0, as the official
             Anti-Collapse code does.
-        chunk_size: queries at a time; chosen for 256 MB of scores where None.
+        query_index: ``[Q]`` int64, the rows of the gallery that the queries are, where they are in it; each leaves
+            itself out.
+        chunk_size: queries at a time; chosen for 256 MB of distances where None.
         on_progress: called with the number of queries done so far.
 
     Raises:
@@ -98,61 +106,60 @@ def retrieval_metrics(
     if (gallery is None) != (gallery_labels is None):
         missing = "gallery" if gallery is None else "gallery_labels"
         raise ValueError(f"{missing}: expected with {'gallery_labels' if gallery is None else 'gallery'}, got None")
-    with_itself = gallery is None
-    if with_itself:
-        gallery, gallery_labels = embeddings, labels
-    else:
+    if gallery is not None:
         _check_set("gallery", gallery, "gallery_labels", gallery_labels)
-        _check_fits(embeddings, gallery)
-    neighbours = len(gallery) - with_itself
+    gallery, own = _searched(embeddings, gallery, query_index)
+    gallery_labels = labels if gallery_labels is None else gallery_labels
+    neighbours = len(gallery) - (own is not None)
     _check_ks(ks, neighbours)
     _check_choice("distance", distance, DISTANCES)
     _check_choice("lone_queries", lone_queries, LONE_QUERIES)
     if chunk_size is None:
-        chunk_size = max(1, _SCORES_AT_ONCE // len(gallery))
+        chunk_size = max(1, SCORES_AT_ONCE // len(gallery))
     elif not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
         raise ValueError(f"chunk_size: expected an integer of at least 1, got {chunk_size!r}")
-    relevant = _count_relevant(labels, gallery_labels) - int(with_itself)
+    relevant = count_relevant(labels, gallery_labels)
+    if own is not None:
+        relevant -= (gallery_labels[own] == labels).long()
     counted = _counted_queries(relevant, labels, lone_queries)
+    classes = len(labels[counted].unique())
 
     # Queries with as many relevant neighbours side by side: few chunks have to look far.
     counted = counted[relevant[counted].argsort(descending=True, stable=True)]
-    queries, gallery, offset = _comparable(embeddings, gallery, distance)
-    scores = queries.new_empty(min(chunk_size, len(counted)), len(gallery))
-    totals, done = torch.zeros(len(ks) + 2, dtype=torch.float64, device=scores.device), 0
+    search = ExactSearch(embeddings, gallery, distance)
+    totals, done = torch.zeros(len(ks) + 2, dtype=torch.float64, device=labels.device), 0
     for chunk in counted.split(chunk_size):
-        part = _scores(queries[chunk], gallery, offset, chunk if with_itself else None, scores[: len(chunk)])
         depth = min(max(*ks, int(relevant[chunk].max())), neighbours)
-        hits = gallery_labels[_nearest(part, depth)] == labels[chunk].unsqueeze(1)
-        totals += _sums(hits, relevant[chunk], ks)
+        found = search.nearest(chunk, None if own is None else own[chunk], depth)
+        totals += _sums(gallery_labels[found] == labels[chunk].unsqueeze(1), relevant[chunk], ks)
         done += len(chunk)
         if on_progress is not None:
             on_progress(done)
 
     *recall, map_at_r, r_precision = (totals / len(counted)).tolist()
-    return RetrievalMetrics(dict(zip(ks, recall, strict=True)), map_at_r, r_precision, len(counted))
+    return RetrievalMetrics(dict(zip(ks, recall, strict=True)), map_at_r, r_precision, len(counted), classes)
 
 
+@full_precision()
 def nearest_neighbors(
     embeddings: Tensor,
     gallery: Tensor | None = None,
     *,
     k: int,
     distance: Literal["cosine", "euclidean"] = "cosine",
-    queries: Tensor | None = None,
+    query_index: Tensor | None = None,
 ) -> Tensor:
     """The gallery's k nearest embeddings of each query, the nearest first, in the order of :func:`retrieval_metrics`.
 
     Args:
-        embeddings, gallery, distance: as in :func:`retrieval_metrics`.
+        embeddings, gallery, distance, query_index: as in :func:`retrieval_metrics`.
         k: neighbours a query, at most as many as it has.
-        queries: ``[q]`` int64, which rows of ``embeddings`` ask; all where None.
 
     Returns:
-        ``[q, k]`` int64 rows of the gallery: candidates that :func:`rerank` takes.
+        ``[Q, k]`` int64 rows of the gallery: candidates that :func:`rerank` takes.
 
     Raises:
-        TypeError, ValueError: as :func:`retrieval_metrics`, and ``queries`` that are no rows of ``embeddings``.
+        TypeError, ValueError: as :func:`retrieval_metrics`.
 
     Example:
         >>> nearest_neighbors(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), k=2)
@@ -161,26 +168,17 @@ def nearest_neighbors(
                 [1, 0]])
     """
     _check_embeddings("embeddings", embeddings)
-    with_itself = gallery is None
-    if with_itself:
-        gallery = embeddings
-    else:
+    if gallery is not None:
         _check_embeddings("gallery", gallery)
-        _check_fits(embeddings, gallery)
-    _check_ks((k,), len(gallery) - with_itself, "k")
+    gallery, own = _searched(embeddings, gallery, query_index)
+    _check_ks((k,), len(gallery) - (own is not None), "k")
     _check_choice("distance", distance, DISTANCES)
-    asked = torch.arange(len(embeddings), device=embeddings.device)
-    if queries is not None:
-        _check_queries(queries, embeddings)
-        asked = queries
-    all_queries, gallery, offset = _comparable(embeddings, gallery, distance)
-    found = []
-    for chunk in asked.split(max(1, _SCORES_AT_ONCE // len(gallery))):
-        scores = _scores(all_queries[chunk], gallery, offset, chunk if with_itself else None)
-        found.append(_nearest(scores, k))
-    return torch.cat(found)
+    search = ExactSearch(embeddings, gallery, distance)
+    chunks = torch.arange(len(embeddings), device=embeddings.device).split(max(1, SCORES_AT_ONCE // len(gallery)))
+    return torch.cat([search.nearest(chunk, None if own is None else own[chunk], k) for chunk in chunks])
 
 
+@full_precision()
 def clustering_nmi(
     embeddings: Tensor, labels: Tensor, *, distance: Literal["cosine", "euclidean"] = "cosine", seed: int = 0
 ) -> float:
@@ -213,16 +211,9 @@ def clustering_nmi(
     from sklearn.cluster import KMeans
     from sklearn.metrics import normalized_mutual_info_score
 
-    points = in_full_precision(embeddings)
-    points = (F.normalize(points, dim=1) if distance == "cosine" else points).numpy(force=True)
-    clusters = KMeans(len(labels.unique()), n_init=1, random_state=seed).fit_predict(points)
+    points = normalize(embeddings) if distance == "cosine" else embeddings.to(accumulate_dtype(embeddings.dtype))
+    clusters = KMeans(len(labels.unique()), n_init=1, random_state=seed).fit_predict(points.numpy(force=True))
     return float(normalized_mutual_info_score(labels.numpy(force=True), clusters))
-
-
-def in_full_precision(embeddings: Tensor) -> Tensor:
-    """Embeddings without their graph, in float64 where they are, in float32 otherwise."""
-    embeddings = embeddings.detach()
-    return embeddings if embeddings.dtype == torch.float64 else embeddings.float()
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -259,18 +250,12 @@ def _check_set(name: str, embeddings: object, labels_name: str, labels: object) 
         raise ValueError(f"{labels_name}: expected device {embeddings.device} as {name} is on, got {labels.device}")
 
 
-def _check_queries(queries: object, embeddings: Tensor) -> None:
-    _check_shape("queries", queries, "[q]", 1)
-    if queries.dtype != torch.int64:
-        raise TypeError(f"queries: expected dtype torch.int64, got {queries.dtype}")
-    if queries.device != embeddings.device:
-        raise ValueError(f"queries: expected device {embeddings.device} as embeddings is on, got {queries.device}")
-    if len(queries) and not (queries.min() >= 0 and queries.max() < len(embeddings)):
-        low, high = queries.min().item(), queries.max().item()
-        raise ValueError(f"queries: expected rows in [0, {len(embeddings)}), got {low} to {high}")
-
-
-def _check_fits(embeddings: Tensor, gallery: Tensor) -> None:
+def _searched(embeddings: Tensor, gallery: Tensor | None, query_index: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The gallery, and the place of each query in it where it has one."""
+    if gallery is None:
+        if query_index is not None:
+            raise ValueError("query_index: expected with gallery; without one the queries are the gallery")
+        return embeddings, torch.arange(len(embeddings), device=embeddings.device)
     if gallery.shape[1] != embeddings.shape[1]:
         raise ValueError(
             f"gallery: expected shape [N, {embeddings.shape[1]}] to fit embeddings, got {list(gallery.shape)}"
@@ -279,6 +264,29 @@ def _check_fits(embeddings: Tensor, gallery: Tensor) -> None:
         raise TypeError(f"gallery: expected dtype {embeddings.dtype} as embeddings has, got {gallery.dtype}")
     if gallery.device != embeddings.device:
         raise ValueError(f"gallery: expected device {embeddings.device} as embeddings is on, got {gallery.device}")
+    if query_index is None:
+        # Sets that have collapsed to one point may well be equal and yet two.
+        if torch.equal(embeddings, gallery) and (gallery != gallery[0]).any():
+            raise ValueError(
+                "gallery: expected others than the queries, got the same, of which each would find itself; leave "
+                "gallery out, or name the row of each query by query_index"
+            )
+        return gallery, None
+    _check_shape("query_index", query_index, "[Q]", 1)
+    if query_index.dtype != torch.int64:
+        raise TypeError(f"query_index: expected dtype torch.int64, got {query_index.dtype}")
+    if query_index.device != embeddings.device:
+        raise ValueError(
+            f"query_index: expected device {embeddings.device} as embeddings is on, got {query_index.device}"
+        )
+    if len(query_index) != len(embeddings):
+        raise ValueError(
+            f"query_index: expected shape [{len(embeddings)}] to fit embeddings, got {list(query_index.shape)}"
+        )
+    low, high = query_index.min().item(), query_index.max().item()
+    if low < 0 or high >= len(gallery):
+        raise ValueError(f"query_index: expected rows in [0, {len(gallery)}), got {low} to {high}")
+    return gallery, query_index
 
 
 def check_retrieval(
@@ -300,7 +308,7 @@ def check_retrieval(
     gallery_labels = labels if with_itself else gallery_labels
     _check_ks(ks, len(gallery_labels) - with_itself)
     _check_choice("lone_queries", lone_queries, LONE_QUERIES)
-    _counted_queries(_count_relevant(labels, gallery_labels) - int(with_itself), labels, lone_queries)
+    _counted_queries(count_relevant(labels, gallery_labels) - int(with_itself), labels, lone_queries)
 
 
 def _check_ks(ks: Sequence[int], neighbours: int, name: str = "ks") -> None:
@@ -317,7 +325,7 @@ def _check_ks(ks: Sequence[int], neighbours: int, name: str = "ks") -> None:
             raise ValueError(f"{name}: expected K in [1, {neighbours}], the neighbours that each query has, got {k}")
 
 
-def _count_relevant(labels: Tensor, gallery_labels: Tensor) -> Tensor:
+def count_relevant(labels: Tensor, gallery_labels: Tensor) -> Tensor:
     """How many of the gallery have each query's label, [Q]; the query itself included where it is in it."""
     classes, counts = gallery_labels.unique(return_counts=True)
     position = torch.searchsorted(classes, labels).clamp(max=len(classes) - 1)
@@ -339,47 +347,6 @@ def _counted_queries(relevant: Tensor, labels: Tensor, lone_queries: str) -> Ten
         if len(counted) == 0:
             raise ValueError("labels: expected a query with another sample of its class in the gallery, got none")
     return counted
-
-
-def _comparable(embeddings: Tensor, gallery: Tensor, distance: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Queries, gallery and an offset [N], such that near ones have a large inner product plus offset."""
-    same = gallery is embeddings
-    queries, gallery = in_full_precision(embeddings), in_full_precision(gallery)
-    if distance == "cosine":
-        queries = F.normalize(queries, dim=1)
-        return queries, queries if same else F.normalize(gallery, dim=1), None
-    # Far from the origin the distances would be small differences of large numbers.
-    centre = gallery.mean(0)
-    gallery = gallery - centre
-    return (gallery if same else queries - centre), gallery, gallery.square().sum(1) / -2
-
-
-def _scores(
-    queries: Tensor, gallery: Tensor, offset: Tensor | None, own: Tensor | None, out: Tensor | None = None
-) -> Tensor:
-    """How near each of the gallery is to each query, [queries, N]; ``own`` [queries] are the rows of the queries."""
-    scores = torch.matmul(queries, gallery.mT, out=out)
-    if offset is not None:
-        scores.add_(offset)
-    return scores if own is None else scores.scatter_(1, own.unsqueeze(1), -torch.inf)
-
-
-def _nearest(scores: Tensor, depth: int) -> Tensor:
-    """Indices of the ``depth`` largest scores of each row, [rows, depth], the lower index first where scores tie."""
-    values, index = scores.topk(depth, dim=1)
-    # topk takes any of those that tie with the last.
-    last = values[:, -1:]
-    crowded = ((scores >= last).count_nonzero(1) > depth).nonzero().squeeze(1)
-    if len(crowded):
-        rows, last = scores[crowded], last[crowded]
-        above = rows > last
-        tied = rows == last
-        room = depth - above.count_nonzero(1)
-        chosen = above | (tied & (tied.cumsum(1, dtype=torch.int32) <= room.unsqueeze(1)))
-        index[crowded] = chosen.nonzero()[:, 1].view(-1, depth)
-    index = index.sort(dim=1).values
-    order = scores.gather(1, index).sort(dim=1, descending=True, stable=True).indices
-    return index.gather(1, order)
 
 
 def _sums(hits: Tensor, relevant: Tensor, ks: Sequence[int]) -> Tensor:

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fewshot_ext.evaluation.retrieval import in_full_precision
+from fewshot_ext._normalize import full_precision, normalize
 from fewshot_ext.ops import coding_rate
 
 
+@full_precision()
 def singular_spectrum(embeddings: Tensor) -> Tensor:
     r"""Singular values of the embeddings, normalised to length 1 each, over the square root of their number.
 
@@ -37,7 +37,7 @@ def singular_spectrum(embeddings: Tensor) -> Tensor:
         raise ValueError(f"embeddings: expected shape [n, D] with samples, got {list(embeddings.shape)}")
     if not embeddings.isfinite().all():
         raise ValueError("embeddings: expected finite entries, got NaN or infinity")
-    unit = F.normalize(in_full_precision(embeddings), dim=1).double().cpu()
+    unit = normalize(embeddings.detach().double()).cpu()
     # The D x D matrix is small whatever n is; its rounding is 1e-8 of the largest singular value.
     eigenvalues = torch.linalg.eigvalsh(unit.mT @ unit / len(unit))
     return eigenvalues.clamp(min=0).sqrt().flip(0)
@@ -97,6 +97,7 @@ class EmbeddingSpread:
         return {**vars(self), "spectral_decay": decay, "spectrum": self.spectrum.tolist()}
 
 
+@full_precision()
 def measure_spread(embeddings: Tensor, eps: float = 0.5) -> EmbeddingSpread:
     """How much of their space embeddings span, each normalised to length 1.
 
@@ -113,5 +114,5 @@ def measure_spread(embeddings: Tensor, eps: float = 0.5) -> EmbeddingSpread:
         (1.6094, 2.0)
     """
     spectrum = singular_spectrum(embeddings)
-    rate = coding_rate(F.normalize(in_full_precision(embeddings), dim=1).double(), eps).item()
+    rate = coding_rate(normalize(embeddings.detach().double()), eps).item()
     return EmbeddingSpread(rate, effective_rank(spectrum), spectral_decay(spectrum), spectrum)

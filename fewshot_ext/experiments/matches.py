@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fewshot_ext._checks import check_at_least
 from fewshot_ext._files import replace_file
+from fewshot_ext._normalize import normalize
 from fewshot_ext._random import derive_generator
 from fewshot_ext.data import ImageArchive, ImageInput
 from fewshot_ext.evaluation import FrozenBackbone, MatchedPair, extract_features, plot_matches, strongest_flows
@@ -128,7 +129,7 @@ def measure_matches(
         views = _seen_by(module.preprocessing, images.to(device)).cpu().unflatten(0, (-1, 2))
     distances = 1 - emd_logits(maps[:, :1], maps[:, 1:], temperature=1.0, weighting=weighting).flatten()
     matches = match_flows(maps[:, 0], maps[:, 1], weighting=weighting)
-    centred = F.normalize(maps - maps.mean(-1, keepdim=True), dim=-1)
+    centred = normalize(maps - maps.mean(-1, keepdim=True))
     cosines = centred[:, 0] @ centred[:, 1].mT
     drawn, rows, flow_rows = [], [], []
     for k, (pair, distance) in enumerate(zip(pairs, distances.tolist(), strict=True)):

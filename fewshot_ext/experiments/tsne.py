@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fewshot_ext import _extras
 from fewshot_ext._checks import check_at_least, check_positive
 from fewshot_ext._files import replace_file
+from fewshot_ext._normalize import normalize
 from fewshot_ext._random import derive_generator, derive_seed
 from fewshot_ext.data import ImageArchive
 from fewshot_ext.evaluation import FineTuning, ProtocolConfig
@@ -98,7 +98,7 @@ class Embedding:
             chosen = self._draw(run, classes, archive)
             seed = derive_seed(run.seed, _EMBEDDING, _CLASSES.index(classes)) % 2**32
             embedding = TSNE(perplexity=self.perplexity, init="pca", random_state=seed)
-            points = embedding.fit_transform(F.normalize(features[chosen], dim=1).cpu().numpy())
+            points = embedding.fit_transform(normalize(features[chosen]).cpu().numpy())
             names, labels = archive.labels[chosen].unique(return_inverse=True)
             shot = min(self.accuracy.protocol.shots)
             row = self.accuracy.row(run, classes, features, archive.labels, shot, head)

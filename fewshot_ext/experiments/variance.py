@@ -6,10 +6,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from fewshot_ext._files import replace_file
+from fewshot_ext._normalize import normalize
 from fewshot_ext.evaluation import (
     FrozenBackbone,
     MarginMeasures,
@@ -84,7 +84,7 @@ def base_similarities(backbone: FrozenBackbone, features: Tensor) -> tuple[Tenso
             "which the probabilities of eq. 5 need"
         )
     if backbone.similarity == "cosine":
-        features, weight = F.normalize(features, dim=1), F.normalize(weight, dim=1)
+        features, weight = normalize(features), normalize(weight)
     return features @ weight.T, checkpoint["hyper_parameters"]["config"]["scale"]
 
 

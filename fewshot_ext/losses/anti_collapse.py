@@ -3,9 +3,9 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewshot_ext._normalize import normalize
 from fewshot_ext.ops import coding_rate
 from fewshot_ext.ops._autograd import accumulate_dtype
 from fewshot_ext.ops._validation import check_choice, check_floating, check_number, check_tensor
@@ -128,7 +128,7 @@ class AntiCollapseLoss(nn.Module):
             raise ValueError("embeddings: expected at least one sample, got none")
         if labels.shape[0] != samples:
             raise ValueError(f"labels: expected shape [{samples}] to fit embeddings, got {list(labels.shape)}")
-        vectors = F.normalize(self._vectors(embeddings, labels), dim=-1)
+        vectors = normalize(self._vectors(embeddings, labels))
         base = self.base(embeddings.to(accumulate_dtype(embeddings.dtype)), labels)
         rate = coding_rate(vectors, alpha=self._alpha(*vectors.shape))
         penalty = torch.exp(-self.gamma2 * rate) if self.convention == "official" else -self.gamma2 * rate

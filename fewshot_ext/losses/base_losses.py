@@ -1,20 +1,60 @@
-"""The metric learning losses that the Anti-Collapse paper builds on, from pytorch-metric-learning."""
-
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+"""The metric learning losses that the Anti-Collapse paper builds on, with the settings of its official code."""
 
 import torch
 from torch import Tensor, nn
 
 from fewshot_ext._extras import require
+from fewshot_ext._normalize import full_precision, normalize
 from fewshot_ext.ops._validation import check_choice, check_floating, check_integer, check_tensor
 
 PROXY_LOSSES = ("proxy_anchor", "proxy_nca")
 BASE_LOSSES = (*PROXY_LOSSES, "contrastive", "triplet")
-# Of the official code: one scale for similarities, and the distances between which negatives are drawn.
-_COSINE_SCALE = 64
+# Of the official code: scale and threshold of cosines, the deviation of the first proxies, and the distances between
+# which negatives are drawn.
+_SCALE, _THRESHOLD = 64.0, 0.1
+_PROXY_DEVIATION = 1 / 8
 _NEAREST_NEGATIVE, _FARTHEST_NEGATIVE = 0.5, 1.4
+
+
+class ProxyLoss(nn.Module):
+    r"""ProxyAnchor or ProxyNCA: the cosine with the own class's proxy is pulled up, those with the others pushed down.
+
+    With s the cosines of embeddings with proxies, a = 64 and d = 0.1, both are the mean of terms
+    :math:`\log (1 + \sum e^{-a (s - d)})` over cosines of images with their own class's proxy, plus the mean of terms
+    :math:`\log (1 + \sum e^{a (s + d)})` over those with other proxies. They differ in what a term sums over:
+
+    - "proxy_anchor" (Kim et al., CVPR 2020, eq. 4) has a term for each proxy, over the images of the batch; in the
+      first mean there are only proxies of classes in the batch.
+    - "proxy_nca" has a term for each image, over the proxies; in the first sum the proxy counts once for each image
+      that its class has in the batch. This is what the official Anti-Collapse code computes; the loss of
+      Movshovitz-Attias et al., ICCV 2017, is the logarithm of one ratio.
+
+    Attributes:
+        proxies: ``[num_classes, embedding_size]``; only their directions count.
+    """
+
+    def __init__(self, name: str, num_classes: int, embedding_size: int) -> None:
+        super().__init__()
+        self.name = name
+        self.proxies = nn.Parameter(torch.randn(num_classes, embedding_size) * _PROXY_DEVIATION)
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The loss, ``[]``, of embeddings ``[n, D]`` and labels ``[n]``."""
+        _check_batch(embeddings, labels)
+        _check_proxies(embeddings, labels, self.proxies)
+        with full_precision():
+            embeddings = normalize(embeddings)
+            cosines = embeddings @ normalize(self.proxies).to(embeddings.dtype).mT
+            own = labels.unsqueeze(1) == torch.arange(len(self.proxies), device=labels.device)  # [n, C]
+            pull, push = _SCALE * (_THRESHOLD - cosines), _SCALE * (_THRESHOLD + cosines)
+            if self.name == "proxy_anchor":
+                in_batch = own.any(0)
+                return _log_one_plus_sum(pull, own, 0)[in_batch].mean() + _log_one_plus_sum(push, ~own, 0).mean()
+            pull = pull + own.sum(0).to(pull.dtype).log()
+            return _log_one_plus_sum(pull, own, 1).mean() + _log_one_plus_sum(push, ~own, 1).mean()
+
+    def extra_repr(self) -> str:
+        return f"{self.name!r}, num_classes={self.proxies.shape[0]}, embedding_size={self.proxies.shape[1]}"
 
 
 class MinedLoss(nn.Module):
@@ -26,7 +66,12 @@ class MinedLoss(nn.Module):
         self.miner = miner
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        return self.loss(embeddings, labels, self.miner(embeddings, labels))
+        """The loss, ``[]``, of embeddings ``[n, D]`` and labels ``[n]``."""
+        _check_batch(embeddings, labels)
+        _check_pairs(embeddings, labels)
+        with full_precision():
+            embeddings = normalize(embeddings)
+            return self.loss(embeddings, labels, self.miner(embeddings, labels))
 
 
 def base_loss(name: str, num_classes: int, embedding_size: int) -> nn.Module:
@@ -36,14 +81,17 @@ def base_loss(name: str, num_classes: int, embedding_size: int) -> nn.Module:
     name           loss                                                        tuples
     ============== =========================================================== ==========================
     "proxy_anchor" ProxyAnchor (Kim et al., CVPR 2020), alpha 64, delta 0.1     all
-    "proxy_nca"    ProxyNCA (Movshovitz-Attias et al., ICCV 2017), scale 64     all
+    "proxy_nca"    ProxyNCA in the official form, see :class:`ProxyLoss`        all
     "contrastive"  margins 0 and 1, mean over pairs                             distance-weighted
     "triplet"      margin 0.2                                                   distance-weighted
     ============== =========================================================== ==========================
 
     The first two own ``proxies`` ``[num_classes, embedding_size]``, which want a learning rate far above that of the
-    backbone (2000 times as high in the official code). ``scale`` is that of cosines. Distance-weighted negatives (Wu et
-    al., ICCV 2017) are drawn from torch's global generator. Every loss normalises the embeddings.
+    backbone (2000 times as high in the official code). Distance-weighted negatives (Wu et al., ICCV 2017) are drawn
+    from torch's global generator. Every loss normalises the embeddings.
+
+    Embeddings are float32, float64, bfloat16 or float16. Half types are computed in float32, also under autocast; the
+    loss is float64 for float64 embeddings and float32 otherwise. Gradients reach the embeddings and the proxies.
 
     Args:
         name: see above.
@@ -51,10 +99,10 @@ def base_loss(name: str, num_classes: int, embedding_size: int) -> nn.Module:
         embedding_size: D, at least 1.
 
     Raises:
-        ImportError: pytorch-metric-learning is missing (extra ``metric``).
+        ImportError: for the last two, where pytorch-metric-learning is missing (extra ``metric``).
         TypeError, ValueError: an unknown name, a size that is no integer or too small. In a call a wrong type or dtype,
-            shapes that do not fit and no samples; of the first two labels without a proxy; of the last two embeddings
-            that are not finite, and batches of one class or without two images of a class.
+            shapes or devices that do not fit and no samples; of the first two labels without a proxy; of the last two
+            embeddings that are not finite, and batches of one class or without two images of a class.
 
     Example:
         >>> import torch
@@ -66,60 +114,52 @@ def base_loss(name: str, num_classes: int, embedding_size: int) -> nn.Module:
     for argument, size, least in (("num_classes", num_classes, 2), ("embedding_size", embedding_size, 1)):
         if check_integer(argument, size) < least:
             raise ValueError(f"{argument}: expected at least {least}, got {size}")
+    if name in PROXY_LOSSES:
+        return ProxyLoss(name, num_classes, embedding_size)
     require("metric", "pytorch_metric_learning")
     from pytorch_metric_learning import losses, miners, reducers
 
-    if name in PROXY_LOSSES:
-        if name == "proxy_anchor":
-            loss = losses.ProxyAnchorLoss(num_classes, embedding_size, margin=0.1, alpha=_COSINE_SCALE)
-        else:
-            # On squared distances of vectors of length 1, which are 2 - 2 cos.
-            loss = losses.ProxyNCALoss(num_classes, embedding_size, softmax_scale=_COSINE_SCALE / 2)
-        check = partial(_check_proxy_batch, num_classes=num_classes, embedding_size=embedding_size)
+    if name == "contrastive":
+        loss = losses.ContrastiveLoss(pos_margin=0, neg_margin=1, reducer=reducers.MeanReducer())
     else:
-        if name == "contrastive":
-            loss = losses.ContrastiveLoss(pos_margin=0, neg_margin=1, reducer=reducers.MeanReducer())
-        else:
-            loss = losses.TripletMarginLoss(margin=0.2)
-        miner = miners.DistanceWeightedMiner(cutoff=_NEAREST_NEGATIVE, nonzero_loss_cutoff=_FARTHEST_NEGATIVE)
-        loss, check = MinedLoss(loss, miner), _check_pairs
-    # A hook, and not a module around the loss, which would rename its parameters.
-    loss.register_forward_pre_hook(partial(_check_before, check), with_kwargs=True)
-    return loss
+        loss = losses.TripletMarginLoss(margin=0.2)
+    return MinedLoss(
+        loss, miners.DistanceWeightedMiner(cutoff=_NEAREST_NEGATIVE, nonzero_loss_cutoff=_FARTHEST_NEGATIVE)
+    )
 
 
-def _check_before(
-    check: Callable[..., None], loss: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
-) -> None:
-    _check_batch(*arguments, **keywords)
-    check(*arguments, **keywords)
+def _log_one_plus_sum(exponents: Tensor, mask: Tensor, dim: int) -> Tensor:
+    """log(1 + sum of e^x over the entries of ``mask``), which may be none."""
+    total = exponents.where(mask, torch.finfo(exponents.dtype).min).logsumexp(dim)
+    return torch.logaddexp(total, total.new_zeros(()))
 
 
-def _check_batch(embeddings: object, labels: object, *_: Any, **__: Any) -> None:
+def _check_batch(embeddings: object, labels: object) -> None:
     check_tensor("embeddings", embeddings, "[n, D]", 2)
     check_floating("embeddings", embeddings)
     check_tensor("labels", labels, "[n]", 1)
     if labels.dtype != torch.int64:
         raise TypeError(f"labels: expected dtype torch.int64, got {labels.dtype}")
+    if labels.device != embeddings.device:
+        raise ValueError(f"labels: expected device {embeddings.device} as embeddings is on, got {labels.device}")
     if len(embeddings) == 0:
         raise ValueError("embeddings: expected at least one sample, got none")
     if len(labels) != len(embeddings):
         raise ValueError(f"labels: expected shape [{len(embeddings)}] to fit embeddings, got {list(labels.shape)}")
 
 
-def _check_proxy_batch(
-    embeddings: Tensor, labels: Tensor, *_: Any, num_classes: int, embedding_size: int, **__: Any
-) -> None:
-    if embeddings.shape[1] != embedding_size:
-        raise ValueError(
-            f"embeddings: expected shape [n, {embedding_size}] to fit the proxies, got {list(embeddings.shape)}"
-        )
+def _check_proxies(embeddings: Tensor, labels: Tensor, proxies: Tensor) -> None:
+    classes, size = proxies.shape
+    if embeddings.shape[1] != size:
+        raise ValueError(f"embeddings: expected shape [n, {size}] to fit the proxies, got {list(embeddings.shape)}")
+    if embeddings.device != proxies.device:
+        raise ValueError(f"embeddings: expected device {proxies.device} as the proxies are on, got {embeddings.device}")
     low, high = torch.stack(labels.aminmax()).tolist()
-    if low < 0 or high >= num_classes:
-        raise ValueError(f"labels: expected labels in [0, {num_classes}), the number of proxies, got {low} to {high}")
+    if low < 0 or high >= classes:
+        raise ValueError(f"labels: expected labels in [0, {classes}), the number of proxies, got {low} to {high}")
 
 
-def _check_pairs(embeddings: Tensor, labels: Tensor, *_: Any, **__: Any) -> None:
+def _check_pairs(embeddings: Tensor, labels: Tensor) -> None:
     """Without a pair of each kind there is no loss, only a zero that looks like one; of NaN the miner makes nothing."""
     counts = labels.unique(return_counts=True)[1]
     if len(counts) < 2:

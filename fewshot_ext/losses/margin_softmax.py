@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewshot_ext._normalize import full_precision, normalize
 from fewshot_ext.ops import margin_cosine_loss, margin_softmax_loss
 
 
@@ -120,7 +121,8 @@ class MarginCosineLoss(_MarginLoss):
 
     def scores(self, features: Tensor) -> Tensor:
         """Plain cosines ``[N, C]``, without margin and scale: what a prediction is made from."""
-        return F.linear(F.normalize(features, dim=-1), F.normalize(self.weight, dim=-1))
+        with full_precision():
+            return F.linear(normalize(features), normalize(self.weight))
 
 
 class MarginSoftmaxLoss(_MarginLoss):

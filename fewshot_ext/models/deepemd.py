@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from fewshot_ext._checks import check_at_least, check_choice, check_positive
 from fewshot_ext._episodes import check_support_target, class_means
+from fewshot_ext._normalize import full_precision
 from fewshot_ext.models.backbone import Backbone
 from fewshot_ext.models.local_features import FCN, Grid, LocalFeatures, Sampling
-from fewshot_ext.models.matching import TEMPERATURE, Weighting, emd_logits, full_precision
+from fewshot_ext.models.matching import TEMPERATURE, Weighting, emd_logits
 from fewshot_ext.models.structured_classifier import StructuredClassifierConfig, fit_prototypes
 
 _CLASSIFIER = StructuredClassifierConfig()
@@ -167,7 +168,7 @@ class DeepEMD(nn.Module):
         check_support_target(support_target, support, way)
         maps = self.local_features(torch.cat([support, query], 1).flatten(0, 1))
         # The structured layer computes in float32 or better, and what it is compared with must have its dtype.
-        with full_precision(maps):
+        with full_precision():
             images = [support.shape[1], query.shape[1]]
             maps = maps.to(torch.promote_types(maps.dtype, torch.float32)).unflatten(0, (len(support), sum(images)))
             support_maps, query_maps = maps.split(images, 1)

@@ -3,10 +3,10 @@
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fewshot_ext._checks import check_choice, check_positive
+from fewshot_ext._normalize import full_precision, normalize
 from fewshot_ext.ops import emd
 
 TEMPERATURE = 12.5  # of the official implementation
@@ -58,7 +58,7 @@ def cross_reference_weights(query: Tensor, support: Tensor) -> tuple[Tensor, Ten
         tensor([[[[1.9993e+00, 6.6622e-04]]]])
     """
     query, support = checked_maps(query=query, support=support)
-    with full_precision(query):
+    with full_precision():  # in half types the masses of the two sides would be rounded apart
         query_relevance = torch.einsum("eqnc,epc->eqpn", query, support.mean(2))
         support_relevance = torch.einsum("epmc,eqc->eqpm", support, query.mean(2))
     mass = query.shape[2]
@@ -181,13 +181,9 @@ def cosines(query: Tensor, support: Tensor) -> Tensor:
     """The similarities S of all pairs, ``[E, Q, P, N, M]``."""
     centred, units = (maps - maps.mean(-1, keepdim=True) for maps in (query, support))
     length = torch.linalg.vector_norm(centred, dim=-1).clamp_min(SMALLEST_LENGTH)
+    length = length.masked_fill(length.isinf(), torch.nan)  # too long for their squares: no cosine, rather than 0
     # Queries are many and long: dividing their products is cheaper than dividing them.
-    return torch.einsum("eqnc,epmc->eqpnm", centred, F.normalize(units, dim=-1)) / length[:, :, None, :, None]
-
-
-def full_precision(maps: Tensor) -> torch.autocast:
-    """A context without autocast: in half types the masses of the two sides would be rounded apart."""
-    return torch.autocast(maps.device.type, enabled=False)
+    return torch.einsum("eqnc,epmc->eqpnm", centred, normalize(units)) / length[:, :, None, :, None]
 
 
 def check_floating(**named: object) -> None:
@@ -237,7 +233,7 @@ class _Solved(NamedTuple):
 
 
 def _solve(query: Tensor, support: Tensor, weighting: Weighting, detach_weights: bool) -> _Solved:
-    with full_precision(query):
+    with full_precision():  # in half types the masses of the two sides would be rounded apart
         similarity = cosines(query, support)
         if weighting == "uniform":
             weights = (torch.ones_like(similarity[..., 0]), torch.ones_like(similarity[..., 0, :]))

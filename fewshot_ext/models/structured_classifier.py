@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fewshot_ext._checks import check_choice, check_count, check_fraction, check_positive
 from fewshot_ext._episodes import check_support_target, class_means
+from fewshot_ext._normalize import full_precision
 from fewshot_ext.models.matching import (
     SMALLEST_LENGTH,
     TEMPERATURE,
@@ -17,7 +18,6 @@ from fewshot_ext.models.matching import (
     Weighting,
     check_finite_maps,
     checked_maps,
-    full_precision,
     weights_of,
 )
 from fewshot_ext.ops import emd
@@ -134,7 +134,7 @@ def fit_prototypes(
     bytes_an_episode = support.element_size() * nodes * channels * (2 * shots + 2 * way)
     at_once = max(1, int(bytes_at_once // max(1, bytes_an_episode)))
     parts = zip(*(x.split(at_once) for x in (support, support_target, order.to(support.device))), strict=True)
-    with full_precision(support):
+    with full_precision():
         return torch.cat([_fit(*part, way, config, temperature, weighting) for part in parts])
 
 

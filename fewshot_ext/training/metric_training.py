@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from fewshot_ext._normalize import normalize
 from fewshot_ext.data import ImageArchive, PKBatches
 from fewshot_ext.losses import AntiCollapseLoss, base_loss
 from fewshot_ext.ops import coding_rate
-from fewshot_ext.ops._autograd import accumulate_dtype
 from fewshot_ext.training.features import METRIC_TRAINING, read_checkpoint
 from fewshot_ext.training.metric_callbacks import EmbeddingHistory
 from fewshot_ext.training.metric_config import NO_ANTI_COLLAPSE, MetricTrainingConfig
@@ -76,7 +75,7 @@ class MetricTraining(ImageTraining):
 
     def forward(self, images: Tensor) -> Tensor:
         features = super().forward(images)
-        return F.normalize(features.to(accumulate_dtype(features.dtype)), dim=1)
+        return normalize(features)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> dict[str, Tensor]:
         images, target = batch

@@ -18,7 +18,7 @@ def corners(count, seed):
 @pytest.mark.parametrize("apart", [False, True])
 def test_they_come_by_cosine_and_then_by_index(apart, monkeypatch):
     # A few queries at a time, so that the seams are met.
-    monkeypatch.setattr(retrieval, "_SCORES_AT_ONCE", 100)
+    monkeypatch.setattr(retrieval, "SCORES_AT_ONCE", 100)
     queries, gallery = corners(23, 0), corners(17, 1)
     found = nearest_neighbors(queries, gallery if apart else None, k=9)
     searched = gallery if apart else queries
@@ -39,13 +39,18 @@ def test_they_come_by_euclidean_distance_where_that_is_asked_for():
 def test_some_queries_alone():
     points = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
     asked = torch.tensor([7, 3, 30])
-    assert torch.equal(nearest_neighbors(points, k=6, queries=asked), nearest_neighbors(points, k=6)[asked])
+    found = nearest_neighbors(points[asked], points, k=6, query_index=asked)
+    assert torch.equal(found, nearest_neighbors(points, k=6)[asked])
 
 
 def test_the_nearest_decides_recall_at_1():
     points, labels = torch.randn(50, 3, generator=torch.Generator().manual_seed(1)), torch.arange(50) % 5
     nearest = nearest_neighbors(points, k=1)[:, 0]
     assert retrieval_metrics(points, labels, ks=(1,)).recall[1] == (labels[nearest] == labels).double().mean().item()
+
+
+def of_gallery(query_index):
+    return {"k": 1, "gallery": torch.ones(6, 2), "query_index": query_index}
 
 
 @pytest.mark.parametrize(
@@ -58,12 +63,14 @@ def test_the_nearest_decides_recall_at_1():
         ({"k": 1, "gallery": torch.ones(2, 3)}, ValueError, "gallery: expected shape"),
         ({"k": 1, "gallery": torch.ones(2, 2).double()}, TypeError, "gallery: expected dtype"),
         ({"k": 1, "gallery": [1]}, TypeError, "gallery: expected a tensor"),
-        ({"k": 1, "queries": [0]}, TypeError, r"queries: expected a tensor \[q\], got list"),
-        ({"k": 1, "queries": torch.tensor([[0]])}, ValueError, r"queries: expected shape \[q\], got \[1, 1\]"),
-        ({"k": 1, "queries": torch.tensor([0.0])}, TypeError, "queries: expected dtype torch.int64, got torch.float32"),
-        ({"k": 1, "queries": torch.tensor([0, 4])}, ValueError, r"queries: expected rows in \[0, 4\), got 0 to 4"),
-        ({"k": 1, "queries": torch.tensor([-1])}, ValueError, r"queries: expected rows in \[0, 4\), got -1 to -1"),
-        ({"k": 1, "queries": torch.tensor([0], device="meta")}, ValueError, "queries: expected device cpu"),
+        ({"k": 1, "query_index": torch.arange(4)}, ValueError, "query_index: expected with gallery"),
+        (of_gallery([0]), TypeError, r"query_index: expected a tensor \[Q\], got list"),
+        (of_gallery(torch.tensor([[0]])), ValueError, r"query_index: expected shape \[Q\], got \[1, 1\]"),
+        (of_gallery(torch.zeros(4)), TypeError, "query_index: expected dtype torch.int64, got torch.float32"),
+        (of_gallery(torch.arange(3)), ValueError, r"query_index: expected shape \[4\] to fit embeddings, got \[3\]"),
+        (of_gallery(torch.arange(4) + 3), ValueError, r"query_index: expected rows in \[0, 6\), got 3 to 6"),
+        (of_gallery(torch.arange(4) - 1), ValueError, r"query_index: expected rows in \[0, 6\), got -1 to 2"),
+        (of_gallery(torch.arange(4).to("meta")), ValueError, "query_index: expected device cpu"),
         ({"k": 1, "embeddings": torch.ones(4, 2).long()}, TypeError, "embeddings: expected a floating dtype"),
         ({"k": 1, "embeddings": torch.full((4, 2), math.nan)}, ValueError, "embeddings: expected finite entries"),
     ],

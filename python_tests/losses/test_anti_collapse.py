@@ -184,24 +184,6 @@ def test_base_losses_train(name):
     assert values[-1] < values[0]
 
 
-def test_base_losses_have_the_official_settings():
-    needs_metric_learning()
-    anchor = base_loss("proxy_anchor", CLASSES, DIMENSIONS)
-    assert (anchor.margin, anchor.alpha) == (0.1, 64)
-    contrastive = base_loss("contrastive", CLASSES, DIMENSIONS)
-    assert (contrastive.loss.pos_margin, contrastive.loss.neg_margin) == (0, 1)
-    assert (contrastive.miner.cutoff, contrastive.miner.nonzero_loss_cutoff) == (0.5, 1.4)
-    assert base_loss("triplet", CLASSES, DIMENSIONS).loss.margin == 0.2
-
-
-def test_proxy_nca_is_a_softmax_over_cosines():
-    needs_metric_learning()
-    base = base_loss("proxy_nca", CLASSES, DIMENSIONS).double()
-    embeddings, labels = batch()
-    cosines = F.normalize(embeddings, dim=1) @ F.normalize(base.proxies, dim=1).mT
-    torch.testing.assert_close(base(embeddings, labels), F.cross_entropy(64 * cosines, labels))
-
-
 @VARIANTS
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_half_embeddings_leave_the_proxies_in_float32(variant, dtype):
@@ -289,73 +271,3 @@ def test_bad_batches(change, error, message):
 def test_the_rate_of_one_embedding_is_refused():
     with pytest.raises(ValueError, match="embeddings: expected at least two samples, got one"):
         AntiCollapseLoss(Distances(), "pair")(torch.ones(1, DIMENSIONS), torch.tensor([3]))
-
-
-BASES = ("proxy_anchor", "proxy_nca", "contrastive", "triplet")
-PROXY, PAIR = BASES[:2], BASES[2:]
-
-
-@pytest.mark.parametrize(
-    "names, change, error, message",
-    (
-        (BASES, {"embeddings": [[0.0]]}, TypeError, "embeddings: expected a tensor [n, D], got list"),
-        (BASES, {"embeddings": torch.zeros(3)}, ValueError, "embeddings: expected shape [n, D], got [3]"),
-        (BASES, {"embeddings": torch.zeros(8, 3).long()}, TypeError, "embeddings: expected dtype float32"),
-        (BASES, {"labels": torch.zeros(8).int()}, TypeError, "labels: expected dtype torch.int64, got torch.int32"),
-        (BASES, {"labels": torch.arange(5)}, ValueError, "labels: expected shape [8] to fit embeddings, got [5]"),
-        (
-            BASES,
-            {"embeddings": torch.zeros(0, DIMENSIONS), "labels": torch.zeros(0).long()},
-            ValueError,
-            "embeddings: expected at least one sample, got none",
-        ),
-        (PROXY, {"embeddings": torch.ones(8, 3)}, ValueError, "embeddings: expected shape [n, 12] to fit the proxies"),
-        (PROXY, {"labels": torch.arange(8)}, ValueError, "labels: expected labels in [0, 7), the number of proxies"),
-        (PROXY, {"labels": torch.arange(8) - 1}, ValueError, "got -1 to 6"),
-        (PAIR, {"labels": torch.full((8,), 3)}, ValueError, "labels: expected at least two classes, got one for all 8"),
-        (PAIR, {"labels": torch.arange(8)}, ValueError, "expected a class with at least two samples, got 8 classes"),
-        (
-            PAIR,
-            {"embeddings": torch.full((8, DIMENSIONS), math.nan)},
-            ValueError,
-            "embeddings: expected finite entries, got others in row 0",
-        ),
-    ),
-)
-def test_bad_batches_of_base_losses(names, change, error, message):
-    needs_metric_learning()
-    embeddings, labels = batch(torch.float32)
-    for name in names:
-        for loss in (base_loss(name, CLASSES, DIMENSIONS), copy.deepcopy(base_loss(name, CLASSES, DIMENSIONS))):
-            arguments = {"embeddings": embeddings, "labels": labels, **change}
-            for call in (lambda: loss(**arguments), lambda: loss(*arguments.values())):  # noqa: B023
-                with pytest.raises(error) as raised:
-                    call()
-                assert message in str(raised.value)
-
-
-def test_checks_leave_the_names_of_parameters_alone():
-    needs_metric_learning()
-    assert list(base_loss("proxy_anchor", CLASSES, DIMENSIONS).state_dict()) == ["proxies"]
-    assert not base_loss("triplet", CLASSES, DIMENSIONS).state_dict()
-
-
-@pytest.mark.parametrize(
-    "arguments, error, message",
-    (
-        (("arcface", 5, 8), ValueError, "name: expected one of proxy_anchor, proxy_nca, contrastive, triplet"),
-        (("triplet", 1, 8), ValueError, "num_classes: expected at least 2, got 1"),
-        (("triplet", 5, 0), ValueError, "embedding_size: expected at least 1, got 0"),
-        (("triplet", 5.0, 8), TypeError, "num_classes: expected an integer, got float"),
-    ),
-)
-def test_bad_base_losses(arguments, error, message):
-    with pytest.raises(error) as raised:
-        base_loss(*arguments)
-    assert message in str(raised.value)
-
-
-def test_missing_metric_learning_is_named(monkeypatch):
-    monkeypatch.setattr("fewshot_ext._extras.is_installed", lambda module: False)
-    with pytest.raises(ImportError, match=r"'pytorch_metric_learning' is missing; pip install 'fewshot_ext\[metric\]'"):
-        base_loss("triplet", 5, 8)
