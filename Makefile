@@ -10,6 +10,10 @@ TORCH ?= torch==2.13.0
 CUDA_TORCH ?= torch===2.13.0
 VENV ?= .venv
 CUDA_VENV ?= .venv-cuda
+# NVIDIA's own packages: compiler, headers and runtime in one folder that serves as CUDA_HOME. All parts are named, because
+# nvcc asks for its others in any release.
+CUDA_TOOLKIT ?= cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]==13.0.2
+CUDA_TOOLKIT_FOLDER ?= .cuda-toolkit
 PYTEST_ARGS ?=
 PROCESSES ?= auto
 REPORT_ARGS ?=
@@ -18,11 +22,11 @@ DEMO_ARGS ?= --output demo_output
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc 2>/dev/null)
-EMULATOR := $(shell find python_tests/simt 2>/dev/null)
+FORMATTED := $(filter %.h %.cpp %.cuh %.cu,$(NATIVE) $(shell find python_tests 2>/dev/null))
 BUILD := pyproject.toml setup.py $(wildcard build_backend/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow bench gpu-report lint format wheel wheel-cuda check-cuda sanitize torch-requirement clean
+.PHONY: help demo test test-slow bench gpu-report lint format sdist wheel wheel-cuda check-cuda cuda-toolkit sanitize torch-requirement clean
 # Two pips must not write to one environment at a time.
 .NOTPARALLEL:
 
@@ -49,26 +53,30 @@ gpu-report: $(VENV)/.gpu  ## Test and time the package on this machine's GPU (TO
 lint: $(VENV)/.dev  ## Check style and format of Python, C++ and CUDA
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.cpp %.cuh %.cu,$(NATIVE) $(EMULATOR))
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 
 format: $(VENV)/.dev  ## Rewrite Python, C++ and CUDA in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter %.h %.cpp %.cuh %.cu,$(NATIVE) $(EMULATOR))
+	$(BIN)/clang-format -i $(FORMATTED)
 
-# A build folder left from earlier would bring modules into the wheel that have been deleted since.
-wheel: $(VENV)/.torch  ## Build the wheel into dist/
-	rm -rf build dist
-	$(PIP) wheel --no-deps --wheel-dir dist .
+# An egg-info folder left from earlier would bring files along that have been deleted since.
+sdist: $(VENV)/.build  ## Build the source distribution into dist/
+	rm -rf dist *.egg-info
+	$(BIN)/python -m build --sdist --outdir dist .
+
+# Wheels come from the source distribution, as they do for whoever installs it: what it lacks is missed here, and pip
+# unpacks it where there is no git.
+wheel: sdist $(VENV)/.torch  ## Build the source distribution and from it the wheel into dist/
+	$(PIP) wheel --no-deps --wheel-dir dist dist/*.tar.gz
 
 # The verbose log is where ptxas reports what each kernel takes.
-wheel-cuda: $(VENV)/.torch  ## Build the wheel with the CUDA library, show what each kernel takes, and check both
-	rm -rf build dist
-	mkdir dist
-	FEWSHOT_EXT_CUDA=1 $(PIP) wheel --verbose --no-deps --wheel-dir dist . > dist/build.log 2>&1 \
-		|| (cat dist/build.log; exit 1)
-	@grep -o 'fewshot_ext: built .*' dist/build.log
-	$(BIN)/python python_tests/packaging/kernel_resources.py dist/build.log
+wheel-cuda: sdist $(VENV)/.torch  ## Build the wheel with the CUDA library, show what each kernel takes, and check both
+	mkdir -p build
+	FEWSHOT_EXT_CUDA=1 $(PIP) wheel --verbose --no-deps --wheel-dir dist dist/*.tar.gz > build/wheel.log 2>&1 \
+		|| (cat build/wheel.log; exit 1)
+	@grep -o 'fewshot_ext: built .*' build/wheel.log
+	$(BIN)/python python_tests/packaging/kernel_resources.py build/wheel.log
 	$(BIN)/python python_tests/packaging/check_wheel.py --require-cuda dist/*.whl
 
 # Not part of continuous integration, because a torch with CUDA takes 5 GB.
@@ -83,11 +91,14 @@ sanitize: $(VENV)/.dev  ## Run the operator tests under AddressSanitizer and Und
 		-DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DFEWSHOT_EXT_SANITIZE=ON -DFEWSHOT_EXT_CUDA=OFF
 	$(BIN)/cmake --build build/sanitize --target sanitize
 
+cuda-toolkit:  ## Install a CUDA compiler from PyPI; CUDA_HOME=$PWD/.cuda-toolkit/nvidia/cu13 then names it
+	$(PYTHON) -m pip --disable-pip-version-check install --upgrade --target $(CUDA_TOOLKIT_FOLDER) '$(CUDA_TOOLKIT)'
+
 torch-requirement:
 	@echo '$(TORCH)'
 
 clean:  ## Remove everything that was built, the environment included
-	rm -rf .venv .venv-cuda .cache/simt build dist *.egg-info demo_output .pytest_cache .ruff_cache .hypothesis compile_commands.json
+	rm -rf .venv .venv-cuda .cuda-toolkit .cache/simt build dist *.egg-info demo_output .pytest_cache .ruff_cache .hypothesis compile_commands.json
 	rm -f fewshot_ext/*.so fewshot_ext/_build_info.json
 
 # The install is editable: tests then run the checkout itself, the one folder with both the sources under test and a
@@ -105,6 +116,10 @@ $(VENV)/.torch: $(VENV)/.created
 $(VENV)/.package: $(VENV)/.torch $(BUILD) $(NATIVE)
 	cuda=$$($(BIN)/python -c "import torch; print('' if torch.cuda.is_available() else 0)"); \
 		FEWSHOT_EXT_CUDA=$${FEWSHOT_EXT_CUDA-$$cuda} $(PIP) install --editable .
+	touch $@
+
+$(VENV)/.build: $(VENV)/.created
+	$(PIP) install build
 	touch $@
 
 # By its name and not by ".", because that would compile again only to add requirements.
