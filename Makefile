@@ -21,6 +21,7 @@ DEMO_ARGS ?= --output demo_output
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+SCHEMA := $(BIN)/check-jsonschema --builtin-schema
 NATIVE := $(shell find csrc 2>/dev/null)
 FORMATTED := $(filter %.h %.cpp %.cuh %.cu,$(NATIVE) $(shell find python_tests 2>/dev/null))
 BUILD := pyproject.toml setup.py $(wildcard build_backend/*.py)
@@ -50,10 +51,18 @@ bench: $(VENV)/.bench  ## Time the operators against their peers
 gpu-report: $(VENV)/.gpu  ## Test and time the package on this machine's GPU (TORCH names a build with CUDA)
 	$(BIN)/python benchmarks/gpu_report.py $(REPORT_ARGS)
 
-lint: $(VENV)/.dev  ## Check style and format of Python, C++ and CUDA
+lint: $(VENV)/.dev  ## Check style and format of the code, and the files that GitHub, PyPI and a citation need
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+	$(BIN)/shellcheck .ci/run
+	$(BIN)/validate-pyproject pyproject.toml
+	$(BIN)/actionlint -shellcheck $(BIN)/shellcheck .github/workflows/*.yml
+	$(SCHEMA) custom.github-workflows-require-timeout .github/workflows/*.yml
+	$(SCHEMA) vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(SCHEMA) vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(SCHEMA) vendor.dependabot .github/dependabot.yml
+	$(SCHEMA) vendor.citation-file-format CITATION.cff
 
 format: $(VENV)/.dev  ## Rewrite Python, C++ and CUDA in the project's format
 	$(BIN)/ruff check --fix .
