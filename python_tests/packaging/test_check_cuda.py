@@ -49,6 +49,17 @@ def test_missing_kernel(loaded, capsys):
     assert "margin_softmax_backward has no CUDA kernel" not in told
 
 
+def test_operator_in_python_needs_no_kernel_but_a_fallback_of_a_native_one_is_none(loaded, monkeypatch, capsys):
+    monkeypatch.setattr(torch._C, "_dispatch_get_all_op_names", lambda: ["fewshot_ext::python", "fewshot_ext::native"])
+    composite = "CompositeExplicitAutograd"
+    keys = {"fewshot_ext::python": {composite}, "fewshot_ext::native": {composite, "CPU"}}
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: key in keys[name])
+    failed, told = run(capsys)
+    assert failed
+    assert "FAULT: fewshot_ext::native has no CUDA kernel\n" in told
+    assert "python has no CUDA kernel" not in told
+
+
 def test_missing_library(monkeypatch, capsys):
     monkeypatch.setattr(_library, "cuda_error", "no _C_cuda library in /nowhere")
     failed, told = run(capsys)
