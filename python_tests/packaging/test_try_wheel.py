@@ -42,15 +42,20 @@ def test_python_that_is_not_there_is_a_row(tmp_path):
     assert try_wheel.rows_of(page) == [row("3.12.1", "2.11.0"), row("3.999.0", "2.11.0")]
 
 
-def test_install_that_fails_is_a_row_and_the_exit_status(tmp_path, capsys):
+def test_install_that_fails_is_a_row_and_the_exit_status(tmp_path, monkeypatch, capsys):
+    def run(*command, **settings):
+        if "install" in command:
+            raise try_wheel.Failure("ERROR: no such wheel")
+        return "Python 3.12.1\n"
+
+    monkeypatch.setattr(try_wheel, "run", run)
     page = tmp_path / "page.md"
     page.write_text(PAGE)
-    missing = tmp_path / "missing.whl"
     with pytest.raises(SystemExit) as finished:
-        try_wheel.main([str(missing), "--python", sys.executable, "--torch", "torch", "--page", str(page)])
+        try_wheel.main(["some.whl", "--python", sys.executable, "--torch", "torch==2.11.0", "--page", str(page)])
     assert finished.value.code
-    assert "**failed**: " in capsys.readouterr().out
-    assert "**failed**: " in page.read_text()
+    assert "| 3.12.1 | 2.11.0 | **failed**: ERROR: no such wheel |" in capsys.readouterr().out
+    assert "ERROR: no such wheel" in page.read_text()
 
 
 def test_last_line_of_a_command_is_what_failed():
