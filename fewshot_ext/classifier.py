@@ -405,6 +405,8 @@ def _labelled(images: Any, labels: Iterable[Hashable] | None) -> tuple[Any, list
             hash(label)
         except TypeError:
             raise TypeError(f"labels must be hashable, got {label!r}") from None
+        if label != label:  # each NaN would be a class of its own
+            raise ValueError("labels must be equal to themselves, got NaN")
     return images, labels
 
 

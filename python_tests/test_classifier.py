@@ -421,3 +421,10 @@ def test_score_counts_labels_before_any_work():
 def test_nothing_learned_yet():
     with pytest.raises(RuntimeError, match="learned nothing yet: call fit first"):
         FewShotClassifier(nn.Flatten()).predict(some(1)[0])
+
+
+def test_11_labels_that_are_not_a_number_are_no_classes():
+    images = torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8)
+    for labels in ([0.0, float("nan"), 0.0, float("nan")], np.array([1, np.nan, 1, 2])):
+        with pytest.raises(ValueError, match="labels must be equal to themselves, got NaN"):
+            FewShotClassifier(nn.Flatten(), head="protonet").fit(images, labels)

@@ -122,7 +122,8 @@ class MarginSoftmax {
     T* grad_features;        // [N, column_panels * width], unless features_by_sample_
     T* tile;                 // [tile_rows, width]
     RowStatistics<T> rows;
-    T* features_dot;   // [padded N], sum_j dL/ds_ij s_ij * scale
+    T* features_dot;  // [padded N], sum_j dL/ds_ij s_ij * scale
+    T* features_dot_excess;
     T* weight_dot;     // [block][lanes], sum_i likewise, lane by lane
     T* weight_factor;  // [block], of the raw row in the weight's gradient
   };
@@ -168,7 +169,8 @@ class MarginSoftmax {
                                        : arena.take(gradient_size);
       t.tile = arena.take(tile_rows * width);
       RowStatistics<T>& rows = t.rows;
-      for (T** row : {&rows.max, &rows.sum_exp, &rows.sum_logits, &rows.target_logit, &rows.best, &t.features_dot})
+      for (T** row : {&rows.max, &rows.sum_exp, &rows.sum_exp_excess, &rows.sum_logits, &rows.sum_logits_excess,
+                      &rows.target_logit, &rows.best, &t.features_dot, &t.features_dot_excess})
         *row = arena.take(padded);
       rows.best_class = reinterpret_cast<Int*>(arena.take(padded));
       t.weight_dot = arena.take(block_classes_ * lanes);
@@ -330,7 +332,7 @@ class MarginSoftmax {
 
   void pass_b(int64_t thread) {
     Thread& t = per_thread_[thread];
-    std::fill(t.features_dot, t.features_dot + panels_ * width, T(0));
+    for (T* row : {t.features_dot, t.features_dot_excess}) std::fill(row, row + panels_ * width, T(0));
     if (backward_only_) pack_own_features(t, thread);
     const int64_t begin = class_begin(thread), end = class_begin(thread + 1);
     for (int64_t first = begin; first < end; first += block_classes_) {
@@ -364,7 +366,8 @@ class MarginSoftmax {
                                                          first, tiles.n, gradient + half, t.weight_dot);
       };
       const Vector<T> dot = recompute ? finish(std::true_type{}) : finish(std::false_type{});
-      store(t.features_dot + sample, load(t.features_dot + sample) + dot);
+      add_without_excess<T>(dot, load(t.features_dot + sample), load(t.features_dot_excess + sample),
+                            t.features_dot + sample, t.features_dot_excess + sample);
     }
   }
 
@@ -437,9 +440,9 @@ class MarginSoftmax {
   }
 
   T features_factor(int64_t i) const {
-    T dot = 0;
-    for (const Thread& t : per_thread_) dot += t.features_dot[i];
-    return dot / T(problem_.scale) * projection(per_thread_[0].inverse_x[i]);
+    double dot = 0;
+    for (const Thread& t : per_thread_) dot += double(t.features_dot[i]) - t.features_dot_excess[i];
+    return T(dot / problem_.scale) * projection(per_thread_[0].inverse_x[i]);
   }
 
   FEWSHOT_EXT_INLINE void write_features_row(int64_t i, int64_t first, T factor, const T* sum) {

@@ -7,6 +7,17 @@
 
 namespace fewshot_ext::FEWSHOT_EXT_ISA {
 
+// Kahan's sum: before + term, with the excess of what rounding has added so far. Without it the error of a sum over
+// classes grows with their number.
+template <class T>
+FEWSHOT_EXT_INLINE void add_without_excess(const Vector<T>& term, const Vector<T>& before, const Vector<T>& excess,
+                                           T* sum, T* new_excess) {
+  const Vector<T> rest = term - excess;
+  const Vector<T> after = before + rest;
+  store(sum, after);
+  store(new_excess, (after - before) - rest);
+}
+
 // One thread's statistics of every row over the classes it has seen, [padded N] each. The target's logit takes no part
 // in max and sum_exp.
 template <class T>
@@ -16,6 +27,7 @@ struct RowStatistics {
   static constexpr int width = panel_width<T>;
 
   T *max, *sum_exp, *sum_logits, *target_logit, *best;
+  T *sum_exp_excess, *sum_logits_excess;
   Int* best_class;
 
   void reset(int64_t padded) const {
@@ -23,7 +35,8 @@ struct RowStatistics {
     std::fill(max, max + padded, std::numeric_limits<T>::lowest() / 4);
     std::fill(best, best + padded, -std::numeric_limits<T>::infinity());
     std::fill(best_class, best_class + padded, Int(-1));
-    for (T* row : {sum_exp, sum_logits, target_logit}) std::fill(row, row + padded, T(0));
+    for (T* row : {sum_exp, sum_exp_excess, sum_logits, sum_logits_excess, target_logit})
+      std::fill(row, row + padded, T(0));
   }
 
   // Products [rows][width] of a vector of samples with the classes from first_class on become logits, in place, and
@@ -41,18 +54,21 @@ struct RowStatistics {
       const Vector<T> rest = is_target ? excluded : logit;
       new_max = rest > new_max ? rest : new_max;
     }
-    Vector<T> sum = load(sum_exp + sample) * exp<T>(old_max - new_max);
+    Vector<T> sum{};
     for (int r = 0; r < rows; ++r) {
       const IntVector is_target = target == static_cast<Int>(first_class + r);
       sum += exp<T>((is_target ? excluded : load(logits + r * width)) - new_max);
     }
+    const Vector<T> shrink = exp<T>(old_max - new_max);
+    add_without_excess<T>(sum, load(sum_exp + sample) * shrink, load(sum_exp_excess + sample) * shrink,
+                          sum_exp + sample, sum_exp_excess + sample);
     store(max + sample, new_max);
-    store(sum_exp + sample, sum);
     store(target_logit + sample, at_target);
     if (smoothing) {
-      Vector<T> total = load(sum_logits + sample);
+      Vector<T> total{};
       for (int r = 0; r < rows; ++r) total += load(logits + r * width);
-      store(sum_logits + sample, total);
+      add_without_excess<T>(total, load(sum_logits + sample), load(sum_logits_excess + sample), sum_logits + sample,
+                            sum_logits_excess + sample);
     }
     if (prediction) {
       Vector<T> highest = load(best + sample);
@@ -82,8 +98,9 @@ struct JoinedRow {
       sum_exp *= std::exp(max - part_max);
       max = part_max;
     }
-    sum_exp += part_max == max ? part.sum_exp[i] : part.sum_exp[i] * std::exp(part_max - max);
-    sum_logits += part.sum_logits[i];
+    const double part_sum = double(part.sum_exp[i]) - part.sum_exp_excess[i];
+    sum_exp += part_max == max ? part_sum : part_sum * std::exp(part_max - max);
+    sum_logits += double(part.sum_logits[i]) - part.sum_logits_excess[i];
     target_logit += part.target_logit[i];  // 0 but in the thread that owns the target class
     if (part.best[i] > best) {
       best = part.best[i];

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fewshot_ext import _extras
-from fewshot_ext._checks import check_at_least, check_fraction
+from fewshot_ext._checks import check_at_least, check_fraction, check_positive
 
 _TRIES = 10
 
@@ -64,7 +64,7 @@ class ImageInput(nn.Module):
     Raises:
         ImportError: rotation, translation or zoom is asked for and kornia is missing.
         TypeError: images that are not uint8.
-        ValueError: an image size below 1.
+        ValueError: an image size below 1, another number of deviations than of means, or one that is not above 0.
 
     Shape:
         ``[B, C, H, W]`` uint8 -> ``[B, C, image_size, image_size]`` (or H, W) float32, channels-last if the input is.
@@ -85,8 +85,12 @@ class ImageInput(nn.Module):
         super().__init__()
         if image_size is not None:
             check_at_least("image_size", image_size, 1)
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+        if len(mean) != len(std):
+            raise ValueError(f"std must have a number a channel as mean has, {len(mean)}, got {len(std)}")
+        for value in std:
+            check_positive("std", value)
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1))
         self.image_size = image_size
         self.crops = augmentation.crop_scale > 0
         self.augmentation = _build_augmentation(augmentation, image_size)

@@ -18,6 +18,17 @@ def ramp(height=16, width=16, count=1):
     return torch.stack([columns, rows, torch.full_like(rows, 128)]).byte().expand(count, -1, -1, -1)
 
 
+def test_11_integer_means_and_deviations():
+    images = torch.arange(48, dtype=torch.uint8).view(1, 3, 4, 4)
+    torch.testing.assert_close(ImageInput((0, 0, 0), (1, 1, 1)).eval()(images), images / 255)
+    for mean, std, message in (
+        ((0, 0), (1,), "std must have a number a channel as mean has, 2, got 1"),
+        ((0,), (0,), "std"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ImageInput(mean, std)
+
+
 def test_evaluation_stretches_to_115_percent_and_cuts_the_middle_out():
     images = torch.randint(256, (3, 3, 50, 40), dtype=torch.uint8)
     out = ImageInput(**RGB, image_size=84).eval()(images)
