@@ -48,14 +48,29 @@ def merged_batch(op: Callable) -> Callable:
     return rule
 
 
-def differentiable(op: torch._ops.OpOverload, setup_context: Callable, backward: Callable, vmap: Callable) -> Callable:
+def differentiable(
+    op: torch._ops.OpOverload,
+    setup_context: Callable,
+    backward: Callable,
+    vmap: Callable,
+    jvp: Callable | None = None,
+) -> Callable:
     """``op`` with its autograd rule on both roads: as a registered operator for the compiler, and as an
     autograd.Function for eager calls. The function costs a third of the registered rule's overhead, which shows at
     few-shot sizes, and torch.func.grad, vjp and jacrev, which refuse the registered rule, see through it.
 
-    ``vmap`` makes the rule from ``op``: :func:`one_by_one` or :func:`merged_batch`.
+    ``vmap`` makes the rule from what it shall call: :func:`one_by_one` or :func:`merged_batch`. Without ``jvp``
+    forward-mode derivatives raise.
     """
-    rule = vmap(op)
+
+    def refuse_forward_mode(ctx, *tangents):
+        raise RuntimeError(f"fewshot_ext.{op._opname} offers no forward-mode derivatives.")
+
+    def call(*args):
+        return op(*args) if torch.compiler.is_compiling() else function.apply(*args)
+
+    # Where a derivative surrounds the vmap, it is what the rule calls that torch.func differentiates.
+    rule = vmap(call)
     torch.library.register_autograd(op, backward, setup_context=setup_context)
     torch.library.register_vmap(op, rule)
 
@@ -72,12 +87,10 @@ def differentiable(op: torch._ops.OpOverload, setup_context: Callable, backward:
             "forward": staticmethod(forward),
             "setup_context": staticmethod(setup_context),
             "backward": staticmethod(backward),
+            "jvp": staticmethod(jvp or refuse_forward_mode),
             "vmap": staticmethod(rule),
         },
     )
-
-    def call(*args):
-        return op(*args) if torch.compiler.is_compiling() else function.apply(*args)
 
     return call
 

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from fewshot_ext.ops._autograd import accumulate_dtype, merged_batch, one_by_one
+from fewshot_ext.ops._autograd import accumulate_dtype, differentiable, merged_batch, one_by_one
 from fewshot_ext.ops._validation import (
     check_choice,
     check_device,
@@ -52,8 +52,9 @@ def _refuse_derivative(*unused) -> None:
     raise RuntimeError(_NO_GRADIENT.format("its inputs"))
 
 
-torch.library.register_autograd(_finetune_op, _refuse_derivative)
-torch.library.register_vmap(_finetune_op, merged_batch(_finetune_op))
+_call_finetune = differentiable(
+    _finetune_op, lambda ctx, inputs, output: None, _refuse_derivative, merged_batch, _refuse_derivative
+)
 torch.library.register_vmap(_draw_op, one_by_one(_draw_op))
 
 
@@ -267,7 +268,7 @@ def finetune_episodes(
         _check_values(support_target, order, way)
     settings = (similarity == "cosine", scale, margin, batch_size, lr, momentum, dampening, weight_decay)
     try:
-        return _finetune_op(support, support_target, query, weight, order, *settings)
+        return _call_finetune(support, support_target, query, weight, order, *settings)
     except RuntimeError:
         # On the CPU the kernel looks at every value before it does anything: a look from here first costs more.
         if support.device.type == "cpu":

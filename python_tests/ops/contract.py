@@ -1,4 +1,4 @@
-"""The words in which an operator describes itself to the contract tests of test_contract.py."""
+"""The words in which an operator describes itself to the contract tests, test_contract*.py."""
 
 import os
 import shutil
@@ -248,6 +248,20 @@ def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def floating(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The results that gradients come from."""
     return tuple(result for result in as_tuple(results) if result.is_floating_point())
+
+
+def problem_function(
+    case: OperatorCase, problem: Problem, names: Sequence[str] | None = None
+) -> tuple[Callable, list[Tensor]]:
+    """The operator as a function of the tensors in ``names`` alone, and these tensors as leaves."""
+    names = case.differentiable if names is None else names
+    problem = problem.with_grad(names)
+
+    def function(*tensors):
+        replaced = dict(zip(names, tensors, strict=True))
+        return case.function(**{**problem.arguments(), **replaced})
+
+    return function, [problem.tensors[name] for name in names]
 
 
 def evaluate(

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from .cases import OPERATORS
+from .cases import OPERATORS, each_differentiable, each_operator
 from .contract import (
     BACKENDS,
     DEVICES,
@@ -17,30 +17,13 @@ from .contract import (
     assert_same,
     evaluate,
     floating,
+    problem_function,
     skip_if_missing,
     threads,
 )
 
 # torch.amp.GradScaler starts at 2^16, to lift float16 gradients above the smallest number that there is.
 LOSS_SCALES = (1.0, 2.0**16)
-
-
-def each_operator(backends, operators=OPERATORS):
-    """Runs a test for every operator on every backend; the report says why one is missing."""
-    return pytest.mark.parametrize(
-        "case, backend",
-        [
-            pytest.param(
-                case, backend, id=f"{backend.name}-{case.name}", marks=skip_if_missing(case.missing_on(backend))
-            )
-            for case in operators
-            for backend in case.backends(backends)
-        ],
-    )
-
-
-def each_differentiable(backends):
-    return each_operator(backends, tuple(case for case in OPERATORS if case.differentiable))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -153,18 +136,6 @@ def test_opcheck(case, backend):
             torch.library.opcheck(overload, arguments)
 
 
-def problem_function(case, problem, names=None):
-    """The operator as a function of the tensors in ``names`` alone, and these tensors as leaves."""
-    names = case.differentiable if names is None else names
-    problem = problem.with_grad(names)
-
-    def function(*tensors):
-        replaced = dict(zip(names, tensors, strict=True))
-        return case.function(**{**problem.arguments(), **replaced})
-
-    return function, [problem.tensors[name] for name in names]
-
-
 @each_differentiable(BACKENDS)
 def test_gradcheck(case, backend):
     with backend.activate():
@@ -193,30 +164,6 @@ def test_second_derivatives_are_right_or_refused(case, backend):
                 with pytest.raises(RuntimeError, match=case.no_second_derivative):
                     gradient.sum().backward(retain_graph=True)
         assert all(tensor.grad is None for tensor in inputs)
-
-
-@each_differentiable(DEVICES)
-def test_functional_second_derivatives_are_right_or_refused(case, backend):
-    function, inputs = problem_function(case, case.examples[0].to(device=backend.device))
-    inputs = tuple(tensor.detach() for tensor in inputs)
-
-    def scalar(*tensors):
-        return floating(function(*tensors))[0].sum()
-
-    second_derivative = torch.func.jacrev(torch.func.grad(scalar))
-    if case.no_second_derivative is None:
-        torch.testing.assert_close(second_derivative(*inputs), torch.autograd.functional.hessian(scalar, inputs[0]))
-        return
-    with pytest.raises(RuntimeError, match=case.no_second_derivative):
-        second_derivative(*inputs)
-
-
-@each_differentiable(DEVICES)
-def test_forward_mode_is_refused(case, backend):
-    function, inputs = problem_function(case, case.examples[0].to(device=backend.device))
-    inputs = tuple(tensor.detach() for tensor in inputs)
-    with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)forward.mode"):
-        torch.func.jvp(lambda *tensors: floating(function(*tensors))[0].sum(), inputs, inputs)
 
 
 @each_differentiable(DEVICES)
@@ -321,72 +268,6 @@ def test_export_dynamic(case, backend):
         for samples in (5, 3):
             part = trim(problem, case, samples)
             torch.testing.assert_close(program.module()(part.tensors), case.function(**part.arguments()))
-
-
-def stacked(problem, names, count=3):
-    """``count`` problems in one: the tensors in ``names`` get a leading dimension."""
-    tensors = dict(problem.tensors)
-    for name in names:
-        tensor = tensors[name]
-        # Rolled rows: other problems with labels that are legal too.
-        tensors[name] = torch.stack([tensor.roll(shift, 0) for shift in range(count)])
-    return tensors
-
-
-def batched_choices(case):
-    """All batched tensors together, and each by itself."""
-    return (case.batched, *((name,) for name in case.batched))
-
-
-@each_operator(DEVICES)
-def test_vmap(case, backend):
-    if not case.batched:
-        pytest.skip(f"{case.name} takes batches itself")
-    for problem in case.examples:
-        problem = problem.to(device=backend.device)
-        for names in batched_choices(case):
-            tensors = stacked(problem, names)
-
-            def call(*arguments):
-                return case.function(**dict(zip(tensors, arguments, strict=True)), **problem.options)  # noqa: B023
-
-            dims = tuple(0 if name in names else None for name in tensors)
-            results = as_tuple(torch.func.vmap(call, in_dims=dims)(*tensors.values()))
-            for index in range(3):
-                one = [tensors[name][index] if name in names else tensors[name] for name in tensors]
-                torch.testing.assert_close(tuple(result[index] for result in results), as_tuple(call(*one)))
-
-
-@each_differentiable(DEVICES)
-def test_vmap_of_grad_and_grad_of_vmap(case, backend):
-    if not case.batched:
-        pytest.skip(f"{case.name} takes batches itself")
-    for problem in case.examples:
-        problem = problem.to(device=backend.device)
-        positions = tuple(list(problem.tensors).index(name) for name in case.differentiable)
-        for names in batched_choices(case):
-            tensors = stacked(problem, names)
-            dims = tuple(0 if name in names else None for name in tensors)
-
-            def scalar(*arguments):
-                result = case.function(**dict(zip(tensors, arguments, strict=True)), **problem.options)  # noqa: B023
-                return sum(output.square().sum() for output in floating(result))
-
-            gradients = torch.func.vmap(torch.func.grad(scalar, argnums=positions), in_dims=dims)(*tensors.values())
-            totals = {}
-            for index in range(3):
-                one = [tensors[name][index] if name in names else tensors[name] for name in tensors]
-                leaves = [tensor.clone().requires_grad_(k in positions) for k, tensor in enumerate(one)]
-                expected = torch.autograd.grad(scalar(*leaves), [leaves[k] for k in positions])
-                torch.testing.assert_close(tuple(gradient[index] for gradient in gradients), expected)
-                totals[index] = expected
-
-            leaves = [tensor.clone().requires_grad_(k in positions) for k, tensor in enumerate(tensors.values())]
-            torch.func.vmap(scalar, in_dims=dims)(*leaves).sum().backward()
-            for slot, k in enumerate(positions):
-                parts = torch.stack([totals[index][slot] for index in range(3)])
-                expected = parts if dims[k] == 0 else parts.sum(dim=0)
-                torch.testing.assert_close(leaves[k].grad, expected)
 
 
 @each_operator(DEVICES)

@@ -283,8 +283,23 @@ def test_scores_carry_no_gradient_and_say_so():
         scores = fewshot_ext.finetune_episodes(**{**arguments, "support": support})
     assert not scores.requires_grad
     assert torch.equal(scores, fewshot_ext.finetune_episodes(**{**arguments, "support": support.detach()}))
+
+    def scores_of_support(x):
+        return fewshot_ext.finetune_episodes(**{**arguments, "support": x}).sum()
+
     with pytest.raises(RuntimeError, match=r"support: .* offers no gradient"):
-        torch.func.grad(lambda x: fewshot_ext.finetune_episodes(**{**arguments, "support": x}).sum())(support.detach())
+        torch.func.grad(scores_of_support)(support.detach())
+    mapped = torch.func.vmap(scores_of_support)
+    copies = torch.stack([support.detach()] * 2)
+    for transformed in (
+        torch.func.grad(lambda x: mapped(x).sum()),
+        torch.func.jacrev(mapped),
+        torch.func.vmap(torch.func.grad(scores_of_support)),
+        lambda x: torch.func.vjp(mapped, x)[1](torch.ones(2)),
+        lambda x: torch.func.jvp(mapped, (x,), (x,)),
+    ):
+        with pytest.raises(RuntimeError, match="offers no gradient"):
+            transformed(copies)
     # The operator itself records the question and refuses to answer it.
     tensors = [arguments[name] for name in NAMES]
     scores = torch.ops.fewshot_ext.finetune_episodes(support, *tensors[1:], True, 5.0, 0.0, 2, 0.1, 0.9, 0.9, 0.0)

@@ -55,6 +55,20 @@ def test_second_derivatives():
     assert torch.autograd.gradgradcheck(lambda rows: rate_reduction(rows, labels).reduction, (embeddings,))
 
 
+def test_gradients_of_vmap_and_vmap_of_gradients():
+    labels = torch.tensor([4, 1, 4, 4, 1, 7])
+    embeddings = torch.stack([drawn_embeddings("normal", 6, 3, seed=seed) for seed in range(3)])
+
+    def reduction(rows):
+        return rate_reduction(rows, labels).reduction
+
+    expected = torch.stack([torch.func.grad(reduction)(rows) for rows in embeddings])
+    mapped = torch.func.vmap(reduction)
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(reduction))(embeddings), expected)
+    torch.testing.assert_close(torch.func.grad(lambda rows: mapped(rows).sum())(embeddings), expected)
+    torch.testing.assert_close(torch.func.jacrev(mapped)(embeddings).sum(0), expected)
+
+
 def test_orthogonal_classes_reduce_most():
     """Four directions by classes of two, against the same four shared by all."""
     labels = torch.tensor([0, 0, 1, 1])
