@@ -1,7 +1,7 @@
 """What the operators share above their kernels: autograd rules for eager calls and for the compiler, and vmap rules."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,13 +17,16 @@ def one_by_one(op: Callable) -> Callable:
 
     def rule(info, in_dims, *args):
         def item(arg, dim, index):
-            return arg if dim is None else arg.select(dim, index)
+            if dim is None:
+                return arg
+            return arg.select(dim, index) if info.batch_size else arg.new_zeros(arg.movedim(dim, 0).shape[1:])
 
+        # Of no problems there is one of zeros made, for its shapes.
         results = [
             op(*(item(arg, dim, index) for arg, dim in zip(args, in_dims, strict=True)))
-            for index in range(info.batch_size)
+            for index in range(max(info.batch_size, 1))
         ]
-        stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+        stacked = tuple(torch.stack(parts)[: info.batch_size] for parts in zip(*results, strict=True))
         return stacked, (0,) * len(stacked)
 
     return rule
@@ -63,8 +66,12 @@ def differentiable(
     forward-mode derivatives raise.
     """
 
-    def refuse_forward_mode(ctx, *tangents):
-        raise RuntimeError(f"fewshot_ext.{op._opname} offers no forward-mode derivatives.")
+    def forward_mode(ctx, *tangents):
+        if jvp is None:
+            raise RuntimeError(f"fewshot_ext.{op._opname} offers no forward-mode derivatives.")
+        # Without this the tangents would be constants to a forward mode around this one.
+        with torch.autograd.forward_ad._set_fwd_grad_enabled(True):
+            return jvp(ctx, *tangents)
 
     def call(*args):
         return op(*args) if torch.compiler.is_compiling() else function.apply(*args)
@@ -87,34 +94,9 @@ def differentiable(
             "forward": staticmethod(forward),
             "setup_context": staticmethod(setup_context),
             "backward": staticmethod(backward),
-            "jvp": staticmethod(jvp or refuse_forward_mode),
+            "jvp": staticmethod(forward_mode),
             "vmap": staticmethod(rule),
         },
     )
 
     return call
-
-
-class _FirstDerivativeOnly(torch.autograd.Function):
-    @staticmethod
-    def forward(message, count, *tensors):
-        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.message = inputs[0]
-
-    @staticmethod
-    def backward(ctx, *unused_grads):
-        raise RuntimeError(ctx.message)
-
-    @staticmethod
-    def vmap(info, in_dims, message, count, *tensors):
-        return _FirstDerivativeOnly.apply(message, count, *tensors), in_dims[2 : 2 + count]
-
-
-def first_derivative_only(message: str, gradients: Sequence[Tensor], sources: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """``gradients``, which depend on ``sources`` in a way that no rule covers: to differentiate them raises a
-    RuntimeError that says ``message``. Without this autograd would take them for constants, and second derivatives
-    would be silent zeros. Called from a backward pass."""
-    return _FirstDerivativeOnly.apply(message, len(gradients), *gradients, *sources)

@@ -119,7 +119,7 @@ def coding_rate(embeddings: Tensor, eps: float = 0.5, *, alpha: float | None = N
         the sum of its squares should stay below 1e15. The rounding of gradients is 2e-16 times that, relatively.
 
     The gradient is :math:`\alpha (I + \alpha Z Z^T)^{-1} Z` in closed form, from the factor that the value came from,
-    and may be differentiated again.
+    and may be differentiated again; forward-mode derivatives raise a RuntimeError.
 
     Raises:
         TypeError: a wrong type or dtype.

@@ -1,10 +1,10 @@
 """The Earth Mover's Distance of weighted sets: exact, batched and differentiable.
 
 Operator contract: every problem of a batch is solved to a proven optimum, or the call raises and returns nothing. The
-native operator takes problems [B, n, m] and scales each demand to the mass of its supply; gradients of the value reach
-cost, supply and demand, those of the flow reach supply and demand, and second derivatives raise. Gradients come from
-the optimal basis, a spanning tree of n + m - 1 arcs: the value's are the flow and the duals themselves, the flow's take
-one more sweep over the tree.
+native operator takes problems [B, n, m] and scales each demand to the mass of its supply. Derivatives come from the
+optimal basis, a spanning tree of n + m - 1 arcs: with it the flow is linear in the marginals, and the duals in the
+cost. The value's gradients are the flow and the duals themselves; those of flow and duals take one more sweep over the
+tree, and forward-mode and higher derivatives are made of the same parts.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fewshot_ext.ops._autograd import accumulate_dtype, differentiable, first_derivative_only, merged_batch
+from fewshot_ext.ops._autograd import accumulate_dtype, differentiable, merged_batch
 from fewshot_ext.ops._validation import (
     check_device,
     check_flag,
@@ -28,7 +28,6 @@ MASS_TOLERANCE = 1e-4  # of csrc/emd: by how much, relatively, the masses of sup
 # By how much a certificate may miss the exact conditions, relatively: some roundings of the results in float32, and in
 # float64 the solver's own, which grow with the number of points, for the largest problems that it takes.
 CERTIFICATE_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-10}
-_FIRST_DERIVATIVES = "fewshot_ext.emd offers first derivatives only."
 _REPORT = (
     "To report it, save the inputs: torch.save({'cost': cost, 'supply': supply, 'demand': demand}, 'emd_problem.pt')"
 )
@@ -74,47 +73,109 @@ def _(grad_flow, basis):
     return grad_flow.new_empty([batch, n]), grad_flow.new_empty([batch, m])
 
 
+@torch.library.custom_op("fewshot_ext::emd_tree_flow", mutates_args=())
+def _tree_flow_op(supply: Tensor, demand: Tensor, basis: Tensor) -> Tensor:
+    """The flow [B, n, m] on the arcs of each basis that moves supply [B, n] to demand [B, m], once what their sums
+    differ by is spread evenly, one half over each side: the adjoint of emd_flow_backward."""
+    (batch, n), m = supply.shape, demand.shape[1]
+    supplied, demanded = supply.double(), demand.double()
+    excess = (supplied.sum(-1, keepdim=True) - demanded.sum(-1, keepdim=True)) / 2
+    # Below each node hang the nodes that arcs later in the basis joined to it, and what all of them supply, less what
+    # they demand, leaves through the arc that joined the node itself. Sums double their reach at every step. The last
+    # node stands above the root.
+    leaving = torch.cat([supplied - excess / n, -demanded - excess / m, excess.new_zeros(batch, 1)], -1)
+    arcs = basis.long()
+    row, column = arcs // m, n + arcs % m
+    position = torch.arange(n + m - 1, device=arcs.device).expand_as(arcs)
+    joined_at = position.new_full((batch, n + m), n + m)
+    joined_at.scatter_reduce_(1, torch.cat([row, column], 1), torch.cat([position, position], 1), "amin")
+    joined_at[:, 0] = -1  # the root
+    row_joins = joined_at.gather(1, row) == position
+    above = position.new_full((batch, n + m + 1), n + m)
+    above.scatter_(1, torch.where(row_joins, row, column), torch.where(row_joins, column, row))
+    for _ in range((n + m).bit_length()):
+        leaving = leaving.scatter_add(1, above, leaving)
+        leaving[:, -1] = 0
+        above = above.gather(1, above)
+    flow = torch.where(row_joins, leaving.gather(1, row), -leaving.gather(1, column))
+    return supply.new_zeros(batch, n * m).scatter_(1, arcs, flow.to(supply.dtype)).view(batch, n, m)
+
+
+@_tree_flow_op.register_fake
+def _(supply, demand, basis):
+    return supply.new_empty([supply.shape[0], supply.shape[1], demand.shape[1]])
+
+
 def _save_for_backward(ctx, inputs, output) -> None:
     _, flow, supply_dual, demand_dual, basis, pivots = output
-    ctx.mark_non_differentiable(supply_dual, demand_dual, basis, pivots)
+    ctx.mark_non_differentiable(basis, pivots)
     ctx.set_materialize_grads(False)
     ctx.dtype = inputs[0].dtype
     ctx.save_for_backward(flow, supply_dual, demand_dual, basis)
+    ctx.save_for_forward(flow, supply_dual, demand_dual, basis)
 
 
-def _backward(ctx, grad_value, grad_flow, *unused_grads):
-    if grad_value is None and grad_flow is None:
-        return None, None, None
+def _or_zeros(tensor: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if tensor is None else tensor.to(like.dtype)
+
+
+def _backward(ctx, grad_value, grad_flow, grad_supply_dual, grad_demand_dual, *unused_grads):
+    """Made of saved results, which autograd knows as such: the gradients have gradients of every order."""
     flow, supply_dual, demand_dual, basis = ctx.saved_tensors
     needs_cost, needs_supply, needs_demand = ctx.needs_input_grad
-    grad_cost = grad_supply = grad_demand = None
-    if grad_value is not None:
-        if needs_cost:
-            grad_cost = grad_value[:, None, None] * flow
-        grad_supply = grad_value[:, None] * supply_dual
-        grad_demand = grad_value[:, None] * demand_dual
-    elif needs_cost:
-        grad_cost = torch.zeros_like(flow)  # a vertex stays where it is while the cost moves a little
+    # A vertex stays where it is while the cost moves a little, and so do the duals while the marginals do.
+    if grad_value is None:
+        gradients = [torch.zeros_like(part) for part in (flow, supply_dual, demand_dual)]
+    else:
+        gradients = [
+            grad_value[:, None, None] * flow if needs_cost else None,
+            grad_value[:, None] * supply_dual if needs_supply else None,
+            grad_value[:, None] * demand_dual if needs_demand else None,
+        ]
+    if needs_cost and (grad_supply_dual is not None or grad_demand_dual is not None):
+        through_duals = (_or_zeros(grad_supply_dual, supply_dual), _or_zeros(grad_demand_dual, demand_dual))
+        gradients[0] = gradients[0] + _call_tree_flow(*through_duals, basis)
     if grad_flow is not None and (needs_supply or needs_demand):
-        through_supply, through_demand = _call_flow_backward(grad_flow, basis)
-        grad_supply = through_supply if grad_supply is None else grad_supply + through_supply
-        grad_demand = through_demand if grad_demand is None else grad_demand + through_demand
-    gradients = (grad_cost, grad_supply if needs_supply else None, grad_demand if needs_demand else None)
-    wanted = [gradient.to(ctx.dtype) for gradient in gradients if gradient is not None]
-    # The duals are constants to autograd: a graph of this pass would be wrong in silence.
-    if torch.is_grad_enabled():
-        wanted = first_derivative_only(_FIRST_DERIVATIVES, wanted, flow)
-    given = iter(wanted)
-    return tuple(None if gradient is None else next(given) for gradient in gradients)
+        through_flow = _call_flow_backward(grad_flow, basis)
+        gradients[1:] = (None if to is None else to + by for to, by in zip(gradients[1:], through_flow, strict=True))
+    return tuple(None if gradient is None else gradient.to(ctx.dtype) for gradient in gradients)
 
 
-def _refuse_second_derivative(*unused) -> None:
-    raise RuntimeError(_FIRST_DERIVATIVES)
+def _jvp(ctx, cost, supply, demand):
+    flow, supply_dual, demand_dual, basis = ctx.saved_tensors
+    cost, supply, demand = _or_zeros(cost, flow), _or_zeros(supply, supply_dual), _or_zeros(demand, demand_dual)
+    value = (flow * cost).sum((-2, -1)) + (supply_dual * supply).sum(-1) + (demand_dual * demand).sum(-1)
+    return value, _call_tree_flow(supply, demand, basis), *_call_flow_backward(cost, basis), None, None
 
 
-_call_emd = differentiable(_emd_op, _save_for_backward, _backward, merged_batch)
+def _save_basis(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[-1])
+    ctx.save_for_forward(inputs[-1])
+
+
+def _flow_backward_backward(ctx, grad_supply, grad_demand):
+    return _call_tree_flow(grad_supply, grad_demand, *ctx.saved_tensors), None
+
+
+def _tree_flow_backward(ctx, grad_flow):
+    return *_call_flow_backward(grad_flow, *ctx.saved_tensors), None
+
+
+_call_emd = differentiable(_emd_op, _save_for_backward, _backward, merged_batch, _jvp)
+# Both are linear and each other's adjoints.
 _call_flow_backward = differentiable(
-    _flow_backward_op, lambda ctx, inputs, output: None, _refuse_second_derivative, merged_batch
+    _flow_backward_op,
+    _save_basis,
+    _flow_backward_backward,
+    merged_batch,
+    lambda ctx, grad_flow, _: _call_flow_backward(grad_flow, *ctx.saved_tensors),
+)
+_call_tree_flow = differentiable(
+    torch.ops.fewshot_ext.emd_tree_flow.default,
+    _save_basis,
+    _tree_flow_backward,
+    merged_batch,
+    lambda ctx, supply, demand, _: _call_tree_flow(supply, demand, *ctx.saved_tensors),
 )
 
 
@@ -311,11 +372,13 @@ def emd(
 
     Gradients are those of the optimal basis, with no approximation. Of the value: the flow to ``cost``, the duals to
     ``supply`` and ``demand``. Of the flow: 0 to ``cost``, and the solution y, z of :math:`y_i + z_j = G_{ij}` on the
-    arcs of the basis for the upstream gradient G to ``supply`` and ``demand``, with means as those of the duals. A
+    arcs of the basis for the upstream gradient G to ``supply`` and ``demand``, with means as those of the duals. Of the
+    duals: 0 to the marginals, and to ``cost`` the flow on the basis that has the upstream gradients as its marginals. A
     gradient to a marginal means something along directions that keep the masses equal alone. Where the optimum is
     degenerate (some basic flow is 0, as with equal or zero masses) the duals are one choice of many and give a
-    subgradient; where several flows are optimal the one returned is a subgradient to ``cost``. No gradient comes from
-    the duals, and second derivatives raise a RuntimeError.
+    subgradient; where several flows are optimal the one returned is a subgradient to ``cost``. All results have
+    forward-mode derivatives and derivatives of every order too, of the same basis: ``torch.func.jvp``, ``jacfwd`` and
+    ``hessian`` work. Compiled code has first derivatives in reverse mode.
 
     Raises:
         TypeError: a wrong type or dtype.

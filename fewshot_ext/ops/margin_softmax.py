@@ -1,9 +1,9 @@
 """Softmax losses with a margin of either sign, fused forward and backward.
 
 Operator contract: the value does not depend on whether gradients were asked for; gradients reach features and weight;
-second derivatives raise. ``features_grad`` and ``weight_grad`` are hints: with a scalar loss they let the forward pass,
-which has the logits at hand, leave the gradients behind (6NDC operations in all); without them the backward pass
-computes the logits again (8NDC).
+second and forward-mode derivatives raise. ``features_grad`` and ``weight_grad`` are hints: with a scalar loss they let
+the forward pass, which has the logits at hand, leave the gradients behind (6NDC operations in all); without them the
+backward pass computes the logits again (8NDC).
 """
 
 import torch
@@ -268,7 +268,7 @@ def margin_cosine_loss(
         The loss, ``[]`` or ``[N]`` (reduction "none"), float64 for float64 features and float32 otherwise; with
         ``return_prediction`` a pair of it and the predictions, ``[N]`` int64, the first class where several tie.
 
-    Gradients reach ``features`` and ``weight``; second derivatives raise a RuntimeError.
+    Gradients reach ``features`` and ``weight``; second and forward-mode derivatives raise a RuntimeError.
 
     Raises:
         TypeError: a wrong type or dtype.

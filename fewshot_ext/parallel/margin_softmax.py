@@ -80,7 +80,7 @@ class ClassParallelMarginLoss(nn.Module):
         features ``[N_r, D]``, target ``[N_r]`` int64 with labels in [0, C) -> ``[]``, or ``[N_r]`` for "none"; with
         ``return_prediction`` a pair of it and the predictions, ``[N_r]`` int64, among the classes that took part.
 
-    Gradients reach features and weight; second derivatives raise a RuntimeError.
+    Gradients reach features and weight; second and forward-mode derivatives raise a RuntimeError.
 
     Raises:
         RuntimeError: ``torch.distributed`` is not initialised. A rank that dies, or does not come to a collective

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewshot_ext._extras import require
 
-_SUPPORT = 1e-9  # of the mass: a flow above it belongs to the vertex
+_SUPPORT = 1e-9  # of the mass: a flow above it is on an arc of the vertex
 
 
 def emd(
@@ -36,7 +36,8 @@ def emd(
     missing_supply, missing_demand = supply - optimum.sum(-1), demand - optimum.sum(-2)
     value = (cost * optimum).sum((-2, -1))
     value = value + (supply_dual * missing_supply).sum(-1) + (demand_dual * missing_demand).sum(-1)
-    return value, _flow_of_vertex(optimum, supply, demand), supply_dual, demand_dual
+    used = optimum > _SUPPORT * supply.detach().sum(-1)[..., None, None]  # the arcs of the vertex
+    return value, *_of_vertex(used, cost, supply, demand)
 
 
 def _solve(cost: Tensor, supply: Tensor, demand: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,16 +60,22 @@ def _solve(cost: Tensor, supply: Tensor, demand: Tensor) -> tuple[Tensor, Tensor
     optimum, supply_dual, demand_dual = (
         torch.as_tensor(found).to(cost) for found in (flow.value, -leaves.dual_value, -arrives.dual_value)
     )
-    difference = (demand_dual.mean(-1, keepdim=True) - supply_dual.mean(-1, keepdim=True)) / 2
-    return optimum, supply_dual + difference, demand_dual - difference
+    return optimum, *_of_equal_means(supply_dual, demand_dual)
 
 
-def _flow_of_vertex(optimum: Tensor, supply: Tensor, demand: Tensor) -> Tensor:
-    """The flow on the arcs that ``optimum`` uses, as a linear function of the marginals."""
-    n, m = optimum.shape[-2:]
+def _of_vertex(used: Tensor, cost: Tensor, supply: Tensor, demand: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The flow on the arcs that are ``used``, as a linear function of the marginals, and the duals, as one of the
+    cost."""
+    n, m = used.shape[-2:]
     leaves = torch.eye(n).repeat_interleave(m, dim=1)  # [n, n m]: the arcs of each supply
     arrives = torch.eye(m).repeat(1, n)  # [m, n m]: the arcs of each demand
-    used = (optimum > _SUPPORT * supply.sum(-1)[..., None, None]).flatten(-2)
-    incidence = torch.cat([leaves, arrives]).to(optimum) * used.unsqueeze(-2)
-    flow = torch.linalg.pinv(incidence) @ torch.cat([supply, demand], dim=-1).unsqueeze(-1)
-    return flow.squeeze(-1).unflatten(-1, (n, m))
+    incidence = torch.cat([leaves, arrives]).to(cost) * used.flatten(-2).unsqueeze(-2)
+    inverse = torch.linalg.pinv(incidence)
+    flow = inverse @ torch.cat([supply, demand], dim=-1).unsqueeze(-1)
+    duals = inverse.mT @ cost.flatten(-2).unsqueeze(-1)
+    return flow.squeeze(-1).unflatten(-1, (n, m)), *_of_equal_means(*duals.squeeze(-1).split((n, m), dim=-1))
+
+
+def _of_equal_means(supply_dual: Tensor, demand_dual: Tensor) -> tuple[Tensor, Tensor]:
+    difference = (demand_dual.mean(-1, keepdim=True) - supply_dual.mean(-1, keepdim=True)) / 2
+    return supply_dual + difference, demand_dual - difference

@@ -217,6 +217,8 @@ class OperatorCase:
     bad_inputs: tuple[BadInput, ...]
     # What the error of a second derivative says; None where there are second derivatives.
     no_second_derivative: str | None = None
+    # What the error of a forward-mode derivative says; None where there are such derivatives.
+    no_forward_mode: str | None = "offers no forward-mode derivatives"
     # Checks results that are not floating point: rounding may turn an arg max that nearly ties.
     check_discrete: Callable[[Problem, tuple[Tensor, ...]], None] | None = None
     # Tensors that vmap maps over; empty where batching makes no sense.

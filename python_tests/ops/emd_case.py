@@ -21,13 +21,8 @@ PROBLEMS = (1, 2, 4)
 POINTS = (1, 2, 3, 5, 8, 13)
 
 
-def value_and_flow(**arguments) -> tuple[Tensor, Tensor]:
-    """The results that gradients come from; test_emd.py has the duals."""
-    return fewshot_ext.emd(**arguments)[:2]
-
-
-def reference_value_and_flow(*, check: bool = False, **arguments) -> tuple[Tensor, Tensor]:
-    return reference.emd(**arguments)[:2]
+def linear_program(*, check: bool = False, **arguments) -> tuple[Tensor, ...]:
+    return reference.emd(**arguments)
 
 
 def _random_tree(n: int, m: int, generator: torch.Generator) -> list[tuple[int, int]]:
@@ -107,7 +102,7 @@ def _problems(drawn, dtype: torch.dtype) -> Problem:
 
 
 def _bounds(problem: Problem, upstream: Sequence[Tensor], operand_error: float) -> Bounds:
-    """Flows and duals are alternating sums along paths of the tree, of at most n + m - 1 arcs."""
+    """Flows are alternating sums of masses, duals alternating sums of costs, over at most n + m - 1 arcs of a tree."""
     cost, supply, demand = (problem.tensors[name].double() for name in NAMES)
     accumulate = torch.float64 if problem.tensors["cost"].dtype == torch.float64 else torch.float32
     unit = torch.finfo(accumulate).eps / 2 + REFERENCE_UNIT
@@ -116,14 +111,16 @@ def _bounds(problem: Problem, upstream: Sequence[Tensor], operand_error: float) 
     normalize = problem.options.get("normalize", False)
     mass, divisor = (torch.ones_like(total), total) if normalize else (total, torch.ones_like(total))
     grad_value, grad_flow = upstream[0].abs(), upstream[1].abs().amax((-2, -1))
+    grad_duals = sum(part.abs().sum(-1) for part in upstream[2:])
     largest_cost = cost.abs().amax((-2, -1))
 
     flow = 4 * arcs * unit * mass
+    dual = (4 * arcs**2 * unit * largest_cost)[:, None]
     marginal = 8 * arcs**2 * unit * (grad_value * largest_cost + grad_flow) / divisor
     return Bounds(
-        (largest_cost * flow, flow[:, None, None].expand_as(cost)),
+        (largest_cost * flow, flow[:, None, None].expand_as(cost), dual.expand_as(supply), dual.expand_as(demand)),
         {
-            "cost": (grad_value * flow)[:, None, None].expand_as(cost),
+            "cost": (grad_value * flow + 4 * arcs * unit * grad_duals)[:, None, None].expand_as(cost),
             "supply": marginal[:, None].expand_as(supply),
             "demand": marginal[:, None].expand_as(demand),
         },
@@ -135,8 +132,11 @@ def _overloads(problem: Problem):
     arguments = tuple(problem.tensors[name] for name in NAMES)
     *_, basis, _ = operators.emd(*(tensor.detach() for tensor in arguments))
     grad_flow = torch.linspace(-1, 1, arguments[0].numel(), device=basis.device).view(arguments[0].shape)
-    # A constant, because the backward operator refuses to be differentiated.
-    return [(operators.emd.default, arguments), (operators.emd_flow_backward.default, (grad_flow, basis))]
+    return [
+        (operators.emd.default, arguments),
+        (operators.emd_flow_backward.default, (grad_flow.requires_grad_(arguments[0].requires_grad), basis)),
+        (operators.emd_tree_flow.default, (*arguments[1:], basis)),
+    ]
 
 
 def _bad_values() -> list[BadInput]:
@@ -199,8 +199,8 @@ BAD_INPUTS = (
 
 emd = OperatorCase(
     name="emd",
-    function=value_and_flow,
-    reference=reference_value_and_flow,
+    function=fewshot_ext.emd,
+    reference=linear_program,
     differentiable=NAMES,
     problems=_problems,
     bounds=_bounds,
@@ -215,7 +215,7 @@ emd = OperatorCase(
     overloads=_overloads,
     dynamic={"cost": {0: "N", 1: "n", 2: "m"}, "supply": {0: "N", 1: "n"}, "demand": {0: "N", 1: "m"}},
     bad_inputs=BAD_INPUTS,
-    no_second_derivative="fewshot_ext.emd offers first derivatives only",
+    no_forward_mode=None,
     batched=NAMES,
     kernels=("cpu", "simt-one_launch", "cuda"),  # the emulator's two differ in margin softmax alone
     autocast_to_float32=True,

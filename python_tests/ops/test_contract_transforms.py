@@ -40,6 +40,9 @@ def test_vmap(case, backend):
             for index in range(3):
                 one = [tensors[name][index] if name in names else tensors[name] for name in tensors]
                 torch.testing.assert_close(tuple(result[index] for result in results), as_tuple(call(*one)))
+            none = [tensor[:0] if name in names else tensor for name, tensor in tensors.items()]
+            empty = as_tuple(torch.func.vmap(call, in_dims=dims)(*none))
+            torch.testing.assert_close(empty, tuple(result[:0] for result in results))
 
 
 def looped(function, dims, *arguments):
@@ -123,17 +126,63 @@ def test_functional_second_derivatives_are_right_or_refused(case, backend):
     def scalar(*tensors):
         return floating(function(*tensors))[0].sum()
 
-    second_derivative = torch.func.jacrev(torch.func.grad(scalar))
+    positions = tuple(range(len(inputs)))
+    second_derivative = torch.func.jacrev(torch.func.grad(scalar, argnums=positions), argnums=positions)
     if case.no_second_derivative is None:
-        torch.testing.assert_close(second_derivative(*inputs), torch.autograd.functional.hessian(scalar, inputs[0]))
+        torch.testing.assert_close(second_derivative(*inputs), torch.autograd.functional.hessian(scalar, inputs))
         return
     with pytest.raises(RuntimeError, match=case.no_second_derivative):
         second_derivative(*inputs)
 
 
+def forward_over_reverse(function, *inputs):
+    return torch.func.jvp(torch.func.grad(function), inputs, inputs)
+
+
+def reverse_over_forward(function, *inputs):
+    return torch.func.grad(lambda *tensors: torch.func.jvp(function, tensors, tensors)[1])(*inputs)
+
+
 @each_differentiable(DEVICES)
-def test_forward_mode_is_refused(case, backend):
-    function, inputs = problem_function(case, case.examples[0].to(device=backend.device))
-    inputs = tuple(tensor.detach() for tensor in inputs)
-    with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)forward.mode"):
-        torch.func.jvp(lambda *tensors: floating(function(*tensors))[0].sum(), inputs, inputs)
+def test_forward_mode_is_right_or_refused(case, backend):
+    for problem in case.examples:
+        function, inputs = problem_function(case, problem.to(device=backend.device))
+        if case.no_forward_mode is None:
+            outputs = lambda *tensors: floating(function(*tensors))  # noqa: B023, E731
+            assert torch.autograd.gradcheck(
+                outputs, inputs, fast_mode=True, check_forward_ad=True, check_batched_forward_grad=True
+            )
+            assert torch.autograd.gradgradcheck(outputs, inputs, fast_mode=True, check_fwd_over_rev=True)
+            continue
+        inputs = tuple(tensor.detach() for tensor in inputs)
+
+        def scalar(*tensors):
+            return floating(function(*tensors))[0].sum()  # noqa: B023
+
+        for derivative in (forward_over_reverse, reverse_over_forward, lambda f, *x: torch.func.jvp(f, x, x)):
+            with pytest.raises(RuntimeError, match=case.no_forward_mode):
+                derivative(scalar, *inputs)
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match=case.no_forward_mode):
+            scalar(*(torch.autograd.forward_ad.make_dual(tensor, tensor) for tensor in inputs))
+
+
+@each_differentiable(DEVICES)
+def test_every_nesting_of_vmap_and_forward_mode(case, backend):
+    if case.no_forward_mode is not None:
+        pytest.skip(f"{case.name}: {case.no_forward_mode}")
+    for problem in case.examples:
+        function, inputs = problem_function(case, problem.to(device=backend.device), case.batched)
+        inputs = tuple(torch.stack([tensor.detach().roll(shift, 0) for shift in range(3)]) for tensor in inputs)
+        tangents = tuple(torch.randn_like(tensor) for tensor in inputs)
+
+        def jvp(*primals_and_tangents):
+            half = len(primals_and_tangents) // 2
+            primals, tangents = primals_and_tangents[:half], primals_and_tangents[half:]
+            return torch.func.jvp(lambda *tensors: floating(function(*tensors)), primals, tangents)[1]  # noqa: B023
+
+        expected = looped(jvp, [0] * (2 * len(inputs)), *inputs, *tangents)
+        torch.testing.assert_close(torch.func.vmap(jvp)(*inputs, *tangents), expected)
+        mapped = torch.func.vmap(lambda *tensors: floating(function(*tensors)))  # noqa: B023
+        torch.testing.assert_close(torch.func.jvp(mapped, inputs, tangents)[1], expected)
+        columns = torch.func.jacfwd(lambda factor: mapped(*(t + factor * s for t, s in zip(inputs, tangents))))  # noqa: B023, B905
+        torch.testing.assert_close(columns(inputs[0].new_zeros(())), expected)

@@ -113,19 +113,52 @@ def test_flow_moves_as_its_gradient_says():
     torch.testing.assert_close(((moved - flow.detach()) * upstream).sum((1, 2)), expected)
 
 
-def test_duals_give_no_gradient():
-    result = fewshot_ext.emd(*leaves("uniform", 2, 3, 4))
-    assert result.value.requires_grad and result.flow.requires_grad
-    assert not result.supply_dual.requires_grad and not result.demand_dual.requires_grad
+def test_duals_move_as_their_gradient_says():
+    """Within the basis the duals are linear in the cost, and know nothing of the masses."""
+    cost, supply, demand = problem = list(planted(8, 5, 6).tensors.values())
+    generator = torch.Generator().manual_seed(0)
+    step, *upstream = (torch.rand(t.shape, dtype=torch.float64, generator=generator) - 0.5 for t in problem)
+    leaves = [tensor.clone().requires_grad_() for tensor in problem]
+    duals = fewshot_ext.emd(*leaves)[2:]
+    grad_cost, *grad_marginals = torch.autograd.grad(duals, leaves, upstream)
+    assert all((gradient == 0).all() for gradient in grad_marginals)
+    moved = fewshot_ext.emd(cost + 0.01 * step, supply, demand)[2:]
+    change = sum(((there - here) * g).sum(1) for there, here, g in zip(moved, duals, upstream, strict=True))
+    torch.testing.assert_close((grad_cost * 0.01 * step).sum((1, 2)), change.detach())
+
+
+def test_hessian_of_the_value():
+    """Of cost and marginals together the value is bilinear within a basis: forward and reverse mode, in any order, give
+    the mixed differences that say so, and zeros beside them."""
+    problem = [tensor[0] for tensor in planted(1, 3, 4).tensors.values()]
+    generator = torch.Generator().manual_seed(0)
+    steps = [0.01 * (torch.rand(t.shape, dtype=torch.float64, generator=generator) - 0.5) for t in problem]
+    steps[1:] = (step - step.mean() for step in steps[1:])
+
+    def value(cost, supply, demand):
+        return fewshot_ext.emd(cost, supply, demand).value
+
+    def moved(*by):
+        return value(*(t + factor * step for t, factor, step in zip(problem, by, steps, strict=True)))
+
+    mixed = moved(1, 1, 1) - moved(1, 0, 0) - moved(0, 1, 1) + moved(0, 0, 0)
+    for outer in (torch.func.jacrev, torch.func.jacfwd):
+        for inner in (torch.func.jacrev, torch.func.jacfwd):
+            hessian = outer(inner(value, argnums=(0, 1, 2)), argnums=(0, 1, 2))(*problem)
+            along = [[torch.tensordot(part, step, step.dim()) for part, step in zip(row, steps)] for row in hessian]  # noqa: B905
+            along = [[(part * left).sum() for part in row] for row, left in zip(along, steps)]  # noqa: B905
+            torch.testing.assert_close(along[0][1] + along[0][2], mixed)
+            torch.testing.assert_close(along[1][0] + along[2][0], mixed)
+            assert (hessian[0][0] == 0).all() and all((hessian[i][j] == 0).all() for i in (1, 2) for j in (1, 2))
 
 
 def test_graphs_of_gradients_hold_the_right_gradients():
-    """What refuses to be differentiated leaves the first derivatives as they are."""
     problem = leaves("uniform", 3, 4, 5)
 
     def loss(*tensors):
-        value, flow, *_ = fewshot_ext.emd(*tensors)
-        return (value.square() + flow.square().sum((-2, -1))).sum()
+        value, flow, supply_dual, demand_dual = fewshot_ext.emd(*tensors)
+        squares = flow.square().sum((-2, -1)) + supply_dual.square().sum(-1) + demand_dual.square().sum(-1)
+        return (value.square() + squares).sum()
 
     expected = torch.autograd.grad(loss(*problem), problem)
     torch.testing.assert_close(torch.autograd.grad(loss(*problem), problem, create_graph=True), expected)
