@@ -134,12 +134,15 @@ def libraries(toolkit, architectures):
     target = f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}{0:012x}"
     # torch's headers do not pass -Wextra; as system folders they keep their warnings to themselves.
     system = [flag for folder in cpp_extension.include_paths() for flag in ("-isystem", folder)]
+    # Errors name the line of the source that raised them, but not the folder that it was built in.
+    folder = f"-fmacro-prefix-map={ROOT}/="
     # torch adds -std=c++20, and in ISO mode g++ contracts nothing; the kernels count on fused multiply-add, and on
     # square roots that need no errno. -g0 undoes the -g of a distribution's Python: debugging is what the CMake build
     # is for.
-    cxx = ["-O3", "-g0", target, "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden", *system]
+    cxx = ["-O3", "-g0", target, folder, "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden", *system]
     cxx += ["-Wall", "-Wextra"]
-    nvcc = ["-O3", "-DNDEBUG", target, "-DUSE_CUDA", "-Xcompiler", "-fvisibility=hidden,-Wall,-Wextra", *system]
+    host = f"-fvisibility=hidden,-Wall,-Wextra,{folder}"
+    nvcc = ["-O3", "-DNDEBUG", target, "-DUSE_CUDA", "-Xcompiler", host, *system]
     # Profilers show source lines, and python_tests/packaging/kernel_resources.py reads the log of the build.
     nvcc += ["-lineinfo", "--resource-usage", f"--threads={NVCC_THREADS}", *architectures]
 

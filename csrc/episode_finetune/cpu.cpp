@@ -46,17 +46,24 @@ bool are_permutations(const int64_t* row, int64_t rows, int64_t length, int64_t*
 template <class Storage, class Accumulate>
 void check_values(const EpisodeFinetuneProblem<Storage, Accumulate>& p) {
   const int64_t tasks = std::min(available_threads(), p.episodes);
-  std::atomic<bool> good_labels{true}, good_orders{true};
+  std::atomic<int64_t> bad_labels{p.episodes}, bad_orders{p.episodes};  // the first episode at fault
+  const auto note = [](std::atomic<int64_t>& first, int64_t episode) {
+    int64_t before = first;
+    while (episode < before && !first.compare_exchange_weak(before, episode)) {
+    }
+  };
   parallel_tasks(tasks, [&](int64_t task) {
     std::vector<int64_t> seen(p.support_size);
     for (int64_t e = p.episodes * task / tasks; e < p.episodes * (task + 1) / tasks; ++e) {
-      if (!labels_in_range(p.target + e * p.support_size, p.support_size, p.way)) good_labels = false;
+      if (!labels_in_range(p.target + e * p.support_size, p.support_size, p.way)) note(bad_labels, e);
       if (!are_permutations(p.order + e * p.passes * p.support_size, p.passes, p.support_size, seen.data()))
-        good_orders = false;
+        note(bad_orders, e);
     }
   });
-  STD_TORCH_CHECK(good_labels, "support_target: expected labels in [0, ", p.way, ")");
-  STD_TORCH_CHECK(good_orders, "order: expected rows that are permutations of 0 .. ", p.support_size - 1);
+  STD_TORCH_CHECK(bad_labels == p.episodes, "support_target: expected labels in [0, ", p.way, "); episode ",
+                  bad_labels.load(), " has another");
+  STD_TORCH_CHECK(bad_orders == p.episodes, "order: expected rows that are permutations of 0 .. ", p.support_size - 1,
+                  "; episode ", bad_orders.load(), " has another");
 }
 
 template <class Storage, class Accumulate>

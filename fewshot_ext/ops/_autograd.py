@@ -1,10 +1,13 @@
 """What the operators share above their kernels: autograd rules for eager calls and for the compiler, and vmap rules."""
 
 import inspect
+import re
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+_SOURCE_LINE = re.compile(r"^\w+, [^\n]*:\d+, ")  # of the native code, which torch puts before what that says
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -21,11 +24,13 @@ def one_by_one(op: Callable) -> Callable:
                 return arg
             return arg.select(dim, index) if info.batch_size else arg.new_zeros(arg.movedim(dim, 0).shape[1:])
 
-        # Of no problems there is one of zeros made, for its shapes.
-        results = [
-            op(*(item(arg, dim, index) for arg, dim in zip(args, in_dims, strict=True)))
-            for index in range(max(info.batch_size, 1))
-        ]
+        results = []
+        try:
+            for index in range(max(info.batch_size, 1)):  # of no problems there is one of zeros made, for its shapes
+                results.append(op(*(item(arg, dim, index) for arg, dim in zip(args, in_dims, strict=True))))
+        except RuntimeError as error:
+            error.args = (f"{error} (index {len(results)} of what vmap maps over)",)
+            raise
         stacked = tuple(torch.stack(parts)[: info.batch_size] for parts in zip(*results, strict=True))
         return stacked, (0,) * len(stacked)
 
@@ -43,7 +48,12 @@ def merged_batch(op: Callable) -> Callable:
             return arg.flatten(0, 1)
 
         batch = args[0].shape[0 if in_dims[0] != 0 else 1]
-        results = op(*(merged(arg, dim) for arg, dim in zip(args, in_dims, strict=True)))
+        try:
+            results = op(*(merged(arg, dim) for arg, dim in zip(args, in_dims, strict=True)))
+        except RuntimeError as error:
+            if batch != 1:
+                error.args = (f"{error} (vmap makes one batch of {info.batch_size} of {batch})",)
+            raise
         if isinstance(results, Tensor):
             return results.unflatten(0, (info.batch_size, batch)), 0
         return tuple(result.unflatten(0, (info.batch_size, batch)) for result in results), (0,) * len(results)
@@ -82,8 +92,12 @@ def differentiable(
     torch.library.register_vmap(op, rule)
 
     def forward(*args):
-        with torch._C._AutoDispatchBelowAutograd():  # past the registered rule
-            return op(*args)
+        try:
+            with torch._C._AutoDispatchBelowAutograd():  # past the registered rule
+                return op(*args)
+        except RuntimeError as error:
+            error.args = (_SOURCE_LINE.sub("", str(error)),)
+            raise
 
     # Function.apply asks for it at every call, and working it out costs as much as the rest of its overhead.
     forward.__signature__ = inspect.signature(forward)

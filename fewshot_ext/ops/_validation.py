@@ -9,6 +9,7 @@ from torch import Tensor
 from fewshot_ext import _library
 
 FLOATING_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_NOT_DENSE = ("DTensor", "MaskedTensor")  # subclasses that look dense, but that no kernel can read
 _FLOATING_NAMES = "float32, float64, bfloat16 or float16"
 
 
@@ -35,9 +36,12 @@ def float32_under_autocast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_tensor(name: str, value: object, shape: str, dimensions: int, *, batched: bool = False) -> None:
-    """A tensor of so many dimensions, behind any number of others where ``batched``."""
+    """A dense tensor of so many dimensions, behind any number of others where ``batched``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
+    if value.layout is not torch.strided or value.is_nested or type(value).__name__ in _NOT_DENSE:
+        kind = "nested tensor" if value.is_nested else type(value).__name__ if value.layout is torch.strided else None
+        raise TypeError(f"{name}: expected a dense tensor {shape}, got a {kind or f'tensor of layout {value.layout}'}")
     if value.dim() < dimensions or (value.dim() > dimensions and not batched):
         raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
 

@@ -1,11 +1,15 @@
 """The op contract: every operator of cases.py is held to the same list, on every backend there is."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from .cases import OPERATORS, each_differentiable, each_operator
 from .contract import (
@@ -317,3 +321,67 @@ def test_bad_input_raises_and_changes_nothing(case, bad, backend):
     for name, tensor in problem.tensors.items():
         assert torch.equal(tensor, before[name])
         assert tensor.grad is None or (tensor.grad == 7.0).all()
+
+
+def _masked(tensor):
+    return torch.masked.masked_tensor(tensor, torch.ones_like(tensor, dtype=torch.bool))
+
+
+# By what the error calls it, a tensor that no kernel can read in the place of a dense one.
+NOT_DENSE = {
+    "tensor of layout torch.sparse_coo": lambda tensor: tensor.to_sparse(),
+    "tensor of layout torch.sparse_csr": lambda tensor: torch.ones_like(tensor).to_sparse_csr(),
+    "tensor of layout torch._mkldnn": lambda tensor: tensor.float().to_mkldnn(),
+    "nested tensor": lambda tensor: torch.nested.nested_tensor(list(tensor)),
+    "nested tensor of ragged rows": lambda tensor: torch.nested.nested_tensor(list(tensor), layout=torch.jagged),
+    "MaskedTensor": _masked,
+    "DTensor": lambda tensor: distribute_tensor(tensor, init_device_mesh("cpu", (1,)), [Replicate()]),
+}
+NEED_ROWS = [kind for kind in NOT_DENSE if kind.startswith("nested") or "csr" in kind or "mkldnn" in kind]
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    """A process group without a network."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:.*(prototype|beta)")
+@pytest.mark.parametrize("kind", NOT_DENSE)
+@each_operator(DEVICES)
+def test_what_is_not_dense_is_refused_by_name(case, backend, kind, one_process):
+    problem = case.examples[0].to(device=backend.device)
+    tried = 0
+    for name, tensor in problem.tensors.items():
+        if tensor.dim() < 2 and not kind.startswith(("MaskedTensor", "DTensor")) and "coo" not in kind:
+            continue
+        with pytest.raises(
+            TypeError, match=rf"^{name}: expected a dense tensor \[.*\], got a {kind.split(' of ragged')[0]}$"
+        ):
+            case.function(**{**problem.arguments(), name: NOT_DENSE[kind](tensor)})
+        tried += 1
+    assert tried
+
+
+@each_operator(DEVICES[:1])
+def test_errors_of_kernels_name_the_problem_and_no_folder(case, backend):
+    """Under vmap and in compiled code, where Python cannot look at the values, the kernel raises by itself."""
+    values = [bad for bad in case.bad_inputs if bad.reads_values]
+    if not values:
+        pytest.skip(f"{case.name} takes every value")
+    for bad in values:
+        problem = case.examples[0]
+        arguments = {**problem.arguments(), "check": False, **bad.change(problem.tensors)}
+        tensors = {name: arguments.pop(name) for name in problem.tensors}
+        compiled = torch.compile(case.function, fullgraph=True, backend="eager")
+        mapped = torch.func.vmap(lambda t: case.function(**t, **arguments))  # noqa: B023
+        for call in (
+            lambda: compiled(**tensors, **arguments),  # noqa: B023
+            lambda: mapped({name: torch.stack([tensor, tensor]) for name, tensor in tensors.items()}),  # noqa: B023
+        ):
+            with pytest.raises(RuntimeError, match=r"(problem|index|episode) \d") as raised:
+                call()
+            assert not re.search(r"(^|\s)/", str(raised.value)), raised.value
+    torch._dynamo.reset()
