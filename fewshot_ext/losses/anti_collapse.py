@@ -23,6 +23,9 @@ class AntiCollapseTerms(NamedTuple):
     rate: Tensor  # the coding rate in nats: what a run should log
 
 
+torch.serialization.add_safe_globals([AntiCollapseTerms])  # so that torch.load reads a saved one
+
+
 class AntiCollapseLoss(nn.Module):
     r"""Adds to a metric learning loss a penalty on low coding rates, of the batch or of the class proxies.
 

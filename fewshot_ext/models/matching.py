@@ -26,6 +26,9 @@ class Match(NamedTuple):
     support_weight: Tensor  # [..., M]
 
 
+torch.serialization.add_safe_globals([Match])  # so that torch.load reads a saved one
+
+
 def cross_reference_weights(query: Tensor, support: Tensor) -> tuple[Tensor, Tensor]:
     r"""How much each region of an image has to do with the other image, for every pair of two groups of images.
 

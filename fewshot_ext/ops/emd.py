@@ -53,6 +53,9 @@ class EMD(NamedTuple):
     demand_dual: Tensor  # [..., m]
 
 
+torch.serialization.add_safe_globals([EMD])  # so that torch.load reads a saved one
+
+
 @torch.library.register_fake("fewshot_ext::emd")
 def _(cost, supply, demand):
     batch, n, m = cost.shape

@@ -25,6 +25,9 @@ class RateReduction(NamedTuple):
     classes: Tensor  # [C]: the labels that there are, ascending
 
 
+torch.serialization.add_safe_globals([RateReduction])  # so that torch.load reads a saved one
+
+
 def _size_groups(counts: Tensor) -> list[Tensor]:
     """Classes of like sizes: none has half the samples of another of its group, so that padding at most doubles it."""
     exponents = torch.frexp((counts - 1).clamp(min=0).double()).exponent
