@@ -1,11 +1,12 @@
 """What the operators share above their kernels: autograd rules for eager calls and for the compiler, and vmap rules."""
 
-import inspect
 import re
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
+from torch.autograd import forward_ad
 
 _SOURCE_LINE = re.compile(r"^\w+, [^\n]*:\d+, ")  # of the native code, which torch puts before what that says
 
@@ -37,70 +38,98 @@ def one_by_one(op: Callable) -> Callable:
     return rule
 
 
-def merged_batch(op: Callable) -> Callable:
-    """vmap as one call, for an operator whose tensors all begin with its own batch dimension."""
+def leading_dimension(op: Callable) -> Callable:
+    """vmap as one call, for an operator that takes any batch dimensions."""
 
     def rule(info, in_dims, *args):
-        def merged(arg, dim):
+        def moved(arg, dim):
             if not isinstance(arg, Tensor):
                 return arg
-            arg = arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
-            return arg.flatten(0, 1)
+            return arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
 
-        batch = args[0].shape[0 if in_dims[0] != 0 else 1]
-        try:
-            results = op(*(merged(arg, dim) for arg, dim in zip(args, in_dims, strict=True)))
-        except RuntimeError as error:
-            if batch != 1:
-                error.args = (f"{error} (vmap makes one batch of {info.batch_size} of {batch})",)
-            raise
-        if isinstance(results, Tensor):
-            return results.unflatten(0, (info.batch_size, batch)), 0
-        return tuple(result.unflatten(0, (info.batch_size, batch)) for result in results), (0,) * len(results)
+        results = op(*(moved(arg, dim) for arg, dim in zip(args, in_dims, strict=True)))
+        return results, 0 if isinstance(results, Tensor) else (0,) * len(results)
 
     return rule
+
+
+def any_batch(op: Callable, dimensions: int) -> Callable:
+    """``op``, whose tensors begin with one batch dimension, for any number of them, none too: as many as the first
+    tensor has before its last ``dimensions``."""
+
+    def call(*args):
+        more = args[0].dim() - dimensions - 1  # batch dimensions than one
+        if more == 0:
+            return op(*args)
+        batch = args[0].shape[: more + 1]
+        if batch:
+            args = [arg.flatten(0, more) if isinstance(arg, Tensor) else arg for arg in args]
+        else:
+            args = [arg.unsqueeze(0) if isinstance(arg, Tensor) else arg for arg in args]
+        try:
+            results = op(*args)
+        except RuntimeError as error:
+            if batch:
+                error.args = (f"{error} (of the batch {list(batch)} in one row)",)
+            raise
+        parts = (results,) if isinstance(results, Tensor) else results
+        if torch.compiler.is_compiling():
+            parts = [part.unflatten(0, batch) if batch else part.squeeze(0) for part in parts]
+            return parts[0] if isinstance(results, Tensor) else tuple(parts)
+        for part in parts:  # in place: nobody else has them yet, and a view would be one for ever
+            part.resize_(batch + part.shape[1:]) if batch else part.squeeze_(0)
+        return results
+
+    return call
 
 
 def differentiable(
     op: torch._ops.OpOverload,
     setup_context: Callable,
     backward: Callable,
-    vmap: Callable,
     jvp: Callable | None = None,
+    dimensions: int | None = None,
 ) -> Callable:
     """``op`` with its autograd rule on both roads: as a registered operator for the compiler, and as an
     autograd.Function for eager calls. The function costs a third of the registered rule's overhead, which shows at
     few-shot sizes, and torch.func.grad, vjp and jacrev, which refuse the registered rule, see through it.
 
-    ``vmap`` makes the rule from what it shall call: :func:`one_by_one` or :func:`merged_batch`. Without ``jvp``
-    forward-mode derivatives raise.
+    Args:
+        jvp: without it forward-mode derivatives raise.
+        dimensions: of the first tensor of one problem, for an operator that takes a batch of them; what is returned
+            then takes any batch dimensions, and the rules must too. Where None, vmap calls ``op`` once for each index.
     """
+    native = op if dimensions is None else any_batch(op, dimensions)
+    tensors = sum(isinstance(argument.type, torch.TensorType) for argument in op._schema.arguments)  # the first ones
+
+    def call(*args):
+        if torch.compiler.is_compiling():
+            return native(*args)
+        if torch._C._are_functorch_transforms_active():
+            return function.apply(*args)
+        given = [unwrap_if_dead(tensor) for tensor in args[:tensors]]
+        recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+        return (apply if recorded or forward_ad._current_level >= 0 else forward)(*given, *args[tensors:])
+
+    def forward(*args):
+        try:
+            with torch._C._AutoDispatchBelowAutograd():  # past the registered rule
+                return native(*args)
+        except RuntimeError as error:
+            error.args = (_SOURCE_LINE.sub("", str(error)),)
+            raise
 
     def forward_mode(ctx, *tangents):
         if jvp is None:
             raise RuntimeError(f"fewshot_ext.{op._opname} offers no forward-mode derivatives.")
         # Without this the tangents would be constants to a forward mode around this one.
-        with torch.autograd.forward_ad._set_fwd_grad_enabled(True):
+        with forward_ad._set_fwd_grad_enabled(True):
             return jvp(ctx, *tangents)
 
-    def call(*args):
-        return op(*args) if torch.compiler.is_compiling() else function.apply(*args)
-
     # Where a derivative surrounds the vmap, it is what the rule calls that torch.func differentiates.
-    rule = vmap(call)
+    rule = (one_by_one if dimensions is None else leading_dimension)(call)
     torch.library.register_autograd(op, backward, setup_context=setup_context)
     torch.library.register_vmap(op, rule)
-
-    def forward(*args):
-        try:
-            with torch._C._AutoDispatchBelowAutograd():  # past the registered rule
-                return op(*args)
-        except RuntimeError as error:
-            error.args = (_SOURCE_LINE.sub("", str(error)),)
-            raise
-
-    # Function.apply asks for it at every call, and working it out costs as much as the rest of its overhead.
-    forward.__signature__ = inspect.signature(forward)
     function = type(
         op._opname,
         (torch.autograd.Function,),
@@ -112,5 +141,8 @@ def differentiable(
             "vmap": staticmethod(rule),
         },
     )
+    # What Function.apply comes down to outside torch.func, once it has bound the arguments to a signature, which costs
+    # more than the rest.
+    apply = super(torch.autograd.Function, function).apply
 
     return call

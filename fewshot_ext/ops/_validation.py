@@ -56,11 +56,11 @@ def check_device(first_name: str, first: Tensor, **others: Tensor) -> None:
     for name, value in others.items():
         if value.device != first.device:
             raise ValueError(f"{name}: expected device {first.device} as {first_name} is on, got {value.device}")
-    kind = first.device.type
-    if kind == "cuda":
-        _library.require_cuda(first.device)
-    elif kind not in ("cpu", "meta"):
+    if first.is_cpu or first.is_meta:
+        return
+    if not first.is_cuda:
         raise ValueError(f"{first_name}: expected a CPU or CUDA tensor, got one on {first.device}")
+    _library.require_cuda(first.device)
 
 
 def check_number(

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from fewshot_ext.ops._autograd import accumulate_dtype, differentiable, merged_batch
+from fewshot_ext.ops._autograd import accumulate_dtype, differentiable
 from fewshot_ext.ops._validation import check_floating, check_number, check_tensor
 
 
@@ -24,13 +24,13 @@ def _in_full_precision(device: torch.device) -> AbstractContextManager:
 
 
 def _smaller_matrix(embeddings: Tensor, alpha: Tensor) -> Tensor:
-    """M = I + alpha Z Z^T or I + alpha Z^T Z, [B, k, k] with k = min(n, D). No eigenvalue lies below 1."""
+    """M = I + alpha Z Z^T or I + alpha Z^T Z, [..., k, k] with k = min(n, D). No eigenvalue lies below 1."""
     samples, dimensions = embeddings.shape[-2:]
     rows = embeddings if samples <= dimensions else embeddings.mT
     with _in_full_precision(embeddings.device):
         gram = rows @ rows.mT
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return torch.addcmul(identity, alpha[:, None, None], gram)
+    return torch.addcmul(identity, alpha[..., None, None], gram)
 
 
 def _solve(factor: Tensor, embeddings: Tensor) -> Tensor:
@@ -73,16 +73,16 @@ def _backward(ctx, grad_rate, *unused_grads):
     # The factor that was saved is a constant to autograd. Where a graph of this pass is wanted it is made again.
     if torch.is_grad_enabled():
         factor = torch.linalg.cholesky_ex(_smaller_matrix(embeddings, alpha)).L.mT
-    return (grad_rate * alpha)[:, None, None] * _solve(factor, embeddings), None
+    return (grad_rate * alpha)[..., None, None] * _solve(factor, embeddings), None
 
 
 _call_coding_rate = differentiable(
-    torch.ops.fewshot_ext.coding_rate.default, _save_for_backward, _backward, merged_batch
+    torch.ops.fewshot_ext.coding_rate.default, _save_for_backward, _backward, dimensions=2
 )
 
 
 def coding_rates(problems: Tensor, alpha: Tensor) -> Tensor:
-    """Rates [B] of problems [B, n, D] of a floating dtype, each with its own alpha [B].
+    """Rates [...] of problems [..., n, D] of a floating dtype, each with its own alpha [...].
 
     In float64 whatever the dtype: a set of low rank has eigenvalues of 1 beside large ones, whose rounding in float32
     puts the gradient off by 15 % where alpha times the sum of squares is 6e5.
@@ -139,6 +139,4 @@ def coding_rate(embeddings: Tensor, eps: float = 0.5, *, alpha: float | None = N
         alpha = dimensions / (max(samples, 1) * eps**2)
     else:
         alpha = check_number("alpha", alpha, positive=True)
-    problems = embeddings.reshape(math.prod(batch), samples, dimensions)
-    alphas = problems.new_full(problems.shape[:1], alpha, dtype=accumulate_dtype(problems.dtype))
-    return coding_rates(problems, alphas).reshape(batch)
+    return coding_rates(embeddings, embeddings.new_full(batch, alpha, dtype=accumulate_dtype(embeddings.dtype)))

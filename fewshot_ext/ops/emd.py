@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fewshot_ext.ops._autograd import accumulate_dtype, differentiable, merged_batch
+from fewshot_ext.ops._autograd import accumulate_dtype, differentiable
 from fewshot_ext.ops._validation import (
     check_device,
     check_flag,
@@ -131,9 +131,9 @@ def _backward(ctx, grad_value, grad_flow, grad_supply_dual, grad_demand_dual, *u
         gradients = [torch.zeros_like(part) for part in (flow, supply_dual, demand_dual)]
     else:
         gradients = [
-            grad_value[:, None, None] * flow if needs_cost else None,
-            grad_value[:, None] * supply_dual if needs_supply else None,
-            grad_value[:, None] * demand_dual if needs_demand else None,
+            grad_value.unsqueeze(-1).unsqueeze(-1) * flow if needs_cost else None,
+            grad_value.unsqueeze(-1) * supply_dual if needs_supply else None,
+            grad_value.unsqueeze(-1) * demand_dual if needs_demand else None,
         ]
     if needs_cost and (grad_supply_dual is not None or grad_demand_dual is not None):
         through_duals = (_or_zeros(grad_supply_dual, supply_dual), _or_zeros(grad_demand_dual, demand_dual))
@@ -164,21 +164,21 @@ def _tree_flow_backward(ctx, grad_flow):
     return *_call_flow_backward(grad_flow, *ctx.saved_tensors), None
 
 
-_call_emd = differentiable(_emd_op, _save_for_backward, _backward, merged_batch, _jvp)
+_call_emd = differentiable(_emd_op, _save_for_backward, _backward, _jvp, dimensions=2)
 # Both are linear and each other's adjoints.
 _call_flow_backward = differentiable(
     _flow_backward_op,
     _save_basis,
     _flow_backward_backward,
-    merged_batch,
     lambda ctx, grad_flow, _: _call_flow_backward(grad_flow, *ctx.saved_tensors),
+    dimensions=2,
 )
 _call_tree_flow = differentiable(
     torch.ops.fewshot_ext.emd_tree_flow.default,
     _save_basis,
     _tree_flow_backward,
-    merged_batch,
     lambda ctx, supply, demand, _: _call_tree_flow(supply, demand, *ctx.saved_tensors),
+    dimensions=1,
 )
 
 
@@ -300,10 +300,13 @@ def _checked(cost: object, supply: object, demand: object) -> dict[str, Tensor]:
             f"cost: expected n and m of at most {MOST_POINTS_ON_CUDA} on CUDA devices, got shape {list(cost.shape)}; "
             "the CPU takes larger problems"
         )
+    uniform = None  # of both sides where n = m: at few-shot sizes each call to torch shows
     for name, size in (("supply", n), ("demand", m)):
         marginal = tensors.get(name)
         if marginal is None:
-            tensors[name] = torch.ones(size, dtype=accumulate_dtype(cost.dtype), device=cost.device) / size
+            if uniform is None or n != m:
+                uniform = torch.full((size,), 1 / size, dtype=accumulate_dtype(cost.dtype), device=cost.device)
+            tensors[name] = uniform
         elif marginal.dtype != cost.dtype:
             raise TypeError(f"{name}: expected dtype {cost.dtype} as cost has, got {marginal.dtype}")
         elif marginal.shape[-1] != size:
@@ -311,23 +314,27 @@ def _checked(cost: object, supply: object, demand: object) -> dict[str, Tensor]:
     return tensors
 
 
-def _flattened(cost: Tensor, supply: Tensor, demand: Tensor) -> tuple[dict[str, Tensor], torch.Size]:
-    """The tensors with one batch dimension, and the batch shape that they broadcast to."""
-    n, m = cost.shape[-2:]
-    tensors = {"cost": (cost, (n, m)), "supply": (supply, (n,)), "demand": (demand, (m,))}
-    batches = [tensor.shape[: -len(size)] for tensor, size in tensors.values()]
+def _of_one_batch(cost: Tensor, supply: Tensor, demand: Tensor) -> tuple[dict[str, Tensor], torch.Size]:
+    """The tensors with the batch dimensions that all of them broadcast to, and these."""
+    tensors = {"cost": cost, "supply": supply, "demand": demand}
+    batches = [cost.shape[:-2], supply.shape[:-1], demand.shape[:-1]]
     batch = batches[0]
-    if batches != [batch] * 3:
-        try:
-            batch = torch.broadcast_shapes(*batches)
-        except RuntimeError:
-            shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, (tensor, _) in tensors.items())
-            raise ValueError(f"cost: expected batch dimensions that broadcast to one shape, got {shapes}") from None
-    elif len(batch) == 1:  # as they are: at few-shot sizes each call to torch shows
-        return {name: tensor for name, (tensor, _) in tensors.items()}, batch
-    problems = math.prod(batch)
-    flat = {name: tensor.expand(*batch, *size).reshape((problems, *size)) for name, (tensor, size) in tensors.items()}
-    return flat, batch
+    if batches == [batch] * 3:
+        return tensors, batch
+    try:
+        batch = torch.broadcast_shapes(*batches)
+    except RuntimeError:
+        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
+        raise ValueError(f"cost: expected batch dimensions that broadcast to one shape, got {shapes}") from None
+    sizes = (tensor.shape[len(own) :] for tensor, own in zip(tensors.values(), batches, strict=True))
+    return {
+        name: tensor.expand(batch + size) for (name, tensor), size in zip(tensors.items(), sizes, strict=True)
+    }, batch
+
+
+def _in_one_row(batch: torch.Size, **tensors: Tensor) -> dict[str, Tensor]:
+    """The tensors with one batch dimension."""
+    return {name: tensor.reshape(math.prod(batch), *tensor.shape[len(batch) :]) for name, tensor in tensors.items()}
 
 
 def _normalized(marginal: Tensor) -> Tensor:
@@ -407,12 +414,12 @@ def emd(
     """
     check_flag("normalize", normalize)
     check_flag("check", check)
-    flat, batch = _flattened(**_checked(cost, supply, demand))
+    given, batch = _of_one_batch(**_checked(cost, supply, demand))
     if check:
-        _check_values(**flat, batch=batch, normalize=normalize)
-    problem = dict(flat)
+        _check_values(**_in_one_row(batch, **given), batch=batch, normalize=normalize)
+    problem = dict(given)
     if normalize:
-        problem.update({name: _normalized(flat[name]) for name in ("supply", "demand")})
+        problem.update({name: _normalized(given[name]) for name in ("supply", "demand")})
     # In half types masses that were made or normalised here would be rounded apart.
     dtypes = {tensor.dtype for tensor in problem.values()}
     if len(dtypes) > 1:
@@ -422,9 +429,10 @@ def emd(
     except RuntimeError:
         # On the CPU the kernel looks at every value before it does anything: a look from here first costs more.
         if cost.device.type == "cpu":
-            _check_values(**flat, batch=batch, normalize=normalize)
+            _check_values(**_in_one_row(batch, **given), batch=batch, normalize=normalize)
         raise
     result = EMD(value, flow, supply_dual, demand_dual)
     if check:
-        _check_certificate(**problem, result=result, batch=batch)
-    return result if len(batch) == 1 else EMD(*(part.reshape((*batch, *part.shape[1:])) for part in result))
+        solution = EMD(**_in_one_row(batch, **result._asdict()))
+        _check_certificate(**_in_one_row(batch, **problem), result=solution, batch=batch)
+    return result

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from fewshot_ext.ops._autograd import accumulate_dtype, differentiable, merged_batch, one_by_one
+from fewshot_ext.ops._autograd import accumulate_dtype, differentiable, one_by_one
 from fewshot_ext.ops._validation import (
     check_choice,
     check_device,
@@ -53,7 +53,7 @@ def _refuse_derivative(*unused) -> None:
 
 
 _call_finetune = differentiable(
-    _finetune_op, lambda ctx, inputs, output: None, _refuse_derivative, merged_batch, _refuse_derivative
+    _finetune_op, lambda ctx, inputs, output: None, _refuse_derivative, jvp=_refuse_derivative, dimensions=2
 )
 torch.library.register_vmap(_draw_op, one_by_one(_draw_op))
 

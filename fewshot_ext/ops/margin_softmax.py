@@ -9,7 +9,7 @@ backward pass computes the logits again (8NDC).
 import torch
 from torch import Tensor
 
-from fewshot_ext.ops._autograd import accumulate_dtype, differentiable, one_by_one
+from fewshot_ext.ops._autograd import accumulate_dtype, differentiable
 from fewshot_ext.ops._validation import (
     check_choice,
     check_device,
@@ -125,8 +125,8 @@ def _backward(ctx, grad_loss, *unused_grads):
     return grad_features if needs_features else None, grad_weight if needs_weight else None, *no_grads
 
 
-_call_forward = differentiable(_forward_op, _save_for_backward, _backward, one_by_one)
-_call_backward = differentiable(_backward_op, lambda ctx, inputs, output: None, _refuse_second_derivative, one_by_one)
+_call_forward = differentiable(_forward_op, _save_for_backward, _backward)
+_call_backward = differentiable(_backward_op, lambda ctx, inputs, output: None, _refuse_second_derivative)
 
 
 def _autocast(features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -273,7 +273,7 @@ def test_certificate_notices(corruption):
 @pytest.mark.parametrize("corruption", CORRUPTIONS)
 def test_check_raises_for_a_wrong_solution(corruption, monkeypatch):
     problem, result = _solution()
-    wrong = CORRUPTIONS[corruption](problem, result)
+    wrong = [part.unflatten(0, (2, 2)) for part in CORRUPTIONS[corruption](problem, result)]
     monkeypatch.setattr(sys.modules["fewshot_ext.ops.emd"], "_call_emd", lambda *tensors: (*wrong, None))
     first = (0, 0) if corruption == "feasible but not optimal" else (1, 0)
     batches = [tensor.unflatten(0, (2, 2)) for tensor in problem]
