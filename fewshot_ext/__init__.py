@@ -12,6 +12,7 @@ from fewshot_ext.ops import (
     margin_cosine_loss,
     margin_softmax_loss,
     rate_reduction,
+    wasserstein_distance,
 )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "margin_cosine_loss",
     "margin_softmax_loss",
     "rate_reduction",
+    "wasserstein_distance",
 ]

@@ -19,6 +19,7 @@ from fewshot_ext.ops.emd import EMD, emd
 from fewshot_ext.ops.episode_finetune import finetune_episodes
 from fewshot_ext.ops.margin_softmax import margin_cosine_loss, margin_softmax_loss
 from fewshot_ext.ops.rate_reduction import RateReduction, rate_reduction
+from fewshot_ext.ops.wasserstein import wasserstein_distance
 
 __all__ = [
     "EMD",
@@ -29,4 +30,5 @@ __all__ = [
     "margin_cosine_loss",
     "margin_softmax_loss",
     "rate_reduction",
+    "wasserstein_distance",
 ]
