@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 import fewshot_ext
-from fewshot_ext.ops.emd import CERTIFICATE_TOLERANCE, Certificate, certificate
+from fewshot_ext.ops.emd import CERTIFICATE_TOLERANCE
+from fewshot_ext.ops.emd_certificate import Certificate, certificate
 
 from .emd_problems import FAMILIES, Instances
 

@@ -46,7 +46,8 @@ struct CpuKernels {
       case EmdFault::none:
         return;
       case EmdFault::cost:
-        STD_TORCH_CHECK(false, "cost: expected finite numbers; problem ", index, " of the batch has another");
+        STD_TORCH_CHECK(false, "cost: expected finite numbers or infinity; problem ", index,
+                        " of the batch has another");
       case EmdFault::supply:
         STD_TORCH_CHECK(false, "supply: expected finite numbers not below 0; problem ", index,
                         " of the batch has another");
@@ -61,6 +62,13 @@ struct CpuKernels {
         STD_TORCH_CHECK(false, "supply and demand: expected masses that agree to a relative ", emd_mass_tolerance,
                         "; problem ", index, " of the batch has a supply of ", failure.supply_mass, " and a demand of ",
                         failure.demand_mass);
+      case EmdFault::forbidden:
+        STD_TORCH_CHECK(false, "cost: no flow avoids the forbidden arcs; problem ", index, " of the batch");
+      case EmdFault::overflow:
+        STD_TORCH_CHECK(false, "cost: expected a value and duals within the range of the results' dtype; problem ",
+                        index, " of the batch has one beyond");
+      case EmdFault::stopped:
+        STD_TORCH_CHECK(false, "emd: stopped by a signal");
       case EmdFault::not_optimal:
         STD_TORCH_CHECK(false, "emd: no proof of optimality for problem ", index,
                         " of the batch, n = ", problem.suppliers, ", m = ", problem.consumers,

@@ -22,20 +22,28 @@ bool emd_flow_backward(const EmdFlowBackwardProblem<Accumulate>& problem, int64_
   const double unknown = std::numeric_limits<double>::max();
   std::fill(y, y + n + m, unknown);
   y[0] = 0;
+  double mean_y = 0, mean_z = 0;
+  int64_t count_y = 0, count_z = 0;
+  // Supplier 0 has mass unless the first arc, which joins a consumer to it, is that of a point without.
+  if (arcs > 0 && basis[0] >= 0) ++count_y;
   for (int64_t k = 0; k < arcs; ++k) {
-    if (basis[k] < 0 || basis[k] >= n * m) return false;
-    const int64_t i = basis[k] / m, j = basis[k] % m;
+    const bool has_mass = basis[k] >= 0;
+    const int64_t cell = has_mass ? basis[k] : -1 - int64_t(basis[k]);
+    if (cell >= n * m) return false;
+    const int64_t i = cell / m, j = cell % m;
     const double g = grad[i * problem.grad_flow_strides[1] + j * problem.grad_flow_strides[2]];
     if ((y[i] == unknown) == (z[j] == unknown)) return false;
-    if (y[i] == unknown)
+    const bool joins_row = y[i] == unknown;
+    if (joins_row)
       y[i] = g - z[j];
     else
       z[j] = g - y[i];
+    // The first arc of a supplier 0 without mass joins a consumer that has some.
+    if (!has_mass && k > 0) continue;
+    (joins_row ? mean_y : mean_z) += joins_row ? y[i] : z[j];
+    ++(joins_row ? count_y : count_z);
   }
-  double mean_y = 0, mean_z = 0;
-  for (int64_t i = 0; i < n; ++i) mean_y += y[i] / double(n);
-  for (int64_t j = 0; j < m; ++j) mean_z += z[j] / double(m);
-  const double shift = (mean_z - mean_y) / 2;
+  const double shift = (mean_z / double(count_z) - mean_y / double(count_y)) / 2;
   for (int64_t i = 0; i < n; ++i) problem.grad_supply[index * n + i] = static_cast<Accumulate>(y[i] + shift);
   for (int64_t j = 0; j < m; ++j) problem.grad_demand[index * m + j] = static_cast<Accumulate>(z[j] - shift);
   return true;

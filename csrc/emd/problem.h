@@ -20,6 +20,9 @@ struct EmdProblem {
   int64_t supply_strides[2] = {};
   const Storage* demand = nullptr;  // [B, m]
   int64_t demand_strides[2] = {};
+  // Whether the last supplier and the last consumer are dummies: whatever masses come with them, the one on the smaller
+  // side has what the other side has more, and the other one has none.
+  bool partial = false;
 
   // Results, contiguous.
   Accumulate* value = nullptr;        // [B]
@@ -27,12 +30,23 @@ struct EmdProblem {
   Accumulate* supply_dual = nullptr;  // [B, n]
   Accumulate* demand_dual = nullptr;  // [B, m]
   // [B, n + m - 1]: the arcs i * m + j of the optimal tree, in an order in which each joins one node to the tree of
-  // those before it, starting from supplier 0.
+  // those before it, starting from supplier 0. An arc of a point without mass comes as -1 - (i * m + j).
   int32_t* basis = nullptr;
   int32_t* pivots = nullptr;  // [B]: arcs that entered the first tree
 };
 
-enum class EmdFault : int { none, cost, supply, demand, no_mass, unequal_mass, not_optimal };
+enum class EmdFault : int {
+  none,
+  cost,
+  supply,
+  demand,
+  no_mass,
+  unequal_mass,
+  forbidden,  // every flow needs an arc of infinite cost
+  overflow,   // the value or a dual is beyond the results' dtype
+  stopped,    // by the user
+  not_optimal
+};
 
 // The first problem of a batch that has no result, and why.
 struct EmdFailure {

@@ -6,6 +6,7 @@
 // to do.
 #pragma once
 
+#include "common/cancellation.h"
 #include "common/simd.h"
 #include "emd/vector_min.h"
 
@@ -30,9 +31,10 @@ class RegretStart {
   }
 
   // Calls serve(row, column) for each arc of the basis; it returns whether the row has no mass left. A column that has
-  // none left while the row still has is closed; no arc but the last uses up both.
+  // none left while the row still has is closed; no arc but the last uses up both. False: was told to stop.
   template <class Serve>
-  void run(const Float* cost, int64_t stride, int64_t rows, int64_t columns, const Serve& serve) {
+  bool run(const Float* cost, int64_t stride, int64_t rows, int64_t columns, Cancellation& cancellation,
+           const Serve& serve) {
     cost_ = cost;
     stride_ = stride;
     row_mask_ = index_mask(rows);
@@ -42,6 +44,7 @@ class RegretStart {
     for (int64_t i = 0; i < rows; ++i) rank_columns(i);
     for (int64_t i = rows; i < padded_rows; ++i) close_row(i);
     for (int64_t arcs = rows + columns - 1; arcs > 0; --arcs) {
+      if (arcs % 64 == 0 && cancellation.requested()) return false;
       V lowest = load(regret_);
       for (int64_t i = lanes; i < padded_rows; i += lanes) lowest = smaller<Float>(load(regret_ + i), lowest);
       const int64_t i = index_of(horizontal_min<Float>(lowest), row_mask_);
@@ -57,6 +60,7 @@ class RegretStart {
           rank_columns(first + __builtin_ctzll(stale));
       }
     }
+    return true;
   }
 
  private:

@@ -17,6 +17,7 @@
 // optimal for the problem as given, too; its flows and duals are computed from it anew.
 #pragma once
 
+#include "common/cancellation.h"
 #include "common/memory.h"
 #include "common/simd.h"
 #include "emd/regret_start.h"
@@ -47,7 +48,6 @@ class TransportSimplex {
   template <class Arena>
   void lay_out(Arena& arena, int64_t most_rows, int64_t most_columns) {
     const int64_t nodes = most_rows + most_columns, padded = padded_nodes(most_rows, most_columns);
-    cost = arena.template take<Float>(most_rows * cost_stride(most_columns));
     supply = arena.template take<int64_t>(most_rows);
     demand = arena.template take<int64_t>(most_columns);
     row_of = arena.template take<int32_t>(nodes);
@@ -61,12 +61,14 @@ class TransportSimplex {
     size_begin_ = arena.template take<int32_t>(nodes + 1);
     potential_ = arena.template take<double>(padded);
     price_ = arena.template take<Float>(padded);
-    start_.lay_out(arena, most_rows, cost_stride(most_columns));
   }
+
+  // Bytes of the sets, which grow with the square of the number of nodes.
+  static int64_t bytes_of_sets(int64_t nodes) { return (nodes + 1) * words_for(nodes) * int64_t(sizeof(Uint)); }
 
   // The problem: cost [rows][cost_stride(columns)], up to `largest_cost` in magnitude, and the perturbed masses. The
   // start uses the masses up.
-  Float* cost;
+  const Float* cost;
   int64_t* supply;
   int64_t* demand;
   // The tree: slots [0, rows + columns - 1) hold the arcs (row_of, column_of).
@@ -82,7 +84,8 @@ class TransportSimplex {
   int64_t pivots() const { return pivots_; }
   double* potentials() { return potential_; }
 
-  void begin(int64_t rows, int64_t columns, double tolerance) {
+  // False: was told to stop.
+  bool begin(int64_t rows, int64_t columns, double tolerance, RegretStart<Float>& first, Cancellation& cancellation) {
     rows_ = rows;
     columns_ = columns;
     stride_ = cost_stride(columns);
@@ -92,16 +95,18 @@ class TransportSimplex {
     tolerance_ = tolerance;
     pivots_ = 0;
     next_row_ = 0;
-    start();
+    return start(first, cancellation);
   }
 
-  // Pivots until no arc of negative reduced cost is found, in the arithmetic of Price. False: gave up.
+  // Pivots until no arc of negative reduced cost is found, in the arithmetic of Price. False: gave up, or was told to
+  // stop.
   template <class Price>
-  bool optimise(int64_t pivot_limit) {
+  bool optimise(int64_t pivot_limit, Cancellation& cancellation) {
     Arc arc;
     Candidate runner_up;
     while (find_entering<Price>(arc, runner_up)) {
       if (pivots_ >= pivot_limit) return false;
+      if (++searches_ % 64 == 0 && cancellation.requested()) return false;
       enter(arc);
       // Most often still worth a pivot, and cheaper than a search.
       if (best_of<Price>(runner_up, arc)) enter(arc);
@@ -120,7 +125,31 @@ class TransportSimplex {
     potential_[0] = 0;
     for (int64_t k = 1; k < nodes_; ++k) set_potential(order_[k]);
     round_potentials();
+    Vector<double> largest{};
+    for (int64_t k = 0; k < padded_; k += node_lanes) {
+      const Vector<double> v = load(potential_ + k);
+      largest = larger<double>(v < 0 ? -v : v, largest);
+    }
+    largest_potential_ = -horizontal_min<double>(-largest);
+    // With double costs the tolerance decides about the last digits of the value, and is no larger than these
+    // potentials need: each is rounded once for every arc on its way to the root, and a reduced cost is a sum of two
+    // and a cost.
+    if constexpr (std::is_same_v<Float, double>) {
+      int32_t* const depth = cycle_;
+      int32_t deepest = depth[0] = 0;
+      for (int64_t k = 1; k < nodes_; ++k)
+        deepest = std::max(deepest, depth[order_[k]] = depth[above_[order_[k]].parent] + 1);
+      tolerance_ = double(2 * deepest + 4) * 0x1p-53 * largest_potential_;
+    }
     return order_;
+  }
+
+  // How far below 0 a reduced cost may be once no arc was found, its own rounding included.
+  double tolerance() const {
+    if constexpr (std::is_same_v<Float, double>)
+      return 2 * tolerance_;
+    else
+      return tolerance_ + double(2 * nodes_ + 4) * 0x1p-53 * largest_potential_;
   }
 
  private:
@@ -151,9 +180,9 @@ class TransportSimplex {
 
   // In the perturbed problem each arc of the first basis uses up either its row or its column, and the last one uses up
   // both. So, backwards from the last arc, each arc joins the node it used up to the tree.
-  void start() {
+  bool start(RegretStart<Float>& first, Cancellation& cancellation) {
     int64_t slot = 0;
-    start_.run(cost, stride_, rows_, columns_, [&](int64_t i, int64_t j) {
+    const bool complete = first.run(cost, stride_, rows_, columns_, cancellation, [&](int64_t i, int64_t j) {
       row_of[slot] = static_cast<int32_t>(i);
       column_of[slot] = static_cast<int32_t>(j);
       const int64_t moved = std::min(supply[i], demand[j]);
@@ -166,6 +195,7 @@ class TransportSimplex {
       ++slot;
       return row_used_up;
     });
+    if (!complete) return false;
     const int64_t root = rows_ + column_of[slot - 1];
     // No arc, and everything is below it.
     above_[root] = {static_cast<int32_t>(root), static_cast<int32_t>(slot)};
@@ -188,6 +218,7 @@ class TransportSimplex {
     turn_links(0, {0, static_cast<int32_t>(slot)}, slot, [&](int64_t turned) {
       for (int64_t w = 0; w < words_; ++w) below_[turned * words_ + w] ^= all[w];
     });
+    return true;
   }
 
   // The links from `node` up to the one of the slot `last` are turned to lead to `node`, which gets `link` for its own.
@@ -439,18 +470,18 @@ class TransportSimplex {
     }
   }
   int64_t rows_, columns_, nodes_, padded_, words_, stride_;
-  double tolerance_;
+  double tolerance_, largest_potential_;
   int64_t pivots_, next_row_;
-  Uint* below_;          // [slots][words]: the nodes that the arc separates from the root
-  Link* above_;          // [nodes]
-  int64_t* flow_;        // [slots]
-  int32_t* cycle_;       // [slots]
-  Uint* moved_;          // [words]
-  int32_t* order_;       // [nodes]
-  int32_t* size_begin_;  // [nodes + 1]: where nodes begin in the order, by the number of nodes that are not below them
-  double* potential_;    // [padded nodes]: u for rows, -v for columns
-  Float* price_;         // the same, rounded; unused where Float is double
-  RegretStart<Float> start_;
+  int64_t searches_ = 0;  // of all problems
+  Uint* below_;           // [slots][words]: the nodes that the arc separates from the root
+  Link* above_;           // [nodes]
+  int64_t* flow_;         // [slots]
+  int32_t* cycle_;        // [slots]
+  Uint* moved_;           // [words]
+  int32_t* order_;        // [nodes]
+  int32_t* size_begin_;   // [nodes + 1]: where nodes begin in the order, by the number of nodes that are not below them
+  double* potential_;     // [padded nodes]: u for rows, -v for columns
+  Float* price_;          // the same, rounded; unused where Float is double
 };
 
 }  // namespace fewshot_ext::FEWSHOT_EXT_ISA

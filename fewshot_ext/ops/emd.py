@@ -8,6 +8,7 @@ tree, and forward-mode and higher derivatives are made of the same parts.
 """
 
 import math
+import re
 from typing import NamedTuple
 
 import torch
@@ -22,12 +23,14 @@ from fewshot_ext.ops._validation import (
     float32_under_autocast,
     is_traced,
 )
+from fewshot_ext.ops.emd_certificate import certificate
 
 MOST_POINTS_ON_CUDA = 256  # of csrc/emd: suppliers, and consumers, that its CUDA kernels take
 MASS_TOLERANCE = 1e-4  # of csrc/emd: by how much, relatively, the masses of supply and demand may differ
 # By how much a certificate may miss the exact conditions, relatively: some roundings of the results in float32, and in
 # float64 the solver's own, which grow with the number of points, for the largest problems that it takes.
 CERTIFICATE_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-10}
+_NO_SOLUTION = re.compile(r"(?P<what>cost: [^;]*); problem (?P<position>\d+) of the batch")  # in csrc/emd/cpu.cpp
 _REPORT = (
     "To report it, save the inputs: torch.save({'cost': cost, 'supply': supply, 'demand': demand}, 'emd_problem.pt')"
 )
@@ -182,45 +185,6 @@ _call_tree_flow = differentiable(
 )
 
 
-class Certificate(NamedTuple):
-    """What proves a solution, in float64, one number a problem; all vanish where the solution is exact.
-
-    The first two are relative to the mass that moves, the third to the largest cost or dual, the gap to both.
-    """
-
-    marginal_residual: Tensor  # the largest |F 1 - supply| or |F^T 1 - demand|
-    min_flow: Tensor  # the least F
-    min_reduced_cost: Tensor  # the least C_ij - u_i - v_j
-    gap: Tensor  # between the value and <C, F>, or the value and <u, supply> + <v, demand>, whichever is larger
-
-    def holds(self, tolerance: float) -> Tensor:
-        """Whether each problem is solved up to ``tolerance``; a NaN is no solution."""
-        feasible = (self.marginal_residual <= tolerance) & (self.min_flow >= -tolerance)
-        return feasible & (self.min_reduced_cost >= -tolerance) & (self.gap <= tolerance)
-
-
-def certificate(cost: Tensor, supply: Tensor, demand: Tensor, result: EMD) -> Certificate:
-    """Judges ``result`` as a solution of the problems ``[..., n, m]``, whoever found it."""
-    cost, supply, demand, value, flow, supply_dual, demand_dual = (
-        tensor.detach().double() for tensor in (cost, supply, demand, *result)
-    )
-    mass = supply.sum(-1)
-    demand = demand * (mass / demand.sum(-1)).unsqueeze(-1)
-    rows = (flow.sum(-1) - supply).abs().amax(-1)
-    columns = (flow.sum(-2) - demand).abs().amax(-1)
-    scale = torch.stack([cost.abs().amax((-2, -1)), supply_dual.abs().amax(-1), demand_dual.abs().amax(-1)]).amax(0)
-    scale = torch.where(scale == 0, 1, scale)
-    reduced = cost - supply_dual.unsqueeze(-1) - demand_dual.unsqueeze(-2)
-    primal = (cost * flow).sum((-2, -1))
-    dual = (supply_dual * supply).sum(-1) + (demand_dual * demand).sum(-1)
-    return Certificate(
-        torch.maximum(rows, columns) / mass,
-        flow.amin((-2, -1)) / mass,
-        reduced.amin((-2, -1)) / scale,
-        torch.maximum((primal - value).abs(), (dual - value).abs()) / scale / mass,
-    )
-
-
 def _batch_index(bad: Tensor, batch: torch.Size) -> tuple[int, tuple[int, ...]]:
     """The first bad problem: its position among all, and its index into the batch shape."""
     position = bad.nonzero()[0, 0].cpu()
@@ -234,12 +198,16 @@ def _check_values(cost: Tensor, supply: Tensor, demand: Tensor, batch: torch.Siz
     if cost.is_meta or any(is_traced(tensor) for tensor in tensors.values()):
         return
     illegal = {
-        name: ~tensor.isfinite() if name == "cost" else ~(tensor.isfinite() & (tensor >= 0))
+        name: ~(tensor > -math.inf) if name == "cost" else ~(tensor.isfinite() & (tensor >= 0))
         for name, tensor in tensors.items()
     }
-    masses = {name: tensors[name].double().sum(-1) for name in ("supply", "demand")}
-    unbalanced = (masses["supply"] - masses["demand"]).abs() > MASS_TOLERANCE * torch.maximum(*masses.values())
-    bad = (masses["supply"] == 0) | (masses["demand"] == 0) | (unbalanced & (not normalize))
+    marginals = {name: tensors[name].double() for name in ("supply", "demand")}
+    masses = {name: marginal.sum(-1) for name, marginal in marginals.items()}
+    # Compared in parts of the largest entry: sums can be beyond the dtype.
+    largest = torch.maximum(*(marginal.amax(-1) for marginal in marginals.values())).unsqueeze(-1)
+    parts = [(marginal / largest.where(largest > 0, 1)).sum(-1) for marginal in marginals.values()]
+    unbalanced = (parts[0] - parts[1]).abs() > MASS_TOLERANCE * torch.maximum(*parts)
+    bad = (parts[0] == 0) | (parts[1] == 0) | (unbalanced & (not normalize))
     for entries in illegal.values():
         bad = bad | entries.flatten(1).any(-1)
     if not bad.any():
@@ -251,7 +219,7 @@ def _check_values(cost: Tensor, supply: Tensor, demand: Tensor, batch: torch.Siz
     for name, entries in illegal.items():
         for place in entries[position].nonzero()[:1].tolist():
             entry = tensors[name][position][tuple(place)].item()
-            taken = "finite entries" if name == "cost" else "finite entries of at least 0"
+            taken = "finite entries or inf" if name == "cost" else "finite entries of at least 0"
             raise ValueError(f"{name}: expected {taken}, got {entry} at {place} {where}")
     for name in masses:
         if mass[name] == 0:
@@ -262,13 +230,21 @@ def _check_values(cost: Tensor, supply: Tensor, demand: Tensor, batch: torch.Siz
     )
 
 
+def _name_problem(error: RuntimeError, batch: torch.Size) -> None:
+    """Raises what the CPU kernel says of costs that have no solution, with the problem's index into the batch shape."""
+    said = _NO_SOLUTION.search(str(error))
+    if said:
+        index = tuple(int(part) for part in torch.unravel_index(torch.tensor(int(said["position"])), batch))
+        raise ValueError(f"{said['what']}, at batch index {index}") from None
+
+
 def _check_certificate(cost: Tensor, supply: Tensor, demand: Tensor, result: EMD, batch: torch.Size) -> None:
     """Raises for the first solution of the flat batch that is none; waits for the device. Looks at nothing while
     tracing."""
     if cost.is_meta or any(is_traced(tensor) for tensor in (cost, supply, demand)):
         return
-    found = certificate(cost, supply, demand, result)
     tolerance = CERTIFICATE_TOLERANCE[result.value.dtype]
+    found = certificate(cost, supply, demand, result, tolerance)
     failed = ~found.holds(tolerance)
     if failed.any():
         position, index = _batch_index(failed, batch)
@@ -339,6 +315,8 @@ def _in_one_row(batch: torch.Size, **tensors: Tensor) -> dict[str, Tensor]:
 
 def _normalized(marginal: Tensor) -> Tensor:
     marginal = marginal.to(accumulate_dtype(marginal.dtype))
+    # By the largest first, because a sum of large masses can be beyond the dtype.
+    marginal = marginal / marginal.detach().abs().amax(-1, keepdim=True)
     # Divided by a negative mass, negative entries would look legal.
     return marginal / marginal.sum(-1, keepdim=True).abs()
 
@@ -426,10 +404,11 @@ def emd(
         problem = {name: tensor.to(accumulate_dtype(tensor.dtype)) for name, tensor in problem.items()}
     try:
         value, flow, supply_dual, demand_dual, *_ = _call_emd(*problem.values())
-    except RuntimeError:
+    except RuntimeError as error:
         # On the CPU the kernel looks at every value before it does anything: a look from here first costs more.
         if cost.device.type == "cpu":
             _check_values(**_in_one_row(batch, **given), batch=batch, normalize=normalize)
+            _name_problem(error, batch)
         raise
     result = EMD(value, flow, supply_dual, demand_dual)
     if check:

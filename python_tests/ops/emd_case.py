@@ -143,8 +143,8 @@ def _bad_values() -> list[BadInput]:
     """On the CPU they raise by themselves, on a GPU with ``check``."""
     found = []
     for name, change, message in (
-        ("NaN cost", entry("cost", (3, 1, 2), math.nan), "cost: expected finite entries, got nan at [1, 2] at batch"),
-        ("infinite cost", entry("cost", (3, 1, 2), math.inf), "cost: expected finite entries, got inf"),
+        ("NaN cost", entry("cost", (3, 1, 2), math.nan), "cost: expected finite entries or inf, got nan at [1, 2] at"),
+        ("cost below all", entry("cost", (3, 1, 2), -math.inf), "cost: expected finite entries or inf, got -inf"),
         ("negative supply", entry("supply", (4, 2), -0.5), "supply: expected finite entries of at least 0, got -0.5"),
         ("negative demand", entry("demand", (4, 2), -0.5), "demand: expected finite entries of at least 0, got -0.5"),
         ("NaN supply", entry("supply", (2, 3), math.nan), "got nan at [3] at batch index (2,)"),

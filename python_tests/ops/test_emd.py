@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fewshot_ext
 from fewshot_ext import EMD, _library, reference
-from fewshot_ext.ops.emd import CERTIFICATE_TOLERANCE, MOST_POINTS_ON_CUDA, certificate
+from fewshot_ext.ops.emd import CERTIFICATE_TOLERANCE, MOST_POINTS_ON_CUDA
+from fewshot_ext.ops.emd_certificate import certificate
 
 from .contract import BACKENDS, DTYPES, on_backends, threads
 from .emd_case import BAD_INPUTS, NAMES, planted

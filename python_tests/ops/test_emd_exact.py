@@ -1,0 +1,244 @@
+"""The Earth Mover's Distance at any range of costs and masses, judged by rational arithmetic, by SciPy's assignment and
+by hand. The faults are those of version 0.1."""
+
+import math
+import random
+from fractions import Fraction
+
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+import fewshot_ext
+from fewshot_ext.ops.emd_certificate import certificate
+
+from .contract import BACKENDS, on_backends
+from .exact_transport import optimum
+
+CPU = on_backends([backend for backend in BACKENDS if backend.name.startswith("cpu-")])
+# Of the value, relative to the optimum: in float32 the rounding of the result.
+ACCURACY = {torch.float64: 1e-12, torch.float32: 1.2e-7}
+FLOAT64 = {"dtype": torch.float64}
+
+
+def assignment_value(cost: Tensor) -> float:
+    """The optimum for masses of 1, summed without rounding."""
+    rows, columns = linear_sum_assignment(cost.double().numpy())
+    return math.fsum(cost.double()[rows, columns].tolist())
+
+
+def value_for_ones(cost: Tensor) -> float:
+    masses = cost.new_ones(len(cost))
+    return fewshot_ext.emd(cost, masses, masses, check=True).value.item()
+
+
+@CPU
+@pytest.mark.parametrize("largest", (1e3, 1e12, 1e16, 1e20, 1e100, 1e300))
+def test_fault_1_a_cost_that_dwarfs_the_rest(backend, largest):
+    cost = torch.tensor([[3, 5, largest], [6, 3, 5], [largest, 5, 3]], **FLOAT64)
+    with backend.activate():
+        assert value_for_ones(cost) == 9
+
+
+@CPU
+@pytest.mark.parametrize("dtype, largest", ((torch.float64, 1e11), (torch.float64, 1e200), (torch.float32, 1e10)))
+def test_fault_1_an_outlier_among_many(backend, dtype, largest):
+    generator = torch.Generator().manual_seed(0)
+    cost = torch.rand(100, 100, generator=generator, dtype=dtype)
+    for place in ((3, 4), (50, 0)):
+        cost[place] = largest
+    with backend.activate():
+        assert value_for_ones(cost) == pytest.approx(assignment_value(cost), rel=ACCURACY[dtype], abs=0)
+
+
+@CPU
+def test_fault_1_costs_of_every_size(backend):
+    cost = torch.exp(6 * torch.randn(60, 60, generator=torch.Generator().manual_seed(0), **FLOAT64))
+    with backend.activate():
+        assert value_for_ones(cost) == pytest.approx(assignment_value(cost), rel=1e-13, abs=0)
+
+
+def padded(tensor: Tensor, value: float, extra: int = 5) -> Tensor:
+    return torch.nn.functional.pad(tensor, (0, extra) * tensor.dim(), value=value)
+
+
+@CPU
+@pytest.mark.parametrize("padding", (1e20, -1e300, math.inf))
+def test_fault_2_costs_of_points_without_mass(backend, padding):
+    cost = torch.rand(20, 20, generator=torch.Generator().manual_seed(0), **FLOAT64)
+    masses = torch.full((20,), 1 / 20, **FLOAT64)
+    with backend.activate():
+        expected = fewshot_ext.emd(cost, masses, masses)
+        found = fewshot_ext.emd(padded(cost, padding), padded(masses, 0), padded(masses, 0), check=True)
+    assert expected.value.item() == pytest.approx(assignment_value(cost) / 20, rel=1e-12)
+    for part, inside in zip(found, expected, strict=True):
+        assert torch.equal(part[tuple(slice(size) for size in inside.shape)], inside)
+
+
+def test_fault_3_gradients_beside_huge_padding():
+    cost = torch.full((3, 3), 1e9)
+    cost[:2, :2] = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    supply = torch.tensor([0.3, 0.7, 0.0], requires_grad=True)
+    demand = torch.tensor([0.6, 0.4, 0.0], requires_grad=True)
+    value = fewshot_ext.emd(cost, supply, demand).value
+    of_supply, of_demand = torch.autograd.grad(value, (supply, demand))
+    assert of_supply[0] - of_supply[1] == -1 and of_demand[0] - of_demand[1] == 1
+    assert of_supply[:2].mean() == of_demand[:2].mean()
+
+
+def test_padding_has_no_part_in_the_gradient_of_the_flow():
+    generator = torch.Generator().manual_seed(0)
+    cost, upstream = (torch.rand(4, 5, generator=generator, **FLOAT64) for _ in range(2))
+    masses = [torch.rand(points, generator=generator, **FLOAT64) for points in (4, 5)]
+
+    def gradients(flow_upstream, cost, *marginals):
+        marginals = [marginal.requires_grad_() for marginal in marginals]
+        flow = fewshot_ext.emd(cost, *marginals, normalize=True).flow
+        return torch.autograd.grad(flow, marginals, flow_upstream)
+
+    expected = gradients(upstream, cost, *(mass.clone() for mass in masses))
+    # Points without mass come first as well: a basis begins with supplier 0.
+    before = torch.nn.functional.pad
+    found = gradients(
+        before(padded(upstream, 1e6), (1, 0, 1, 0), value=-1e6),
+        before(padded(cost, 1e20), (1, 0, 1, 0), value=1e20),
+        *(before(padded(mass, 0), (1, 0)) for mass in masses),
+    )
+    for part, inside in zip(found, expected, strict=True):
+        torch.testing.assert_close(part[1 : 1 + len(inside)], inside)
+
+
+@pytest.fixture
+def flush_to_zero():
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor always computes with denormal numbers")
+    yield
+    torch.set_flush_denormal(False)
+
+
+def cases_near_zero() -> list[Tensor]:
+    points = torch.tensor([[1.0, 2.0], [1.0, 2.0], [3.0, 0.0]])
+    coincident = (points[:, None] - points).square().sum(-1)
+    return [
+        torch.ones(2, 2),
+        torch.zeros(1, 5),
+        torch.zeros(7, 1),
+        coincident,
+        torch.full((9, 9), 1e-44),
+        torch.eye(40),
+    ]
+
+
+@CPU
+def test_fault_4_flushing_denormal_numbers_changes_no_bit(backend, flush_to_zero):
+    with backend.activate():
+        for cost in cases_near_zero():
+            for dtype in (torch.float32, torch.float64):
+                flushed = fewshot_ext.emd(cost.to(dtype))
+                torch.set_flush_denormal(False)
+                expected = fewshot_ext.emd(cost.to(dtype))
+                torch.set_flush_denormal(True)
+                for part, other in zip(flushed, expected, strict=True):
+                    assert part.numpy().tobytes() == other.numpy().tobytes()
+
+
+def test_the_callers_mode_stays_as_it_was(flush_to_zero):
+    fewshot_ext.emd(torch.ones(2, 2))
+    assert (torch.full((1,), 1e-38) / 100).item() == 0
+
+
+@pytest.mark.parametrize("dtype, mass", ((torch.float32, 3e38), (torch.float64, 1.7e308), (torch.float16, 6e4)))
+def test_fault_6_masses_whose_sum_overflows(dtype, mass):
+    cost = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=dtype)
+    masses = torch.full((2,), mass, dtype=dtype, requires_grad=True)
+    value = fewshot_ext.emd(cost, masses, masses, normalize=True, check=True).value
+    assert value.item() == 0
+    assert torch.autograd.grad(value, masses)[0].isfinite().all()
+    assert fewshot_ext.emd(cost, masses, masses, check=True).value.item() == 0
+    with pytest.raises(ValueError, match="demand: expected the total mass of supply"):
+        fewshot_ext.emd(cost, masses, masses / 2)
+
+
+def drawn_number(choice: random.Random, spread: float) -> float:
+    return choice.random() * 10.0 ** choice.uniform(-spread, spread)
+
+
+def drawn_problem(choice: random.Random, spread: float):
+    """Small, of every kind of number."""
+    n, m = choice.randint(1, 5), choice.randint(1, 5)
+    kind = choice.choice(("any sign", "integers", "ties", "an outlier"))
+
+    def cost() -> float:
+        if kind == "integers":
+            return float(choice.randint(0, 2 ** choice.choice((3, 20, 53))))
+        if kind == "ties":
+            return choice.choice((0.0, 1.0, 2.0, 10.0**spread, 10.0**-spread))
+        if kind == "an outlier":
+            return 10.0**spread if choice.random() < 0.3 else choice.random()
+        return drawn_number(choice, spread) * choice.choice((-1, 1, 1))
+
+    costs = [[cost() for _ in range(m)] for _ in range(n)]
+    units = 2 * max(n, m)
+    sides = [[0.0] * n, [0.0] * m]
+    if choice.random() < 0.5:
+        for _ in range(units):
+            for side in sides:
+                side[choice.randrange(len(side))] += 1.0
+    else:
+        masses = choice.choice((0.0, 1.0, spread / 2))
+        sides = [[drawn_number(choice, masses) for _ in side] for side in sides]
+        factor = sum(sides[0]) / sum(sides[1])
+        sides[1] = [x * factor for x in sides[1]]
+    return costs, *sides
+
+
+@pytest.mark.parametrize("spread", (0.0, 1.0, 10.0, 100.0, 280.0))
+def test_equals_rational_arithmetic(spread):
+    choice = random.Random(spread)
+    solved = 0
+    for _ in range(300):
+        problem = drawn_problem(choice, spread)
+        expected = optimum(*problem)
+        if not abs(expected) < Fraction(1.7e308) or 0 < abs(expected) < Fraction(1e-290):
+            continue
+        tensors = [torch.tensor(part, **FLOAT64) for part in problem]
+        result = fewshot_ext.emd(*tensors, check=True)
+        difference = abs(Fraction(result.value.item()) - expected)
+        assert difference <= Fraction(1e-12) * abs(expected), (problem, float(expected), result.value.item())
+        solved += 1
+    assert solved > 200
+
+
+def test_check_takes_right_results_of_subnormal_costs():
+    for dtype, cost in ((torch.float32, 1e-42), (torch.float64, 3e-320)):
+        costs = cost * torch.tensor([[3.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
+        result = fewshot_ext.emd(costs.to(dtype), torch.ones(2, dtype=dtype), torch.ones(2, dtype=dtype), check=True)
+        assert result.value.item() == 2 * costs.to(dtype)[0, 1].item()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_a_value_beyond_the_type_is_refused_by_name(dtype):
+    largest = torch.finfo(dtype).max
+    cost = torch.zeros(3, 2, 2, dtype=dtype)
+    cost[1] = 0.9 * largest
+    masses = torch.full((2,), 1.0, dtype=dtype)
+    with pytest.raises(
+        ValueError, match=r"cost: expected a value and duals within the range .*, at batch index \(1,\)"
+    ):
+        fewshot_ext.emd(cost, masses, masses)
+    assert fewshot_ext.emd(cost, masses / 4, masses / 4, check=True).value[1].item() == pytest.approx(0.45 * largest)
+
+
+def judged(cost: Tensor, supply: Tensor, demand: Tensor, flow: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    return certificate(cost, supply, demand, ((cost * flow).sum(), flow, u, v)).error
+
+
+def test_the_certificate_measures_against_the_optimum():
+    """What version 0.1 gave for fault 1, with duals that pass as long as a violation of 14 is small beside 1e20."""
+    cost = torch.tensor([[3, 5, 1e20], [6, 3, 5], [1e20, 5, 3]], **FLOAT64)
+    ones = torch.ones(3, **FLOAT64)
+    wrong = torch.tensor([[0.0, 1, 0], [1, 0, 0], [0, 0, 1]], **FLOAT64)
+    zero = torch.zeros(3, **FLOAT64)
+    assert judged(cost, ones, ones, torch.eye(3, **FLOAT64), zero, zero) == 0
+    assert judged(cost, ones, ones, wrong, zero, zero) >= 5 / 14
