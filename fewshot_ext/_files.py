@@ -30,8 +30,23 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Makes or replaces a UTF-8 file, whole or not at all."""
-    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    """Makes or replaces a UTF-8 file, whole or not at all; what UTF-8 cannot hold is escaped, see ``as_text``."""
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace"))
+
+
+def is_text(name: str) -> bool:
+    """Whether UTF-8 can hold ``name``; of a file's name with other bytes it cannot.
+
+    Example:
+        >>> is_text("Größe"), is_text(os.fsdecode(b"Gr\\xf6"))
+        (True, False)
+    """
+    return name.encode("utf-8", "replace") == name.encode("utf-8", "surrogatepass")
+
+
+def as_text(name: str | Path) -> str:
+    """A file's name as text that can be printed and written; bytes that are no UTF-8 become ``\\udcXX``."""
+    return str(name).encode("utf-8", "backslashreplace").decode()
 
 
 def file_sha256(path: str | Path) -> str:

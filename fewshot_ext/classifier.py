@@ -1,6 +1,5 @@
 """Few-shot classification of one's own images, in the style of scikit-learn."""
 
-import pickle
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from itertools import chain
@@ -11,13 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fewshot_ext._checks import check_at_least
+from fewshot_ext._checks import check_count
 from fewshot_ext._files import replace_file
 from fewshot_ext._version import __version__
+from fewshot_ext._weights import load_weights
+from fewshot_ext.data import Split
+from fewshot_ext.data.folders import list_folder
+from fewshot_ext.data.walk import warn_passed_over
 from fewshot_ext.evaluation.backbones import FrozenBackbone, state_checksum
 from fewshot_ext.evaluation.head_choice import HeadChoice, HeadSettings, choose_head, crops_an_image
 from fewshot_ext.evaluation.heads import HEADS, FineTuning, Head
-from fewshot_ext.evaluation.images import ImageBatches, class_folders
+from fewshot_ext.evaluation.images import ImageBatches
 from fewshot_ext.evaluation.map_heads import MAP_HEADS
 from fewshot_ext.evaluation.protocol import extract_features
 from fewshot_ext.models import LocalFeaturesConfig, StructuredClassifierConfig
@@ -96,10 +99,10 @@ class FewShotClassifier:
         base_mean: Tensor | None = None,
         local_features: LocalFeaturesConfig = _LOCAL_FEATURES,
     ) -> None:
-        check_at_least("batch_size", batch_size, 1)
-        check_at_least("seed", seed, 0)
+        check_count("batch_size", batch_size, 1)
+        check_count("seed", seed, 0)
         if image_size is not None:
-            check_at_least("image_size", image_size, 1)
+            check_count("image_size", image_size, 1)
         if not isinstance(head, str | Head):
             raise TypeError(f"head must be a name or a Head, got {type(head).__name__}")
         settings = HeadSettings(local_features=local_features)
@@ -134,7 +137,8 @@ class FewShotClassifier:
 
         Args:
             images: see the class. A folder must hold one folder of pictures for each class.
-            labels: one an image; left out where ``images`` is a folder, whose sub-folders name the classes.
+            labels: one an image; left out where ``images`` is a folder, whose sub-folders name the classes as in
+                ``fewshot_ext.data.read_folder``. What is passed over there is told by a warning.
             on_progress: called with the number of images done so far.
 
         Returns:
@@ -182,6 +186,8 @@ class FewShotClassifier:
                 waiting = []
         if waiting:
             scores.append(self._scores(torch.cat(waiting), support, target))
+        if not scores:
+            raise ValueError("images must hold at least one picture that can be read")
         return torch.cat(scores).cpu()
 
     def predict_proba(self, images: Any, *, on_progress: Callable[[int], None] | None = None) -> Tensor:
@@ -397,7 +403,9 @@ def _labelled(images: Any, labels: Iterable[Hashable] | None) -> tuple[Any, list
     if labels is None:
         if not isinstance(images, str | Path):
             raise ValueError("labels must be given, unless images is a folder with one folder for each class")
-        return class_folders(images)
+        listing = list_folder(images, Split.NOVEL)
+        warn_passed_over(images, listing.passed_over)
+        return listing.files, listing.classes
     labels = labels.tolist() if isinstance(labels, Tensor | np.ndarray) else list(labels)
     labels = [label.item() if isinstance(label, np.generic) else label for label in labels]
     for label in labels:
@@ -460,10 +468,10 @@ def _from_plain(value: Any) -> Any:
 def _read(path: Path) -> dict[str, Any]:
     with open(path, "rb") as stream:
         try:
-            content = torch.load(stream, map_location="cpu", weights_only=True)
+            content = load_weights(stream)
             if content["format"] == _FORMAT and content["format_version"] == _FORMAT_VERSION:
                 return content
             reason = f"it holds {content['format']} version {content['format_version']}"
-        except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, AttributeError, EOFError, OSError) as error:
-            reason = str(error).partition("\n")[0] or type(error).__name__
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = str(error) or type(error).__name__
     raise ValueError(f"{path} does not hold a FewShotClassifier of version {_FORMAT_VERSION}: {reason}")

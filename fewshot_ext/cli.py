@@ -48,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows the program's name; ``sys.argv`` where None.
     """
     path, command = _find_command(sys.argv[1:] if arguments is None else arguments)
+    if hasattr(sys.stdout, "reconfigure"):
+        # A name that the terminal cannot show must not end a run whose work is done; standard error is so already.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _extras.require("train", "jsonargparse", "yaml")
         parser = _build_parser()

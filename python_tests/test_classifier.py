@@ -7,6 +7,7 @@ from torch import nn
 from fewshot_ext import FewShotClassifier
 from fewshot_ext.data import ImageInput, load_digits
 from fewshot_ext.evaluation import HEADS, FineTuning, MatchingNet, ProtoNet, SimpleShot, extract_features
+from fewshot_ext.evaluation.backbones import FrozenBackbone
 from fewshot_ext.evaluation.images import ImageBatches
 from fewshot_ext.ops import finetune_episodes
 
@@ -381,10 +382,10 @@ def test_bad_files_and_folders_are_named(tmp_path, folder):
         classifier.fit([tmp_path / "missing.png"], ["a"])
     with pytest.raises(NotADirectoryError, match="missing"):
         classifier.fit(tmp_path / "missing")
-    with pytest.raises(ValueError, match="must hold a folder of pictures for each class, and has no folders"):
+    with pytest.raises(ValueError, match="lies in no class's folder"):
         classifier.fit(folder / "digit 0")
     (folder / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"no pictures in '.*empty'"):
+    with pytest.raises(ValueError, match=r"class's folder 'empty' in .* holds no pictures"):
         classifier.fit(folder)
     (folder / "empty" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(ValueError, match=r"broken\.png"):
@@ -428,3 +429,66 @@ def test_11_labels_that_are_not_a_number_are_no_classes():
     for labels in ([0.0, float("nan"), 0.0, float("nan")], np.array([1, np.nan, 1, 2])):
         with pytest.raises(ValueError, match="labels must be equal to themselves, got NaN"):
             FewShotClassifier(nn.Flatten(), head="protonet").fit(images, labels)
+
+
+# 13
+@pytest.mark.parametrize(
+    "picture",
+    [
+        np.zeros((64, 64, 3), np.uint8),
+        np.zeros((64, 64, 4), np.uint8),
+        np.zeros((64, 64, 1), np.uint8),
+        np.zeros((64, 64), np.uint8),
+        np.zeros((64, 64, 3), np.float32),
+        torch.zeros(3, 64, 64, dtype=torch.uint8),
+    ],
+    ids=lambda picture: f"{type(picture).__name__}{list(picture.shape)}",
+)
+def test_one_picture_is_no_set_of_them(picture):
+    images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    classifier = FewShotClassifier(nn.Flatten(), "protonet").fit(images, ["a", "b"])
+    for call in (classifier.predict, classifier.predict_proba, lambda images: classifier.fit(images, ["a"] * 64)):
+        with pytest.raises(ValueError, match=r"write images\[None\] for a set of one"):
+            call(picture)
+    assert len(classifier.predict(np.zeros((64, 64, 3), np.uint8)[None])) == 1
+
+
+# 18
+@pytest.mark.parametrize("content", [b"no checkpoint", b"", b"\x80\x02cos\nsystem\n(S'true'\ntR.", b"PK\x03\x04cut"])
+def test_no_message_gives_the_advice_to_run_code(tmp_path, content):
+    from fewshot_ext.training.features import load_backbone
+
+    (tmp_path / "file.ckpt").write_bytes(content)
+    for read in (FewShotClassifier.load, load_backbone, FewShotClassifier):
+        with pytest.raises(ValueError, match=r"file\.ckpt (does not hold|is not the checkpoint)") as caught:
+            read(tmp_path / "file.ckpt")
+        assert "weights_only" not in str(caught.value)
+
+
+# 18
+@pytest.mark.filterwarnings("ignore")  # torch deprecates what writes the first of them
+@pytest.mark.parametrize("kind", ["torchscript", "object"])
+def test_files_of_torch_that_are_no_checkpoints(tmp_path, kind):
+    from fewshot_ext.training.features import load_backbone
+
+    path = tmp_path / "file.ckpt"
+    if kind == "torchscript":
+        torch.jit.script(nn.Linear(2, 2)).save(path)
+    else:
+        torch.save(nn.Linear(2, 2), path)
+    for read in (FewShotClassifier.load, load_backbone):
+        with pytest.raises(ValueError, match=r"file\.ckpt (does not hold|is not the checkpoint)") as caught:
+            read(path)
+        assert "weights_only" not in str(caught.value)
+
+
+# 18
+def test_a_folder_does_not_stand_in_the_way_of_a_model_of_the_same_name(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(FrozenBackbone, "from_timm", asked.append)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "resnet18").mkdir()
+    FrozenBackbone.open("resnet18")
+    assert asked == ["resnet18"]
+    with pytest.raises(OSError, match="checkpoint cannot be read"):
+        FrozenBackbone.open("./resnet18/")

@@ -20,15 +20,19 @@ from torch import Tensor
 
 from fewshot_ext import _extras
 from fewshot_ext._checks import check_at_least
-from fewshot_ext._files import replace_file, replace_text
+from fewshot_ext._files import as_text, replace_file, replace_text
 from fewshot_ext._progress import progress_bar
 from fewshot_ext._record import versions
 from fewshot_ext.classifier import FewShotClassifier
-from fewshot_ext.commands.common import resolve_device, set_threads, writable_folder
-from fewshot_ext.data import contact_sheet, list_images, read_image
+from fewshot_ext.commands.common import resolve_device, set_threads, tell_passed_over, writable_folder
+from fewshot_ext.data import Split, contact_sheet
 from fewshot_ext.data._threads import in_threads
+from fewshot_ext.data.folders import list_folder
+from fewshot_ext.data.pictures import opened
+from fewshot_ext.data.walk import FOLDER_RULE, find_pictures
+from fewshot_ext.evaluation.backbones import FrozenBackbone
 from fewshot_ext.evaluation.head_choice import features_record
-from fewshot_ext.evaluation.images import class_folders
+from fewshot_ext.evaluation.images import ImageBatches
 from fewshot_ext.models import LocalFeaturesConfig
 
 SUMMARY = "sort pictures into classes from a few examples of each"
@@ -36,10 +40,12 @@ SUMMARY = "sort pictures into classes from a few examples of each"
 # Okabe and Ito's bluish green and vermilion, which stay apart for every common kind of colour blindness.
 _RIGHT, _WRONG = "#009E73", "#D55E00"
 _NAMED_AT_MOST = 3
+_READ_AT_ONCE = 64
 
 
 def add_arguments(parser) -> None:
     """Adds the options of ``classify`` to a jsonargparse parser."""
+    parser.epilog = FOLDER_RULE
     run = parser.add_argument_group("run")
     run.add_argument("--support", required=True, metavar="DIR", help="a folder of pictures for each class")
     run.add_argument("--query", required=True, metavar="DIR", help="the pictures to classify")
@@ -71,21 +77,35 @@ def add_arguments(parser) -> None:
 
 @dataclass(frozen=True)
 class _Pictures:
-    """Pictures of one folder, read and of one size.
+    """Picture files of one folder.
 
     Attributes:
-        images: ``[N, C, H, W]`` uint8.
-        files: where each comes from.
+        files: where they are.
         labels: the class that its folder names, None where that is no class.
     """
 
-    images: Tensor
     files: list[Path]
     labels: list[str | None]
 
 
+class _Damage(dict[Path, str]):
+    """What is wrong with the pictures that cannot be read, by their files."""
+
+    def refuse(self, file: Path, message: str) -> None:
+        """Raises ValueError, for all that are known."""
+        self[file] = message
+        self.check()
+
+    def check(self) -> None:
+        """Raises ValueError where there is one."""
+        if self:
+            shown = as_text("; ".join(list(self.values())[:_NAMED_AT_MOST]))
+            more = f"; and {len(self) - _NAMED_AT_MOST} more" if len(self) > _NAMED_AT_MOST else ""
+            raise ValueError(f"pictures cannot be read: {shown}{more}; --skip_corrupt leaves them out")
+
+
 def prepare(arguments, resolved: str) -> Callable[[], int]:
-    """Checks the settings, reads every picture, and returns the function that classifies.
+    """Checks the settings, looks at every picture, and returns the function that classifies.
 
     Args:
         arguments: the parsed options.
@@ -96,18 +116,16 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         raise ValueError("either --checkpoint or --backbone must be given, and not both")
     check_at_least("sheet_pictures", arguments.sheet_pictures, 1)
     set_threads(arguments.threads)
-    support_files, support_labels = class_folders(arguments.support)
-    classes = set(support_labels)
+    examples = list_folder(arguments.support, Split.NOVEL)
+    classes = examples.class_names
     if len(classes) < 2:
-        raise ValueError(
-            f"support must hold at least two classes, and {arguments.support} holds {classes.pop()!r} alone"
-        )
-    query_root = Path(arguments.query).expanduser()
-    query_files = list_images(query_root)
-    tops = [file.relative_to(query_root).parts[0] for file in query_files]
-    query_labels = [top if top in classes else None for top in tops]
+        raise ValueError(f"support must hold at least two classes, and {arguments.support} holds {classes[0]!r} alone")
+    found = find_pictures(arguments.query)
+    query = _Pictures(
+        found.files, [next((name for name in part[:-1] if name in classes), None) for part in found.parts]
+    )
     classifier = FewShotClassifier(
-        Path(arguments.checkpoint) if arguments.checkpoint is not None else arguments.backbone,
+        Path(arguments.checkpoint) if arguments.backbone is None else FrozenBackbone.from_timm(arguments.backbone),
         arguments.head,
         image_size=arguments.image_size,
         device=resolve_device(arguments.device),
@@ -118,67 +136,91 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     if classifier.image_size is None:
         raise ValueError("image_size must be given, for the backbone does not say its own")
     output = writable_folder(arguments.output)
-    pictures, corrupt = _read(support_files + query_files, classifier)
-    if corrupt and not arguments.skip_corrupt:
-        shown = "; ".join(list(corrupt.values())[:_NAMED_AT_MOST])
-        more = f"; and {len(corrupt) - _NAMED_AT_MOST} more" if len(corrupt) > _NAMED_AT_MOST else ""
-        raise ValueError(f"pictures cannot be read: {shown}{more}; --skip_corrupt leaves them out")
-    support = _select(pictures, support_files, support_labels)
-    query = _select(pictures, query_files, query_labels)
-    lost = sorted(classes - set(support.labels))
+    passed_over = {"support": list(examples.passed_over), "query": list(found.passed_over)}
+    for name, told in passed_over.items():
+        tell_passed_over(arguments[name], told)
+    damage = _Damage()
+    support, images = _read(_Pictures(examples.files, examples.classes), classifier, damage)
+    query = _look(query, damage)
+    if not arguments.skip_corrupt:
+        damage.check()
+    lost = sorted(set(classes) - set(support.labels))
     if lost:
         raise ValueError(f"support has no readable picture of the class {lost[0]!r}")
     if not query.files:
         raise ValueError(f"query has no readable picture in {arguments.query}")
     # As many as the smallest class has: a head may need more regions than that gives.
     least = min(support.labels.count(name) for name in classes)
-    classifier.fit(support.images[:least], support.labels[:least])
-    return lambda: _run(classifier, support, query, corrupt, output, resolved, arguments.sheet_pictures)
+    classifier.fit(images[:least], support.labels[:least])
+    work = _Work(classifier, support, images, query, damage, arguments.skip_corrupt, passed_over)
+    return lambda: _run(work, output, resolved, arguments.sheet_pictures)
 
 
-def _read(files: Sequence[Path], classifier: FewShotClassifier) -> tuple[dict[Path, Tensor], dict[Path, str]]:
-    """Pictures by file, and for the damaged ones what is wrong with them."""
-    mode = "L" if classifier.backbone.channels == 1 else "RGB"
+def _read(pictures: _Pictures, classifier: FewShotClassifier, damage: _Damage) -> tuple[_Pictures, Tensor]:
+    """The pictures that can be read, and ``[N, C, H, W]`` uint8 of them."""
+    with progress_bar(total=len(pictures.files), desc="reading examples") as bar:
+        batches = ImageBatches(
+            pictures.files,
+            channels=classifier.backbone.channels,
+            image_size=classifier.image_size,
+            batch_size=_READ_AT_ONCE,
+            on_damage=damage.__setitem__,
+        )
+        images = []
+        for batch in batches:
+            images.append(batch)
+            bar.update(len(batch))
+    return _without(pictures, damage), torch.cat(images) if images else torch.empty(0)
 
-    def read(file: Path) -> Tensor | str:
+
+def _look(pictures: _Pictures, damage: _Damage) -> _Pictures:
+    """Those that begin as pictures do; the rest of a file is read when its turn comes."""
+
+    def look(file: Path) -> str | None:
         try:
-            return read_image(file, classifier.image_size, mode=mode)
+            opened(file, repr(str(file))).close()
         except (OSError, ValueError) as error:
             return str(error)
+        return None
 
-    pictures, corrupt = {}, {}
-    with progress_bar(total=len(files), desc="reading pictures") as bar:
-        for file, result in zip(files, in_threads(read, files), strict=True):
-            if isinstance(result, Tensor):
-                pictures[file] = result
-            else:
-                corrupt[file] = result
+    with progress_bar(total=len(pictures.files), desc="looking at pictures") as bar:
+        for file, trouble in zip(pictures.files, in_threads(look, pictures.files), strict=True):
+            if trouble is not None:
+                damage[file] = trouble
             bar.update()
-    return pictures, corrupt
+    return _without(pictures, damage)
 
 
-def _select(pictures: dict[Path, Tensor], files: Sequence[Path], labels: Sequence[str | None]) -> _Pictures:
-    there = [(file, label) for file, label in zip(files, labels, strict=True) if file in pictures]
-    images = torch.stack([pictures[file] for file, _ in there]) if there else torch.empty(0)
-    return _Pictures(images, [file for file, _ in there], [label for _, label in there])
+def _without(pictures: _Pictures, damage: _Damage) -> _Pictures:
+    kept = [index for index, file in enumerate(pictures.files) if file not in damage]
+    return _Pictures([pictures.files[index] for index in kept], [pictures.labels[index] for index in kept])
 
 
-def _run(
-    classifier: FewShotClassifier,
-    support: _Pictures,
-    query: _Pictures,
-    corrupt: dict[Path, str],
-    output: Path,
-    resolved: str,
-    sheet_pictures: int,
-) -> int:
-    for message in corrupt.values():
-        print(f"left out: {message}", file=sys.stderr)
+@dataclass(frozen=True)
+class _Work:
+    """What is classified by what, and what was left out on the way here; ``images`` are those of the support set."""
+
+    classifier: FewShotClassifier
+    support: _Pictures
+    images: Tensor
+    query: _Pictures
+    damage: _Damage
+    skip_corrupt: bool
+    passed_over: dict[str, list[str]]
+
+
+def _run(work: _Work, output: Path, resolved: str, sheet_pictures: int) -> int:
+    classifier, support, damage = work.classifier, work.support, work.damage
     try:
-        rows = _classify(classifier, support, query)
+        rows, shown = _classify(work, sheet_pictures)
     except KeyboardInterrupt:
         print("interrupted before the pictures were classified; nothing was written", file=sys.stderr)
         return 130
+    except ValueError as error:
+        print(f"fewshot-ext classify: error: {error}; nothing was written", file=sys.stderr)
+        return 1
+    for message in damage.values():
+        print(as_text(f"left out: {message}"), file=sys.stderr)
     known = [row["correct"] for row in rows if row["correct"] is not None]
     accuracy = sum(known) / len(known) if known else None
     print(f"{len(rows)} pictures classified into {len(classifier.classes_)} classes from {len(support.files)} examples")
@@ -191,11 +233,12 @@ def _run(
         "queries": len(rows),
         "queries_in_class_folders": len(known),
         "accuracy": accuracy,
-        "left_out": {str(file): message for file, message in corrupt.items()},
+        "left_out": {as_text(file): as_text(message) for file, message in damage.items()},
+        "passed_over": work.passed_over,
     }
     try:
         replace_text(output / "predictions.csv", _csv(rows))
-        sheet = _sheet(rows, query.images, sheet_pictures)
+        sheet = _sheet(rows, shown)
         replace_file(output / "contact_sheet.png", lambda path: sheet.save(path))
         replace_text(output / "results.json", json.dumps(record, indent=2) + "\n")
         replace_text(output / "config.yaml", resolved)
@@ -207,19 +250,41 @@ def _run(
     return 0
 
 
-def _classify(classifier: FewShotClassifier, support: _Pictures, query: _Pictures) -> list[dict[str, Any]]:
-    examples = len(support.files)
-    with progress_bar(total=examples + len(query.files), desc="classifying", unit="pictures") as bar:
+def _classify(work: _Work, sheet_pictures: int) -> tuple[list[dict[str, Any]], dict[int, Tensor]]:
+    """The rows of predictions.csv, and by their numbers the pictures of the contact sheet: the only ones kept."""
+    classifier, query, damage = work.classifier, work.query, work.damage
+    examples, total = len(work.support.files), len(work.query.files)
+    # Where they are too many for the sheet, evenly spaced ones, so that each folder shows.
+    shown = torch.linspace(0, total - 1, min(total, sheet_pictures)).round().long().tolist()
+    wanted, kept = {query.files[index] for index in shown}, {}
+
+    class Batches(ImageBatches):
+        def _read(self, path: Path) -> Tensor | None:
+            image = super()._read(path)
+            if image is not None and path in wanted:
+                kept[path] = image
+            return image
+
+    batches = Batches(
+        query.files,
+        channels=classifier.backbone.channels,
+        image_size=classifier.image_size,
+        batch_size=classifier.batch_size,
+        # A picture that begins well may end badly: to find that in the last of many hours would cost all of them.
+        on_damage=damage.__setitem__ if work.skip_corrupt else damage.refuse,
+    )
+    with progress_bar(total=examples + total, desc="classifying", unit="pictures") as bar:
 
         def report(count: int) -> None:
             bar.update(count - bar.n)
 
-        classifier.fit(support.images, support.labels, on_progress=report)
-        shares = classifier.predict_proba(query.images, on_progress=lambda count: report(examples + count))
+        classifier.fit(work.images, work.support.labels, on_progress=report)
+        shares = classifier.predict_proba(batches, on_progress=lambda count: report(examples + count))
+    query = _without(query, damage)
     best = shares.topk(2)
-    return [
+    rows = [
         {
-            "file": str(file),
+            "file": as_text(file),
             "predicted": classifier.classes_[first],
             "probability": round(share, 4),
             "runner_up": classifier.classes_[second],
@@ -231,6 +296,7 @@ def _classify(classifier: FewShotClassifier, support: _Pictures, query: _Picture
             query.files, query.labels, best.indices.tolist(), best.values.tolist(), strict=True
         )
     ]
+    return rows, {index: kept[file] for index, file in enumerate(query.files) if file in kept}
 
 
 def _record(classifier: FewShotClassifier) -> dict[str, Any]:
@@ -245,12 +311,10 @@ def _record(classifier: FewShotClassifier) -> dict[str, Any]:
     }
 
 
-def _sheet(rows: Sequence[dict[str, Any]], images: Tensor, most: int):
-    """The pictures with their predictions; where they are too many, evenly spaced ones, so that each folder shows."""
-    shown = torch.linspace(0, len(rows) - 1, min(len(rows), most)).round().long().tolist()
+def _sheet(rows: Sequence[dict[str, Any]], shown: dict[int, Tensor]):
     colours = {True: _RIGHT, False: _WRONG, None: None}
     return contact_sheet(
-        [images[index] for index in shown],
+        list(shown.values()),
         [f"{rows[index]['predicted']} {rows[index]['probability']:.0%}" for index in shown],
         borders=[colours[rows[index]["correct"]] for index in shown],
     )

@@ -1,11 +1,16 @@
-"""What the commands share: choosing the device, preparing the output folder."""
+"""What the commands share: choosing the device, loading images, preparing the output folder."""
 
+import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from fewshot_ext._checks import check_at_least
+from fewshot_ext._files import as_text
+from fewshot_ext.data import ImageArchive
+from fewshot_ext.data.named import open_images
 
 
 def resolve_device(name: str) -> torch.device:
@@ -31,6 +36,19 @@ def set_threads(count: int | None) -> None:
     if count is not None:
         check_at_least("threads", count, 1)
         torch.set_num_threads(count)
+
+
+def load_data(name: str) -> ImageArchive:
+    """``load_images``; what a folder passed over is told on standard error."""
+    archive = open_images(name)
+    tell_passed_over(name, archive.passed_over)
+    return archive
+
+
+def tell_passed_over(name: str | Path, passed_over: Iterable[str]) -> None:
+    """Tells on standard error what a walk over the folder ``name`` passed over."""
+    for line in passed_over:
+        print(as_text(f"{name}: {line}"), file=sys.stderr)
 
 
 def writable_folder(name: str) -> Path:

@@ -28,8 +28,8 @@ from pathlib import Path
 
 from fewshot_ext import _extras
 from fewshot_ext._files import replace_text
-from fewshot_ext.commands.common import resolve_device, set_threads, writable_folder
-from fewshot_ext.data import load_images
+from fewshot_ext.commands.common import load_data, resolve_device, set_threads, writable_folder
+from fewshot_ext.data.walk import FOLDER_RULE
 from fewshot_ext.evaluation import (
     Comparison,
     ComparisonConfig,
@@ -49,6 +49,7 @@ SUMMARY = "few-shot accuracy of checkpoints on novel classes, with several heads
 
 def add_arguments(parser) -> None:
     """Adds the options of ``evaluate`` to a jsonargparse parser."""
+    parser.epilog = FOLDER_RULE
     config, protocol = ComparisonConfig(), ProtocolConfig()
     run = parser.add_argument_group("run")
     run.add_argument(
@@ -131,7 +132,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         replace(FrozenBackbone.from_checkpoint(path), name=name)
         for name, path in zip(names, arguments.checkpoint, strict=True)
     ]
-    archive = load_images(arguments.data)
+    archive = load_data(arguments.data)
     output = writable_folder(arguments.output)
     comparison = Comparison(
         config,

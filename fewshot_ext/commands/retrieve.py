@@ -34,8 +34,9 @@ from fewshot_ext._files import replace_file, replace_text
 from fewshot_ext._progress import progress_bar
 from fewshot_ext._random import derive_generator
 from fewshot_ext._record import versions
-from fewshot_ext.commands.common import resolve_device, set_threads, writable_folder
-from fewshot_ext.data import Split, load_images
+from fewshot_ext.commands.common import load_data, resolve_device, set_threads, tell_passed_over, writable_folder
+from fewshot_ext.data import Split
+from fewshot_ext.data.walk import FOLDER_RULE
 from fewshot_ext.evaluation import (
     FrozenBackbone,
     RerankedRetrieval,
@@ -60,6 +61,7 @@ _HEADING = "The {} nearest by their embeddings, re-ranked by the EMD between reg
 
 def add_arguments(parser) -> None:
     """Adds the options of ``retrieve`` to a jsonargparse parser."""
+    parser.epilog = FOLDER_RULE
     run = parser.add_argument_group("run")
     run.add_argument(
         "--checkpoint", required=True, metavar="FILE", help="of fewshot-ext metric-train, or of another training"
@@ -154,7 +156,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
 
 def _images(arguments, backbone: FrozenBackbone, device: torch.device) -> tuple[LabelledImages, LabelledImages | None]:
     if arguments.data is not None:
-        archive = load_images(arguments.data).subset(Split[arguments.split.upper()])
+        archive = load_data(arguments.data).subset(Split[arguments.split.upper()])
         backbone.try_out(archive.images[:1], arguments.data, device=device)
         return LabelledImages.of_archive(archive), None
     if backbone.image_size is None:
@@ -165,7 +167,12 @@ def _images(arguments, backbone: FrozenBackbone, device: torch.device) -> tuple[
         raise ValueError("gallery is the folder of the queries, each of which would find itself: leave --gallery out")
     queries = LabelledImages.of_folder(query)
     backbone.try_out(torch.stack(queries.pixels(backbone, [0])), str(query), device=device)
-    return queries, None if gallery is None else LabelledImages.of_folder(gallery)
+    tell_passed_over(query, queries.passed_over)
+    if gallery is None:
+        return queries, None
+    searched = LabelledImages.of_folder(gallery)
+    tell_passed_over(gallery, searched.passed_over)
+    return queries, searched
 
 
 def _check_rerank(
@@ -376,6 +383,11 @@ def _write(search: _Search, found: _Found, output: Path, resolved: str, seconds:
     record = {
         "checkpoint": {"path": backbone.path, "sha256": backbone.sha256},
         "images": {name: arguments[name] for name in ("data", "split", "query", "gallery")},
+        "passed_over": {
+            name: list(part.passed_over)
+            for name, part in (("queries", search.queries), ("gallery", search.gallery))
+            if part is not None and part.passed_over
+        },
         "distance": arguments.distance,
         "lone_queries": arguments.lone_queries,
         "seed": arguments.seed,

@@ -15,9 +15,10 @@ from fewshot_ext import _extras
 from fewshot_ext._checks import check_at_least
 from fewshot_ext._files import replace_text
 from fewshot_ext._record import versions
-from fewshot_ext.commands.common import resolve_device, set_threads, writable_folder
+from fewshot_ext.commands.common import load_data, resolve_device, set_threads, writable_folder
 from fewshot_ext.commands.locks import hold_folder
-from fewshot_ext.data import ImageArchive, Split, load_images
+from fewshot_ext.data import ImageArchive, Split
+from fewshot_ext.data.walk import FOLDER_RULE
 from fewshot_ext.recipes import recipe_names, recipe_path, recipe_table
 
 if TYPE_CHECKING:
@@ -49,12 +50,16 @@ def add_run_arguments(parser, command: str, *, seed: str, processes: bool = True
         seed: help of ``--seed``.
         processes: whether a run may have several.
     """
+    parser.epilog = FOLDER_RULE
     parser.add_argument("--list-recipes", action=_list_recipes_action(command), help="print all recipes and exit")
     run = parser.add_argument_group("run")
     run.add_argument("--data", metavar="NAME|FILE", help="image set: a known name, such as miniimagenet32, or a file")
     run.add_argument("--output", metavar="FOLDER", help="where checkpoints, logs and records go")
     run.add_argument(
-        "--resume", action="store_true", help="go on from last.ckpt in the output folder, with the same settings"
+        "--resume",
+        action="store_true",
+        help="go on from last.ckpt in the output folder, with the same settings or more epochs; not more of them where "
+        "they decide the learning rates, as Adam's do in pretrain",
     )
     run.add_argument("--seed", type=int, default=0, help=seed)
     run.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu or cuda")
@@ -110,7 +115,7 @@ def check_run(arguments) -> RunInputs:
     device = resolve_device(arguments.device)
     if device.type == "cuda" and devices > torch.cuda.device_count():
         raise ValueError(f"devices must be at most {torch.cuda.device_count()}, the GPUs here, got {devices}")
-    archive = load_images(arguments.data)
+    archive = load_data(arguments.data)
     base = archive.subset(Split.BASE)
     validation, novel = (
         archive.subset(split) if (archive.class_split == split).any() else None
@@ -133,7 +138,7 @@ def check_run(arguments) -> RunInputs:
         "progress": True,
     }
     record = {
-        "data": {"name": arguments.data, "sha256": archive.checksum(), "base": _count(base)}
+        "data": {**archive.record(arguments.data), "base": _count(base)}
         | ({"validation": _count(validation)} if validation else {}),
         "seed": arguments.seed,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

@@ -9,9 +9,10 @@ from fewshot_ext.data.episodes import Episodes, sample_episodes
 from fewshot_ext.data.folders import read_folder
 from fewshot_ext.data.mnist import load_mnist
 from fewshot_ext.data.named import load_images
-from fewshot_ext.data.pictures import contact_sheet, list_images, read_image
+from fewshot_ext.data.pictures import contact_sheet, read_image
 from fewshot_ext.data.pk_batches import PKBatches
 from fewshot_ext.data.splits import SPLIT_NAMES, ClassSplit, load_split
+from fewshot_ext.data.walk import list_images
 
 __all__ = [
     "SPLIT_NAMES",

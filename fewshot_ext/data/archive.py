@@ -5,10 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fewshot_ext._files import is_text
 
 
 class Split(IntEnum):
@@ -33,10 +36,12 @@ class ImageArchive:
         class_split: ``[classes]`` uint8, a ``Split`` value a class.
         class_words: what a class is called in English where its name is a code, one text a class, or None.
         image_fields: further facts about the images by name, each ``[N]`` int64, such as Omniglot's ``drawer``.
+        passed_over: where the images come from a folder, a line on each kind of thing in it that was passed over.
 
     Raises:
         TypeError: a tensor of the wrong dtype, or something that is not a tensor.
-        ValueError: a wrong rank or length, a label or split value out of range, a class name given twice.
+        ValueError: a wrong rank or length, a label or split value out of range, a class name given twice or with
+            characters that UTF-8 cannot hold.
 
     Example:
         >>> archive = ImageArchive(
@@ -58,6 +63,7 @@ class ImageArchive:
     class_split: Tensor
     class_words: tuple[str, ...] | None = None
     image_fields: Mapping[str, Tensor] = field(default_factory=dict)
+    passed_over: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, value, dtype, rank in (
@@ -95,6 +101,9 @@ class ImageArchive:
             )
         if len(set(self.class_names)) != self.num_classes:
             raise ValueError("class_names must all be different")
+        for name in (*self.class_names, *(self.class_words or ())):
+            if not is_text(name):
+                raise ValueError(f"class_names and class_words must be text that UTF-8 can hold, got {name!r}")
         low, high = self.labels.min().item(), self.labels.max().item()
         if low < 0 or high >= self.num_classes:
             raise ValueError(f"labels must lie in [0, {self.num_classes}), got {low} to {high}")
@@ -198,6 +207,11 @@ class ImageArchive:
         digest.update("\n".join(self.class_names).encode())
         return digest.hexdigest()
 
+    def record(self, name: str) -> dict[str, Any]:
+        """What a result says of the images that it was measured on."""
+        told = {"passed_over": list(self.passed_over)} if self.passed_over else {}
+        return {"name": name, "sha256": self.checksum(), **told}
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -225,7 +239,12 @@ class ImageArchive:
         """
         chosen = (self.class_split == split).nonzero().squeeze(1)
         if not len(chosen):
-            raise ValueError(f"the archive has no {Split(split).name.lower()} classes")
+            had = {Split(role).name.lower() for role in self.class_split.tolist()}
+            raise ValueError(
+                f"the images have no {Split(split).name.lower()} classes, all are {' or '.join(sorted(had))}: "
+                "`fewshot-ext data pack --split` gives classes their roles, as folders train, val and test around "
+                "them do"
+            )
         return self._select_classes(chosen, self.class_split[chosen])
 
     def with_roles(self, roles: Mapping[str, Split]) -> "ImageArchive":

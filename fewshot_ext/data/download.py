@@ -48,7 +48,7 @@ REMOTE: dict[str, RemoteSet] = {
                 6_462_886,
             ),
         ),
-        "fewshot-ext data pack --source {folder} --size 28 --mode L --invert --output omniglot28.npz",
+        "fewshot-ext data pack --source {folder} --class-depth 2 --size 28 --mode L --invert --output omniglot28.npz",
     ),
     "cifar100": RemoteSet(
         "100 classes of 600 photographs, 32 x 32: the source of CIFAR-FS and FC100",

@@ -2,17 +2,20 @@
 
 import re
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 
+from fewshot_ext._checks import check_count
+from fewshot_ext._files import is_text
 from fewshot_ext.data._threads import in_threads
 from fewshot_ext.data.archive import ImageArchive, Split
-from fewshot_ext.data.pictures import check_reading, decode, list_images, picture_size
+from fewshot_ext.data.pictures import check_reading, decode, picture_size
 from fewshot_ext.data.splits import ClassSplit, load_split, role_of
+from fewshot_ext.data.walk import FoundPictures, find_pictures, warn_passed_over
 
 _WORDNET_ID = re.compile(r"n\d{8}")
 
@@ -26,41 +29,60 @@ class FolderListing:
         labels: the class of each.
         class_names, class_split: as in ``ImageArchive``.
         left_out: number of pictures that the split does not name.
+        passed_over: a line on each kind of thing that was passed over, with its number.
     """
 
     files: list[Path]
     labels: list[int]
     class_names: list[str]
     class_split: list[Split]
-    left_out: int
+    left_out: int = 0
+    passed_over: tuple[str, ...] = ()
+
+    @property
+    def classes(self) -> list[str]:
+        """The class of each picture by its name."""
+        return [self.class_names[label] for label in self.labels]
 
 
-def list_folder(root: str | Path, split: str | Path | Split | ClassSplit | None = None) -> FolderListing:
-    """Finds the pictures of a folder tree and their classes; see ``read_folder``."""
-    root = Path(root).expanduser()
-    files = list_images(root)
-    parts = [file.relative_to(root).parts for file in files]
+def list_folder(
+    root: str | Path, split: str | Path | Split | ClassSplit | None = None, class_depth: int = 1
+) -> FolderListing:
+    """Finds the pictures of a folder tree and their classes by ``walk.FOLDER_RULE``; see ``read_folder``."""
+    check_count("class_depth", class_depth, 1)
+    pictures = find_pictures(root)
+    parts, told = pictures.parts, list(pictures.passed_over)
     if split is None or isinstance(split, Split):
-        top = _common_folders(parts)
-        found = _by_folder([part[top:] for part in parts], split, str(root))
+        top = _common_folders(parts, class_depth)
+        if top:
+            told.append(f"folders above those of the classes stepped over: {top}, namely {'/'.join(parts[0][:top])!r}")
+        found = _by_folder(pictures, top, split, class_depth, told)
     else:
-        found = _by_split(parts, split if isinstance(split, ClassSplit) else load_split(split), str(root))
+        found = _by_split(pictures, split if isinstance(split, ClassSplit) else load_split(split), told)
 
     roles: dict[str, Split] = {}
     for name, role in filter(None, found):
         if roles.setdefault(name, role) != role:
             raise ValueError(
-                f"class {name!r} of {str(root)!r} is both {roles[name].name.lower()} and {role.name.lower()}"
+                f"class {name!r} of {str(root)!r} is both {roles[name].name.lower()} and {role.name.lower()}: "
+                "--split (base, validation, novel or the name of a split) gives it one role"
             )
     names = sorted(roles, key=lambda name: (roles[name], name))
     label = {name: number for number, name in enumerate(names)}
-    kept = sorted((label[entry[0]], file) for entry, file in zip(found, files, strict=True) if entry is not None)
+    kept = sorted(
+        (label[entry[0]], file) for entry, file in zip(found, pictures.files, strict=True) if entry is not None
+    )
+    left_out = len(found) - len(kept)
+    if left_out:
+        first = pictures.files[found.index(None)].relative_to(pictures.root)
+        told.append(f"pictures that the split does not name left out: {left_out:,}, such as {str(first)!r}")
     return FolderListing(
         files=[file for _, file in kept],
         labels=[number for number, _ in kept],
         class_names=names,
         class_split=[roles[name] for name in names],
-        left_out=len(files) - len(kept),
+        left_out=left_out,
+        passed_over=tuple(told),
     )
 
 
@@ -71,11 +93,12 @@ def read_folder(
     size: int | None = None,
     mode: str | None = None,
     resize: str = "crop",
+    class_depth: int = 1,
     progress: bool = False,
 ) -> ImageArchive:
-    """An archive of a folder tree, ``root/CLASS/*.jpg``; a class may lie deeper, and is named by its path then.
+    """An archive of a folder tree, ``root/CLASS/.../*.jpg``; what is passed over is told by a warning.
 
-    Folders that all pictures lie in are passed over, so that ``root`` may be the folder above the classes. With no
+    Folders that all pictures lie in are stepped over, so that ``root`` may be the folder above the classes. With no
     split, folders ``train``, ``val`` and ``test`` (or ``base``, ``novel``, ``images_background``, ...) around
     those of the classes tell the roles; with neither, every class is novel.
 
@@ -86,16 +109,21 @@ def read_folder(
             a split with file lists tells their classes; for ImageNet's the file names do.
         size, resize: as in ``read_image``; without a size, all pictures must have the same.
         mode: "RGB", "L", or None for L where every picture is grey and RGB otherwise.
+        class_depth: folders that name a class: with 2, as Omniglot has it, ``Greek/alpha/1.png`` is of the class
+            ``Greek/alpha``, and with 1 of the class ``Greek``.
         progress: show a bar with the time left on a terminal.
 
     Raises:
         ImportError: Pillow is missing.
-        OSError: the folder or a picture cannot be opened.
-        ValueError: no pictures, a class with two roles, a class of the split without pictures, a damaged picture,
-            pictures of unequal size where none is asked for. The message names the class or the picture.
+        OSError: the folder, one in it or a picture cannot be opened.
+        ValueError: no pictures, a picture in no class's folder, a class's folder without pictures, a class with two
+            roles, a class of the split without pictures, a name that is not UTF-8, a damaged picture, pictures of
+            unequal size where none is asked for. The message names the class or the picture.
     """
     check_reading(size, mode, resize)
-    return read_listing(list_folder(root, split), size=size, mode=mode, resize=resize, progress=progress)
+    listing = list_folder(root, split, class_depth)
+    warn_passed_over(root, listing.passed_over)
+    return read_listing(listing, size=size, mode=mode, resize=resize, progress=progress)
 
 
 def read_listing(
@@ -129,62 +157,116 @@ def read_listing(
     decoded = _shown(in_threads(read, listing.files), len(listing.files), "reading", progress)
     for index, image in enumerate(decoded):
         images[index] = image
-    return ImageArchive.from_arrays(
+    archive = ImageArchive.from_arrays(
         images.transpose(0, 2, 3, 1), np.array(listing.labels), listing.class_names, np.array(listing.class_split)
     )
+    return replace(archive, passed_over=listing.passed_over)
 
 
-def _common_folders(parts: list[tuple[str, ...]]) -> int:
-    """How many folders every picture lies in, short of its class's own folder and of one that tells a role."""
+def _common_folders(parts: list[tuple[str, ...]], class_depth: int) -> int:
+    """How many folders every picture lies in, short of its class's own and of one that tells a role."""
     same = takewhile(lambda names: len(set(names)) == 1, zip(*(part[:-1] for part in parts), strict=False))
-    common = min(sum(1 for _ in same), max(0, min(map(len, parts)) - 2))
+    common = min(sum(1 for _ in same), max(0, min(map(len, parts)) - 1 - class_depth))
     return next((depth for depth in range(common) if role_of(parts[0][depth]) is not None), common)
 
 
-def _by_folder(parts, role: Split | None, root: str) -> list[tuple[str, Split]]:
+def _by_folder(
+    pictures: FoundPictures, top: int, role: Split | None, class_depth: int, told: list[str]
+) -> list[tuple[str, Split]]:
+    root, parts = str(pictures.root), [part[top:] for part in pictures.parts]
     tops = {part[0]: role_of(part[0]) for part in parts if len(part) > 1}
     roles = set(tops.values()) - {None}
     # A class may be called "train", as one of CIFAR-100 is; two such folders are roles.
-    nested = role is None and bool(roles) and (None not in tops.values() or len(roles) > 1)
+    nested = bool(roles) and (None not in tops.values() or len(roles) > 1)
     if nested and None in tops.values():
         odd = next(name for name, found in tops.items() if found is None)
         raise ValueError(f"{root!r} holds folders for roles, such as train and test, beside the folder {odd!r}")
     found = []
     for part in parts:
-        name = "/".join(part[nested:-1])
-        if not name:
+        names = part[nested:-1][:class_depth]
+        if len(names) < class_depth:
             raise ValueError(
-                f"{'/'.join(part)!r} in {root!r} lies in no class's folder; a split with file lists can tell its class"
+                f"{'/'.join(part)!r} in {root!r} lies in no class's folder: move it into one, as in CLASS/{part[-1]}, "
+                "or take a split with file lists"
             )
-        found.append((name, tops[part[0]] if nested else Split.NOVEL if role is None else role))
+        own = role if role is not None else tops[part[0]] if nested else Split.NOVEL
+        found.append(("/".join(names), own))
+    _check_class_folders(pictures, top + nested, class_depth)
+    deeper = sorted({"/".join(part[:-1]) for part in pictures.parts if len(part) - 1 > top + nested + class_depth})
+    if deeper:
+        told.append(f"folders in a class's, their pictures being of that class: {len(deeper):,}, such as {deeper[0]!r}")
     return found
 
 
-def _by_split(parts, split: ClassSplit, root: str) -> list[tuple[str, Split] | None]:
-    found: list[tuple[str, Split] | None] = []
-    for part in parts:
-        name = _listed_class(part, split) if split.files else _named_class(part, split)
-        found.append(None if name is None else (name, split.roles[name]))
-    empty = split.roles.keys() - {entry[0] for entry in found if entry is not None}
+def _check_class_folders(pictures: FoundPictures, start: int, class_depth: int) -> None:
+    """A class without pictures is a mistake; an empty folder elsewhere is none."""
+    above = {part[:start] for part in pictures.parts}
+    full = {part[:depth] for part in pictures.parts for depth in range(start + 1, start + class_depth + 1)}
+    for folder in pictures.folders:
+        if start < len(folder) <= start + class_depth and folder[:start] in above:
+            name = "/".join(folder)
+            if folder not in full:
+                told = "; ".join(pictures.passed_over)
+                raise ValueError(
+                    f"the class's folder {name!r} in {str(pictures.root)!r} holds no pictures: remove it, or see what "
+                    f"was not taken for a picture ({told})"
+                )
+            if not is_text(name):
+                raise ValueError(f"the class's folder {name!r} in {str(pictures.root)!r} has a name that is not UTF-8")
+
+
+def _by_split(pictures: FoundPictures, split: ClassSplit, told: list[str]) -> list[tuple[str, Split] | None]:
+    if split.files:
+        names = _listed_classes(pictures, split, told)
+    else:
+        names = [_named_class(part, split) for part in pictures.parts]
+    empty = split.roles.keys() - set(names)
     if empty:
         raise ValueError(
-            f"{split.name} names {len(split.roles)} classes; {len(empty)} of them have no picture in {root!r}: "
-            f"{', '.join(sorted(empty)[:3])}{', ...' if len(empty) > 3 else ''}"
+            f"{split.name} names {len(split.roles)} classes; {len(empty)} of them have no picture in "
+            f"{str(pictures.root)!r}: {', '.join(sorted(empty)[:3])}{', ...' if len(empty) > 3 else ''}"
         )
-    return found
+    return [None if name is None else (name, split.roles[name]) for name in names]
 
 
-def _listed_class(part: tuple[str, ...], split: ClassSplit) -> str | None:
-    tails = ("/".join(part[start:]) for start in range(len(part)))
-    return next((split.files[tail] for tail in tails if tail in split.files), None)
+def _listed_classes(pictures: FoundPictures, split: ClassSplit, told: list[str]) -> list[str | None]:
+    """The class of each picture by the list's longest entry that its path ends in."""
+    fitting: dict[str, list[int]] = {}
+    for index, part in enumerate(pictures.parts):
+        tails = ("/".join(part[start:]) for start in range(len(part)))
+        listed = next((tail for tail in tails if tail in split.files), None)
+        if listed is not None:
+            fitting.setdefault(listed, []).append(index)
+    names: list[str | None] = [None] * len(pictures.files)
+    for listed, indices in fitting.items():
+        name = split.files[listed]
+        # Cameras number their pictures alike, and each class has its IMG_1.jpg: the folder tells which is meant.
+        named = {index: split.roles.keys() & set(_runs(pictures.parts[index])) for index in indices}
+        own = [index for index in indices if name in named[index]]
+        own = own or [index for index in indices if not named[index]]
+        if len(own) > 1:
+            files = " and ".join(repr("/".join(pictures.parts[index])) for index in own[:2])
+            raise ValueError(
+                f"{split.name} lists {listed!r}, which fits several pictures in {str(pictures.root)!r}: {files}"
+            )
+        for index in own:
+            names[index] = name
+    missing = [listed for listed in split.files if not any(names[index] for index in fitting.get(listed, ()))]
+    if missing:
+        told.append(f"listed pictures that are not there: {len(missing):,}, such as {missing[0]!r}")
+    return names
 
 
 def _named_class(part: tuple[str, ...], split: ClassSplit) -> str | None:
-    tails = ("/".join(part[start:-1]) for start in range(len(part) - 1))
-    name = next((tail for tail in tails if tail in split.roles), None)
+    name = next((run for run in _runs(part) if run in split.roles), None)
     if name is None and (code := _WORDNET_ID.match(part[-1])) and code[0] in split.roles:
         return code[0]
     return name
+
+
+def _runs(part: tuple[str, ...]) -> Iterator[str]:
+    """What a picture's folders can be called, the deepest first and those above before it left out last."""
+    return ("/".join(part[start:end]) for end in range(len(part) - 1, 0, -1) for start in range(end))
 
 
 def _shown(items: Iterable, total: int, what: str, progress: bool) -> Iterable:

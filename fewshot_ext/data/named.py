@@ -7,9 +7,10 @@ from pathlib import Path
 
 from fewshot_ext.data.archive import ImageArchive, Split
 from fewshot_ext.data.digits import load_digits
-from fewshot_ext.data.folders import read_folder
+from fewshot_ext.data.folders import list_folder, read_listing
 from fewshot_ext.data.mnist import load_mnist
 from fewshot_ext.data.splits import load_split
+from fewshot_ext.data.walk import warn_passed_over
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,10 @@ def _with_novel_classes(archive: ImageArchive) -> ImageArchive:
     return replace(archive, class_split=archive.class_split * Split.NOVEL)
 
 
-_OMNIGLOT = "fewshot-ext data download omniglot, then data pack --size 28 --mode L --invert --output omniglot28.npz"
+_OMNIGLOT = (
+    "fewshot-ext data download omniglot, then data pack --class-depth 2 --size 28 --mode L --invert --output "
+    "omniglot28.npz"
+)
 _MNIST = "put mnist.npz there, with the arrays x_train, y_train, x_test, y_test (as Keras has it)"
 _MINI = "fewshot-ext data download miniimagenet tells where to get the pictures and how to pack them, with --size 32"
 KNOWN = {
@@ -66,7 +70,7 @@ def data_folders() -> list[Path]:
 
 
 def load_images(name_or_path: str | Path) -> ImageArchive:
-    """An image set by name, or from an archive or a folder of pictures.
+    """An image set by name, or from an archive or a folder of pictures; what it passes over is told by a warning.
 
     Args:
         name_or_path: one of ``KNOWN`` (``digits``, ``omniglot28``, ``miniimagenet32``, ``mnist``, ...) or the name
@@ -84,6 +88,13 @@ def load_images(name_or_path: str | Path) -> ImageArchive:
         >>> load_images("digits").images.shape
         torch.Size([1797, 1, 8, 8])
     """
+    archive = open_images(name_or_path)
+    warn_passed_over(name_or_path, archive.passed_over)
+    return archive
+
+
+def open_images(name_or_path: str | Path) -> ImageArchive:
+    """As ``load_images``, without a warning, for commands that tell what was passed over in their own way."""
     name = str(name_or_path)
     path = find_archive(name)
     if name in KNOWN:
@@ -101,7 +112,7 @@ def load_images(name_or_path: str | Path) -> ImageArchive:
         read = next((known.read for known in KNOWN.values() if path.name in known.files), ImageArchive.load)
         return read(path)
     if Path(name).expanduser().is_dir():
-        return read_folder(name)
+        return read_listing(list_folder(name))
     raise FileNotFoundError(
         f"there is no image set {name!r}: not a file, not a folder, not {name}.npz in {_folders()}, "
         f"and not one of the known names {', '.join(KNOWN)}"

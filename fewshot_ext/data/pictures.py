@@ -1,11 +1,11 @@
-"""Picture files in and out: reading one as a tensor, finding them in a folder, contact sheets."""
+"""Picture files in and out: reading one as a tensor, and contact sheets."""
 
 import io
-import os
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,21 +14,26 @@ import torch
 from torch import Tensor
 
 from fewshot_ext import _extras
+from fewshot_ext.data.fonts import caption_font, drawable
 
 if TYPE_CHECKING:
     from PIL import Image
 
-# Pillow knows many more formats, some of which start other programs (EPS) or are rarely fuzzed.
+# Pillow knows more formats, some of which start other programs (EPS) or are rarely fuzzed.
 _FORMATS = {
-    "JPEG": (".jpg", ".jpeg"),
-    "PNG": (".png",),
-    "BMP": (".bmp",),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "BMP": (".bmp", ".dib"),
     "GIF": (".gif",),
     "WEBP": (".webp",),
     "TIFF": (".tif", ".tiff"),
-    "PPM": (".ppm", ".pgm", ".pbm"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
 }
-SUFFIXES = frozenset(suffix for suffixes in _FORMATS.values() for suffix in suffixes)
+# What depends on how Pillow was built, by the name of the feature.
+_FEATURES = {
+    "avif": ("AVIF", (".avif", ".avifs")),
+    "jpg_2000": ("JPEG2000", (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx")),
+}
 
 # A file of a few kilobytes can claim gigabytes of pixels; no photograph of a data set has as many as this.
 MAX_PIXELS = 64_000_000
@@ -40,45 +45,17 @@ MODES = ("RGB", "L")
 RESIZES = ("crop", "stretch")
 
 
-def list_images(folder: str | Path) -> list[Path]:
-    """The picture files in ``folder`` and all folders below it, sorted by path; hidden ones are passed over.
-
-    Raises:
-        NotADirectoryError: ``folder`` is no folder.
-        ValueError: it holds no picture.
-
-    Example:
-        >>> list_images(".")
-        Traceback (most recent call last):
-        ValueError: no pictures in '.': looked for .bmp, .gif, .jpeg, .jpg, .pbm, .pgm, .png, .ppm, .tif, ...
-    """
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise NotADirectoryError(f"{str(folder)!r} is not a folder")
-    found, seen = [], set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        # Data sets are often put together from links, and a link to a folder above would never end.
-        real = os.path.realpath(parent)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            Path(parent, name)
-            for name in files
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
-        ]
-    if not found:
-        raise ValueError(f"no pictures in {str(folder)!r}: looked for {', '.join(sorted(SUFFIXES))}")
-    return sorted(found)
+def suffixes() -> frozenset[str]:
+    """The suffixes of the files that are taken for pictures: those of the formats that can be read here."""
+    return frozenset(suffix for suffixes in _formats(_extras.is_installed("PIL")).values() for suffix in suffixes)
 
 
 def read_image(path: str | Path, size: int | None = None, *, mode: str = "RGB", resize: str = "crop") -> Tensor:
     """One picture file as a tensor, turned the way its EXIF orientation says; transparency becomes white.
 
     Args:
-        path: a JPEG, PNG, BMP, GIF (its first frame), WebP, TIFF or PPM file.
+        path: a JPEG, PNG, BMP, GIF (its first frame), WebP, TIFF or PPM file; AVIF and JPEG 2000 where Pillow was
+            built with them, HEIC where pillow-heif is installed.
         size: side of the square to resize to; None keeps the size.
         mode: "RGB" or "L" (grey).
         resize: "crop" brings the short side to ``size`` and cuts the middle out; "stretch" brings both sides to
@@ -176,7 +153,8 @@ def contact_sheet(
     Args:
         images: uint8 tensors ``[C, H, W]`` with C = 1 or 3, or one ``[N, C, H, W]`` tensor; sizes may differ.
             Each is scaled to fit its cell.
-        captions: one a picture. Long ones are wrapped and, after three lines, cut.
+        captions: one a picture. Long ones are wrapped and, after three lines, cut. Characters that the font does not
+            have, such as Chinese ones, are written as escapes.
         columns: pictures a row.
         cell: side of a cell in pixels, at least 32.
         borders: a colour name or "#rrggbb" a picture, or None for no border.
@@ -193,11 +171,11 @@ def contact_sheet(
         216
     """
     _extras.require("train", "PIL")
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
     colours = _check_sheet(images, captions, columns, cell, borders)
-    gap, font = max(4, cell // 12), ImageFont.load_default(size=max(10, cell // 8))
-    texts = [_wrapped(caption, font, cell) for caption in captions]
+    gap, font = max(4, cell // 12), caption_font(max(10, cell // 8))
+    texts = [_wrapped(drawable(caption), font, cell) for caption in captions]
     ascent, descent = font.getmetrics()
     line_height = ascent + descent
     text_height = max(text.count("\n") + 1 if text else 0 for text in texts) * line_height
@@ -281,11 +259,12 @@ def _wrapped(caption: str, font, width: int, most_lines: int = 3) -> str:
     return "\n".join(lines).rstrip("\n")
 
 
-def opened(source: str | Path | bytes, name: str, formats: Sequence[str] = tuple(_FORMATS)) -> "Image.Image":
+def opened(source: str | Path | bytes, name: str, formats: Sequence[str] = ()) -> "Image.Image":
     """The picture with its header read and its pixels not yet, once their number is known to be bearable."""
     _extras.require("train", "PIL")
     from PIL import Image, UnidentifiedImageError
 
+    formats = formats or tuple(_formats(True))
     try:
         stream = io.BytesIO(source) if isinstance(source, bytes) else Path(source).expanduser()
         picture = Image.open(stream, formats=formats)
@@ -302,6 +281,22 @@ def opened(source: str | Path | bytes, name: str, formats: Sequence[str] = tuple
         picture.close()
         raise ValueError(f"{name} has too many pixels: {width} x {height}, at most {MAX_PIXELS:,} are taken")
     return picture
+
+
+@cache
+def _formats(pillow: bool) -> dict[str, tuple[str, ...]]:
+    """The formats that can be read here, and their suffixes."""
+    found = dict(_FORMATS)
+    if pillow:
+        from PIL import features
+
+        found |= dict(_FEATURES[name] for name in _FEATURES.keys() & set(features.get_supported()))
+        if _extras.is_installed("pillow_heif"):
+            import pillow_heif
+
+            pillow_heif.register_heif_opener()
+            found["HEIF"] = (".heic", ".heif", ".hif")
+    return found
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
+from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -63,7 +64,7 @@ class _Draft:
 
     name: str
     roles: dict[str, Split] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
+    files: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, names: Iterable[str], role: Split) -> None:
         for name in names:
@@ -73,13 +74,20 @@ class _Draft:
                 )
 
     def add_file(self, path: str, name: str) -> None:
-        if self.files.setdefault(path, name) != name:
-            raise ValueError(f"{self.name}: file {path!r} belongs to both {self.files[path]!r} and {name!r}")
+        names = self.files.setdefault(path, [])
+        if name not in names:
+            names.append(name)
+        if len(names) > 1 and "/" in path:
+            raise ValueError(f"{self.name}: file {path!r} belongs to both {names[0]!r} and {name!r}")
 
     def finish(self) -> ClassSplit:
         if not self.roles:
             raise ValueError(f"{self.name} names no class")
-        return ClassSplit(self.roles, self.files, self.name)
+        # Of a bare name that several classes list each has its own in its folder.
+        files = {
+            path if len(names) == 1 else f"{name}/{path}": name for path, names in self.files.items() for name in names
+        }
+        return ClassSplit(self.roles, files, self.name)
 
 
 def load_split(name_or_path: str | Path) -> ClassSplit:
@@ -195,17 +203,18 @@ def _add_file(draft: _Draft, path: Path, role: Split | None) -> None:
 
 
 def _add_csv(draft: _Draft, text: str, role: Split | None, path: str) -> None:
-    rows = csv.DictReader(io.StringIO(text))
-    columns = set(rows.fieldnames or ())
+    table = csv.reader(io.StringIO(text))
+    columns = [column.strip() for column in next(table, ())]
     needed = {"filename", "label"} if role is not None else {"filename", "label", "split"}
-    if not needed <= columns:
+    if not needed <= set(columns):
         raise ValueError(
             f"split file {path!r} must have the columns {', '.join(sorted(needed))}, got {', '.join(sorted(columns))}"
         )
-    for number, row in enumerate(rows, start=2):
-        given = role if role is not None else role_of(row["split"] or "")
+    for cells in filter(None, table):
+        row = dict(zip_longest(columns, (cell.strip() for cell in cells[: len(columns)]), fillvalue=""))
+        given = role if role is not None else role_of(row["split"])
         if given is None or not row["filename"] or not row["label"]:
-            raise ValueError(f"split file {path!r}, line {number}: got {dict(row)}")
+            raise ValueError(f"split file {path!r}, line {table.line_num}: got {row}")
         draft.add([row["label"]], given)
         draft.add_file(row["filename"], row["label"])
 

@@ -77,7 +77,9 @@ class FrozenBackbone:
         if preprocessing is not None:
             raise ValueError(f"preprocessing must be left out for {str(source)!r}, which brings its own")
         path = Path(source).expanduser()
-        if isinstance(source, Path) or path.suffix == ".ckpt" or path.exists():
+        # A folder is no checkpoint, and must not stand in the way of a model that is called the same.
+        is_word = path.is_dir() and path.name == str(source)
+        if isinstance(source, Path) or path.suffix == ".ckpt" or (path.exists() and not is_word):
             return cls.from_checkpoint(path)
         return cls.from_timm(source)
 

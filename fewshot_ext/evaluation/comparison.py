@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fewshot_ext import _extras
-from fewshot_ext._checks import check_at_least, check_choice, check_positive
+from fewshot_ext._checks import check_choice, check_count, check_positive
 from fewshot_ext._progress import StagedProgress
 from fewshot_ext._random import derive_generator, derive_seed
 from fewshot_ext._record import versions
@@ -79,8 +79,8 @@ class ComparisonConfig:
         for head in self.heads:
             self.choose(head)
         check_choice("split", self.split, "base", "validation", "novel")
-        check_at_least("seed", self.seed, 0)
-        check_at_least("batch_size", self.batch_size, 1)
+        check_count("seed", self.seed, 0)
+        check_count("batch_size", self.batch_size, 1)
         check_choice("map_dtype", self.map_dtype, "float32", "float16")
         check_positive("map_memory", self.map_memory)
 
@@ -150,7 +150,8 @@ class Comparison:
                 example = backbone.try_out(archive.images[:1], data_name, local_features, self.device)
                 if local_features is not None:
                     self._check_maps(backbone.name, heads, example.shape[1:])
-        self._checksum = archive.checksum()
+        self._record = archive.record(data_name)
+        self._checksum = self._record["sha256"]
         self.results = ComparisonResults(
             config={
                 **json.loads(json.dumps(asdict(config))),
@@ -161,8 +162,7 @@ class Comparison:
             },
             versions=versions("torch", "numpy"),
             data={
-                "name": data_name,
-                "sha256": self._checksum,
+                **self._record,
                 "split": config.split,
                 "classes": self.images.num_classes,
                 "images": len(self.images),

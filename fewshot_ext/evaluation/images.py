@@ -1,6 +1,6 @@
 """Images of every kind that users have, as batches of uint8 tensors: tensors, arrays, picture files, folders."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ class ImageBatches:
             are and reads files in colour.
         image_size: side that files are resized and centre-cropped to.
         batch_size: images a batch.
+        on_damage: called with a file that cannot be read and what is wrong with it, which is left out then; without
+            it that is an error.
 
     Raises:
         ImportError: files are given and Pillow is missing.
@@ -37,8 +39,17 @@ class ImageBatches:
             iterating, a file that is no picture or damaged. The message names it.
     """
 
-    def __init__(self, images: Any, *, channels: int | None, image_size: int | None, batch_size: int) -> None:
+    def __init__(
+        self,
+        images: Any,
+        *,
+        channels: int | None,
+        image_size: int | None,
+        batch_size: int,
+        on_damage: Callable[[Path, str], None] | None = None,
+    ) -> None:
         self.channels, self.image_size, self.batch_size = channels, image_size, batch_size
+        self.on_damage = on_damage
         self.images: Tensor | Sequence[Path]
         if isinstance(images, str | Path):
             images = _files(Path(images).expanduser())
@@ -61,10 +72,20 @@ class ImageBatches:
         for start in range(0, len(self), self.batch_size):
             batch = self.images[start : start + self.batch_size]
             if not isinstance(batch, Tensor):
-                mode = "L" if self.channels == 1 else "RGB"
-                read = in_threads(lambda path: read_image(path, self.image_size, mode=mode), batch)  # noqa: B023
-                batch = torch.stack(list(read))
+                read = [image for image in in_threads(self._read, batch) if image is not None]
+                if not read:
+                    continue
+                batch = torch.stack(read)
             yield _with_channels(_as_uint8(batch), self.channels)
+
+    def _read(self, path: Path) -> Tensor | None:
+        try:
+            return read_image(path, self.image_size, mode="L" if self.channels == 1 else "RGB")
+        except (OSError, ValueError) as error:
+            if self.on_damage is None:
+                raise
+            self.on_damage(path, str(error))
+            return None
 
     def _check_files(self) -> None:
         if self.image_size is None:
@@ -72,27 +93,6 @@ class ImageBatches:
         for path in self.images:
             if not path.is_file():
                 raise FileNotFoundError(f"images: {str(path)!r} is not a file")
-
-
-def class_folders(root: str | Path) -> tuple[list[Path], list[str]]:
-    """The picture files below each sub-folder of ``root``, and for each file the name of that sub-folder.
-
-    Raises:
-        NotADirectoryError: ``root`` is no folder.
-        ValueError: it has no sub-folders, or one of them has no pictures.
-    """
-    root = Path(root).expanduser()
-    if not root.is_dir():
-        raise NotADirectoryError(f"{str(root)!r} is not a folder")
-    folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
-    if not folders:
-        raise ValueError(f"{str(root)!r} must hold a folder of pictures for each class, and has no folders")
-    files, labels = [], []
-    for folder in folders:
-        found = list_images(folder)
-        files += found
-        labels += [folder.name] * len(found)
-    return files, labels
 
 
 def _files(path: Path) -> list[Path]:
@@ -104,6 +104,11 @@ def _as_tensor(images: Tensor | np.ndarray) -> Tensor:
     if isinstance(images, np.ndarray):
         if images.dtype != np.uint8 and images.dtype.kind != "f":
             raise TypeError(f"images must be uint8 or floats in [0, 1], got an array of {images.dtype}")
+        if images.ndim == 2 or (images.ndim == 3 and images.shape[2] in (1, 3, 4)):
+            raise ValueError(
+                f"images must be an array [N, H, W] or [N, H, W, C], got shape {images.shape}, which looks like one "
+                "picture: write images[None] for a set of one (and images[..., None] for grey ones so narrow)"
+            )
         if images.ndim not in (3, 4):
             raise ValueError(f"images must be an array [N, H, W] or [N, H, W, C], got shape {images.shape}")
         # torch warns about arrays that nobody may write to, such as those that Pillow gives.
@@ -112,7 +117,8 @@ def _as_tensor(images: Tensor | np.ndarray) -> Tensor:
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise TypeError(f"images must be uint8 or floats in [0, 1], got a tensor of {images.dtype}")
     if images.dim() != 4:
-        raise ValueError(f"images must be a tensor [N, C, H, W], got shape {tuple(images.shape)}")
+        one = ": write images[None] for a set of one" if images.dim() == 3 else ""
+        raise ValueError(f"images must be a tensor [N, C, H, W], got shape {tuple(images.shape)}{one}")
     if images.shape[1] not in (1, 3):
         order = "[N, H, W, C] arrays" if images.shape[3] in (1, 3) else "1 or 3 channels"
         raise ValueError(f"images must be [N, C, H, W] tensors or {order}, got {tuple(images.shape)} as [N, C, H, W]")

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fewshot_ext.data import ImageArchive, contact_sheet
+from fewshot_ext._files import as_text
+from fewshot_ext.data import ImageArchive, Split, contact_sheet
 from fewshot_ext.data._threads import in_threads
+from fewshot_ext.data.folders import list_folder
+from fewshot_ext.data.fonts import caption_font, drawable
 from fewshot_ext.data.pictures import _wrapped, picture_size
 from fewshot_ext.evaluation.backbones import FrozenBackbone
-from fewshot_ext.evaluation.images import ImageBatches, class_folders
+from fewshot_ext.evaluation.images import ImageBatches
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,12 +34,14 @@ class LabelledImages:
         classes: the name of each image's class.
         names: what to call each image.
         titles: what pictures call a class, by its name, where that is a code.
+        passed_over: a line on each kind of thing that a folder holds besides.
     """
 
     images: Tensor | list[Path]
     classes: list[str]
     names: list[str]
     titles: Mapping[str, str] = field(default_factory=dict)
+    passed_over: tuple[str, ...] = ()
 
     @classmethod
     def of_archive(cls, archive: ImageArchive) -> "LabelledImages":
@@ -47,21 +52,23 @@ class LabelledImages:
             classes.append(archive.class_names[label])
             names.append(f"{classes[-1]}/{counts[label]}")
             counts[label] += 1
-        return cls(archive.images, classes, names, dict(zip(archive.class_names, archive.class_titles, strict=True)))
+        titles = dict(zip(archive.class_names, archive.class_titles, strict=True))
+        return cls(archive.images, classes, names, titles, archive.passed_over)
 
     @classmethod
     def of_folder(cls, root: str | Path) -> "LabelledImages":
-        """The pictures below each sub-folder of ``root``, which is a class.
+        """The pictures of a folder with a folder for each class, see ``fewshot_ext.data.read_folder``.
 
         Raises:
             ImportError: Pillow is missing.
             OSError: no such folder, or a file that cannot be opened.
-            ValueError: no classes, a class without pictures, or a file that is no picture.
+            ValueError: a folder without classes, a class without pictures, or a file that is no picture.
         """
-        files, classes = class_folders(root)
-        for _ in in_threads(picture_size, files):  # opens each, and reads no pixels yet
+        listing = list_folder(root, Split.NOVEL)
+        for _ in in_threads(picture_size, listing.files):  # opens each, and reads no pixels yet
             pass
-        return cls(files, classes, [str(file) for file in files])
+        names = [as_text(file) for file in listing.files]
+        return cls(listing.files, listing.classes, names, passed_over=listing.passed_over)
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -215,10 +222,10 @@ def neighbor_sheet(
 
 
 def _below(heading: str, sheet: "Image.Image") -> "Image.Image":
-    from PIL import ImageDraw, ImageFont, ImageOps
+    from PIL import ImageDraw, ImageOps
 
-    gap, font = 8, ImageFont.load_default(size=13)
-    text = _wrapped(heading, font, sheet.width - 2 * gap)
+    gap, font = 8, caption_font(13)
+    text = _wrapped(drawable(heading), font, sheet.width - 2 * gap)
     line_height = sum(font.getmetrics())
     height = (text.count("\n") + 1) * line_height
     sheet = ImageOps.expand(sheet, (0, height + gap, 0, 0), "white")

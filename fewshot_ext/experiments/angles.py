@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from fewshot_ext._checks import check_at_least
+from fewshot_ext._checks import check_count
 from fewshot_ext._files import replace_file
+from fewshot_ext.data.fonts import figure_text
 from fewshot_ext.evaluation import angle_histogram, count_peaks, intra_class_variance, measure_discriminability
 from fewshot_ext.experiments.accuracies import Row, select, values
 from fewshot_ext.experiments.figures import COLUMN, STYLES, figure
@@ -40,7 +41,7 @@ class AngleMeasurement:
     name: ClassVar[str] = "angles"
 
     def __post_init__(self) -> None:
-        check_at_least("bins", self.bins, 1)
+        check_count("bins", self.bins, 1)
 
     def settings(self) -> dict[str, Any]:
         return {"bins": self.bins}
@@ -114,7 +115,7 @@ def plot_angles(rows: Sequence[Row], path: str | Path) -> None:
                         color=style["color"],
                         linestyle=style["linestyle"],
                         linewidth=0.9,
-                        label=row["class"],
+                        label=figure_text(row["class"]),
                     )
                 axis.set_title(f"{classes}, $m$ = {margin:g}\n$\\phi$ = {of_panel[0]['ratio']:.3g}", fontsize=8)
                 axis.set_ylim(0)

@@ -79,7 +79,8 @@ class CollapseSweep(TaskSweep):
         self.output = Path(output)
         EmbeddingHistory(config.measurement, sets, self.output, self.output, runs[0].seed)
         self.checkpoints = Path(checkpoints or self.output / "runs")
-        self.checksum = archive.checksum()
+        self.data = archive.record(runs[0].data)
+        self.checksum = self.data["sha256"]
         super().__init__([TrainEmbedding(run, self.checkpoints, self.checksum, device) for run in runs])
 
 

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewshot_ext._checks import check_at_least
+from fewshot_ext._checks import check_count
 from fewshot_ext._files import replace_file
 from fewshot_ext._normalize import normalize
 from fewshot_ext._random import derive_generator
 from fewshot_ext.data import ImageArchive, ImageInput
+from fewshot_ext.data.fonts import figure_text
 from fewshot_ext.evaluation import FrozenBackbone, MatchedPair, extract_features, plot_matches, strongest_flows
 from fewshot_ext.experiments.tables import Row, write_table
 from fewshot_ext.models import LocalFeaturesConfig, emd_logits, match_flows
@@ -60,9 +61,9 @@ def draw_pairs(archive: ImageArchive, *, same_class: int = 4, other_class: int =
         >>> [len(set(pair.classes)) for pair in draw_pairs(load_digits(), same_class=2, other_class=1)]
         [1, 1, 2]
     """
-    check_at_least("same_class", same_class, 0)
-    check_at_least("other_class", other_class, 0)
-    check_at_least("seed", seed, 0)
+    check_count("same_class", same_class, 0)
+    check_count("other_class", other_class, 0)
+    check_count("seed", seed, 0)
     check_pairs(same_class + other_class)
     counts = archive.labels.bincount(minlength=archive.num_classes)
     generator = derive_generator(seed)
@@ -120,7 +121,7 @@ def measure_matches(
         ValueError: no pairs or too many for one picture, fewer than one flow.
     """
     check_pairs(len(pairs))
-    check_at_least("flows", flows, 1)
+    check_count("flows", flows, 1)
     module = backbone.local_features(local_features).to(device)
     images = torch.stack([image for pair in pairs for image in (pair.query, pair.support)])
     maps = extract_features(module, images).unflatten(0, (-1, 2))
@@ -240,7 +241,7 @@ def _seen_by(preprocessing: nn.Module, images: Tensor) -> Tensor:
 def _titles(pair: ImagePair) -> tuple[str, str]:
     if pair.classes is not None:
         return "query", "support"
-    return tuple(shortened(name, _HALF_TITLE) for name in pair.names)
+    return tuple(figure_text(shortened(name, _HALF_TITLE)) for name in pair.names)
 
 
 def _title(pair: ImagePair, distance: float) -> str:
@@ -249,6 +250,6 @@ def _title(pair: ImagePair, distance: float) -> str:
     first, second = pair.classes
     room = _TITLE - len(", distance 0.00")
     if first == second:
-        return f"{shortened(first, room)}, distance {distance:.2f}"
-    names = [shortened(name, room // 2) for name in pair.classes]
+        return f"{figure_text(shortened(first, room))}, distance {distance:.2f}"
+    names = [figure_text(shortened(name, room // 2)) for name in pair.classes]
     return f"{' / '.join(names)}, distance {distance:.2f}"

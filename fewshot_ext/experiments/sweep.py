@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from fewshot_ext import _extras
-from fewshot_ext.data import ImageArchive, load_images
+from fewshot_ext.data import ImageArchive
+from fewshot_ext.data.named import open_images
 from fewshot_ext.experiments.measurements import Measurement
 from fewshot_ext.experiments.runs import SweepImages, SweepRun
 from fewshot_ext.experiments.sweep_task import SweepTask, TrainAndMeasure, write_json
@@ -131,7 +132,8 @@ class Sweep(TaskSweep):
         check_runs(runs, archive, measurement)
         self.archive, self.output, self.measurement, self.device = archive, Path(output), measurement, device
         self.checkpoints = Path(checkpoints or self.output / "runs")
-        self.checksum = archive.checksum()
+        self.data = archive.record(runs[0].data)
+        self.checksum = self.data["sha256"]
         super().__init__([TrainAndMeasure(run, self.checkpoints, self.checksum, measurement, device) for run in runs])
 
     def write_plan(self) -> None:
@@ -188,7 +190,7 @@ class Sweep(TaskSweep):
             raise ValueError(
                 f"of the runs that this asks for, none in {str(folder)!r} is trained; the sweep has {there}"
             )
-        archive = load_images(runs[0].data)
+        archive = open_images(runs[0].data)
         if archive.checksum() != checksum:
             raise ValueError(f"data {runs[0].data} is not what the sweep in {str(folder)!r} was trained on")
         sweep = cls(trained, archive, folder, measurement=measurement, device=device, checkpoints=checkpoints)

@@ -10,7 +10,8 @@ from typing import Any
 
 from fewshot_ext._files import replace_file
 from fewshot_ext._record import check_same_settings, versions
-from fewshot_ext.data import ImageArchive, load_images
+from fewshot_ext.data import ImageArchive
+from fewshot_ext.data.named import open_images
 from fewshot_ext.experiments.measurements import Measurement, TrainedRun
 from fewshot_ext.experiments.runs import SweepImages, SweepRun
 
@@ -167,7 +168,7 @@ def write_json(path: Path, content: Any) -> None:
 @lru_cache(maxsize=1)
 def load_once(data: str, checksum: str) -> ImageArchive:
     """The image set, read once a process; the checksum guards against another file under the same name."""
-    archive = load_images(data)
+    archive = open_images(data)
     if archive.checksum() != checksum:
         raise ValueError(f"data {data} has changed since the sweep was planned")
     return archive

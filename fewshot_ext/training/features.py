@@ -1,6 +1,5 @@
 """What training is for: a network from uint8 images to feature vectors, with or without Lightning."""
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
+from fewshot_ext._weights import load_weights
 from fewshot_ext.data import AugmentationConfig, ImageInput
 from fewshot_ext.models import build_backbone
 from fewshot_ext.training.config import PreTrainingConfig
@@ -120,15 +120,9 @@ def read_checkpoint(path: str | Path, stage: str | None = None) -> dict[str, Any
     kind = stage or f"{PRE_TRAINING} or of another training"
     with _opened(path) as file:
         try:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            # Torch's own words advise to run whatever code is in the file.
-            reason = "it holds something that is not weights and settings"
-            raise ValueError(f"{path} is not the checkpoint of a {kind}, or is damaged: {reason}") from error
-        # What torch raises depends on where the file is cut or what lies there instead.
-        except (RuntimeError, ValueError, EOFError, OSError, LookupError) as error:
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            raise ValueError(f"{path} is not the checkpoint of a {kind}, or is damaged: {reason}") from error
+            checkpoint = load_weights(file)
+        except ValueError as error:
+            raise ValueError(f"{path} is not the checkpoint of a {kind}, or is damaged: {error}") from error
     arguments = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
     if not isinstance(arguments, dict) or not {"config", "image_size"} <= arguments.keys():
         raise ValueError(f"{path} is not the checkpoint of a {kind}: it holds something else")

@@ -1,6 +1,9 @@
 import csv
 import json
+import os
+import subprocess
 import sys
+import weakref
 
 import pytest
 from PIL import Image
@@ -129,11 +132,11 @@ def test_one_class_and_empty_folders(support, query, checkpoints, tmp_path, caps
     assert "support must hold at least two classes, and" in capsys.readouterr().err
     (support / "digit 9").mkdir()
     assert classify(support, query, checkpoints[0], tmp_path / "out") == 2
-    assert "no pictures in" in capsys.readouterr().err
+    assert "the class's folder 'digit 9' in" in capsys.readouterr().err
     empty = tmp_path / "nothing"
     empty.mkdir()
     assert classify(empty, query, checkpoints[0], tmp_path / "out") == 2
-    assert "has no folders" in capsys.readouterr().err
+    assert "no pictures in" in capsys.readouterr().err
     (support / "digit 9").rmdir()
     assert classify(support, empty, checkpoints[0], tmp_path / "out") == 2
     assert "no pictures in" in capsys.readouterr().err
@@ -250,3 +253,124 @@ def test_help_needs_no_lightning_and_no_pillow(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main(["classify", "--help"])
     assert "--support DIR" in capsys.readouterr().out
+
+
+# 14, 15, 21
+def test_what_is_passed_over_is_said_and_recorded(support, query, checkpoints, tmp_path, capsys):
+    (support / "digit 0" / "notes.txt").touch()
+    (query / "digit 1" / ".DS_Store").touch()
+    os.mkfifo(query / "pipe.png")
+    assert classify(support, query, checkpoints[0], tmp_path / "out", "--head", "protonet") == 0
+    passed_over = {
+        "support": ["files of other kinds (1 .txt) passed over: 1, namely 'digit 0/notes.txt'"],
+        "query": [
+            "hidden files and folders passed over: 1, namely 'digit 1/.DS_Store'",
+            "pipes, broken links and the like passed over: 1, namely 'pipe.png'",
+        ],
+    }
+    told = capsys.readouterr().err
+    assert all(line in told for lines in passed_over.values() for line in lines)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["passed_over"] == passed_over
+
+
+# 21
+def test_a_loose_picture_in_the_support_folder(support, query, checkpoints, tmp_path, capsys):
+    (support / "digit 0" / "0_0.png").rename(support / "0_0.png")
+    assert classify(support, query, checkpoints[0], tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "'0_0.png' in" in error
+    assert "lies in no class's folder: move it into one" in error
+
+
+# 21
+def test_queries_below_a_folder_of_a_class_count(support, query, checkpoints, tmp_path):
+    (query / "monday").mkdir()
+    (query / "digit 0").rename(query / "monday" / "digit 0")
+    (query / "digit 1" / "again").mkdir()
+    for file in list((query / "digit 1").glob("*.png")):
+        file.rename(file.parent / "again" / file.name)
+    assert classify(support, query, checkpoints[0], tmp_path / "out", "--head", "protonet") == 0
+    truths = {row["file"].rpartition("/")[2][0]: row["true"] for row in predictions(tmp_path / "out")}
+    assert truths == {digit: f"digit {digit}" for digit in "014"}
+
+
+# 17
+def test_names_that_are_not_utf8(support, query, checkpoints, tmp_path, capsys):
+    odd = query / "digit 0" / os.fsdecode(b"Gr\xf6\xdfe.png")
+    (query / "digit 0" / "0_10.png").rename(odd)
+    (query / "digit 1" / os.fsdecode(b"\xff.png")).write_bytes(b"no picture")
+    assert classify(support, query, checkpoints[0], tmp_path / "out", "--skip_corrupt") == 0
+    files = [row["file"] for row in predictions(tmp_path / "out")]
+    assert str(query / "digit 0" / r"Gr\udcf6\udcdfe.png") in files
+    (left_out,) = json.loads((tmp_path / "out" / "results.json").read_text())["left_out"]
+    assert left_out == str(query / "digit 1" / r"\udcff.png")
+    (support / "digit 0").rename(support / os.fsdecode(b"\xff"))
+    assert classify(support, query, checkpoints[0], tmp_path / "out") == 2
+    assert "has a name that is not UTF-8" in capsys.readouterr().err
+
+
+# 17
+def test_a_folder_whose_name_is_not_utf8_is_written_to(support, query, checkpoints, tmp_path):
+    """In a terminal that shows ASCII alone, so that what is printed is escaped as well."""
+    query = query.rename(tmp_path / os.fsdecode(b"\xff"))
+    (support / "digit 0").rename(support / "nóll")
+    output = tmp_path / os.fsdecode(b"out\xfe")
+    command = [sys.executable, "-m", "fewshot_ext.cli", "classify", "--support", support, "--query", query]
+    command += ["--checkpoint", checkpoints[0], "--output", output, "--head", "protonet"]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert {row["predicted"] for row in predictions(output)} == {"nóll", "digit 1", "digit 4"}
+
+
+# 20
+def test_pictures_are_not_kept(support, query, checkpoints, tmp_path, monkeypatch):
+    from fewshot_ext.evaluation import images
+
+    alive, most, read_image = weakref.WeakSet(), 0, images.read_image
+
+    def counted(*arguments, **settings):
+        nonlocal most
+        image = read_image(*arguments, **settings)
+        alive.add(image)
+        most = max(most, len(alive))
+        return image
+
+    monkeypatch.setattr(images, "read_image", counted)
+    write_digits(query, (0, 1, 4), range(14, 60))
+    options = ["--batch_size", "4", "--sheet_pictures", "5", "--head", "protonet"]
+    assert classify(support, query, checkpoints[0], tmp_path / "out", *options) == 0
+    assert len(predictions(tmp_path / "out")) == 150
+    assert most <= 9 + 2 * 4 + 5  # the examples, two batches and the sheet
+
+
+# 20
+@pytest.mark.parametrize("skip", [True, False])
+def test_damage_that_the_first_look_does_not_see(skip, support, query, checkpoints, tmp_path, capsys):
+    cut = query / "digit 1" / "1_10.png"
+    cut.write_bytes(cut.read_bytes()[:60])
+    options = ["--skip_corrupt"] if skip else []
+    assert classify(support, query, checkpoints[0], tmp_path / "out", *options) == (0 if skip else 1)
+    error = capsys.readouterr().err
+    assert "1_10.png" in error
+    if skip:
+        rows = predictions(tmp_path / "out")
+        assert len(rows) == 11
+        assert all(row["true"] in row["file"] for row in rows)
+    else:
+        assert "--skip_corrupt leaves them out; nothing was written" in error
+        assert not (tmp_path / "out" / "predictions.csv").exists()
+
+
+# 18
+def test_a_folder_called_as_the_backbone(support, query, tmp_path, monkeypatch):
+    asked = []
+
+    def from_timm(name):
+        asked.append(name)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("fewshot_ext.evaluation.backbones.FrozenBackbone.from_timm", from_timm)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "resnet18").mkdir()
+    assert classify(support, query, None, tmp_path / "out", "--backbone", "resnet18") == 2
+    assert asked == ["resnet18"]

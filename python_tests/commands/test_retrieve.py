@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -291,3 +293,17 @@ def test_a_missing_package_names_the_pip_line(module, extra, checkpoints, tmp_pa
     monkeypatch.setattr(_extras, "is_installed", lambda name: name != module and is_installed(name))
     assert run(checkpoints[0], tmp_path, "--data", "digits") == 2
     assert f"pip install 'fewshot_ext[{extra}]'" in capsys.readouterr().err
+
+
+# 14, 17
+def test_what_a_folder_holds_besides_is_said_and_recorded(checkpoints, folders, tmp_path, capsys):
+    query, gallery = (shutil.copytree(folders / name, tmp_path / name) for name in ("query", "gallery"))
+    (query / "notes.txt").touch()
+    (gallery / "digit 5" / "2.png").rename(gallery / "digit 5" / os.fsdecode(b"\xff.png"))
+    arguments = ["--query", str(query), "--gallery", str(gallery), "--neighbors", "3", "--no_nmi"]
+    assert run(checkpoints[0], tmp_path, *arguments) == 0
+    told = "files of other kinds (1 .txt) passed over: 1, namely 'notes.txt'"
+    assert told in capsys.readouterr().err
+    assert json.loads((tmp_path / "retrieval.json").read_text())["passed_over"] == {"query": [told]}
+    neighbors = csv.DictReader((tmp_path / "neighbors.csv").open(encoding="utf-8"))
+    assert any(row["neighbor"].endswith(r"\udcff.png") for row in neighbors)

@@ -177,3 +177,10 @@ def test_rotations_are_classes_of_their_own():
 def test_only_square_images_are_rotated(archive):
     with pytest.raises(ValueError, match=r"only square images .* got 6 x 5"):
         archive.with_rotations()
+
+
+# 17
+@pytest.mark.parametrize("name", ["class_names", "class_words"])
+def test_names_that_no_file_could_hold_are_refused(archive, name):
+    with pytest.raises(ValueError, match=r"must be text that UTF-8 can hold, got 'Gr\\udcf6'"):
+        replace(archive, **{name: ("a", "b", "Gr\udcf6")})

@@ -1,5 +1,6 @@
 """``fewshot-ext data`` as its users meet it: what it prints, what it writes, what it says to a mistake."""
 
+import json
 import os
 import signal
 import subprocess
@@ -46,7 +47,7 @@ def test_pack_and_info(pack, tmp_path, capsys):
         "novel               1         1                 1",
     ]
     assert f"written: {output}" in printed.out
-    assert os.listdir(output.parent) == ["set.npz"]
+    assert sorted(os.listdir(output.parent)) == ["set.npz", "set.npz.json"]
     archive = ImageArchive.load(output)
     assert archive.class_names == ("cat", "dog", "emu", "fox")
     assert archive.images[:, 0, 0, 0].tolist() == [0, 10, 20, 30, 40]
@@ -77,10 +78,73 @@ def test_pack_with_a_split_says_what_is_left_out(pack, tmp_path, capsys):
     (tmp_path / "mine.json").write_text('{"train": ["fox"], "test": ["cat"]}')
     code, output = pack("--size", "8", "--split", str(tmp_path / "mine.json"))
     assert code == 0
-    assert "2 pictures that the split does not name are left out" in capsys.readouterr().err
+    assert "pictures that the split does not name left out: 2, such as 'train/dog/3.png'" in capsys.readouterr().err
     archive = load_images(output)
     assert archive.subset(Split.BASE).class_names == ("fox",)
     assert archive.subset(Split.NOVEL).class_names == ("cat",)
+
+
+# 14
+def test_pack_says_and_records_what_it_passes_over(pack, tmp_path, capsys):
+    (tmp_path / "pictures" / "val" / "emu" / "4.raw").touch()
+    code, output = pack("--size", "8")
+    assert code == 0
+    told = "files of other kinds (1 .raw) passed over: 1, namely 'val/emu/4.raw'"
+    assert told in capsys.readouterr().err
+    record = json.loads((output.parent / "set.npz.json").read_text())
+    assert record["passed_over"] == [told]
+    assert record["sha256"] == ImageArchive.load(output).checksum()
+
+
+# 14
+@pytest.mark.parametrize("command", [["pack", "--output", "set.npz", "--source"], ["info"]])
+def test_a_folder_that_cannot_be_read_stops_the_command(command, picture_tree, tmp_path, monkeypatch, capsys):
+    root = picture_tree(TREE)
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.fspath(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", *command, str(root)]) == 2
+    error = capsys.readouterr().err
+    assert "this folder cannot be read: Permission denied" in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "set.npz").exists()
+
+
+# 21
+def test_info_counts_the_sizes_of_a_folder(picture_tree, tmp_path, capsys):
+    root = picture_tree(TREE)
+    (root / "README.txt").touch()
+    assert main(["data", "info", str(root), "--preview", str(tmp_path / "preview.png")]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[:7] == [
+        "5 images of 5 sizes, which data pack --size brings to one",
+        "         1 of 20 x 30 pixels",
+        "         1 of 40 x 30 pixels",
+        "         1 of 25 x 25 pixels",
+        "         1 of 9 x 9 pixels",
+        "         1 of 20 x 20 pixels",
+        "              classes    images    images a class",
+    ]
+    assert "base                2         3            1 to 2" in printed.out
+    assert "files of other kinds (1 .txt) passed over: 1, namely 'README.txt'" in printed.err
+    assert read_image(tmp_path / "preview.png").shape[2] == 4 * (96 + 8) + 8
+    (root / "val/emu/4.png").write_bytes((root / "val/emu/4.png").read_bytes()[:50])
+    assert main(["data", "info", str(root)]) == 2
+    assert "4.png" in capsys.readouterr().err
+
+
+# 21
+def test_training_on_a_folder_without_roles_names_the_option(picture_tree, tmp_path, capsys):
+    root = picture_tree({"a/1.png": (8, 8), "b/2.png": (8, 8)})
+    arguments = ["--data", str(root), "--output", str(tmp_path / "out"), "--margin", "-0.3"]
+    assert main(["pretrain", *arguments]) == 2
+    assert "no base classes, all are novel: `fewshot-ext data pack --split`" in capsys.readouterr().err
 
 
 def test_pack_with_one_role_for_all(picture_tree, pack):
@@ -155,7 +219,7 @@ def test_download_says_how_to_go_on(monkeypatch, tmp_path, capsys):
     assert steps == [(REMOTE["omniglot"], tmp_path / "omniglot")]
     printed = capsys.readouterr().out
     assert f"written: {tmp_path / 'omniglot' / 'images'}" in printed
-    assert f"fewshot-ext data pack --source {tmp_path / 'omniglot'} --size 28" in printed
+    assert f"fewshot-ext data pack --source {tmp_path / 'omniglot'} --class-depth 2 --size 28" in printed
 
 
 @pytest.mark.parametrize(

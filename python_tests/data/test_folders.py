@@ -1,8 +1,10 @@
+import os
+
 import pytest
 import torch
 from PIL import Image
 
-from fewshot_ext.data import Split, load_cifar100, load_split, read_folder
+from fewshot_ext.data import Split, load_cifar100, load_images, load_split, read_folder
 from fewshot_ext.data.folders import list_folder
 from fewshot_ext.data.splits import ClassSplit
 
@@ -39,7 +41,7 @@ def test_omniglot_as_it_comes(picture_tree):
             "python/images_evaluation/Tengwar/character01/0003_01.png": SQUARE,
         }
     )
-    listing = list_folder(root)
+    listing = list_folder(root, class_depth=2)
     assert roles(listing) == {
         "Greek/character01": Split.BASE,
         "Greek/character02": Split.BASE,
@@ -48,6 +50,93 @@ def test_omniglot_as_it_comes(picture_tree):
     split = ClassSplit({"Greek/character02": Split.BASE, "Tengwar/character01": Split.VALIDATION})
     assert roles(list_folder(root, split)) == dict(split.roles)
     assert list_folder(root, split).left_out == 1
+    # 21: one rule for all commands; what it does with folders in folders is told.
+    assert list_folder(root).class_names == ["Greek", "Tengwar"]
+    assert list_folder(root).passed_over == (
+        "folders above those of the classes stepped over: 1, namely 'python'",
+        "folders in a class's, their pictures being of that class: 3, such as "
+        "'python/images_background/Greek/character01'",
+    )
+
+
+# 16
+def test_one_role_for_all_merges_a_class_in_several_roles(picture_tree):
+    root = picture_tree({"train/cat/1.png": SQUARE, "test/cat/2.png": SQUARE, "test/dog/3.png": SQUARE})
+    listing = list_folder(root, Split.NOVEL)
+    assert listing.class_names == ["cat", "dog"]
+    assert listing.labels == [0, 0, 1]
+    with pytest.raises(ValueError, match=r"class 'cat' of .* is both novel and base: --split"):
+        list_folder(root)
+
+
+# 21
+def test_folders_in_a_class_belong_to_it(picture_tree):
+    root = picture_tree({"cat/day1/1.png": SQUARE, "cat/day2/2.png": SQUARE, "dog/3.png": SQUARE})
+    assert list_folder(root).class_names == ["cat", "dog"]
+    assert list_folder(root).labels == [0, 0, 1]
+    assert list_folder(root, ClassSplit({"cat": Split.BASE, "dog": Split.NOVEL})).labels == [0, 0, 1]
+
+
+# 12
+def test_a_listed_name_in_several_folders_is_that_of_its_class(picture_tree, tmp_path):
+    names = [f"{folder}/IMG_{number}.png" for folder in ("cat", "dog", "owl") for number in (1, 2)]
+    root = picture_tree(dict.fromkeys(names, SQUARE))
+    (tmp_path / "s.csv").write_text(
+        "filename,label,split\nIMG_1.png,cat,train\nIMG_2.png,dog,test\nIMG_1.png,owl,test\nIMG_9.png,owl,test\n"
+    )
+    listing = list_folder(root, tmp_path / "s.csv")
+    assert [str(file.relative_to(root)) for file in listing.files] == [
+        "cat/IMG_1.png",
+        "dog/IMG_2.png",
+        "owl/IMG_1.png",
+    ]
+    assert listing.classes == ["cat", "dog", "owl"]
+    assert listing.passed_over == (
+        "listed pictures that are not there: 1, such as 'IMG_9.png'",
+        "pictures that the split does not name left out: 3, such as 'cat/IMG_2.png'",
+    )
+
+
+# 12
+def test_a_listed_name_that_fits_several_pictures_elsewhere_is_refused(picture_tree, tmp_path):
+    root = picture_tree({"day1/1.png": SQUARE, "day2/1.png": SQUARE, "day2/2.png": SQUARE, "dog/3.png": SQUARE})
+    (tmp_path / "train.csv").write_text("filename,label\n1.png,cat\n2.png,dog\n")
+    with pytest.raises(ValueError, match=r"lists '1\.png', which fits several .*: 'day1/1\.png' and 'day2/1\.png'"):
+        list_folder(root, tmp_path / "train.csv")
+    # The folder of another class is not the place to take a picture from.
+    (tmp_path / "train.csv").write_text("filename,label\n3.png,cat\n2.png,dog\n")
+    with pytest.raises(ValueError, match=r"1 of them have no picture in .*: cat"):
+        list_folder(root, tmp_path / "train.csv")
+
+
+# 17
+def test_a_class_whose_name_is_not_utf8_is_refused_before_the_work(picture_tree):
+    root = picture_tree({"a/1.png": SQUARE, "b/1.png": SQUARE})
+    (root / "b").rename(root / os.fsdecode(b"Gr\xf6"))
+    with pytest.raises(ValueError, match=r"class's folder 'Gr\\udcf6' in .* has a name that is not UTF-8"):
+        list_folder(root)
+
+
+# 21
+def test_a_class_without_pictures_is_refused(picture_tree):
+    root = picture_tree({"images/a/1.png": SQUARE, "images/b/2.png": SQUARE})
+    (root / "annotations").mkdir()  # where no classes are, a folder without pictures is none of them
+    assert list_folder(root).passed_over[0] == "folders without pictures passed over: 1, namely 'annotations'"
+    (root / "images" / "c").mkdir()
+    (root / "images" / "c" / "1.raw").touch()
+    with pytest.raises(ValueError, match=r"folder 'images/c' in .* holds no pictures: .* \(1 \.raw\) passed over: 1"):
+        list_folder(root)
+
+
+# 14
+def test_what_is_passed_over_goes_with_the_images(picture_tree):
+    root = picture_tree({"train/a/1.png": SQUARE, "test/b/2.png": SQUARE})
+    (root / "train" / "a" / ".DS_Store").touch()
+    told = "hidden files and folders passed over: 1, namely 'train/a/.DS_Store'"
+    for read in (read_folder, load_images):
+        with pytest.warns(UserWarning, match="hidden files and folders passed over: 1"):
+            archive = read(root)
+        assert archive.subset(Split.NOVEL).record("mine")["passed_over"] == [told]
 
 
 def test_one_role_for_all_even_where_folders_tell_another(picture_tree):

@@ -1,12 +1,13 @@
+import os
 import struct
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont, features
 
 from fewshot_ext import _extras
-from fewshot_ext.data import contact_sheet, list_images, pictures, read_image
+from fewshot_ext.data import contact_sheet, fonts, pictures, read_image
 
 
 def quadrants(height=8, width=8):
@@ -146,19 +147,29 @@ def test_no_cut_or_flipped_byte_gives_another_error(tmp_path, suffix):
     assert refused > 100
 
 
-def test_list_images_finds_all_and_nothing_else(tmp_path):
-    for name in ("b/2.JPG", "b/1.png", "a.jpeg", ".hidden.png", ".cache/3.png", "notes.txt", "b/._1.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("")
-    (tmp_path / "b" / "loop").symlink_to(tmp_path)
-    assert [str(path.relative_to(tmp_path)) for path in list_images(tmp_path)] == ["a.jpeg", "b/1.png", "b/2.JPG"]
+# 15
+@pytest.mark.parametrize(
+    ("suffix", "format", "options"),
+    [(".jpe", "JPEG", {}), (".jfif", "JPEG", {}), (".avif", "AVIF", {"quality": 95}), (".jp2", "JPEG2000", {})],
+)
+def test_other_formats_and_suffixes(tmp_path, suffix, format, options):
+    if {"AVIF": "avif", "JPEG2000": "jpg_2000"}.get(format, "jpg") not in features.get_supported():
+        pytest.skip(f"this Pillow has no {format}")
+    quadrants(32, 48).save(tmp_path / f"a{suffix}", format, **options)
+    assert suffix in pictures.suffixes()
+    expected = torch.from_numpy(np.array(quadrants(32, 48))).permute(2, 0, 1)
+    corners = read_image(tmp_path / f"a{suffix}")[:, 2::28, 2::44].int() - expected[:, 2::28, 2::44].int()
+    assert corners.abs().max() <= 12
+    assert pictures.picture_size(tmp_path / f"a{suffix}") == (32, 48, "RGB")
 
 
-def test_list_images_without_pictures(tmp_path):
-    with pytest.raises(ValueError, match=r"no pictures in .* looked for \.bmp, \.gif"):
-        list_images(tmp_path)
-    with pytest.raises(NotADirectoryError, match="is not a folder"):
-        list_images(tmp_path / "missing")
+# 15
+def test_heic_where_pillow_heif_is_installed(tmp_path):
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    quadrants(64, 64).save(tmp_path / "a.heic", quality=95)
+    assert ".heic" in pictures.suffixes()
+    expected = torch.from_numpy(np.array(quadrants(64, 64))).permute(2, 0, 1)
+    assert (read_image(tmp_path / "a.heic")[:, 8::48, 8::48].int() - expected[:, 8::48, 8::48].int()).abs().max() <= 12
 
 
 def test_contact_sheet_shows_each_picture_in_its_place():
@@ -200,6 +211,34 @@ def test_wrapped_captions_fit(caption):
     assert all(font.getlength(line) <= 96 for line in lines)
     if font.getlength(caption) <= 96:
         assert lines == [caption.strip()]
+
+
+# 19
+@pytest.mark.parametrize(
+    ("caption", "drawn"),
+    [
+        ("Größe", "Größe"),
+        ("ñandú Łódź Ω Москва", "ñandú Łódź Ω Москва"),
+        ("u\u0308", "ü"),  # as macOS writes the names of files
+        ("猫", r"\u732b"),
+        ("\U0001f98a", r"\U0001f98a"),
+        (os.fsdecode(b"\xff"), r"\udcff"),
+        ("a\nb\tc", r"a\nb\tc".replace(r"\n", "\n")),
+    ],
+)
+def test_captions_have_no_boxes(caption, drawn):
+    assert fonts.drawable(caption) == drawn
+    size = 40
+    box = ImageFont.truetype(fonts.caption_font(size).path, size).getmask("\uffff")
+    assert box.getbbox()  # what a font without the glyph draws
+    assert all(bytes(fonts.caption_font(size).getmask(letter)) != bytes(box) for letter in drawn if letter not in "\n ")
+    image = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+    assert np.array_equal(*(np.array(contact_sheet(image, [text])) for text in (caption, drawn)))
+
+
+# 19
+def test_a_dollar_sign_begins_no_formula():
+    assert fonts.figure_text("5 $ or 猫 $") == r"5 \$ or \u732b \$"
 
 
 GOOD = torch.zeros(3, 4, 4, dtype=torch.uint8)

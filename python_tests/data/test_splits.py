@@ -129,7 +129,7 @@ def test_rotated_classes_count_once(write):
     [
         ({"mine.json": {"train": ["a", "b"], "test": ["b"]}}, r"class 'b' is both base and novel"),
         ({"train.json": ["a"], "test.json": ["a"]}, "class 'a' is both novel and base"),
-        ({"train.csv": "filename,label\n1.jpg,a\n1.jpg,b\n"}, r"file '1\.jpg' belongs to both 'a' and 'b'"),
+        ({"train.csv": "filename,label\nx/1.jpg,a\nx/1.jpg,b\n"}, r"file 'x/1\.jpg' belongs to both 'a' and 'b'"),
         ({"train.csv": "file,label\n1.jpg,a\n"}, "must have the columns filename, label, got file, label"),
         ({"all.csv": "filename,label\n1.jpg,a\n"}, "must have the columns filename, label, split"),
         ({"all.csv": "filename,label,split\n1.jpg,a,train\n2.jpg,b,holiday\n"}, "line 3: got .*holiday"),
@@ -180,3 +180,16 @@ def test_folders_without_one_clear_set_of_files(write, tmp_path):
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(FileNotFoundError, match=r"there is no split 'minimagenet': .*miniimagenet, tieredimagenet"):
         load_split("minimagenet")
+
+
+# 21
+def test_blanks_around_cells_are_no_part_of_them(write):
+    split = load_split(write("all.csv", "filename , label, split\n1.jpg, a ,train \n\n2.jpg,b, test\n"))
+    assert split.roles == {"a": Split.BASE, "b": Split.NOVEL}
+    assert split.files == {"1.jpg": "a", "2.jpg": "b"}
+
+
+# 12
+def test_classes_may_list_pictures_of_the_same_name(write):
+    split = load_split(write("train.csv", "filename,label\n1.jpg,a\n1.jpg,b\n2.jpg,b\n"))
+    assert split.files == {"a/1.jpg": "a", "b/1.jpg": "b", "2.jpg": "b"}

@@ -11,9 +11,8 @@ from collections.abc import Callable
 
 from fewshot_ext._checks import check_choice
 from fewshot_ext.commands.analyze import common
-from fewshot_ext.commands.common import resolve_device, writable_folder
+from fewshot_ext.commands.common import load_data, resolve_device, writable_folder
 from fewshot_ext.commands.locks import hold_sweep
-from fewshot_ext.data import load_images
 from fewshot_ext.experiments.collapse import NAME, CollapseSweep, collapse_table, write_collapse
 from fewshot_ext.experiments.metric_runs import metric_runs
 from fewshot_ext.losses.base_losses import BASE_LOSSES
@@ -70,7 +69,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         proxy_pair_weights=arguments.proxy_pair_weights,
     )
     device = resolve_device(arguments.device)
-    archive = load_images(arguments.data)
+    archive = load_data(arguments.data)
     output = writable_folder(arguments.output)
     checkpoints = None if arguments.runs is None else writable_folder(arguments.runs)
     sweep = CollapseSweep(runs, archive, output, device=device.type, checkpoints=checkpoints)

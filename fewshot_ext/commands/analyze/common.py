@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from fewshot_ext._checks import check_at_least, check_choice
-from fewshot_ext._files import replace_file
+from fewshot_ext._files import replace_text
 from fewshot_ext._record import versions
-from fewshot_ext.commands.common import resolve_device, writable_folder
+from fewshot_ext.commands.common import load_data, resolve_device, writable_folder
 from fewshot_ext.commands.locks import hold_sweep
-from fewshot_ext.data import load_images
+from fewshot_ext.data.walk import FOLDER_RULE
 from fewshot_ext.evaluation import FineTuningConfig, ProtocolConfig
 from fewshot_ext.experiments.measurements import FewShotAccuracy, Measurement
 from fewshot_ext.experiments.runs import SweepRun
@@ -32,6 +32,7 @@ _PLACES = ("config", "output", "runs", "sweep", "checkpoint", "query", "support"
 
 def add_run_arguments(parser, data: str | None = None) -> None:
     """Adds where things are and how the work is spread."""
+    parser.epilog = FOLDER_RULE
     run = parser.add_argument_group("run")
     run.add_argument(
         "--data", default=data, metavar="NAME|FILE", help="image set: a known name, such as miniimagenet32, or a file"
@@ -198,7 +199,7 @@ def prepare_sweep(
     check_run_arguments(arguments)
     planned = runs(read_pretraining(arguments))
     device = resolve_device(arguments.device)
-    archive = load_images(arguments.data)
+    archive = load_data(arguments.data)
     output = writable_folder(arguments.output)
     checkpoints = None if arguments.runs is None else writable_folder(arguments.runs)
     sweep = Sweep(planned, archive, output, measurement=measurement, device=device.type, checkpoints=checkpoints)
@@ -317,7 +318,7 @@ def head_of(sweep: TaskSweep, resolved: str) -> dict[str, Any]:
     return {
         "config": settings_of(resolved),
         stage: {key: value for key, value in settings[stage].items() if key not in _DECIDED_BY_THE_ANALYSIS},
-        "data": {"name": run.data, "sha256": sweep.checksum},
+        "data": sweep.data,
         "versions": versions("torch", "numpy", "lightning", "kornia"),
     }
 
@@ -335,7 +336,7 @@ def write_config(folder: Path, name: str, resolved: str) -> None:
     import yaml
 
     text = yaml.safe_dump(settings_of(resolved), sort_keys=False)
-    replace_file(folder / f"{name}.yaml", lambda path: path.write_text(text, encoding="utf-8"))
+    replace_text(folder / f"{name}.yaml", text)
 
 
 def run_sweep(sweep: TaskSweep, arguments, on_rows: Callable[[list[dict[str, Any]]], Any] | None = None) -> int:

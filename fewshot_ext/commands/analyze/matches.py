@@ -11,10 +11,12 @@ from pathlib import Path
 
 from fewshot_ext import _extras
 from fewshot_ext._checks import check_at_least, check_choice
+from fewshot_ext._files import as_text
 from fewshot_ext._record import versions
 from fewshot_ext.commands.analyze import common
-from fewshot_ext.commands.common import resolve_device, set_threads, writable_folder
-from fewshot_ext.data import Split, list_images, load_images, read_image
+from fewshot_ext.commands.common import load_data, resolve_device, set_threads, tell_passed_over, writable_folder
+from fewshot_ext.data import Split, read_image
+from fewshot_ext.data.walk import FOLDER_RULE, find_pictures
 from fewshot_ext.evaluation import FrozenBackbone
 from fewshot_ext.experiments.matches import (
     ImagePair,
@@ -31,6 +33,7 @@ SUMMARY = "the regions that DeepEMD matches between two images, drawn"
 
 def add_arguments(parser) -> None:
     """Adds the options of ``analyze matches`` to a jsonargparse parser."""
+    parser.epilog = FOLDER_RULE
     run = parser.add_argument_group("run")
     run.add_argument("--checkpoint", type=str | None, default=None, metavar="FILE", help="of any training")
     run.add_argument(
@@ -81,13 +84,14 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     backbone = FrozenBackbone.from_checkpoint(arguments.checkpoint)
     data = None
     if arguments.data is None:
-        pairs = _read_pairs(*files, backbone)
+        pairs, passed_over = _read_pairs(*files, backbone)
+        data = {"name": None, "passed_over": passed_over} if passed_over else None
     else:
-        archive = load_images(arguments.data).subset(Split[arguments.classes.upper()])
+        archive = load_data(arguments.data).subset(Split[arguments.classes.upper()])
         pairs = draw_pairs(
             archive, same_class=arguments.same_class, other_class=arguments.other_class, seed=arguments.seed
         )
-        data = {"name": Path(arguments.data).stem, "sha256": archive.checksum()}
+        data = archive.record(Path(arguments.data).stem)
     backbone.try_out(pairs[0].query[None], arguments.data or arguments.query, arguments.local_features, device)
     output = writable_folder(arguments.output)
     head = {
@@ -118,13 +122,19 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     return run
 
 
-def _read_pairs(query: str, support: str, backbone: FrozenBackbone) -> list[ImagePair]:
+def _read_pairs(query: str, support: str, backbone: FrozenBackbone) -> tuple[list[ImagePair], list[str]]:
+    """The pairs, and what was passed over in the folders that they come from."""
     if backbone.image_size is None:
         raise ValueError(f"checkpoint {backbone.name} was trained on images that are not square: take --data")
-    sides = []
+    sides: list[list[Path]] = []
+    told: list[str] = []
     for name in (query, support):
         path = Path(name).expanduser()
-        sides.append(list_images(path) if path.is_dir() else [path])
+        if path.is_dir():
+            found = find_pictures(path)
+            tell_passed_over(name, found.passed_over)
+            told += found.passed_over
+        sides.append(found.files if path.is_dir() else [path])
     count = max(map(len, sides))
     if {len(side) for side in sides} - {1, count}:
         raise ValueError(
@@ -135,6 +145,7 @@ def _read_pairs(query: str, support: str, backbone: FrozenBackbone) -> list[Imag
     mode = "L" if backbone.channels == 1 else "RGB"
     read = {path: read_image(path, backbone.image_size, mode=mode) for path in dict.fromkeys((*sides[0], *sides[1]))}
     sides = [side * count if len(side) == 1 else side for side in sides]
+    pairs = zip(*sides, strict=True)
     return [
-        ImagePair(read[first], read[second], (first.stem, second.stem)) for first, second in zip(*sides, strict=True)
-    ]
+        ImagePair(read[first], read[second], (as_text(first.stem), as_text(second.stem))) for first, second in pairs
+    ], told

@@ -3,21 +3,26 @@
 Reads all of it: every array, every encoded image and, where the file carries one, the checksum of its arrays.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fewshot_ext import _extras
-from fewshot_ext.commands.common import writable_folder
+from fewshot_ext.commands.common import tell_passed_over, writable_folder
 from fewshot_ext.commands.data import report
-from fewshot_ext.data import ImageArchive, load_images
+from fewshot_ext.data import ImageArchive, read_image
+from fewshot_ext.data._threads import in_threads
 from fewshot_ext.data.archive_file import has_checksum
-from fewshot_ext.data.named import find_archive
+from fewshot_ext.data.folders import FolderListing, list_folder, read_listing
+from fewshot_ext.data.named import KNOWN, find_archive, open_images
+from fewshot_ext.data.pictures import decode
+from fewshot_ext.data.walk import FOLDER_RULE
 
 SUMMARY = "show what an image set holds and check that it is whole"
 
 
 def add_arguments(parser) -> None:
     """Adds the options of ``data info`` to a jsonargparse parser."""
+    parser.epilog = FOLDER_RULE
     parser.add_argument("data", metavar="FILE", help="an archive, a folder of pictures, or the name of a known set")
     parser.add_argument("--preview", metavar="FILE.png", help="also write a picture of up to 64 classes")
 
@@ -27,8 +32,36 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     preview = None
     if arguments.preview is not None:
         preview = picture_file(arguments.preview)
-    archive = load_images(arguments.data)
+    folder = Path(arguments.data).expanduser()
+    if arguments.data not in KNOWN and folder.is_dir():
+        listing = list_folder(folder)
+        tell_passed_over(arguments.data, listing.passed_over)
+        shapes = list(in_threads(_shape, listing.files))
+        if len(set(shapes)) > 1:
+            return lambda: _run_sizes(listing, shapes, preview)
+        archive = read_listing(listing)
+    else:
+        archive = open_images(arguments.data)
     return lambda: _run(archive, arguments.data, preview)
+
+
+def _shape(file: Path) -> tuple[int, int]:
+    """Height and width of a picture, all of which is read."""
+    return decode(file).shape[1:]
+
+
+def _run_sizes(listing: FolderListing, shapes: Sequence[tuple[int, int]], preview: Path | None) -> int:
+    print(report.table_of_sizes(shapes, listing.labels, listing.class_split))
+    if preview is not None:
+        report.write_preview(
+            lambda index: read_image(listing.files[index]),
+            listing.labels,
+            listing.class_names,
+            listing.class_split,
+            preview,
+        )
+        print(f"written: {preview} ({report.LEGEND})")
+    return 0
 
 
 def picture_file(name: str) -> Path:
@@ -55,6 +88,12 @@ def _run(archive: ImageArchive, name: str, preview: Path | None) -> int:
         print(f"checksum: {'ok' if has_checksum(path) else 'none in the file (written without one)'}")
     print(f"sha256 of the content: {archive.checksum()}")
     if preview is not None:
-        report.write_preview(archive, preview)
+        report.write_preview(
+            archive.images.__getitem__,
+            archive.labels.tolist(),
+            archive.class_words or archive.class_names,
+            archive.class_split.tolist(),
+            preview,
+        )
         print(f"written: {preview} ({report.LEGEND})")
     return 0

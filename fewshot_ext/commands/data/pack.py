@@ -4,9 +4,10 @@ The folder holds a folder of pictures for each class. Folders train, val and tes
 of the classes tell the classes' roles; else --split does: the name of an official split (miniimagenet,
 tieredimagenet, cub, cub_easyfsl, cifar_fs, fc100, omniglot_vinyals), or your own CSV, JSON or text file, or base,
 validation or novel for all classes. Without either every class is novel. An unpacked cifar-100-binary.tar.gz is
-taken too.
+taken too. A .json file beside the archive tells where it comes from and what was passed over.
 """
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,18 +15,22 @@ from pathlib import Path
 from typing import Literal
 
 from fewshot_ext import _extras
-from fewshot_ext.commands.common import writable_folder
+from fewshot_ext._files import replace_text
+from fewshot_ext._record import versions
+from fewshot_ext.commands.common import tell_passed_over, writable_folder
 from fewshot_ext.commands.data import report
 from fewshot_ext.data import ImageArchive, Split, load_cifar100, load_split
 from fewshot_ext.data.cifar import is_cifar100
 from fewshot_ext.data.folders import list_folder, read_listing
 from fewshot_ext.data.pictures import check_reading
+from fewshot_ext.data.walk import FOLDER_RULE
 
 SUMMARY = "pack a folder of pictures into one archive"
 
 
 def add_arguments(parser) -> None:
     """Adds the options of ``data pack`` to a jsonargparse parser."""
+    parser.epilog = FOLDER_RULE
     parser.add_argument("--source", required=True, metavar="FOLDER", help="where the pictures are")
     parser.add_argument("--output", required=True, metavar="FILE.npz", help="the archive to write")
     parser.add_argument("--split", metavar="NAME|FILE", help="the roles of the classes; see above")
@@ -38,6 +43,13 @@ def add_arguments(parser) -> None:
     )
     parser.add_argument(
         "--mode", type=Literal["auto", "RGB", "L"], default="auto", help="auto: L (grey) where every picture is grey"
+    )
+    parser.add_argument(
+        "--class-depth",
+        type=int,
+        default=1,
+        metavar="FOLDERS",
+        help="folders that name a class: 2 for Omniglot, whose class Greek/character01 is a folder in a folder",
     )
     parser.add_argument("--invert", action="store_true", help="turn dark on light into light on dark, for Omniglot")
     parser.add_argument(
@@ -57,7 +69,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         raise ValueError(f"jpeg_quality must lie in [1, 100], got {arguments.jpeg_quality}")
     read = _reader(arguments)
     writable_folder(str(output.parent))
-    return lambda: _run(read, output, arguments.invert, arguments.jpeg_quality)
+    return lambda: _run(read, arguments.source, output, arguments.invert, arguments.jpeg_quality)
 
 
 def _reader(arguments) -> Callable[[], ImageArchive]:
@@ -72,14 +84,14 @@ def _reader(arguments) -> Callable[[], ImageArchive]:
         archive = archive.with_roles(every if named is None else named.roles)
         return lambda: archive
     check_reading(arguments.size, None, arguments.resize_mode)
-    listing = list_folder(arguments.source, split)
-    if listing.left_out:
-        print(f"{listing.left_out:,} pictures that the split does not name are left out", file=sys.stderr)
+    listing = list_folder(arguments.source, split, arguments.class_depth)
+    tell_passed_over(arguments.source, listing.passed_over)
     mode = None if arguments.mode == "auto" else arguments.mode
     return lambda: read_listing(listing, size=arguments.size, mode=mode, resize=arguments.resize_mode, progress=True)
 
 
-def _run(read: Callable[[], ImageArchive], output: Path, invert: bool, jpeg_quality: int | None) -> int:
+def _run(read: Callable[[], ImageArchive], source: str, output: Path, invert: bool, jpeg_quality: int | None) -> int:
+    beside = output.with_name(f"{output.name}.json")
     # Unlike most mistakes, a damaged picture or a full disk shows itself only when the work is under way.
     try:
         archive = read()
@@ -95,5 +107,11 @@ def _run(read: Callable[[], ImageArchive], output: Path, invert: bool, jpeg_qual
         print(f"interrupted; nothing was written to {output}", file=sys.stderr)
         return 130
     print(report.table(archive))
-    print(f"written: {output} ({output.stat().st_size / 1e6:,.1f} MB)")
+    record = {**archive.record(source), "versions": versions("numpy", "pillow")}
+    try:
+        replace_text(beside, json.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        print(f"fewshot-ext data pack: error: {error}; {output} was written, and no record beside it", file=sys.stderr)
+        return 1
+    print(f"written: {output} ({output.stat().st_size / 1e6:,.1f} MB), {beside}")
     return 0
