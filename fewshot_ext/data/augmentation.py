@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fewshot_ext import _extras
-from fewshot_ext._checks import check_at_least, check_fraction, check_positive
+from fewshot_ext._checks import check_at_least, check_count, check_fraction, check_positive
 
 _TRIES = 10
 
@@ -84,7 +84,7 @@ class ImageInput(nn.Module):
     ) -> None:
         super().__init__()
         if image_size is not None:
-            check_at_least("image_size", image_size, 1)
+            check_count("image_size", image_size, 1)
         if len(mean) != len(std):
             raise ValueError(f"std must have a number a channel as mean has, {len(mean)}, got {len(std)}")
         for value in std:

@@ -228,6 +228,9 @@ def _add_json(draft: _Draft, content: Any, role: Split | None, path: str) -> Non
         )
         if not lists:
             raise ValueError(f'split file {path!r} must be a JSON object such as {{"train": [...], "test": [...]}}')
+        odd = [name for name, value in content.items() if name not in lists and isinstance(value, list)]
+        if odd:
+            raise ValueError(f"split file {path!r} has classes under {odd[0]!r}, no role such as train or test")
         for name, value in lists.items():
             draft.add(_class_names(value, path), role_of(name))
     elif isinstance(content, dict) and "label_names" in content:

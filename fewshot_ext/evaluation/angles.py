@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from fewshot_ext._checks import check_at_least, check_fraction, check_positive
+from fewshot_ext._checks import check_count, check_fraction, check_positive
 
 
 def angle_histogram(features: Tensor, bins: int = 360) -> Tensor:
@@ -34,7 +34,7 @@ def angle_histogram(features: Tensor, bins: int = 360) -> Tensor:
         raise TypeError(f"features must be a tensor of floating dtype, got {came}")
     if features.dim() != 2 or features.shape[1] != 2 or not len(features):
         raise ValueError(f"features must be [N, 2] with N at least 1, got {list(features.shape)}")
-    check_at_least("bins", bins, 1)
+    check_count("bins", bins, 1)
     angles = torch.atan2(features[:, 1].double(), features[:, 0].double()).cpu()
     # An angle of pi is the one of -pi.
     index = ((angles + math.pi) * (bins / (2 * math.pi))).floor().long() % bins

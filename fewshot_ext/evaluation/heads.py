@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewshot_ext._checks import check_at_least, check_choice, check_finite, check_fraction, check_positive
+from fewshot_ext._checks import check_at_least, check_choice, check_count, check_finite, check_fraction, check_positive
 from fewshot_ext._episodes import check_support_target, class_means
 from fewshot_ext._normalize import full_precision, normalize
 from fewshot_ext.ops import finetune_episodes
@@ -117,8 +117,8 @@ class FineTuningConfig:
     def __post_init__(self) -> None:
         check_positive("scale", self.scale)
         check_finite("margin", self.margin)
-        check_at_least("steps", self.steps, 1)
-        check_at_least("batch_size", self.batch_size, 1)
+        check_count("steps", self.steps, 1)
+        check_count("batch_size", self.batch_size, 1)
         check_positive("lr", self.lr)
         check_fraction("momentum", self.momentum)
         check_fraction("dampening", self.dampening)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewshot_ext._checks import check_at_least, check_choice, check_positive
+from fewshot_ext._checks import check_choice, check_count, check_positive
 from fewshot_ext._episodes import check_support_target, class_means
 from fewshot_ext._normalize import full_precision, normalize
 from fewshot_ext.evaluation.heads import FineTuning, Head, MatchingNet, ProtoNet
@@ -149,7 +149,7 @@ class LocalNearestNeighbors(MapHead):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        check_at_least("neighbors", self.neighbors, 1)
+        check_count("neighbors", self.neighbors, 1)
         check_positive("scale", self.scale)
 
     def check_regions(self, regions: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewshot_ext import _extras
-from fewshot_ext._checks import check_at_least
+from fewshot_ext._checks import check_count
 from fewshot_ext.models.local_features import pooled_regions
 from fewshot_ext.models.matching import (
     Match,
@@ -88,7 +88,7 @@ def plot_match(
         >>> plot_match(image, image.flip(2), features, features, "match.png").flow.shape
         torch.Size([16, 16])
     """
-    check_at_least("flows", flows, 1)
+    check_count("flows", flows, 1)
     _extras.require("train", "matplotlib")
     pair = MatchedPair(query_image, support_image, query_map, support_map, query_regions, support_regions, titles)
     drawn = _checked_pair(pair, weighting)
@@ -141,8 +141,8 @@ def plot_matches(
         >>> len(plot_matches([pair, pair], "matches.png"))
         2
     """
-    check_at_least("flows", flows, 1)
-    check_at_least("columns", columns, 1)
+    check_count("flows", flows, 1)
+    check_count("columns", columns, 1)
     if not pairs:
         raise ValueError("pairs must hold at least one pair, got none")
     _extras.require("train", "matplotlib")

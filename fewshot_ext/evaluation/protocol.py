@@ -8,7 +8,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from fewshot_ext._checks import check_at_least
+from fewshot_ext._checks import check_count
 from fewshot_ext.data import Episodes
 from fewshot_ext.evaluation.heads import HEADS, Head
 from fewshot_ext.models.matching import check_finite_maps
@@ -40,13 +40,13 @@ class ProtocolConfig:
     queries: int = 16
 
     def __post_init__(self) -> None:
-        check_at_least("episodes", self.episodes, 1)
-        check_at_least("way", self.way, 2)
-        check_at_least("queries", self.queries, 1)
+        check_count("episodes", self.episodes, 1)
+        check_count("way", self.way, 2)
+        check_count("queries", self.queries, 1)
         if not self.shots or len(set(self.shots)) < len(self.shots):
             raise ValueError(f"shots must name at least one number of shots, and none twice, got {list(self.shots)}")
         for shot in self.shots:
-            check_at_least("shots", shot, 1)
+            check_count("shots", shot, 1)
 
 
 def extract_features(

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fewshot_ext._checks import check_at_least, check_choice, check_positive
+from fewshot_ext._checks import check_choice, check_count, check_positive
 from fewshot_ext._normalize import full_precision
 from fewshot_ext.evaluation.backbones import FrozenBackbone
 from fewshot_ext.evaluation.head_choice import crops_an_image
@@ -210,12 +211,12 @@ def retrieve_and_rerank(
     check_retrieval(labels, gallery_labels, ks=ks, lone_queries=lone_queries)
     check_choice("distance", distance, "cosine", "euclidean")
     check_choice("weighting", weighting, "cross_reference", "uniform")
-    check_at_least("batch_size", batch_size, 1)
+    check_count("batch_size", batch_size, 1)
     check_positive("map_memory", map_memory)
     if map_dtype not in (torch.float32, torch.float16):
         raise ValueError(f"map_dtype must be torch.float32 or torch.float16, got {map_dtype}")
     neighbors = len(images) - 1 if gallery_images is None else len(gallery_images)
-    if not isinstance(candidates, int) or isinstance(candidates, bool):
+    if not isinstance(candidates, Integral) or isinstance(candidates, bool):
         raise TypeError(f"candidates must be an integer, got {type(candidates).__name__}")
     if not max(ks) <= candidates <= neighbors:
         raise ValueError(

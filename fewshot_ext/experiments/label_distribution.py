@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from fewshot_ext._checks import check_at_least
+from fewshot_ext._checks import check_count
 from fewshot_ext._files import replace_file
 from fewshot_ext.evaluation import FineTuning, base_class_probabilities, same_class_probability
 from fewshot_ext.experiments.accuracies import Row, mean_accuracy, select, values
@@ -47,7 +47,7 @@ class LabelDistribution:
     name: ClassVar[str] = "label_distribution"
 
     def __post_init__(self) -> None:
-        check_at_least("groups", self.groups, 1)
+        check_count("groups", self.groups, 1)
 
     def settings(self) -> dict[str, Any]:
         return {}

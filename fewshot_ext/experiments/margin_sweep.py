@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fewshot_ext import _extras
-from fewshot_ext._checks import check_at_least, check_finite
+from fewshot_ext._checks import check_count, check_finite
 from fewshot_ext._progress import StagedProgress
 from fewshot_ext._random import derive_generator, derive_seed
 from fewshot_ext._record import check_same_settings, versions
@@ -55,8 +55,8 @@ class MarginSweepConfig:
             check_finite("margins", margin)
         if len(set(self.margins)) < len(self.margins):
             raise ValueError(f"margins must all be different, got {list(self.margins)}")
-        check_at_least("runs", self.runs, 1)
-        check_at_least("seed", self.seed, 0)
+        check_count("runs", self.runs, 1)
+        check_count("seed", self.seed, 0)
 
 
 class MarginSweep:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from fewshot_ext._checks import check_at_least
+from fewshot_ext._checks import check_count
 from fewshot_ext._random import derive_generator, derive_seed
 from fewshot_ext.data import Episodes, ImageArchive, sample_episodes
 from fewshot_ext.evaluation import (
@@ -105,7 +105,7 @@ class FewShotAccuracy:
 
     def __post_init__(self) -> None:
         if self.base_queries is not None:
-            check_at_least("base_queries", self.base_queries, 1)
+            check_count("base_queries", self.base_queries, 1)
         if not self.classes or len(set(self.classes)) < len(self.classes) or not set(self.classes) <= set(CLASSES):
             raise ValueError(
                 f"classes must be some of {', '.join(CLASSES)}, none of them twice, got {list(self.classes)}"

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fewshot_ext._checks import check_at_least, check_choice, check_positive
+from fewshot_ext._checks import check_choice, check_count, check_positive
 from fewshot_ext.data import ImageArchive, Split
 from fewshot_ext.experiments.runs import without_defaults
 from fewshot_ext.experiments.sweep_task import SweepTask, load_once
@@ -70,7 +70,7 @@ class MetricRun:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_at_least("seed", self.seed, 0)
+        check_count("seed", self.seed, 0)
 
     @property
     def arm(self) -> Arm:

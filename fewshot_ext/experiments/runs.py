@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fewshot_ext._checks import check_at_least
+from fewshot_ext._checks import check_count
 from fewshot_ext._random import derive_generator
 from fewshot_ext.data import ImageArchive, Split
 from fewshot_ext.training import PreTrainingConfig
@@ -44,7 +44,7 @@ class SweepRun:
     variant: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        check_at_least("seed", self.seed, 0)
+        check_count("seed", self.seed, 0)
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must lie in (0, 1), got {self.held_out}")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewshot_ext import _extras
-from fewshot_ext._checks import check_at_least, check_positive
+from fewshot_ext._checks import check_count, check_positive
 from fewshot_ext._files import replace_file
 from fewshot_ext._normalize import normalize
 from fewshot_ext._random import derive_generator, derive_seed
@@ -58,10 +58,10 @@ class Embedding:
     name: ClassVar[str] = "tsne"
 
     def __post_init__(self) -> None:
-        check_at_least("num_classes", self.num_classes, 2)
+        check_count("num_classes", self.num_classes, 2)
         if self.num_classes > len(STYLES):
             raise ValueError(f"num_classes must be at most {len(STYLES)} to be told apart, got {self.num_classes}")
-        check_at_least("images", self.images, 2)
+        check_count("images", self.images, 2)
         check_positive("perplexity", self.perplexity)
 
     def settings(self) -> dict[str, Any]:

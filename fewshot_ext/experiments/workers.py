@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fewshot_ext._checks import check_at_least
+from fewshot_ext._checks import check_count
 from fewshot_ext._progress import progress_bar
 
 
@@ -79,8 +79,8 @@ def run_tasks(
         >>> [outcome.value for outcome in run_tasks([Square()])]
         [9]
     """
-    check_at_least("jobs", jobs, 1)
-    check_at_least("threads", threads, 1)
+    check_count("jobs", jobs, 1)
+    check_count("threads", threads, 1)
     run = _run_here if jobs == 1 else _run_in_processes
     return run(tasks, jobs, threads, on_report or (lambda *_: None))
 

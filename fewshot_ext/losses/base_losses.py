@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from fewshot_ext._extras import require
 from fewshot_ext._normalize import full_precision, normalize
-from fewshot_ext.ops._validation import check_choice, check_floating, check_integer, check_tensor
+from fewshot_ext.ops._validation import check_choice, check_count, check_floating, check_tensor
 
 PROXY_LOSSES = ("proxy_anchor", "proxy_nca")
 BASE_LOSSES = (*PROXY_LOSSES, "contrastive", "triplet")
@@ -111,9 +111,8 @@ def base_loss(name: str, num_classes: int, embedding_size: int) -> nn.Module:
         torch.Size([])
     """
     check_choice("name", name, BASE_LOSSES)
-    for argument, size, least in (("num_classes", num_classes, 2), ("embedding_size", embedding_size, 1)):
-        if check_integer(argument, size) < least:
-            raise ValueError(f"{argument}: expected at least {least}, got {size}")
+    num_classes = check_count("num_classes", num_classes, 2)
+    embedding_size = check_count("embedding_size", embedding_size, 1)
     if name in PROXY_LOSSES:
         return ProxyLoss(name, num_classes, embedding_size)
     require("metric", "pytorch_metric_learning")

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from fewshot_ext._normalize import full_precision, normalize
 from fewshot_ext.ops import margin_cosine_loss, margin_softmax_loss
+from fewshot_ext.ops._validation import check_count, check_flag, check_floating
+from fewshot_ext.ops.margin_softmax import check_settings
 
 
 class _MarginLoss(nn.Module):
@@ -31,20 +33,16 @@ class _MarginLoss(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        for name, value, least in (("in_features", in_features, 1), ("num_classes", num_classes, 2)):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
-            if value < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
-        self.in_features = in_features
-        self.num_classes = num_classes
-        self.margin = margin
-        self.scale = scale
+        self.in_features = check_count("in_features", in_features, 1)
+        self.num_classes = check_count("num_classes", num_classes, 2)
+        # What the function checks in every call, so that a mistake shows where it is made.
+        settings = check_settings(margin, scale, label_smoothing, ignore_index, reduction)
+        self.margin, self.scale, self.label_smoothing, self.ignore_index = settings
         self.reduction = reduction
-        self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
+        check_flag("check", check)
         self.check = check
-        self.weight = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
+        check_floating("dtype", torch.empty(0, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(self.num_classes, self.in_features, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

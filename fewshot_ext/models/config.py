@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from fewshot_ext._checks import check_at_least, check_fraction
+from fewshot_ext._checks import check_count, check_fraction
 from fewshot_ext.models.backbone import Backbone
 from fewshot_ext.models.conv import conv4
 from fewshot_ext.models.drop_block import RAMP_STEPS
@@ -43,7 +43,7 @@ class BackboneConfig:
         if self.name not in ("conv4", "wrn28_10", *_RESNETS):
             raise ValueError(f"name must be conv4, resnet12, resnet18 or wrn28_10, got {self.name!r}")
         if self.width is not None:
-            check_at_least("width", self.width, 1)
+            check_count("width", self.width, 1)
             if self.name == "resnet12" and self.width % 2:
                 raise ValueError(
                     f"width must be even for resnet12, whose second stage has 2.5 times it, got {self.width}"
@@ -55,10 +55,10 @@ class BackboneConfig:
         check_fraction("drop_rate", self.drop_rate)
         if self.drop_rate and self.name == "conv4":
             raise ValueError(f"drop_rate must be 0 for conv4, which has no dropout, got {self.drop_rate}")
-        check_at_least("drop_block_size", self.drop_block_size, 1)
-        check_at_least("drop_ramp_steps", self.drop_ramp_steps, 0)
+        check_count("drop_block_size", self.drop_block_size, 1)
+        check_count("drop_ramp_steps", self.drop_ramp_steps, 0)
         if self.embedding is not None:
-            check_at_least("embedding", self.embedding, 1)
+            check_count("embedding", self.embedding, 1)
 
 
 def build_backbone(config: BackboneConfig, in_channels: int = 3) -> Backbone:

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fewshot_ext._checks import check_at_least, check_choice, check_positive
+from fewshot_ext._checks import check_at_least, check_choice, check_count, check_positive
 from fewshot_ext._episodes import check_support_target, class_means
 from fewshot_ext._normalize import full_precision
 from fewshot_ext.models.backbone import Backbone
@@ -45,14 +45,14 @@ class LocalFeaturesConfig:
     def __post_init__(self) -> None:
         check_choice("name", self.name, "fcn", "grid", "sampling")
         for side in self.pyramid:
-            check_at_least("pyramid", side, 1)
+            check_count("pyramid", side, 1)
         if not self.grids:
             raise ValueError("grids must name at least one side, got none")
         for side in self.grids:
-            check_at_least("grids", side, 1)
+            check_count("grids", side, 1)
         check_at_least("ratio", self.ratio, 1)
-        check_at_least("regions", self.regions, 1)
-        check_at_least("seed", self.seed, 0)
+        check_count("regions", self.regions, 1)
+        check_count("seed", self.seed, 0)
 
 
 def build_local_features(

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewshot_ext._checks import check_at_least, check_fraction
+from fewshot_ext._checks import check_count, check_fraction
 
 # The official implementations of the few-shot literature reach the full rate after 20 epochs of 2,000 steps.
 RAMP_STEPS = 40_000
@@ -47,8 +47,8 @@ class DropBlock(nn.Module):
     def __init__(self, rate: float, block_size: int = 5, ramp_steps: int = RAMP_STEPS) -> None:
         super().__init__()
         check_fraction("rate", rate)
-        check_at_least("block_size", block_size, 1)
-        check_at_least("ramp_steps", ramp_steps, 0)
+        check_count("block_size", block_size, 1)
+        check_count("ramp_steps", ramp_steps, 0)
         self.rate, self.block_size, self.ramp_steps = rate, block_size, ramp_steps
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 

@@ -86,6 +86,13 @@ def check_integer(name: str, value: object) -> int:
     return int(value)
 
 
+def check_count(name: str, value: object, least: int) -> int:
+    value = check_integer(name, value)
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+    return value
+
+
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str):
         raise TypeError(f"{name}: expected one of {', '.join(choices)}, got {type(value).__name__}")

@@ -12,9 +12,9 @@ from fewshot_ext._random import derive_generator, derive_seed
 from fewshot_ext.ops._validation import (
     FLOATING_DTYPES,
     check_choice,
+    check_count,
     check_flag,
     check_floating,
-    check_integer,
     check_labels,
     check_number,
 )
@@ -148,14 +148,14 @@ class ClassParallelMarginLoss(nn.Module):
             check_floating("dtype", torch.empty(0, dtype=dtype))
             rate = check_number("sample_rate", sample_rate, positive=True, between=(0.0, 1.0))
             return {
-                "in_features": _check_count("in_features", in_features, 1),
-                "num_classes": _check_count("num_classes", num_classes, 2),
+                "in_features": check_count("in_features", in_features, 1),
+                "num_classes": check_count("num_classes", num_classes, 2),
                 **dict(zip(("margin", "scale", "label_smoothing", "ignore_index"), numbers, strict=True)),
                 "similarity": similarity,
                 "reduction": reduction,
                 "sample_rate": rate,
                 "backbone_gradients": backbone_gradients,
-                "seed": _check_count("seed", seed, 0),
+                "seed": check_count("seed", seed, 0),
                 "check": check,
                 "dtype": dtype or torch.get_default_dtype(),
             }
@@ -307,13 +307,6 @@ def _label_among(rows: Tensor, local: Tensor, shard: int) -> Tensor:
     owned = (local >= 0) & (local < shard)
     # A label of another shard only has to lie beyond the rows, and one out of range to stay where it is.
     return torch.where(owned, torch.searchsorted(rows, local), torch.where(local == shard, len(rows), local))
-
-
-def _check_count(name: str, value: object, least: int) -> int:
-    value = check_integer(name, value)
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
-    return value
 
 
 def _device_of(group: dist.ProcessGroup) -> str:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from fewshot_ext._checks import (
     check_at_least,
     check_choice,
+    check_count,
     check_finite,
     check_fraction,
     check_positive,
@@ -53,7 +54,7 @@ class ValidationConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("episodes", 1), ("way", 2), ("shot", 1), ("queries", 1)):
-            check_at_least(name, getattr(self, name), least)
+            check_count(name, getattr(self, name), least)
 
 
 _PARTS = {"backbone": BackboneConfig, "augmentation": AugmentationConfig, "validation": ValidationConfig}
@@ -141,18 +142,18 @@ class PreTrainingConfig:
         check_finite("margin", self.margin)
         check_positive("scale", self.scale)
         check_fraction("label_smoothing", self.label_smoothing)
-        check_at_least("epochs", self.epochs, 1)
-        check_at_least("batch_size", self.batch_size, 2)
+        check_count("epochs", self.epochs, 1)
+        check_count("batch_size", self.batch_size, 2)
         check_positive("learning_rate", self.learning_rate)
         check_at_least("minimum_learning_rate", self.minimum_learning_rate, 0)
         check_fraction("warmup", self.warmup)
         check_at_least("warmup_multiplier", self.warmup_multiplier, 1)
         check_fraction("momentum", self.momentum)
         check_positive("decay", self.decay)
-        check_at_least("decay_epochs", self.decay_epochs, 1)
+        check_count("decay_epochs", self.decay_epochs, 1)
         self._check_optimizer()
         check_at_least("weight_decay", self.weight_decay, 0)
-        check_at_least("checkpoint_epochs", self.checkpoint_epochs, 1)
+        check_count("checkpoint_epochs", self.checkpoint_epochs, 1)
         check_normalisation(self.image_size, self.mean, self.std)
 
     def _check_optimizer(self) -> None:
@@ -217,7 +218,7 @@ def build_parts(values: Mapping[str, Any], parts: Mapping[str, type]) -> dict[st
 def check_normalisation(image_size: int | None, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> None:
     """Raises ValueError unless these settings of the network's input, each of which may be None, go together."""
     if image_size is not None:
-        check_at_least("image_size", image_size, 1)
+        check_count("image_size", image_size, 1)
     if (mean is None) != (std is None):
         raise ValueError(f"mean and std must both be given or both be null, got {mean} and {std}")
     for name, values, check in (("mean", mean, check_finite), ("std", std, check_positive)):

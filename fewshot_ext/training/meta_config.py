@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fewshot_ext._checks import check_at_least, check_choice, check_fraction, check_positive
+from fewshot_ext._checks import check_at_least, check_choice, check_count, check_fraction, check_positive
 from fewshot_ext.data.augmentation import AugmentationConfig
 from fewshot_ext.models import BackboneConfig, LocalFeaturesConfig, StructuredClassifierConfig
 from fewshot_ext.models.matching import TEMPERATURE, Weighting
@@ -93,11 +93,10 @@ class MetaTrainingConfig:
     )
 
     def __post_init__(self) -> None:
-        least = {"way": 2, "weight_decay": 0} | dict.fromkeys(
-            ("shot", "queries", "episodes_per_step", "steps", "epochs", "decay_epochs", "checkpoint_epochs"), 1
-        )
-        for name, lowest in least.items():
-            check_at_least(name, getattr(self, name), lowest)
+        check_count("way", self.way, 2)
+        for name in ("shot", "queries", "episodes_per_step", "steps", "epochs", "decay_epochs", "checkpoint_epochs"):
+            check_count(name, getattr(self, name), 1)
+        check_at_least("weight_decay", self.weight_decay, 0)
         for name in ("learning_rate", "decay", "temperature"):
             check_positive(name, getattr(self, name))
         check_fraction("momentum", self.momentum)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fewshot_ext._checks import check_at_least, check_choice, check_positive
+from fewshot_ext._checks import check_at_least, check_choice, check_count, check_positive
 from fewshot_ext.data.augmentation import AugmentationConfig
 from fewshot_ext.losses.anti_collapse import CONVENTIONS, VARIANTS
 from fewshot_ext.losses.base_losses import BASE_LOSSES, PROXY_LOSSES
@@ -69,13 +69,13 @@ class MeasurementConfig:
     eps: float = 0.5
 
     def __post_init__(self) -> None:
-        check_at_least("epochs", self.epochs, 1)
-        check_at_least("seen_images", self.seen_images, 2)
+        check_count("epochs", self.epochs, 1)
+        check_count("seen_images", self.seen_images, 2)
         check_positive("eps", self.eps)
         if not self.ks or len(set(self.ks)) < len(self.ks):
             raise ValueError(f"ks must name at least one K, and none twice, got {list(self.ks)}")
         for k in self.ks:
-            check_at_least("ks", k, 1)
+            check_count("ks", k, 1)
 
 
 @dataclass(frozen=True)
@@ -139,13 +139,14 @@ class MetricTrainingConfig:
 
     def __post_init__(self) -> None:
         check_choice("loss", self.loss, *BASE_LOSSES)
+        check_count("classes_per_batch", self.classes_per_batch, 0)
         if self.classes_per_batch < 2:
             raise ValueError(
                 f"classes_per_batch must be at least 2, got {self.classes_per_batch}: a batch of one class has no "
                 "negatives"
             )
         has_proxies = self.loss in PROXY_LOSSES
-        check_at_least("samples_per_class", self.samples_per_class, 1)
+        check_count("samples_per_class", self.samples_per_class, 1)
         if self.samples_per_class < 2 and not has_proxies:
             raise ValueError(
                 f"samples_per_class must be at least 2 for {self.loss}, which compares images of a class, got 1"
@@ -158,12 +159,12 @@ class MetricTrainingConfig:
         check_positive("proxy_learning_rate", self.proxy_learning_rate)
         check_positive("decay_factor", self.decay_factor)
         for epoch in self.milestones:
-            check_at_least("milestones", epoch, 1)
+            check_count("milestones", epoch, 1)
         check_choice("precision", self.precision, *PRECISIONS)
-        check_at_least("epochs", self.epochs, 1)
+        check_count("epochs", self.epochs, 1)
         check_positive("learning_rate", self.learning_rate)
         check_at_least("weight_decay", self.weight_decay, 0)
-        check_at_least("checkpoint_epochs", self.checkpoint_epochs, 1)
+        check_count("checkpoint_epochs", self.checkpoint_epochs, 1)
         check_normalisation(self.image_size, self.mean, self.std)
 
     @property

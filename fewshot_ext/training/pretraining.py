@@ -59,6 +59,10 @@ class PreTraining(ImageTraining):
             label_smoothing=config.label_smoothing,
         )
 
+    @property
+    def can_go_on(self) -> bool:
+        return self.config.optimizer == "sgd"  # whose steps do not depend on the number of epochs
+
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> "PreTraining":
         """The trained module behind a checkpoint, on the CPU; the file is read without running code in it.

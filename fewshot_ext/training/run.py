@@ -68,6 +68,7 @@ class ImageTraining(pl.LightningModule):
     stage: str  # what its checkpoints are the checkpoints of
     means: tuple[str, ...] = ("accuracy",)  # what is logged beside the loss
     rates: tuple[str, ...] = ("learning_rate",)  # what the rates of the optimiser's groups are logged as
+    can_go_on = True  # whether a run may be resumed for more epochs: not where their number decides its rates
 
     def __init__(
         self,
@@ -129,8 +130,8 @@ class TrainingRun(ABC):
         device: "cpu" or "cuda".
         devices: processes on this machine, a GPU each where ``device`` is "cuda"; torchrun or Lightning starts them.
         num_nodes: machines, which share the file system that ``directory`` is on.
-        resume: continue from ``last.ckpt`` where there is one. At an epoch's end the resumed run is in the
-            state that the unbroken run would have had.
+        resume: continue from ``last.ckpt`` where there is one, for more epochs too if ``module.can_go_on``. At an
+            epoch's end the resumed run is in the state that the unbroken run would have had.
         on_epoch: called with (epochs done, mean loss of the last epoch).
         progress: draw a progress bar.
 
@@ -235,11 +236,14 @@ class TrainingRun(ABC):
         before, after = dict(read_checkpoint(last, self.module.stage)["hyper_parameters"]), dict(self.module.hparams)
         # A setting that the checkpoint is older than had its default.
         before["config"] = asdict(config_class(before)()) | before["config"]
-        # A run may go on with its checkpoints further apart: the result is the same.
-        for settings in (before, after):
-            for name, config in settings.items():
-                if isinstance(config, dict):
-                    settings[name] = {**config, "checkpoint_epochs": None}
+        for name, config in after.items():
+            if not isinstance(config, dict) or not isinstance(before.get(name), dict):
+                continue
+            # A run may go on with its checkpoints further apart: the result is the same.
+            free = {"checkpoint_epochs": None}
+            if self.module.can_go_on and config.get("epochs", 0) > before[name].get("epochs", 0):
+                free["epochs"] = config["epochs"]
+            before[name], after[name] = before[name] | free, config | free
         check_same_settings(before, after, self.directory)
         return last
 

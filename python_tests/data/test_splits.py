@@ -128,6 +128,8 @@ def test_rotated_classes_count_once(write):
     ("files", "message"),
     [
         ({"mine.json": {"train": ["a", "b"], "test": ["b"]}}, r"class 'b' is both base and novel"),
+        # 14: a misspelt role would lose its classes.
+        ({"mine.json": {"train": ["a"], "tset": ["b"], "about": "us"}}, "has classes under 'tset', no role"),
         ({"train.json": ["a"], "test.json": ["a"]}, "class 'a' is both novel and base"),
         ({"train.csv": "filename,label\nx/1.jpg,a\nx/1.jpg,b\n"}, r"file 'x/1\.jpg' belongs to both 'a' and 'b'"),
         ({"train.csv": "file,label\n1.jpg,a\n"}, "must have the columns filename, label, got file, label"),

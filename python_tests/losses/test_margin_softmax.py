@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -185,6 +186,37 @@ def test_bad_sizes(head_class, loss, arguments, error, message):
     with pytest.raises(error) as raised:
         head_class(*arguments)
     assert str(raised.value) == message
+
+
+# 21
+@HEADS
+@pytest.mark.parametrize(
+    "setting, error, message",
+    (
+        ({"margin": "0.3"}, TypeError, "margin: expected a number, got str"),
+        ({"scale": -1}, ValueError, "scale: expected a number above 0, got -1"),
+        ({"scale": float("nan")}, ValueError, "scale: expected a finite number, got nan"),
+        ({"reduction": "avg"}, ValueError, "reduction: expected one of none, mean, sum, got 'avg'"),
+        ({"label_smoothing": 1.5}, ValueError, "label_smoothing: expected a number in [0.0, 1.0], got 1.5"),
+        ({"ignore_index": 0.5}, TypeError, "ignore_index: expected an integer, got float"),
+        ({"check": 1}, TypeError, "check: expected True or False, got int"),
+        ({"dtype": torch.complex64}, TypeError, "dtype: expected dtype float32, float64, bfloat16 or float16, got"),
+    ),
+)
+def test_the_constructor_checks_what_the_function_checks(head_class, loss, setting, error, message):
+    with pytest.raises(error) as raised:
+        head_class(6, 5, **setting)
+    assert str(raised.value).startswith(message)
+
+
+# 21
+@HEADS
+def test_integers_of_numpy_are_integers(head_class, loss):
+    head = head_class(np.int64(6), np.int32(5), ignore_index=np.int64(-1), scale=np.float32(2))
+    assert all(type(size) is int for size in (head.in_features, head.num_classes, head.ignore_index))
+    assert head.weight.shape == (5, 6)
+    features, target = samples(dimensions=6)
+    head(features, target).backward()
 
 
 @HEADS

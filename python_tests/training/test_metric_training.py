@@ -195,6 +195,20 @@ def test_an_interrupted_run_resumes_to_the_same_weights_and_history(
     assert (tmp_path / "broken" / "history.json").read_text() == (tmp_path / "unbroken" / "history.json").read_text()
 
 
+# 21
+def test_a_finished_run_goes_on_for_more_epochs(archive, tmp_path, weights):
+    config = replace(TINY_METRIC, augmentation=AugmentationConfig(rotation=10), milestones=(2,))
+    unbroken = MetricTrainingRun(replace(config, epochs=3), archive, tmp_path / "unbroken", seed=1)
+    unbroken.train()
+    MetricTrainingRun(replace(config, epochs=1), archive, tmp_path / "more", seed=1).train()
+    longer = MetricTrainingRun(replace(config, epochs=3), archive, tmp_path / "more", seed=1, resume=True)
+    assert longer.epochs_done == 1
+    longer.train()
+    assert torch.equal(weights(longer.module), weights(unbroken.module))
+    with pytest.raises(ValueError, match=r"cannot resume .*: its config\.epochs is 3, not 2"):
+        MetricTrainingRun(replace(config, epochs=2), archive, tmp_path / "more", seed=1, resume=True)
+
+
 def test_measuring_leaves_the_training_as_it_was(archive, digits, tmp_path, weights):
     often = replace(TINY_METRIC, measurement=MeasurementConfig(epochs=1, ks=(1,)))
     measured = MetricTrainingRun(often, archive, tmp_path / "a", unseen=digits.subset(Split.NOVEL))

@@ -67,6 +67,18 @@ def test_an_interrupted_run_resumes_to_the_same_weights(tiny, archive, tmp_path,
     assert torch.equal(weights(resumed), weights(unbroken))
 
 
+# 21
+def test_more_epochs_where_their_number_does_not_decide_the_rates(tiny, archive, tmp_path, weights):
+    config = in_steps(tiny)
+    unbroken = pretrain(replace(config, epochs=3), archive, tmp_path / "unbroken", seed=1)
+    pretrain(replace(config, epochs=1), archive, tmp_path / "sgd", seed=1)
+    longer = pretrain(replace(config, epochs=3), archive, tmp_path / "sgd", seed=1, resume=True)
+    assert torch.equal(weights(longer), weights(unbroken))
+    pretrain(replace(tiny, epochs=1), archive, tmp_path / "adam", seed=1)
+    with pytest.raises(ValueError, match=r"its config\.epochs is 1, not 3"):
+        pretrain(replace(tiny, epochs=3), archive, tmp_path / "adam", seed=1, resume=True)
+
+
 def test_a_finished_run_resumes_without_training(tiny, archive, tmp_path, weights):
     finished = pretrain(tiny, archive, tmp_path, seed=1)
     again = pretrain(tiny, archive, tmp_path, seed=1, resume=True)
