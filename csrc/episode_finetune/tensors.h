@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -103,6 +104,8 @@ Tensor finetune(Tensor support, Tensor target, Tensor query, Tensor weight, Tens
   target = torch::stable::contiguous(target);
   weight = torch::stable::contiguous(weight);
   order = torch::stable::contiguous(order);
+  // Kernels round up the minibatches of a pass, which a batch size near 2^63 would overflow.
+  batch_size = std::min(batch_size, support.size(1));
   const FinetuneSettings settings{cosine, scale, margin, batch_size, lr, momentum, dampening, weight_decay};
   Tensor scores =
       torch::stable::new_empty(support, {support.size(0), query.size(1), weight.size(1)}, accumulate_type(support));

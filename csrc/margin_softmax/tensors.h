@@ -142,6 +142,8 @@ std::tuple<Tensor, Tensor> backward(Tensor grad_loss, Tensor features, Tensor we
   STD_TORCH_CHECK(row_statistics.dim() == 2 && row_statistics.size(0) == 4 &&
                       row_statistics.size(1) == features.size(0) && row_statistics.scalar_type() == accumulate,
                   "row_statistics: expected [4, N] as the forward pass returned it");
+  STD_TORCH_CHECK(grad_loss.device() == features.device() && row_statistics.device() == features.device(),
+                  "features, grad_loss and row_statistics are on different devices");
   features = with_dense_rows(features);
   weight = with_dense_rows(weight);
   target = torch::stable::contiguous(target);

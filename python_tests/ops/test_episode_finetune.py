@@ -354,6 +354,19 @@ def test_kernel_refuses_an_empty_batch():
         torch.ops.fewshot_ext.finetune_episodes(*tensors.values(), True, 5.0, 0.0, 0, 0.1, 0.0, 0.0, 0.0)
 
 
+@ON_ALL
+@FORMS
+def test_item_22_a_batch_size_near_the_largest_integer_is_the_whole_support_set(backend, form, monkeypatch):
+    """The number of minibatches, rounded up, must not overflow: the scores were those of no training at all."""
+    monkeypatch.setenv(FORM, form)
+    problem = draw(2, 3, 7, 4, 8, 3, dtype=torch.float64).to(device=backend.device)
+    with backend.activate():
+        whole, huge = (
+            case.function(**{**problem.arguments(), "batch_size": size}) for size in (7, torch.iinfo(torch.int64).max)
+        )
+    assert torch.equal(whole, huge)
+
+
 @on_backends(ON_A_GPU)
 @FORMS
 @pytest.mark.parametrize("wrong", ("label 5", "label -1", "order beyond", "order below", "order twice"))

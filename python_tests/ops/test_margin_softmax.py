@@ -349,6 +349,20 @@ def test_kernel_refuses_what_would_read_foreign_memory(change):
         torch.ops.fewshot_ext.margin_softmax(*arguments, -0.3, 5.0, 0.0, -100, True, 0, 1, False, False, False)
 
 
+@pytest.mark.parametrize("elsewhere", ("grad_loss", "row_statistics"))
+def test_item_29_backward_refuses_tensors_of_another_device(elsewhere):
+    """The meta device stands in for a GPU, and the CPU's kernel is named because dispatch would pass it over."""
+    features, weight, target = draw(6, 5, 4).tensors.values()
+    given = {"grad_loss": features.new_ones(6), "row_statistics": features.new_ones(4, 6)}
+    given[elsewhere] = given[elsewhere].to("meta")
+    with pytest.raises(RuntimeError, match="features, grad_loss and row_statistics are on different devices"):
+        torch.ops.fewshot_ext.margin_softmax_backward.default.redispatch(
+            torch._C.DispatchKeySet(torch._C.DispatchKey.CPU),
+            given["grad_loss"],
+            *(features, weight, target, given["row_statistics"], -0.3, 5.0, 0.0, -100, True, 0, True, True),
+        )
+
+
 MEMORY = """
 import torch, fewshot_ext
 
