@@ -2,10 +2,37 @@
 
 import hashlib
 import os
+import re
+import shutil
+import struct
+import tarfile
 import tempfile
-from collections.abc import Callable
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+# What Python's readers of packed files raise for their contents, besides OSError without a number.
+DAMAGE: tuple[type[Exception], ...] = (
+    *(zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, struct.error),
+    *(NotImplementedError, RuntimeError, LookupError, OverflowError, UnicodeError),
+)
+try:
+    from lzma import LZMAError
+except ImportError:  # a Python built without it
+    pass
+else:
+    DAMAGE += (LZMAError,)
+
+# What temporary files and folders are called; no user calls a file so.
+_PARTIAL = re.compile(r"\..*-[a-z0-9_]{8}\.partial(\.[^.]*)?")
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
@@ -15,18 +42,82 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
         path: the file to make or to replace; its folder must exist.
         write: called with the path of an empty file to fill.
     """
-    handle, name = tempfile.mkstemp(suffix=path.suffix, prefix=f".{path.stem}-", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
+
+    def make() -> Path:
+        # Cut, because a file's name must not become too long by what is added to it.
+        handle, name = tempfile.mkstemp(f".partial{path.suffix}", f".{path.stem[:50]}-", path.parent)
+        os.close(handle)
+        return Path(name)
+
+    with _owned(make, lambda made: made.unlink(missing_ok=True)) as temporary:
         write(temporary)
         # mkstemp makes files that the owner alone can read; these are meant to be shared as any other file.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
+
+
+@contextmanager
+def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
+    """A hidden folder in ``parent``, removed at the end; after a kill, by ``remove_leftovers``."""
+    with _owned(
+        lambda: Path(tempfile.mkdtemp(".partial", f".{name}-", parent)),
+        lambda made: shutil.rmtree(made, ignore_errors=True),
+    ) as folder:
+        yield folder
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed processes left behind in ``folder`` while they wrote: what no living process owns."""
+    try:
+        names = [name for name in os.listdir(folder) if _PARTIAL.fullmatch(name)]
+    except OSError:  # no folder yet
+        return
+    for path in (folder / name for name in names):
+        with _lock(path) as is_ours:
+            if is_ours and path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif is_ours:
+                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _owned(make: Callable[[], Path], remove: Callable[[Path], Any]) -> Iterator[Path]:
+    """What ``make`` makes, locked while it is in use so that ``remove_leftovers`` of others leaves it alone."""
+    while True:
+        path = make()
+        with _lock(path) as is_ours:
+            # Whoever clears the folder may take it between these two lines.
+            if is_ours is False or not path.exists():
+                continue
+            try:
+                yield path
+            finally:
+                remove(path)
+            return
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[bool | None]:
+    """Locks a file or folder, as the kernel does it, until the end of this process at the latest.
+
+    Yields whether that worked: False where another process has it, None where it is gone or there are no locks.
+    """
+    handle = None
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_ours: bool | None = True
+    except BlockingIOError:
+        is_ours = False
+    except (OSError, AttributeError):
+        is_ours = None
+    try:
+        yield is_ours
     finally:
-        temporary.unlink(missing_ok=True)
+        if handle is not None:
+            os.close(handle)
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -47,6 +138,26 @@ def is_text(name: str) -> bool:
 def as_text(name: str | Path) -> str:
     """A file's name as text that can be printed and written; bytes that are no UTF-8 become ``\\udcXX``."""
     return str(name).encode("utf-8", "backslashreplace").decode()
+
+
+def check_unpacked_size(name: str, size: int, stored: int, *, ratio: int = 100, least: int = 2**28) -> None:
+    """Holds what a file unpacks to against what is in it: a few kilobytes may otherwise fill memory or disk.
+
+    Args:
+        name: what to call the file.
+        size: bytes that it says it unpacks to, or has unpacked to so far.
+        stored: bytes of the file.
+        ratio: how much smaller than its content a file may be; pictures and text come to 30.
+        least: what is always taken; 256 MiB.
+
+    Raises:
+        ValueError: it is too much.
+    """
+    most = max(least, ratio * stored)
+    if size > most:
+        raise ValueError(
+            f"{name} is refused: it would unpack to {size:,} bytes or more from {stored:,}; at most {most:,} are taken"
+        )
 
 
 def file_sha256(path: str | Path) -> str:

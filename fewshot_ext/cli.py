@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from types import ModuleType
 
 from fewshot_ext import _extras
@@ -20,6 +21,7 @@ from fewshot_ext.commands import (
     retrieve,
 )
 from fewshot_ext.commands.locks import release_locks
+from fewshot_ext.commands.process import signals_as_interrupt, unbroken_output
 
 # Each command is a module with SUMMARY, add_arguments(parser) and prepare(arguments, resolved) -> run. `prepare`
 # finds every mistake of the user and raises it as ImportError, OSError, TypeError or ValueError; `run` does the
@@ -40,35 +42,56 @@ COMMANDS: dict[str, ModuleType] = {
 }
 
 
-@release_locks()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs ``fewshot-ext`` and returns its exit code: 0, 2 for a wrong argument, 130 after Ctrl-C.
+    """Runs ``fewshot-ext`` and returns its exit code.
+
+    That is 0, 2 for a wrong argument, 1 for what goes wrong later, a full disk for one, and 130 after Ctrl-C, SIGTERM
+    or SIGHUP.
 
     Args:
         arguments: what follows the program's name; ``sys.argv`` where None.
     """
+    with unbroken_output() as output, release_locks(), signals_as_interrupt():
+        exit_code = _main(arguments)
+        output.flush()
+        trouble = output.trouble
+        if trouble is None or isinstance(trouble, BrokenPipeError):  # a reader that has seen enough, as head
+            return exit_code
+        print(f"fewshot-ext: error: cannot write to standard output: {trouble.strerror}", file=sys.stderr)
+        return exit_code or 1
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     path, command = _find_command(sys.argv[1:] if arguments is None else arguments)
     if hasattr(sys.stdout, "reconfigure"):
         # A name that the terminal cannot show must not end a run whose work is done; standard error is so already.
         sys.stdout.reconfigure(errors="backslashreplace")
+    name = " ".join(["fewshot-ext", *path])
     try:
         _extras.require("train", "jsonargparse", "yaml")
         parser = _build_parser()
         settings = parser.parse_args(arguments)
-        for name in path:
-            parser, settings = parser._subcommands_action._name_parser_map[name], settings[name]
+        for part in path:
+            parser, settings = parser._subcommands_action._name_parser_map[part], settings[part]
         run = command.prepare(parser.instantiate(settings), parser.dump(settings))
     except (argparse.ArgumentError, ImportError, OSError, TypeError, ValueError) as error:
         message = " ".join(str(error).split())
         if message.startswith(("the following arguments are required", 'expected "')):
             # Jsonargparse calls an option by its whole way down the commands: data.pack.source.
-            message = message.replace("".join(f"{name}." for name in path), "")
-        print(f"{' '.join(['fewshot-ext', *path])}: error: {message}", file=sys.stderr)
+            message = message.replace("".join(f"{part}." for part in path), "")
+        print(f"{name}: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fewshot-ext: interrupted before any work was done", file=sys.stderr)
         return 130
-    return run()
+    try:
+        return run()
+    except OSError as error:  # the disk is full, or the output folder is gone
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def _find_command(arguments: Sequence[str]) -> tuple[list[str], ModuleType | None]:
@@ -83,9 +106,26 @@ def _find_command(arguments: Sequence[str]) -> tuple[list[str], ModuleType | Non
     return path, module
 
 
+@cache
+def _refuse_yaml_aliases() -> None:
+    """Some hundred bytes of YAML may stand for more values than there is memory for, by aliases of aliases."""
+    import yaml
+    from jsonargparse import get_loader, set_loader
+
+    load, events = get_loader("yaml"), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+    def load_without_aliases(text: str):
+        if "*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, events)):
+            raise yaml.YAMLError("aliases such as *name are not taken in YAML: write the value out")
+        return load(text)
+
+    set_loader("yaml", load_without_aliases, (yaml.YAMLError, RecursionError))
+
+
 def _build_parser():
     from jsonargparse import ArgumentParser
 
+    _refuse_yaml_aliases()
     parser = ArgumentParser(
         prog="fewshot-ext",
         description="Few-shot image classification and metric learning with PyTorch.",

@@ -6,8 +6,6 @@ accuracy is printed too. Writes predictions.csv, contact_sheet.png (the pictures
 predictions beneath), results.json and config.yaml to the output folder.
 """
 
-import csv
-import io
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -24,12 +22,20 @@ from fewshot_ext._files import as_text, replace_file, replace_text
 from fewshot_ext._progress import progress_bar
 from fewshot_ext._record import versions
 from fewshot_ext.classifier import FewShotClassifier
-from fewshot_ext.commands.common import resolve_device, set_threads, tell_passed_over, writable_folder
+from fewshot_ext.commands.common import (
+    print_written,
+    resolve_device,
+    set_threads,
+    tell_passed_over,
+    writable_folder,
+)
+from fewshot_ext.commands.locks import hold_folder
 from fewshot_ext.data import Split, contact_sheet
 from fewshot_ext.data._threads import in_threads
 from fewshot_ext.data.folders import list_folder
 from fewshot_ext.data.pictures import opened
 from fewshot_ext.data.walk import FOLDER_RULE, find_pictures
+from fewshot_ext.evaluation import csv_of_rows
 from fewshot_ext.evaluation.backbones import FrozenBackbone
 from fewshot_ext.evaluation.head_choice import features_record
 from fewshot_ext.evaluation.images import ImageBatches
@@ -136,6 +142,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     if classifier.image_size is None:
         raise ValueError("image_size must be given, for the backbone does not say its own")
     output = writable_folder(arguments.output)
+    hold_folder(output)
     passed_over = {"support": list(examples.passed_over), "query": list(found.passed_over)}
     for name, told in passed_over.items():
         tell_passed_over(arguments[name], told)
@@ -237,7 +244,7 @@ def _run(work: _Work, output: Path, resolved: str, sheet_pictures: int) -> int:
         "passed_over": work.passed_over,
     }
     try:
-        replace_text(output / "predictions.csv", _csv(rows))
+        replace_text(output / "predictions.csv", csv_of_rows(rows))
         sheet = _sheet(rows, shown)
         replace_file(output / "contact_sheet.png", lambda path: sheet.save(path))
         replace_text(output / "results.json", json.dumps(record, indent=2) + "\n")
@@ -246,7 +253,7 @@ def _run(work: _Work, output: Path, resolved: str, sheet_pictures: int) -> int:
         print(f"fewshot-ext classify: error: cannot write the results: {error}", file=sys.stderr)
         return 1
     names = ("predictions.csv", "contact_sheet.png", "results.json", "config.yaml")
-    print("written:", ", ".join(str(output / name) for name in names), flush=True)
+    print_written([output / name for name in names])
     return 0
 
 
@@ -318,11 +325,3 @@ def _sheet(rows: Sequence[dict[str, Any]], shown: dict[int, Tensor]):
         [f"{rows[index]['predicted']} {rows[index]['probability']:.0%}" for index in shown],
         borders=[colours[rows[index]["correct"]] for index in shown],
     )
-
-
-def _csv(rows: Sequence[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

@@ -2,7 +2,7 @@
 
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -65,3 +65,15 @@ def writable_folder(name: str) -> Path:
     except OSError as error:
         raise OSError(f"cannot write to the output folder {str(folder)!r}: {error.strerror}") from error
     return folder
+
+
+def print_written(paths: Sequence[Path], remark: str = "") -> None:
+    """The last line of a command: the files that it has written.
+
+    Raises:
+        FileNotFoundError: one is not there any more, for who removes the output folder during a run loses results.
+    """
+    gone = [str(path) for path in paths if not path.exists()]
+    if gone:
+        raise FileNotFoundError(f"{', '.join(gone)} is gone: somebody removed it during the run")
+    print(f"written: {', '.join(map(str, paths))}{remark}", flush=True)

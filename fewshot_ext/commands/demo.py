@@ -15,7 +15,8 @@ import torch
 
 from fewshot_ext import _extras
 from fewshot_ext._checks import check_at_least
-from fewshot_ext.commands.common import resolve_device, writable_folder
+from fewshot_ext._files import replace_text
+from fewshot_ext.commands.common import print_written, resolve_device, writable_folder
 from fewshot_ext.commands.locks import hold_folder
 from fewshot_ext.data import AugmentationConfig, load_digits
 from fewshot_ext.evaluation import FineTuningConfig, ProtocolConfig
@@ -106,7 +107,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
 
 
 def _run(sweep: MarginSweep, output: Path, resolved: str) -> int:
-    (output / "config.yaml").write_text(resolved, encoding="utf-8")
+    replace_text(output / "config.yaml", resolved)
     try:
         sweep.run()
         exit_code = 0
@@ -118,7 +119,7 @@ def _run(sweep: MarginSweep, output: Path, resolved: str) -> int:
         print()
         for line in results.findings():
             print(line)
-        print("written:", ", ".join(str(path) for path in results.write(output)), flush=True)
+        print_written(results.write(output))
     if exit_code:
         print(
             f"interrupted with {len(results.finished)} of {len(sweep)} backbones done; "

@@ -27,8 +27,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from fewshot_ext import _extras
-from fewshot_ext._files import replace_text
-from fewshot_ext.commands.common import load_data, resolve_device, set_threads, writable_folder
+from fewshot_ext._files import remove_leftovers, replace_text
+from fewshot_ext.commands.common import load_data, print_written, resolve_device, set_threads, writable_folder
+from fewshot_ext.commands.locks import hold_folder
 from fewshot_ext.data.walk import FOLDER_RULE
 from fewshot_ext.evaluation import (
     Comparison,
@@ -134,6 +135,8 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     ]
     archive = load_data(arguments.data)
     output = writable_folder(arguments.output)
+    hold_folder(output)
+    remove_leftovers(output / "features")
     comparison = Comparison(
         config,
         archive,
@@ -158,7 +161,8 @@ def _run(comparison: Comparison, output: Path, resolved: str) -> int:
     if results.accuracies:
         print(results.table())
     if trouble is None:
-        print("\nwritten:", ", ".join(str(output / name) for name in (*RESULT_FILES, "config.yaml")), flush=True)
+        print()
+        print_written([output / name for name in (*RESULT_FILES, "config.yaml")])
     else:
         done = comparison.finished
         kept = comparison.cache.folder

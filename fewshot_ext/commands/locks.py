@@ -14,6 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from fewshot_ext._files import remove_leftovers
 from fewshot_ext.experiments.sweep import TaskSweep
 
 # Some network file systems have no locks.
@@ -32,16 +33,17 @@ def release_locks() -> Iterator[None]:
 
 
 def hold_folder(folder: Path, name: str = "") -> None:
-    """Keeps the folder for this process.
+    """Keeps the folder for this process, and removes what killed ones left behind in it.
 
     Args:
         folder: an existing output folder.
-        name: of what is written there, where several commands may write different things.
+        name: of what is written there, where several commands may write different things: an analysis or a file.
 
     Raises:
         OSError: another process holds it; the message names both.
     """
     _hold(folder / f".{name}.lock" if name else folder / ".lock", f"output {str(folder)!r}")
+    remove_leftovers(folder)
 
 
 def hold_sweep(name: str, sweep: TaskSweep, output: Path) -> None:
@@ -60,6 +62,7 @@ def hold_sweep(name: str, sweep: TaskSweep, output: Path) -> None:
     hold_folder(output, name)
     sweep.checkpoints.mkdir(parents=True, exist_ok=True)
     for task in sweep.tasks:
+        remove_leftovers(task.folder)
         if not task.is_trained:
             _hold(sweep.checkpoints / f".{task.folder.name}.lock", f"run {task.name!r} in {str(sweep.checkpoints)!r}")
 

@@ -34,7 +34,15 @@ from fewshot_ext._files import replace_file, replace_text
 from fewshot_ext._progress import progress_bar
 from fewshot_ext._random import derive_generator
 from fewshot_ext._record import versions
-from fewshot_ext.commands.common import load_data, resolve_device, set_threads, tell_passed_over, writable_folder
+from fewshot_ext.commands.common import (
+    load_data,
+    print_written,
+    resolve_device,
+    set_threads,
+    tell_passed_over,
+    writable_folder,
+)
+from fewshot_ext.commands.locks import hold_folder
 from fewshot_ext.data import Split
 from fewshot_ext.data.walk import FOLDER_RULE
 from fewshot_ext.evaluation import (
@@ -150,6 +158,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     if arguments.rerank is not None:
         _check_rerank(arguments, backbone, queries, gallery, most, device)
     output = writable_folder(arguments.output)
+    hold_folder(output)
     search = _Search(backbone, queries, gallery, labels, device, arguments)
     return lambda: _run(search, output, resolved)
 
@@ -334,7 +343,7 @@ def _run(search: _Search, output: Path, resolved: str) -> int:
         kept = "nothing was written"
     elif found is written:
         kept = "what was written are the results without --rerank"
-        print("written:", ", ".join(str(output / name) for name in FILES), flush=True)
+        print_written([output / name for name in FILES])
     else:
         kept = "not everything was written"
     if exit_code:

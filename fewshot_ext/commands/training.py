@@ -15,7 +15,7 @@ from fewshot_ext import _extras
 from fewshot_ext._checks import check_at_least
 from fewshot_ext._files import replace_text
 from fewshot_ext._record import versions
-from fewshot_ext.commands.common import load_data, resolve_device, set_threads, writable_folder
+from fewshot_ext.commands.common import load_data, print_written, resolve_device, set_threads, writable_folder
 from fewshot_ext.commands.locks import hold_folder
 from fewshot_ext.data import ImageArchive, Split
 from fewshot_ext.data.walk import FOLDER_RULE
@@ -198,8 +198,8 @@ def train(
         return 1
     if not rank_zero_only.rank:
         names = ("best.ckpt", "last.ckpt", *files, "run.json", "config.yaml")
-        written = "written: " + ", ".join(str(run.directory / name) for name in names)
-        print(_trained(results), *summary(results), written, sep="\n", flush=True)
+        print(_trained(results), *summary(results), sep="\n")
+        print_written([run.directory / name for name in names])
     return 0
 
 

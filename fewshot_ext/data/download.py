@@ -6,6 +6,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from fewshot_ext import _extras
+from fewshot_ext._files import file_sha256, temporary_folder
 from fewshot_ext.data.unpack import unpack
 
 
@@ -136,14 +137,18 @@ def _fetch(file: RemoteFile, folder: Path, progress: bool) -> Path:
     import pooch
     import requests
 
+    packed = folder / file.name
+    if packed.is_file() and file_sha256(packed) == file.sha256:
+        return packed
     logger = pooch.get_logger()
     level = logger.level
-    with _bar(progress, f"fetching {file.name}", file.size) as bar:
+    with _bar(progress, f"fetching {file.name}", file.size) as bar, temporary_folder(folder, "fetching") as temporary:
         try:
             logger.setLevel("ERROR")
             # Pooch's own 1 KiB are written to the disk one by one.
             fetch = pooch.HTTPDownloader(progressbar=bar, chunk_size=1 << 18, timeout=30)
-            packed = pooch.retrieve(file.url, f"sha256:{file.sha256}", file.name, folder, downloader=fetch)
+            found = pooch.retrieve(file.url, f"sha256:{file.sha256}", file.name, temporary, downloader=fetch)
+            Path(found).replace(packed)
         except (requests.ConnectionError, requests.Timeout) as error:
             host = urlsplit(file.url).netloc
             raise OSError(f"cannot fetch {file.url}: {host} does not answer; is there a network?") from error
@@ -153,7 +158,7 @@ def _fetch(file: RemoteFile, folder: Path, progress: bool) -> Path:
             raise OSError(f"cannot fetch {file.url}: {error}") from error
         finally:
             logger.setLevel(level)
-    return Path(packed)
+    return packed
 
 
 def _bar(progress: bool, what: str, total: int | None = None):

@@ -14,6 +14,8 @@ from torch import Tensor
 from fewshot_ext._files import replace_text
 from fewshot_ext.evaluation.protocol import mean_and_interval
 
+# What makes a spreadsheet run a cell, by the advice of OWASP on CSV injection.
+_FORMULA = (*"=+-@\t\r\n", *"\uff1d\uff0b\uff0d\uff20")  # the last four are full-width forms of the first
 RESULT_FILES = ("results.json", "results.csv")
 
 
@@ -195,15 +197,22 @@ def json_with_rows(head: Mapping[str, Any], tables: Mapping[str, Sequence[Mappin
 
 
 def csv_of_rows(rows: Sequence[Mapping[str, Any]]) -> str:
-    """CSV of the columns that hold one value each; a row may lack a column that others have."""
+    """CSV of the columns that hold one value each; a row may lack a column that others have.
+
+    A text that a spreadsheet would take for a formula, and run, has an apostrophe before it.
+    """
     columns = list(
         dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, list | tuple | dict))
     )
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: _inert(value) for key, value in row.items()} for row in rows)
     return text.getvalue()
+
+
+def _inert(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
 
 
 def _rounded(value: float | None) -> float | None:

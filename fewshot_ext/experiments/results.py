@@ -1,8 +1,5 @@
 """What a margin sweep found: rows of accuracies, kept in JSON and CSV and read back to resume."""
 
-import csv
-import io
-import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -10,9 +7,11 @@ from typing import Any
 import torch
 
 from fewshot_ext._files import replace_file
-from fewshot_ext.evaluation import json_with_rows, mean_and_interval, plot_accuracy_over_margin
+from fewshot_ext._formats import misfits_named, read_json, typed
+from fewshot_ext.evaluation import csv_of_rows, json_with_rows, mean_and_interval, plot_accuracy_over_margin
 
 CLASSES = ("base", "novel")
+_SCHEMA = {"config": dict, "versions": {str: str}, "way": int, "accuracies": [{"correct": [int]}]}
 _PANELS = {"base": "base classes, held-out images", "novel": "novel classes"}
 
 
@@ -161,15 +160,14 @@ class SweepResults:
             ValueError: the file is not one that ``write`` wrote.
         """
         keys = [field.name for field in fields(Accuracy)]
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+        what = "the results of a margin sweep"
+        content = read_json(path, _SCHEMA, what)
+        with misfits_named(f"{path} does not hold {what}"):
             rows = [
-                Accuracy(**{**{key: row[key] for key in keys}, "correct": tuple(row["correct"])})
+                typed(Accuracy, {**{key: row[key] for key in keys}, "correct": tuple(row["correct"])})
                 for row in content["accuracies"]
             ]
             return cls(content["config"], content["versions"], content["way"], rows)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} does not hold the results of a margin sweep ({error!r})") from error
 
     def _json(self) -> str:
         summary = []
@@ -184,11 +182,8 @@ class SweepResults:
 
     def _csv(self) -> str:
         columns = ("run", "margin", "classes", "shot", "accuracy", "interval", "episodes")
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows({**row, "episodes": len(row["correct"])} for row in self._rows())
-        return text.getvalue()
+        rows = ({**row, "episodes": len(row["correct"])} for row in self._rows())
+        return csv_of_rows([{name: row[name] for name in columns} for row in rows])
 
     def _rows(self) -> list[dict[str, Any]]:
         rows = []

@@ -1,6 +1,5 @@
 """Training runs that analyses share: each in a folder of its own, found again by its settings."""
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from fewshot_ext import _extras
+from fewshot_ext._formats import misfits_named, read_json
 from fewshot_ext.data import ImageArchive
 from fewshot_ext.data.named import open_images
 from fewshot_ext.experiments.measurements import Measurement
@@ -20,6 +20,7 @@ from fewshot_ext.models import build_backbone
 from fewshot_ext.training import PreTrainingConfig
 
 PLAN = "sweep.json"
+_PLAN = {"checksum": str, "checkpoints": str, "runs": [{"data": str, "seed": int, "pretraining": dict}]}
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,9 @@ class TaskSweep:
         """
         todo = [task for task in self.tasks if task.work]
         self.failures = []
+        for task in todo:
+            # Made here and not by the tasks, for a folder that is gone later was removed.
+            task.folder.parent.mkdir(parents=True, exist_ok=True)
         with sweep_progress("runs", todo) as progress:
             if self._left_out:
                 progress.say(f"left out, because they are not trained yet: {self._left_out} of the runs asked for")
@@ -174,15 +178,14 @@ class Sweep(TaskSweep):
             raise FileNotFoundError(
                 f"there is no sweep in {str(folder)!r} (no {PLAN}): fewshot-ext analyze margins --output makes one"
             )
-        try:
-            plan = json.loads(path.read_text(encoding="utf-8"))
+        what = "the plan of a sweep"
+        plan = read_json(path, _PLAN, what)
+        with misfits_named(f"{path} does not hold {what}"):
             runs = [
                 SweepRun(**{**run, "pretraining": PreTrainingConfig.from_dict(run["pretraining"])})
                 for run in plan["runs"]
             ]
             checksum, checkpoints = plan["checksum"], folder / plan["checkpoints"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} does not hold the plan of a sweep ({error!r})") from error
         wanted = [run for run in runs if choose(run)]
         trained = [run for run in wanted if TrainAndMeasure(run, checkpoints, checksum).is_trained]
         if not trained:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fewshot_ext._files import replace_file
+from fewshot_ext._formats import read_json
 from fewshot_ext._record import check_same_settings, versions
 from fewshot_ext.data import ImageArchive
 from fewshot_ext.data.named import open_images
@@ -16,6 +17,7 @@ from fewshot_ext.experiments.measurements import Measurement, TrainedRun
 from fewshot_ext.experiments.runs import SweepImages, SweepRun
 
 RECORD = "run.json"
+_ROWS = [{str: object}]
 
 
 class SweepTask(ABC):
@@ -64,7 +66,7 @@ class SweepTask(ABC):
 
     @property
     def _record(self) -> dict[str, Any]:
-        return json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
+        return read_json(self.folder / RECORD, {"settings": dict, "rows?": _ROWS}, "the record of a run")
 
     def _write_record(self, *packages: str, **results: Any) -> None:
         """Marks the run as trained; ``packages`` are those whose versions its weights depend on."""
@@ -113,7 +115,7 @@ class TrainAndMeasure(SweepTask):
         if self.measurement is None:
             return []
         path = self._measured
-        return json.loads(path.read_text(encoding="utf-8")) if self.is_trained and path.exists() else None
+        return read_json(path, _ROWS, "measurements of a run") if self.is_trained and path.exists() else None
 
     def check_record(self) -> None:
         if self.is_trained:
@@ -145,7 +147,7 @@ class TrainAndMeasure(SweepTask):
     def _train(self, images: SweepImages, report: Callable[..., None]) -> None:
         from fewshot_ext.training import PreTrainingRun
 
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(exist_ok=True)
         training = PreTrainingRun(
             self.run.pretraining,
             images.training,

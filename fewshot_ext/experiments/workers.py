@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import deque
@@ -181,11 +182,9 @@ class _Worker:
         self.connection.send(task)
 
     def end(self) -> None:
-        self.process.terminate()
-        self.process.join(5)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
+        # Not by SIGTERM, of which Lightning makes an exception and a traceback.
+        self.process.kill()
+        self.process.join()
         self.connection.close()
 
 
@@ -231,8 +230,11 @@ def _receive(worker: _Worker, on_report: Callable[..., None]) -> Outcome | None:
 
 
 def _serve(connection: Connection, threads: int) -> None:
-    # Ctrl-C reaches every process of the terminal; the first one decides what becomes of the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C, and the end of the terminal, reach every process of it; the first one decides what becomes of the others.
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     while True:
         try:
@@ -242,6 +244,12 @@ def _serve(connection: Connection, threads: int) -> None:
         # A broken pipe here means that nobody is left to work for.
         outcome = _attempt(task, lambda units, remark="": connection.send(("report", units, remark)))
         connection.send(("outcome", outcome.value, outcome.error, outcome.traceback))
+
+
+def _end_with_parent() -> None:
+    """Ends this process once its parent has, however that came about: nobody is left to work for."""
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 @contextmanager

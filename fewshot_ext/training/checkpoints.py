@@ -24,7 +24,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
 
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, write)
         except (OSError, RuntimeError) as error:
             # torch's zip writer turns what the file raised into a RuntimeError of its own, and Ctrl-C too.

@@ -25,6 +25,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint  # noqa: E402
 from lightning.pytorch.loggers import TensorBoardLogger  # noqa: E402
 
 from fewshot_ext._checks import check_at_least  # noqa: E402
+from fewshot_ext._files import remove_leftovers  # noqa: E402
+from fewshot_ext._formats import check_schema, misfits_named  # noqa: E402
 from fewshot_ext._random import derive_seed  # noqa: E402
 from fewshot_ext._record import check_same_settings  # noqa: E402
 from fewshot_ext.data import ImageArchive  # noqa: E402
@@ -36,6 +38,8 @@ from fewshot_ext.training.distributed import let_gloo_finish  # noqa: E402
 from fewshot_ext.training.features import FeatureExtractor, config_class, read_checkpoint  # noqa: E402
 from fewshot_ext.training.metric_config import MetricTrainingConfig  # noqa: E402
 
+# Where Lightning keeps how far a run has come.
+_LOOPS = {"loops": {"fit_loop": {"epoch_progress": {"current": {"processed": int}}}}}
 LAST, BEST = "last.ckpt", "best.ckpt"
 
 # Facts about this kind of run that a user can do nothing about; every other warning still comes through.
@@ -201,6 +205,8 @@ class TrainingRun(ABC):
             KeyboardInterrupt: Ctrl-C; ``last.ckpt`` then holds the last checkpointed epoch.
             OSError: a checkpoint cannot be written; the one before it is whole.
         """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.directory)
         with torch.random.fork_rng(), _quiet_lightning():
             trainer = self._trainer()
             loader = self._loader
@@ -291,7 +297,10 @@ def image_statistics(
 
 
 def _epochs_done(checkpoint: Path) -> int:
-    return read_checkpoint(checkpoint)["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    with misfits_named(f"{checkpoint} cannot be resumed"):
+        content = read_checkpoint(checkpoint)
+        check_schema(content, _LOOPS, "the file")
+        return content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
 
 
 @contextmanager

@@ -101,6 +101,75 @@ def test_every_sweep_is_refused(name, options, held, tmp_path, capsys):
     assert contents(tmp_path) == before
 
 
+@pytest.fixture
+def pictures(tmp_path_factory):
+    """Two pictures of each of two classes."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("pictures")
+    for name in ("dark/1", "dark/2", "light/1", "light/2"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (8, 8), 9 * len(name)).save(folder / f"{name}.png")
+    return folder
+
+
+# What each command writes its lock for, its own options, and how it is told where to write.
+WRITERS = {
+    "classify": (".lock", ["--support", "{pictures}", "--query", "{pictures}", "--checkpoint", "{checkpoint}"], ""),
+    "retrieve": (
+        ".lock",
+        ["--query", "{pictures}", "--checkpoint", "{checkpoint}", "--neighbors", "1", "--ks", "1"],
+        "",
+    ),
+    "evaluate": (".lock", ["--data", "digits", "--checkpoint", "{checkpoint}"], ""),
+    "analyze matches": (".matches.lock", ["--data", "digits", "--checkpoint", "{checkpoint}"], ""),
+    "analyze report": (".page.md.lock", ["--results", "{results}"], "page.md"),
+    "data download": (".lock", ["omniglot"], ""),
+    "data pack": (".a.npz.lock", ["--source", "{pictures}"], "a.npz"),
+    "data info": (".a.png.lock", ["digits"], "a.png"),
+}
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_item_23_every_command_that_writes_is_refused(command, held, pictures, checkpoints, tmp_path, capsys):
+    lock, options, file = WRITERS[command]
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "margins.json").write_text('{"analysis": "margins", "rows": []}')
+    places = {"pictures": pictures, "checkpoint": checkpoints[0], "results": results}
+    output = tmp_path / "out"
+    held(output / lock)
+    before = contents(output)
+    option = "--preview" if command == "data info" else "--output"
+    command = [*command.split(), *(text.format(**places) for text in options), option, str(output / file)]
+    assert main(command) == 2
+    assert f"output '{output}' is in use by process 7 on a machine: wait until it ends" in capsys.readouterr().err
+    assert contents(output) == before
+
+
+def test_item_28_the_next_run_removes_what_a_killed_one_was_writing(tmp_path):
+    output = tmp_path / "out"
+    train = f"""
+import os, signal
+from unittest import mock
+import torch
+from fewshot_ext.cli import main
+
+def killed(content, file):
+    file.write(b"half")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+with mock.patch.object(torch, "save", killed):
+    main({[*PRETRAIN, "--epochs", "1", "--output", str(output)]!r})
+"""
+    assert subprocess.run([sys.executable, "-c", train], stderr=subprocess.DEVNULL).returncode == -signal.SIGKILL
+    (left,) = output.glob(".*.partial.ckpt")
+    assert left.read_bytes() == b"half"
+    assert main([*PRETRAIN, "--epochs", "1", "--output", str(output)]) == 0
+    assert not list(output.glob(".*"))
+
+
 def test_sweeps_share_a_folder_of_runs_as_long_as_they_train_different_ones(held, tmp_path, capsys):
     runs = tmp_path / "runs"
     command = [*MARGINS, "--epochs", "1", "--runs", str(runs), "--output"]

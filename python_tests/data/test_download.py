@@ -1,5 +1,6 @@
 """Downloads from a server of our own, and archives that try to write elsewhere."""
 
+import gzip
 import hashlib
 import io
 import os
@@ -211,3 +212,90 @@ def test_packed_files_cut_short(tmp_path, target, kind, kept):
 def test_an_empty_packed_file(tmp_path, target):
     with pytest.raises(ValueError, match=r"t\.zip' holds no files"):
         unpack(zipped(tmp_path / "t.zip", {}), target)
+
+
+def test_a_tar_file_of_the_folder_itself(tmp_path, target):
+    path = tarred(tmp_path / "t.tgz", special(".", tarfile.DIRTYPE), "./a.txt")
+    assert unpack(path, target) == [target / "a.txt"]
+
+
+class TestItem26:
+    """Damaged and hostile packed files get one line, and leave nothing behind."""
+
+    @pytest.fixture(autouse=True)
+    def nothing_is_left(self, target):
+        yield
+        assert os.listdir(target) == []
+
+    def test_damage_behind_what_tar_reads(self, tmp_path, target):
+        path = tarred(tmp_path / "t.tgz", "a.txt")
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 1  # of the checksum, which 4 bytes of length follow
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"t\.tgz' is damaged or cut short: CRC check failed"):
+            unpack(path, target)
+
+    def test_a_sparse_member(self, tmp_path, target):
+        member = tarfile.TarInfo("hole")
+        member.size, member.type = 0, tarfile.GNUTYPE_SPARSE
+        header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+        header[483:495] = b"%011o\0" % (1 << 33)  # the size that it has once it is unpacked
+        header[148:156] = b"%06o\0 " % (sum(header[:148]) + 8 * 32 + sum(header[156:512]))
+        path = tmp_path / "t.tgz"
+        with gzip.open(path, "wb") as file:
+            file.write(bytes(header) + bytes(1024))
+        with pytest.raises(ValueError, match=r"t\.tgz' is refused: its member 'hole' has holes"):
+            unpack(path, target)
+
+    @pytest.mark.parametrize("where", ["member", "name", "behind"])
+    def test_a_tar_file_that_unpacks_to_far_more(self, where, tmp_path, target):
+        huge = tarfile.TarInfo("huge")
+        huge.size, huge.type = 1 << 29, tarfile.GNUTYPE_LONGNAME if where == "name" else tarfile.REGTYPE
+        path = tmp_path / "t.tgz"
+        with gzip.open(path, "wb", 1) as file:
+            if where != "behind":
+                file.write(huge.tobuf(tarfile.GNU_FORMAT))
+            else:
+                file.write(bytes(1024))
+            for _ in range(1 << 9):
+                file.write(bytes(1 << 20))
+        with pytest.raises(ValueError, match=r"t\.tgz' is refused: it would unpack to .* bytes or more from"):
+            unpack(path, target)
+
+    def test_a_zip_file_that_unpacks_to_far_more(self, tmp_path, target):
+        path = tmp_path / "t.zip"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file, file.open("zeros", "w") as stream:
+            for _ in range(1 << 9):
+                stream.write(bytes(1 << 20))
+        with pytest.raises(ValueError, match=r"t\.zip' is refused: it would unpack to 536,870,912 bytes or more from"):
+            unpack(path, target)
+
+    def test_damaged_lzma(self, tmp_path, target):
+        path = tmp_path / "t.zip"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as file:
+            file.writestr("a.bin", bytes(1000))
+        content = bytearray(path.read_bytes())
+        content[45] ^= 255
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"t\.zip' is damaged or cut short"):
+            unpack(path, target)
+
+    def test_an_encrypted_member(self, tmp_path, target):
+        path = zipped(tmp_path / "t.zip", {"a.txt": "x"})
+        content = bytearray(path.read_bytes())
+        content[6] |= 1
+        content[content.index(b"PK\1\2") + 8] |= 1
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"t\.zip' is refused: its member 'a.txt' is encrypted"):
+            unpack(path, target)
+
+    @pytest.mark.parametrize("kind", ["zip", "tgz"])
+    def test_a_member_without_a_name(self, kind, tmp_path, target):
+        path = tmp_path / f"t.{kind}"
+        path = tarred(path, "") if kind == "tgz" else zipped(path, {zipfile.ZipInfo("\0"): "x"})
+        with pytest.raises(ValueError, match="is refused: it has a member without a name"):
+            unpack(path, target)
+
+    def test_tar_of_another_compression(self, tmp_path, target):
+        with pytest.raises(ValueError, match=r"t\.tgz' is damaged or cut short: Not a gzipped file"):
+            unpack(tarred(tmp_path / "t.tgz", "a.txt", mode="w:xz"), target)

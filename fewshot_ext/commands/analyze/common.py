@@ -10,7 +10,7 @@ from typing import Any
 from fewshot_ext._checks import check_at_least, check_choice
 from fewshot_ext._files import replace_text
 from fewshot_ext._record import versions
-from fewshot_ext.commands.common import load_data, resolve_device, writable_folder
+from fewshot_ext.commands.common import load_data, print_written, resolve_device, writable_folder
 from fewshot_ext.commands.locks import hold_sweep
 from fewshot_ext.data.walk import FOLDER_RULE
 from fewshot_ext.evaluation import FineTuningConfig, ProtocolConfig
@@ -358,10 +358,6 @@ def run_sweep(sweep: TaskSweep, arguments, on_rows: Callable[[list[dict[str, Any
             file=sys.stderr,
         )
     return 1 if sweep.failures else 0
-
-
-def print_written(paths: Sequence[Path]) -> None:
-    print("written:", ", ".join(map(str, paths)), flush=True)
 
 
 def _recipe(arguments, command: str) -> str | None:

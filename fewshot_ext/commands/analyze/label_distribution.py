@@ -9,6 +9,7 @@ group_accuracy.json and .csv.
 from collections.abc import Callable
 
 from fewshot_ext.commands.analyze import common
+from fewshot_ext.commands.common import print_written
 from fewshot_ext.experiments.label_distribution import (
     GroupAccuracy,
     LabelDistribution,
@@ -44,7 +45,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         exit_code = max(exit_code, common.run_sweep(grouped, arguments))
         if rows := grouped.rows:
             head = common.head_of(sweep, resolved)
-            common.print_written(write_label_distribution(output, distribution, rows, groups, **head))
+            print_written(write_label_distribution(output, distribution, rows, groups, **head))
         return exit_code
 
     return run

@@ -14,7 +14,15 @@ from fewshot_ext._checks import check_at_least, check_choice
 from fewshot_ext._files import as_text
 from fewshot_ext._record import versions
 from fewshot_ext.commands.analyze import common
-from fewshot_ext.commands.common import load_data, resolve_device, set_threads, tell_passed_over, writable_folder
+from fewshot_ext.commands.common import (
+    load_data,
+    print_written,
+    resolve_device,
+    set_threads,
+    tell_passed_over,
+    writable_folder,
+)
+from fewshot_ext.commands.locks import hold_folder
 from fewshot_ext.data import Split, read_image
 from fewshot_ext.data.walk import FOLDER_RULE, find_pictures
 from fewshot_ext.evaluation import FrozenBackbone
@@ -94,6 +102,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         data = archive.record(Path(arguments.data).stem)
     backbone.try_out(pairs[0].query[None], arguments.data or arguments.query, arguments.local_features, device)
     output = writable_folder(arguments.output)
+    hold_folder(output, "matches")
     head = {
         "config": common.settings_of(resolved),
         "checkpoint": {"name": backbone.name, "sha256": backbone.sha256},
@@ -116,7 +125,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         except OSError as error:
             print(f"fewshot-ext analyze matches: error: cannot write the results: {error}", file=sys.stderr)
             return 1
-        common.print_written(written)
+        print_written(written)
         return 0
 
     return run

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from fewshot_ext._checks import check_choice
 from fewshot_ext._files import replace_file
+from fewshot_ext.commands.common import print_written
+from fewshot_ext.commands.locks import hold_folder
 from fewshot_ext.experiments.report import PAPERS, page_with_report, read_results
 
 SUMMARY = "a paper's claims against the numbers, as a page"
@@ -49,11 +51,12 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     page = Path(arguments.output or f"{arguments.paper}.md").expanduser()
     if not page.parent.is_dir():
         raise NotADirectoryError(f"output {str(page)!r} is in no folder that there is")
+    hold_folder(page.parent, page.name)
     text = page_with_report(folders, page, arguments.paper)
 
     def run() -> int:
         replace_file(page, lambda path: path.write_text(text, encoding="utf-8"))
-        print("written:", page)
+        print_written([page])
         return 0
 
     return run

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fewshot_ext import _extras
-from fewshot_ext.commands.common import writable_folder
+from fewshot_ext.commands.common import print_written, writable_folder
+from fewshot_ext.commands.locks import hold_folder
 from fewshot_ext.data.download import RemoteSet, download, remote_set
 
 SUMMARY = "download a public image set and unpack it"
@@ -26,6 +27,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     remote = remote_set(arguments.name)
     _extras.require("train", "pooch", "tqdm")
     output = writable_folder(arguments.output)
+    hold_folder(output)
     return lambda: _run(remote, output)
 
 
@@ -39,6 +41,6 @@ def _run(remote: RemoteSet, output: Path) -> int:
     except KeyboardInterrupt:
         print(f"interrupted; {output} holds no half-unpacked files", file=sys.stderr)
         return 130
-    print(f"written: {', '.join(str(path) for path in unpacked)}")
+    print_written(unpacked)
     print(f"to pack it: {remote.next_step.format(folder=output)}")
     return 0

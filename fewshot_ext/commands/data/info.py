@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fewshot_ext import _extras
-from fewshot_ext.commands.common import tell_passed_over, writable_folder
+from fewshot_ext.commands.common import print_written, tell_passed_over, writable_folder
 from fewshot_ext.commands.data import report
+from fewshot_ext.commands.locks import hold_folder
 from fewshot_ext.data import ImageArchive, read_image
 from fewshot_ext.data._threads import in_threads
 from fewshot_ext.data.archive_file import has_checksum
@@ -76,7 +77,7 @@ def picture_file(name: str) -> Path:
     path = Path(name).expanduser()
     if path.suffix.lower() != ".png":
         raise ValueError(f"preview must be the name of a .png file, got {name!r}")
-    writable_folder(str(path.parent))
+    hold_folder(writable_folder(str(path.parent)), path.name)
     return path
 
 
@@ -95,5 +96,5 @@ def _run(archive: ImageArchive, name: str, preview: Path | None) -> int:
             archive.class_split.tolist(),
             preview,
         )
-        print(f"written: {preview} ({report.LEGEND})")
+        print_written([preview], f" ({report.LEGEND})")
     return 0

@@ -17,8 +17,9 @@ from typing import Literal
 from fewshot_ext import _extras
 from fewshot_ext._files import replace_text
 from fewshot_ext._record import versions
-from fewshot_ext.commands.common import tell_passed_over, writable_folder
+from fewshot_ext.commands.common import print_written, tell_passed_over, writable_folder
 from fewshot_ext.commands.data import report
+from fewshot_ext.commands.locks import hold_folder
 from fewshot_ext.data import ImageArchive, Split, load_cifar100, load_split
 from fewshot_ext.data.cifar import is_cifar100
 from fewshot_ext.data.folders import list_folder, read_listing
@@ -68,7 +69,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     if arguments.jpeg_quality is not None and not 1 <= arguments.jpeg_quality <= 100:
         raise ValueError(f"jpeg_quality must lie in [1, 100], got {arguments.jpeg_quality}")
     read = _reader(arguments)
-    writable_folder(str(output.parent))
+    hold_folder(writable_folder(str(output.parent)), output.name)
     return lambda: _run(read, arguments.source, output, arguments.invert, arguments.jpeg_quality)
 
 
@@ -113,5 +114,5 @@ def _run(read: Callable[[], ImageArchive], source: str, output: Path, invert: bo
     except OSError as error:
         print(f"fewshot-ext data pack: error: {error}; {output} was written, and no record beside it", file=sys.stderr)
         return 1
-    print(f"written: {output} ({output.stat().st_size / 1e6:,.1f} MB), {beside}")
+    print_written([output, beside], f" ({output.stat().st_size / 1e6:,.1f} MB)")
     return 0

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fewshot_ext._files import replace_file
 from fewshot_ext.data import ImageArchive, Split, contact_sheet
 
 _SIZES_NAMED = 8
@@ -56,11 +57,12 @@ def write_preview(
     first = {label: index for index, label in reversed(list(enumerate(labels)))}
     chosen = sorted(first)
     chosen = [chosen[number * len(chosen) // min(64, len(chosen))] for number in range(min(64, len(chosen)))]
-    contact_sheet(
+    sheet = contact_sheet(
         [image(first[label]) for label in chosen],
         [names[label] for label in chosen],
         borders=[_COLOURS[Split(roles[label])] for label in chosen],
-    ).save(path)
+    )
+    replace_file(path, lambda temporary: sheet.save(temporary))
 
 
 LEGEND = "borders: blue for base, orange for validation, vermilion for novel classes"
