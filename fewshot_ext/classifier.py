@@ -1,5 +1,6 @@
 """Few-shot classification of one's own images, in the style of scikit-learn."""
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from itertools import chain
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 from fewshot_ext._checks import check_count
 from fewshot_ext._files import replace_file
+from fewshot_ext._formats import check_schema, misfits_named, read_weights, typed
 from fewshot_ext._version import __version__
-from fewshot_ext._weights import load_weights
 from fewshot_ext.data import Split
 from fewshot_ext.data.folders import list_folder
+from fewshot_ext.data.pictures import MAX_PIXELS
 from fewshot_ext.data.walk import warn_passed_over
 from fewshot_ext.evaluation.backbones import FrozenBackbone, state_checksum
 from fewshot_ext.evaluation.head_choice import HeadChoice, HeadSettings, choose_head, crops_an_image
@@ -24,6 +26,7 @@ from fewshot_ext.evaluation.images import ImageBatches
 from fewshot_ext.evaluation.map_heads import MAP_HEADS
 from fewshot_ext.evaluation.protocol import extract_features
 from fewshot_ext.models import LocalFeaturesConfig, StructuredClassifierConfig
+from fewshot_ext.training.features import CHECKPOINT_SCHEMA
 
 _FORMAT = "fewshot_ext.FewShotClassifier"
 _FORMAT_VERSION = 1
@@ -31,6 +34,26 @@ _LOCAL_FEATURES = LocalFeaturesConfig()
 _HEAD_TYPES = {type(head).__name__: type(head) for head in (*HEADS.values(), *MAP_HEADS.values())}
 # What else a head may have among its settings.
 _SETTING_TYPES = {**_HEAD_TYPES, "StructuredClassifierConfig": StructuredClassifierConfig}
+# A file of ``save``, and what it may hold of a backbone: always with weights, for a name alone would be downloaded.
+_SCHEMA = {
+    "head": dict,
+    "local_features?": (dict, type(None)),
+    "classes": [object],
+    "features": Tensor,
+    "target": Tensor,
+    "base_mean": (Tensor, type(None)),
+    "image_size": (int, type(None)),
+    "batch_size": int,
+    "seed": int,
+    "backbone": dict,
+}
+_ORIGINS: dict[str, dict[str, Any]] = {
+    "sha256": {"sha256": str},
+    "timm": {"timm": str, "state_dict": {str: Tensor}},
+    "checkpoint": {"checkpoint": CHECKPOINT_SCHEMA},
+}
+# Side of the images that a file may ask for, and of one that is worth a trial when it is loaded.
+_LARGEST_IMAGE, _LARGEST_TRIAL = math.isqrt(MAX_PIXELS), 512
 # Scores of this many queries against thousands of support images still fit in a few hundred megabytes. Maps take more,
 # and a head that is fitted for every call takes as many queries as there is room for.
 _QUERIES_AT_ONCE = 4096
@@ -285,21 +308,56 @@ class FewShotClassifier:
         """
         content = _read(Path(path).expanduser())
         origin = content["backbone"]
-        own = "sha256" in origin
+        own = origin.keys() == {"sha256"}
         if own and backbone is None:
             raise ValueError(f"backbone must be given: {path} was saved with a module of your own")
         if not own and (backbone is not None or preprocessing is not None):
             raise ValueError(f"backbone and preprocessing must be left out: {path} holds its own")
-        source = FrozenBackbone.open(backbone, preprocessing) if own else FrozenBackbone.rebuild(origin)
-        if own and state_checksum(source.module) != origin["sha256"]:
-            raise ValueError(f"backbone must have the weights that {path} was saved with, got others")
-        settings = {name: content[name] for name in ("image_size", "batch_size", "seed", "base_mean")}
-        if content.get("local_features") is not None:
-            settings["local_features"] = LocalFeaturesConfig(**content["local_features"])
-        classifier = cls(source, _from_plain(content["head"]), device=device, **settings)
-        classifier.classes_ = tuple(content["classes"])
-        classifier._support, classifier._target = content["features"], content["target"]
+        misfit = f"{path} does not hold a FewShotClassifier that fits this version of fewshot_ext"
+        if own:
+            source = FrozenBackbone.open(backbone, preprocessing)
+            if state_checksum(source.module) != origin["sha256"]:
+                raise ValueError(f"backbone must have the weights that {path} was saved with, got others")
+        else:
+            with misfits_named(misfit):
+                source = FrozenBackbone.rebuild(origin)
+        with misfits_named(misfit):
+            settings = {name: content[name] for name in ("image_size", "batch_size", "seed", "base_mean")}
+            if content.get("local_features") is not None:
+                local_features = {name: _listed(value) for name, value in content["local_features"].items()}
+                settings["local_features"] = typed(LocalFeaturesConfig, local_features)
+            classifier = cls(source, _from_plain(content["head"]), device=device, **settings)
+            classifier.classes_ = tuple(content["classes"])
+            classifier._support, classifier._target = content["features"], content["target"]
+            classifier._check_learned()
         return classifier
+
+    def _check_learned(self) -> None:
+        """Raises ValueError unless what was learned, as a file has it, is what ``fit`` leaves."""
+        support, target, classes = self._support, self._target, self.classes_
+        layout = "[S, D]" if self.local_features is None else "[S, N, C]"
+        if support.dim() != len(layout.split(",")) or not support.is_floating_point() or not support.numel():
+            raise ValueError(f"features: expected floats {layout}, got {support.dtype} {list(support.shape)}")
+        if not support.isfinite().all():
+            raise ValueError("features: expected finite numbers")
+        if target.dtype != torch.int64 or target.shape != support.shape[:1]:
+            raise ValueError(f"target: expected int64 [{len(support)}], got {target.dtype} {list(target.shape)}")
+        for name, most in (("batch_size", 2**63 - 1), ("seed", 2**63 - 1), ("image_size", _LARGEST_IMAGE)):
+            if (getattr(self, name) or 0) > most:
+                raise ValueError(f"{name}: expected at most {most}")
+        for label in classes:
+            _check_plain(label)
+        if len(set(classes)) != len(classes) or set(target.tolist()) != set(range(len(classes))):
+            raise ValueError(f"target: expected every one of {len(classes)} classes, all different, and no other")
+        mean = self.base_mean
+        if mean is not None and (not mean.is_floating_point() or mean.shape != support.shape[-1:]):
+            raise ValueError(f"base_mean: expected floats [{support.shape[-1]}], got {mean.dtype} {list(mean.shape)}")
+        if self.head.takes_maps:
+            self.head.check_regions(int(target.bincount().min()) * support.shape[1])
+        if self.backbone.channels and self.image_size and self.image_size <= _LARGEST_TRIAL:
+            # The weights in the file make features of some size, and those in it must have it too.
+            image = torch.zeros(1, self.backbone.channels, self.image_size, self.image_size, dtype=torch.uint8)
+            self._check_size(next(self._features(self._batches(image), None)))
 
     def _forget(self) -> None:
         self.classes_ = ()
@@ -461,17 +519,27 @@ def _to_plain(value: Any) -> Any:
 def _from_plain(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    settings = {name: _from_plain(part) for name, part in value["settings"].items()}
-    return _SETTING_TYPES[value["type"]](**settings)
+    check_schema(value, {"type": str, "settings": {str: object}}, "head")
+    if value["type"] not in _SETTING_TYPES:
+        raise ValueError(f"there is no head {value['type'][:40]!r}")
+    return typed(_SETTING_TYPES[value["type"]], {name: _from_plain(part) for name, part in value["settings"].items()})
+
+
+def _listed(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _read(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as stream:
-        try:
-            content = load_weights(stream)
-            if content["format"] == _FORMAT and content["format_version"] == _FORMAT_VERSION:
-                return content
-            reason = f"it holds {content['format']} version {content['format_version']}"
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = str(error) or type(error).__name__
-    raise ValueError(f"{path} does not hold a FewShotClassifier of version {_FORMAT_VERSION}: {reason}")
+    """The content of the file, of which every part is of its type."""
+    with misfits_named(f"{path} does not hold a FewShotClassifier of version {_FORMAT_VERSION}"):
+        content = read_weights(path)
+        check_schema(content, {"format": str, "format_version": int}, "the file")
+        if (content["format"], content["format_version"]) != (_FORMAT, _FORMAT_VERSION):
+            raise ValueError(f"it holds {content['format'][:40]!r} version {content['format_version']}")
+        check_schema(content, _SCHEMA, "the file")
+        origin = content["backbone"]
+        kind = next((kind for kind in _ORIGINS if kind in origin), None)
+        if kind is None or len(origin) != len(_ORIGINS[kind]):
+            raise ValueError("the file['backbone']: expected a checksum, a checkpoint or a model of timm")
+        check_schema(origin, _ORIGINS[kind], "the file['backbone']")
+    return content

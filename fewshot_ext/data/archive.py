@@ -79,6 +79,8 @@ class ImageArchive:
                 raise ValueError(f"{name} must have {rank} dimensions, got shape {tuple(value.shape)}")
         if not len(self.images):
             raise ValueError("images must hold at least one image, got none")
+        if not self.images.numel():
+            raise ValueError(f"images must have pixels, got shape {tuple(self.images.shape)}")
         if self.images.shape[1] not in (1, 3):
             raise ValueError(f"images must have 1 or 3 channels ([N, C, H, W]), got shape {tuple(self.images.shape)}")
         if len(self.labels) != len(self.images):

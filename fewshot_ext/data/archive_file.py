@@ -1,9 +1,7 @@
 """The ``.npz`` file of an ``ImageArchive``: written whole, and believed only after every array was checked."""
 
 import hashlib
-import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +10,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from fewshot_ext import _extras
-from fewshot_ext._files import replace_file
+from fewshot_ext._files import DAMAGE, check_unpacked_size, replace_file
 from fewshot_ext.data._threads import in_threads
 from fewshot_ext.data.archive import ImageArchive
 from fewshot_ext.data.pictures import MODES, damage_named, encode_jpeg, opened
@@ -30,7 +28,7 @@ class ArraySpec:
     uint8: bool = False
 
     def __str__(self) -> str:
-        what = "uint8" if self.uint8 else "text" if self.kinds == "U" else "integers"
+        what = "uint8" if self.uint8 else {"U": "text", "f": "floats"}.get(self.kinds, "integers")
         return f"{what} of {' or '.join(map(str, self.ranks))} dimensions"
 
     def fits(self, dtype: np.dtype, shape: tuple[int, ...]) -> bool:
@@ -52,10 +50,6 @@ _ARRAYS = {
 _NEEDED = ("labels", "class_names", "class_split")
 
 
-# What zipfile raises for the contents of a file, besides OSError for an offset and ValueError for a name.
-_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, struct.error)
-
-
 class _Unfit(ValueError):
     """A finding of ours, with the file's name in it already."""
 
@@ -63,8 +57,11 @@ class _Unfit(ValueError):
 def load(path: str | Path) -> ImageArchive:
     """See ``ImageArchive.load``."""
     arrays = read_arrays(path, lambda key: _ARRAYS.get(key, _IMAGE_FIELD))
-    _verify(path, arrays)
-    return _from_arrays(path, arrays)
+    try:
+        _verify(path, arrays)
+        return _from_arrays(path, arrays)
+    except UnicodeError as error:
+        raise ValueError(f"{str(path)!r} holds texts that are none: {error}") from error
 
 
 def has_checksum(path: str | Path) -> bool:
@@ -124,6 +121,7 @@ def read_arrays(path: str | Path, expected: Callable[[str], ArraySpec | None]) -
     with stream:
         try:
             with zipfile.ZipFile(stream) as file:
+                _check_size(name, sum(member.file_size for member in file.infolist()), path)
                 for member in file.infolist():
                     key = member.filename.removesuffix(".npy")
                     if key == member.filename or key in arrays:
@@ -131,9 +129,16 @@ def read_arrays(path: str | Path, expected: Callable[[str], ArraySpec | None]) -
                     arrays[key] = _read_array(file, member, f"{key!r} in {name}", expected(key))
         except _Unfit:
             raise
-        except (*_DAMAGE, OSError, ValueError) as error:
+        except (*DAMAGE, OSError, ValueError) as error:
             raise ValueError(f"{name} is not an .npz file, is damaged or cut short: {error}") from error
     return arrays
+
+
+def _check_size(name: str, unpacked: int, path: Path) -> None:
+    try:
+        check_unpacked_size(name, unpacked, path.stat().st_size)
+    except ValueError as error:
+        raise _Unfit(str(error)) from error
 
 
 def _read_array(file: zipfile.ZipFile, member: zipfile.ZipInfo, what: str, expected: ArraySpec | None) -> np.ndarray:
@@ -142,8 +147,11 @@ def _read_array(file: zipfile.ZipFile, member: zipfile.ZipInfo, what: str, expec
             version = npy.read_magic(stream)
             read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
             shape, _, dtype = read_header(stream)
-        except ValueError as error:
-            raise _Unfit(f"{what} is not a numpy array: {error}") from error
+        except Exception as error:  # the header is Python source, and fails in many ways
+            # Numpy's own words advise to unpickle whatever is in the file.
+            raise _Unfit(f"{what} is not a numpy array: its header cannot be read") from error
+        if min(shape, default=0) < 0 or not dtype.itemsize:
+            raise _Unfit(f"{what} is damaged: its header says {dtype} of shape {shape}")
         if dtype.hasobject:
             raise _Unfit(f"{what} holds Python objects; they are pickles, which can run code, and are not read")
         if expected is not None and not expected.fits(dtype, shape):
@@ -220,6 +228,7 @@ def _decode_all(data: np.ndarray, offsets: np.ndarray, name: str) -> np.ndarray:
         form = _form(first)
         if first.mode not in MODES:
             raise ValueError(f"image 0 in {name} is {form}; an archive holds L or RGB images")
+        check_unpacked_size(name, count * first.height * first.width * len(first.mode), len(data))
         images = np.empty((count, first.height, first.width, *(() if first.mode == "L" else (3,))), np.uint8)
     for _ in in_threads(fill, range(0, count, _CHUNK)):
         pass

@@ -33,12 +33,10 @@ def load_cifar100(folder: str | Path) -> ImageArchive:
         raise ValueError(f"{str(folder / 'fine_label_names.txt')!r} must name 100 classes, got {len(names)}")
     records = []
     for file, count in _FILES.items():
-        content = np.fromfile(folder / file, np.uint8)
-        if len(content) != count * _RECORD:
-            raise ValueError(
-                f"{str(folder / file)!r} must have {count * _RECORD} bytes ({count} images), got {len(content)}"
-            )
-        records.append(content.reshape(count, _RECORD))
+        size = (folder / file).stat().st_size
+        if size != count * _RECORD:
+            raise ValueError(f"{str(folder / file)!r} must have {count * _RECORD} bytes ({count} images), got {size}")
+        records.append(np.fromfile(folder / file, np.uint8).reshape(count, _RECORD))
     table = np.concatenate(records)
     # A record is the superclass, the class, then a plane each of red, green and blue.
     return ImageArchive.from_arrays(

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fewshot_ext._checks import check_count
-from fewshot_ext._files import is_text
+from fewshot_ext._files import check_unpacked_size, is_text
 from fewshot_ext.data._threads import in_threads
 from fewshot_ext.data.archive import ImageArchive, Split
 from fewshot_ext.data.pictures import check_reading, decode, picture_size
@@ -149,6 +149,10 @@ def read_listing(
                 )
         mode = mode or ("L" if grey else "RGB")
         shape = (size, size) if size is not None else first
+    if size is None:
+        stored = sum(file.stat().st_size for file in listing.files)
+        unpacked = len(listing.files) * (1 if mode == "L" else 3) * shape[0] * shape[1]
+        check_unpacked_size(f"{str(listing.files[0])!r} and the other pictures", unpacked, stored)
     images = np.empty((len(listing.files), 1 if mode == "L" else 3, *shape), np.uint8)
 
     def read(file: Path) -> np.ndarray:

@@ -13,6 +13,7 @@ from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fewshot_ext._files import check_unpacked_size
 from fewshot_ext.data.archive import Split
 
 # What a role is called in the names of folders, of files and of the entries of a JSON file.
@@ -30,6 +31,8 @@ SPLIT_NAMES = (
     "fc100",
     "omniglot_vinyals",
 )
+# Of what a .gz file unpacks to, for lists of names take many times their length once they are read.
+_TEXT_RATIO, _LEAST_TEXT = 20, 2**24
 _SUFFIXES = (".csv", ".json", ".txt")
 _ROTATION = re.compile(r"/rot(000|090|180|270)$")
 
@@ -183,7 +186,13 @@ def _add_file(draft: _Draft, path: Path, role: Split | None) -> None:
     content = path.read_bytes()
     try:
         if path.suffix == ".gz":
-            content = gzip.decompress(content)
+            # One byte more than is taken, to see that there is more.
+            most = max(_LEAST_TEXT, _TEXT_RATIO * len(content))
+            unpacked = gzip.GzipFile(fileobj=io.BytesIO(content)).read(most + 1)
+            check_unpacked_size(
+                f"split file {str(path)!r}", len(unpacked), len(content), ratio=_TEXT_RATIO, least=_LEAST_TEXT
+            )
+            content = unpacked
         text = content.decode("utf-8-sig")
         kind = Path(path.name.removesuffix(".gz")).suffix
         if kind == ".json":
@@ -198,7 +207,15 @@ def _add_file(draft: _Draft, path: Path, role: Split | None) -> None:
             draft.add((_ROTATION.sub("", line.strip()) for line in text.splitlines() if line.strip()), role)
         else:
             raise ValueError(f"split file {str(path)!r} must end in {', '.join(_SUFFIXES)} or one of these and .gz")
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError, EOFError, zlib.error, csv.Error) as error:
+    except (
+        json.JSONDecodeError,
+        UnicodeDecodeError,
+        OSError,
+        EOFError,
+        zlib.error,
+        csv.Error,
+        RecursionError,
+    ) as error:
         raise ValueError(f"split file {str(path)!r} is damaged: {error}") from error
 
 

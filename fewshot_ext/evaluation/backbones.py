@@ -155,12 +155,7 @@ class FrozenBackbone:
 
         path = Path(path).expanduser()
         checkpoint = read_checkpoint(path)
-        try:
-            origin = {"checkpoint": {key: checkpoint[key] for key in ("hyper_parameters", "state_dict")}}
-            backbone = cls.rebuild(origin)
-        except (KeyError, TypeError, RuntimeError) as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise ValueError(f"{path} does not fit this version of fewshot_ext: {reason}") from error
+        backbone = cls.rebuild({"checkpoint": {key: checkpoint[key] for key in ("hyper_parameters", "state_dict")}})
         return replace(backbone, name=path.name, sha256=file_sha256(path), path=str(path))
 
     @classmethod
@@ -180,6 +175,10 @@ class FrozenBackbone:
 
         if not timm.is_model(name):
             raise ValueError(f"backbone must be a checkpoint file or a model that timm knows, got {name!r}")
+        if state_dict is not None:
+            # Without memory: a name may stand for any size, until it is that of the weights.
+            with torch.device("meta"):
+                timm.create_model(name, pretrained=False, num_classes=0).load_state_dict(state_dict, assign=True)
         model = timm.create_model(name, pretrained=state_dict is None, num_classes=0)
         if state_dict is not None:
             model.load_state_dict(state_dict)
@@ -198,8 +197,9 @@ class FrozenBackbone:
         """The backbone with this ``origin``."""
         if "timm" in origin:
             return cls.from_timm(origin["timm"], origin["state_dict"])
-        from fewshot_ext.training.features import build_extractor
+        from fewshot_ext.training.features import build_extractor, check_network
 
+        check_network(origin["checkpoint"])
         settings = origin["checkpoint"]["hyper_parameters"]
         channels, height, width = settings["image_size"]
         stored = height if height == width else None

@@ -1,7 +1,6 @@
 """Features kept on disk, so that another head or another number of episodes need not run the backbone again."""
 
 import json
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +9,10 @@ import torch
 from torch import Tensor
 
 from fewshot_ext._files import replace_file
+from fewshot_ext.data.archive_file import ArraySpec, read_arrays
+
+# Vectors or maps.
+_ARRAYS = {"features": ArraySpec("f", (2, 3, 4)), "key": ArraySpec("U", (0,))}
 
 
 class FeatureCache:
@@ -37,12 +40,12 @@ class FeatureCache:
         if self.folder is None:
             return None
         try:
-            with np.load(self._path(key), allow_pickle=False) as arrays:
-                same = arrays["key"].item() == json.dumps(key, sort_keys=True)
-                features = arrays["features"] if same else None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            arrays = read_arrays(self._path(key), _ARRAYS.get)
+            same = str(arrays["key"]) == json.dumps(key, sort_keys=True)
+        except (OSError, ValueError, KeyError):
             return None
-        if features is None or features.dtype not in (np.float32, np.float16):
+        features = arrays.get("features")
+        if not same or features is None or features.dtype not in (np.float32, np.float16):
             return None
         return torch.from_numpy(features)
 

@@ -1,10 +1,10 @@
 """What was measured of DeepEMD on one image set: the files of evaluate, retrieve and analyze matches in one folder."""
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fewshot_ext._formats import check_schema, misfits_named, read_json
 from fewshot_ext.evaluation import ComparisonResults, HeadAccuracy, HeadSettings, choose_head
 from fewshot_ext.experiments.tables import read_table
 from fewshot_ext.models import LocalFeaturesConfig
@@ -18,6 +18,24 @@ FILES = {
 }
 PICTURES = {"retrieval": "retrieval/neighbors.png", "matches": "matches/matches.png"}
 PRETRAINED, META_TRAINED = "pre-trained", "meta-trained"
+
+# What a page is made of, of the files that evaluate and retrieve write.
+_NULL = type(None)
+_COMPARISON = {
+    "config": dict,
+    "versions": {str: str},
+    "data": {"name": str},
+    "backbones": [{"name": str}],
+    "way": int,
+    "accuracies": [{"backbone": str, "head": str, "shot": int, "correct": [object], "queries": int}],
+}
+_RETRIEVAL = {
+    "checkpoint": {"path": (str, _NULL)},
+    "images": {"data": (str, _NULL), "query": (str, _NULL)},
+    "measures": {"queries": int, "gallery_images": int},
+    "rerank": (dict, _NULL),
+    "versions": {str: str},
+}
 
 # A classifier and its regions, None for vectors.
 Kind = tuple[str, str | None]
@@ -69,8 +87,9 @@ def read_comparison(path: Path) -> ComparisonResults:
         ValueError: it holds something else, no accuracies, heads that met other episodes, or backbones that are not
             in pairs.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+    what = "the results of fewshot-ext evaluate"
+    content = read_json(path, _COMPARISON, what)
+    with misfits_named(f"{path} does not hold {what}"):
         head = {key: content[key] for key in ("config", "versions", "data", "backbones", "way")}
         rows = [
             HeadAccuracy(row["backbone"], row["head"], row["shot"], tuple(row["correct"]), row["queries"])
@@ -78,10 +97,6 @@ def read_comparison(path: Path) -> ComparisonResults:
         ]
         results = ComparisonResults(**head, accuracies=rows)
         heads_by_kind(results)
-    except KeyError as error:
-        raise ValueError(f"{path} does not hold the results of fewshot-ext evaluate: it lacks {error}") from error
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not hold the results of fewshot-ext evaluate: {error}") from error
     if not rows:
         raise ValueError(f"{path} holds no accuracies: the evaluation was interrupted before the first head was done")
     for row in rows:
@@ -149,19 +164,12 @@ def recalled(measures: Mapping[str, Any]) -> list[int]:
 
 
 def _read_retrieval(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        lacking = [key for key in ("checkpoint", "images", "measures", "rerank", "versions") if key not in content]
-        if not lacking:
-            measures = content["measures"]
-            wanted = ["queries", "gallery_images"]
-            if content["rerank"] is not None:
-                wanted += [f"recall_at_{k}_reranked" for k in recalled(measures)]
-            lacking = [name for name in wanted if name not in measures]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not hold the results of fewshot-ext retrieve: {error}") from error
-    if lacking:
-        raise ValueError(f"{path} does not hold the results of fewshot-ext retrieve: it lacks {', '.join(lacking)}")
+    what = "the results of fewshot-ext retrieve"
+    content = read_json(path, _RETRIEVAL, what)
+    if content["rerank"] is not None:
+        reranked = {f"recall_at_{k}_reranked": float for k in recalled(content["measures"])}
+        with misfits_named(f"{path} does not hold {what}"):
+            check_schema(content["measures"], reranked, "content['measures']")
     return content
 
 

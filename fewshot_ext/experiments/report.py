@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fewshot_ext._formats import misfits_named
 from fewshot_ext.experiments.claims import FINDINGS
 from fewshot_ext.experiments.collapse import collapse_markdown
 from fewshot_ext.experiments.deepemd_report import deepemd_missing, deepemd_section
@@ -116,7 +117,9 @@ def report(folders: Sequence[Path], relative_to: Path, paper: str = "negative_ma
     lines = []
     for folder, found in results.items():
         link = Path(os.path.relpath(folder, relative_to)).as_posix()
-        lines += [f"### {folder.name}", "", *own.section(found, link)]
+        # What each file is of was checked, and the columns of its rows are as many as there are analyses.
+        with misfits_named(f"results {str(folder)!r} do not hold what the names of their files say"):
+            lines += [f"### {folder.name}", "", *own.section(found, link)]
     if missing := own.missing(results):
         lines += ["Not yet measured:", "", *missing, ""]
     return "\n".join(lines)

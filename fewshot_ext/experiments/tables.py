@@ -1,11 +1,11 @@
 """Numbers of an analysis on disk: JSON for programs, CSV for spreadsheets, the same rows in both."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fewshot_ext._files import replace_file
+from fewshot_ext._formats import read_json
 from fewshot_ext.evaluation import csv_of_rows, json_with_rows
 
 Row = Mapping[str, Any]
@@ -40,11 +40,8 @@ def read_table(folder: Path, name: str) -> dict[str, Any]:
         ValueError: it is not one that ``write_table`` wrote for this analysis.
     """
     path = folder / f"{name}.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["analysis"] == name and isinstance(content["rows"], list):
-            return content
-        reason = f"it holds the analysis {content['analysis']!r}"
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        reason = repr(error)
-    raise ValueError(f"{path} does not hold the results of {name}: {reason}")
+    what = f"the results of {name}"
+    content = read_json(path, {"analysis": str, "rows": [{str: object}]}, what)
+    if content["analysis"] != name:
+        raise ValueError(f"{path} does not hold {what}: it holds the analysis {content['analysis']!r}")
+    return content

@@ -12,6 +12,7 @@ from fewshot_ext._checks import (
     check_fraction,
     check_positive,
 )
+from fewshot_ext._formats import typed
 from fewshot_ext.data.augmentation import AugmentationConfig
 from fewshot_ext.models import BackboneConfig
 
@@ -201,7 +202,7 @@ class PreTrainingConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "PreTrainingConfig":
         """Rebuilds a config from ``dataclasses.asdict``, as a checkpoint keeps it."""
-        return cls(**build_parts(values, _PARTS))
+        return typed(cls, build_parts(values, _PARTS))
 
 
 def build_parts(values: Mapping[str, Any], parts: Mapping[str, type]) -> dict[str, Any]:
@@ -209,7 +210,9 @@ def build_parts(values: Mapping[str, Any], parts: Mapping[str, type]) -> dict[st
 
     def build(name: str, value: Any) -> Any:
         if isinstance(value, dict):
-            return parts[name](**build_parts(value, {}))
+            if name not in parts:
+                raise ValueError(f"{name} must not be a mapping")
+            return typed(parts[name], build_parts(value, {}))
         return tuple(value) if isinstance(value, list) else value
 
     return {name: build(name, value) for name, value in values.items()}

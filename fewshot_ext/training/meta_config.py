@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fewshot_ext._checks import check_at_least, check_choice, check_count, check_fraction, check_positive
+from fewshot_ext._formats import typed
 from fewshot_ext.data.augmentation import AugmentationConfig
 from fewshot_ext.models import BackboneConfig, LocalFeaturesConfig, StructuredClassifierConfig
 from fewshot_ext.models.matching import TEMPERATURE, Weighting
@@ -119,4 +120,4 @@ class MetaTrainingConfig:
             >>> MetaTrainingConfig.from_dict({"shot": 5, "local_features": {"pyramid": [2, 3]}}).local_features.pyramid
             (2, 3)
         """
-        return cls(**build_parts(values, _PARTS))
+        return typed(cls, build_parts(values, _PARTS))

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fewshot_ext._files import file_sha256
+from fewshot_ext._formats import misfits_named
 from fewshot_ext.data import ImageArchive
 from fewshot_ext.models import BackboneConfig, DeepEMD, EmbeddedBackbone, build_local_features
 from fewshot_ext.training.config import PreTrainingConfig
@@ -86,11 +87,12 @@ class MetaTraining(ImageTraining):
             ValueError: it is not the checkpoint of a meta-training.
         """
         checkpoint = read_checkpoint(path, cls.stage)
-        arguments = dict(checkpoint["hyper_parameters"])
-        del arguments["stage"]
-        config = MetaTrainingConfig.from_dict(arguments.pop("meta_training"))
-        module = cls(config, PreTrainingConfig.from_dict(arguments.pop("config")), **arguments)
-        module.load_state_dict(checkpoint["state_dict"])
+        with misfits_named(f"{path} does not fit this version of fewshot_ext"):
+            arguments = dict(checkpoint["hyper_parameters"])
+            del arguments["stage"]
+            config = MetaTrainingConfig.from_dict(arguments.pop("meta_training"))
+            module = cls(config, PreTrainingConfig.from_dict(arguments.pop("config")), **arguments)
+            module.load_state_dict(checkpoint["state_dict"])
         return module.eval()
 
     def train(self, mode: bool = True) -> "MetaTraining":
@@ -288,17 +290,13 @@ def _from_checkpoint(config: MetaTrainingConfig, archive: ImageArchive, path: st
     ]
     if not_finite:
         raise ValueError(f"checkpoint {path} holds NaN or infinity in {not_finite[0]}")
-    try:
-        trained = config_class(arguments).from_dict(arguments["config"])
-        if isinstance(trained, MetricTrainingConfig):
-            network = _network(config, trained.backbone, trained)
-        else:
-            network = replace(trained, augmentation=config.augmentation, channels_last=config.channels_last)
-        module = MetaTraining(
-            config, network, image_size, arguments["mean"], arguments["std"], seed, checkpoint_sha256=file_sha256(path)
-        )
-        load_extractor(module.extractor, checkpoint)
-    except (KeyError, TypeError, RuntimeError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ValueError(f"checkpoint {path} does not fit this version of fewshot_ext: {reason}") from error
+    trained = config_class(arguments).from_dict(arguments["config"])
+    if isinstance(trained, MetricTrainingConfig):
+        network = _network(config, trained.backbone, trained)
+    else:
+        network = replace(trained, augmentation=config.augmentation, channels_last=config.channels_last)
+    module = MetaTraining(
+        config, network, image_size, arguments["mean"], arguments["std"], seed, checkpoint_sha256=file_sha256(path)
+    )
+    load_extractor(module.extractor, checkpoint)
     return module

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fewshot_ext._checks import check_at_least, check_choice, check_count, check_positive
+from fewshot_ext._formats import typed
 from fewshot_ext.data.augmentation import AugmentationConfig
 from fewshot_ext.losses.anti_collapse import CONVENTIONS, VARIANTS
 from fewshot_ext.losses.base_losses import BASE_LOSSES, PROXY_LOSSES
@@ -175,7 +176,7 @@ class MetricTrainingConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "MetricTrainingConfig":
         """Rebuilds a config from ``dataclasses.asdict``, as a checkpoint keeps it."""
-        return cls(**build_parts(values, _PARTS))
+        return typed(cls, build_parts(values, _PARTS))
 
 
 _PARTS = {

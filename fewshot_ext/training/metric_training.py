@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from fewshot_ext._formats import misfits_named
 from fewshot_ext._normalize import normalize
 from fewshot_ext.data import ImageArchive, PKBatches
 from fewshot_ext.losses import AntiCollapseLoss, base_loss
@@ -68,9 +69,10 @@ class MetricTraining(ImageTraining):
             ValueError: it is not the checkpoint of a metric training.
         """
         checkpoint = read_checkpoint(path, METRIC_TRAINING)
-        arguments = {key: value for key, value in checkpoint["hyper_parameters"].items() if key != "stage"}
-        module = cls(MetricTrainingConfig.from_dict(arguments.pop("config")), **arguments)
-        module.load_state_dict(checkpoint["state_dict"])
+        with misfits_named(f"{path} does not fit this version of fewshot_ext"):
+            arguments = {key: value for key, value in checkpoint["hyper_parameters"].items() if key != "stage"}
+            module = cls(MetricTrainingConfig.from_dict(arguments.pop("config")), **arguments)
+            module.load_state_dict(checkpoint["state_dict"])
         return module.eval()
 
     def forward(self, images: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from fewshot_ext._formats import misfits_named
 from fewshot_ext.data import ImageArchive, training_batches
 from fewshot_ext.losses import MarginCosineLoss, MarginSoftmaxLoss
 from fewshot_ext.training.callbacks import Validation
@@ -72,9 +73,10 @@ class PreTraining(ImageTraining):
             ValueError: it is not the checkpoint of a pre-training.
         """
         checkpoint = read_checkpoint(path, cls.stage)
-        arguments = dict(checkpoint["hyper_parameters"])
-        module = cls(PreTrainingConfig.from_dict(arguments.pop("config")), **arguments)
-        module.load_state_dict(checkpoint["state_dict"])
+        with misfits_named(f"{path} does not fit this version of fewshot_ext"):
+            arguments = dict(checkpoint["hyper_parameters"])
+            module = cls(PreTrainingConfig.from_dict(arguments.pop("config")), **arguments)
+            module.load_state_dict(checkpoint["state_dict"])
         return module.eval()
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> dict[str, Tensor]:

@@ -61,7 +61,7 @@ def _run_sizes(listing: FolderListing, shapes: Sequence[tuple[int, int]], previe
             listing.class_split,
             preview,
         )
-        print(f"written: {preview} ({report.LEGEND})")
+        print_written([preview], f" ({report.LEGEND})")
     return 0
 
 
