@@ -128,8 +128,8 @@ def misfits_named(what: str) -> Iterator[None]:
         yield
     except MISFITS as error:
         # A ValueError is one of our own checks and says all.
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{what}: {kind}{' '.join(str(error).split())[:200]}") from error
+        kind, most = ("", 1000) if isinstance(error, ValueError) else (f"{type(error).__name__}: ", 200)
+        raise ValueError(f"{what}: {kind}{' '.join(str(error).split())[:most]}") from error
 
 
 def read_json(path: Path, schema: Any, what: str) -> Any:

@@ -199,7 +199,7 @@ class TrainEmbedding(SweepTask):
 
         if not self.is_trained:
             sets = class_sets(load_once(self.run.data, self._checksum))
-            self.folder.mkdir(exist_ok=True)
+            self._make_folder()
             training = MetricTrainingRun(
                 self.run.training,
                 sets["seen"],

@@ -79,7 +79,7 @@ class TaskSweep:
         todo = [task for task in self.tasks if task.work]
         self.failures = []
         for task in todo:
-            # Made here and not by the tasks, for a folder that is gone later was removed.
+            # The tasks make no folders above, for one that is gone by then was removed.
             task.folder.parent.mkdir(parents=True, exist_ok=True)
         with sweep_progress("runs", todo) as progress:
             if self._left_out:

@@ -64,6 +64,11 @@ class SweepTask(ABC):
     def __call__(self, report: Callable[..., None]) -> list[dict[str, Any]]:
         """Does what is left to do; ``report`` takes the epochs done so far and a remark."""
 
+    def _make_folder(self) -> None:
+        """Makes the run's folder and the one of all runs; not what that lies in, for it was removed if it is gone."""
+        for folder in (self.folder.parent, self.folder):
+            folder.mkdir(exist_ok=True)
+
     @property
     def _record(self) -> dict[str, Any]:
         return read_json(self.folder / RECORD, {"settings": dict, "rows?": _ROWS}, "the record of a run")
@@ -147,7 +152,7 @@ class TrainAndMeasure(SweepTask):
     def _train(self, images: SweepImages, report: Callable[..., None]) -> None:
         from fewshot_ext.training import PreTrainingRun
 
-        self.folder.mkdir(exist_ok=True)
+        self._make_folder()
         training = PreTrainingRun(
             self.run.pretraining,
             images.training,
