@@ -58,7 +58,7 @@ def _refuse_values(x: Tensor, y: Tensor, error: ValueError) -> None:
             index = (~points.isfinite()).nonzero()[0].tolist()
             raise ValueError(f"{name}: expected finite entries, got {points[tuple(index)].item()} at {index}") from None
     said = str(error).replace("supply", "x_weight").replace("demand", "y_weight")
-    if said.startswith("cost: expected finite entries"):
+    if said.startswith(("cost: expected finite entries", "cost: no flow avoids")):
         said = f"x: expected distances to y within the range of {x.dtype}, got one beyond"
     raise ValueError(said.replace("cost:", "x:", 1)) from None
 

@@ -15,8 +15,6 @@ from hypothesis import strategies as st
 from fewshot_ext import reference, wasserstein_distance
 
 ORDERS = (1, 1.5, 2, 3, 7)
-# The solver's tolerance is relative to the largest cost, and powers spread costs far.
-WIDE_RANGE = pytest.mark.xfail(reason="costs of a very wide range are not solved to the optimum", strict=False)
 
 
 def points(*shape, seed=0, dtype=torch.float64):
@@ -65,7 +63,7 @@ def test_gradients_equal_the_references(p):
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16), ids=str)
-@pytest.mark.parametrize("p", (*ORDERS, 40, pytest.param(300, marks=WIDE_RANGE)))
+@pytest.mark.parametrize("p", (*ORDERS, 40, 300))
 def test_equals_the_best_assignment(p, dtype):
     """Of sets of one size without weights; also where powers of the distances are beyond the dtype, at either end."""
     for unit in (1.0, 2.0**-10, 2.0**10):
@@ -79,7 +77,6 @@ def test_equals_the_best_assignment(p, dtype):
         assert abs(found.item() - expected) <= accuracy * expected
 
 
-@WIDE_RANGE
 def test_small_distances_beside_a_large_one():
     """The pair far off moves nothing; the power of the others, in units of it, is below the range of float32."""
     x = torch.tensor([[0.0], [1.0], [1e4]])
