@@ -14,7 +14,7 @@ STABLE_TORCH_LIBRARY(fewshot_ext, m) {
       "int total_classes, bool features_grad, bool weight_grad) -> (Tensor grad_features, Tensor grad_weight)");
   m.def("scale_gradients_(Tensor(a!) first, Tensor(b!) second, Tensor factor) -> ()");
   m.def(
-      "emd(Tensor cost, Tensor supply, Tensor demand) "
+      "emd(Tensor cost, Tensor supply, Tensor demand, bool partial=False) "
       "-> (Tensor value, Tensor flow, Tensor supply_dual, Tensor demand_dual, Tensor basis, Tensor pivots)");
   m.def("emd_flow_backward(Tensor grad_flow, Tensor basis) -> (Tensor grad_supply, Tensor grad_demand)");
   m.def(

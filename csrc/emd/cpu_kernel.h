@@ -109,6 +109,7 @@ class EmdSolver {
     }
     if (problem_.partial) {
       total_ = std::max(total, other);
+      supply_is_more_ = total >= other;
       supply[n_ - 1] = total_ - total;
       demand[m_ - 1] = total_ - other;
     } else {
@@ -367,13 +368,14 @@ class EmdSolver {
   // Of the sums of the masses.
   double sum_roundings() const { return 0.25 * double(n_ + m_) + 6; }
 
-  // The same mean for both.
+  // The same mean for both, or none for the dummy that takes what is not moved.
   void center_duals() {
     // Shares of the means, for sums could overflow.
     const double share_u = 0.5 / double(row_count_), share_v = 0.5 / double(column_count_);
     double shift = 0;
     for (int64_t i = 0; i < row_count_; ++i) shift -= dual_[rows_[i]] * share_u;
     for (int64_t j = 0; j < column_count_; ++j) shift += dual_[n_ + columns_[j]] * share_v;
+    if (problem_.partial) shift = supply_is_more_ ? dual_[n_ + m_ - 1] : -dual_[n_ - 1];
     for (int64_t i = 0; i < row_count_; ++i) dual_[rows_[i]] += shift;
     for (int64_t j = 0; j < column_count_; ++j) dual_[n_ + columns_[j]] -= shift;
   }
@@ -396,8 +398,7 @@ class EmdSolver {
     exact_.finish_start();
     if (!exact_.optimise(pivot_limit(), cancellation_))
       return cancellation_.requested() ? EmdFault::stopped : EmdFault::not_optimal;
-    exact_.finish();
-    if (exact_.forbidden_part() > mass_rounding) return EmdFault::forbidden;
+    exact_.finish(supply_is_more_);
     pivots_ += exact_.pivots();
     order_ = exact_.order();
     value_ = exact_.value();
@@ -407,9 +408,34 @@ class EmdSolver {
       (node < row_count_ ? dual_[rows_[node]] : dual_[n_ + columns_[node - row_count_]]) = exact_.dual(node);
       if (k == 0) continue;
       basis_[k - 1] = cell_of(node);
-      tree_flow_[k] = is_forbidden(row_at(node), column_at(node)) ? 0 : exact_.flow(node);
+      tree_flow_[k] = exact_.flow(node);
     }
-    return EmdFault::none;
+    return !forbids_ || free_forbidden_arcs() ? EmdFault::none : EmdFault::forbidden;
+  }
+
+  bool is_forbidden_arc(int64_t node) const { return is_forbidden(row_at(node), column_at(node)); }
+
+  // Takes the flows from forbidden arcs; false where one is more than a rounding of the masses that the arc parts,
+  // which are those that the other arcs of the tree tie to either end.
+  bool free_forbidden_arcs() {
+    const int64_t nodes = row_count_ + column_count_;
+    double* const tied = mass_;  // to a node, of those below it
+    int32_t* const top = star_;  // the highest node that one is tied to
+    for (int64_t k = 0; k < nodes; ++k) tied[k] = k < row_count_ ? supply(k) : demand(k - row_count_);
+    for (int64_t k = nodes - 1; k > 0; --k)
+      if (!is_forbidden_arc(order_[k])) tied[parent_[order_[k]]] += tied[order_[k]];
+    top[order_[0]] = order_[0];
+    for (int64_t k = 1; k < nodes; ++k) {
+      const int32_t node = order_[k];
+      top[node] = is_forbidden_arc(node) ? node : top[parent_[node]];
+    }
+    for (int64_t k = 1; k < nodes; ++k) {
+      const int32_t node = order_[k];
+      if (!is_forbidden_arc(node)) continue;
+      if (tree_flow_[k] > mass_rounding * std::min(tied[node], tied[top[parent_[node]]])) return false;
+      tree_flow_[k] = 0;
+    }
+    return true;
   }
 
   // Duals of nodes without mass: those of the arcs that are cheapest at the duals of the others. These arcs are kept,
@@ -519,7 +545,7 @@ class EmdSolver {
   int mass_bits_, cost_exponent_;
   double total_, value_, tolerance_;
   Accumulate largest_cost_;  // in cost_, of the arcs that are not forbidden
-  bool in_range_, forbids_;
+  bool in_range_, forbids_, supply_is_more_ = false;
   // The tree, of nodes that have mass, rows first: parents before children, row 0 first; and the flow on the arc of a
   // node to its parent, by the node's place in this order.
   const int32_t* order_;

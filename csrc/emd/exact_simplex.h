@@ -144,8 +144,9 @@ class ExactSimplex {
     }
   }
 
-  // With the tree optimal: flows of the masses as they are, and row 0 as its root.
-  void finish() {
+  // With the tree optimal: flows of the masses as they are, and row 0 as its root. With dummies, the dual of the
+  // column's, or the row's, becomes 0.
+  void finish(bool of_dummy_column) {
     reroot(0);
     int64_t count = 0, waiting = 0;
     stack_[waiting++] = 0;
@@ -160,7 +161,10 @@ class ExactSimplex {
       wide_subtract(left_ + parent_[node] * flow_words_, left_ + node * flow_words_, flow_words_);
     }
     if (p_.forbids) unite_levels();
-    find_means();
+    if (p_.dummy_row < 0)
+      find_means();
+    else
+      start_duals_at(of_dummy_column ? p_.rows + p_.dummy_column : p_.dummy_row);
   }
 
   const int32_t* order() const { return order_; }
@@ -187,18 +191,7 @@ class ExactSimplex {
     return wide_value(sum_, words).over(divisor_, mass_unit_ + cost_unit_);
   }
 
-  // The part of the mass that forbidden arcs carry.
-  double forbidden_part() {
-    if (!p_.forbids) return 0;
-    std::fill(sum_, sum_ + flow_words_, Word(0));
-    for (int64_t k = 1; k < nodes_; ++k)
-      if (arc_cost(order_[k]) > std::numeric_limits<double>::max())
-        wide_add(sum_, left_ + order_[k] * flow_words_, flow_words_);
-    const Scaled all = wide_value(supply_total_, total_words_);
-    return wide_value(sum_, flow_words_).over({all.mantissa * divisor_.mantissa, all.exponent + divisor_.exponent}, 0);
-  }
-
-  // u of a row, v of a column, with the mean of the one equal to that of the other.
+  // u of a row, v of a column: with the mean of the one equal to that of the other, or 0 for a dummy.
   double dual(int64_t node) {
     const int64_t words = cost_words_ + 2;
     Word *const to = sum_, *const own = sum_ + words;
@@ -558,6 +551,14 @@ class ExactSimplex {
   void widen(const Word* x, Word* to) const {
     std::copy(x, x + cost_words_, to);
     std::fill_n(to + cost_words_, 2, wide_is_negative(x, cost_words_) ? ~Word(0) : 0);
+  }
+
+  // means_ = 2 rows columns times the potential of a node.
+  void start_duals_at(int64_t node) {
+    const int64_t words = cost_words_ + 2;
+    widen(potential_ + node * cost_words_, means_);
+    wide_multiply(sum_, means_, words, Word(2));
+    wide_multiply(means_, sum_, words, Word(p_.rows) * Word(p_.columns));
   }
 
   // means_ = columns * sum of rows' potentials + rows * sum of columns': what all potentials exceed, times

@@ -46,12 +46,13 @@ void copy_strides(const Tensor& tensor, int64_t (&strides)[dimensions]) {
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class Kernels, class Storage>
-void solve(const Tensor& cost, const Tensor& supply, const Tensor& demand, Results& results) {
+void solve(const Tensor& cost, const Tensor& supply, const Tensor& demand, bool partial, Results& results) {
   using Accumulate = std::conditional_t<std::is_same_v<Storage, double>, double, float>;
   EmdProblem<Storage, Accumulate> problem;
   problem.batch = cost.size(0);
   problem.suppliers = cost.size(1);
   problem.consumers = cost.size(2);
+  problem.partial = partial;
   problem.cost = static_cast<const Storage*>(cost.const_data_ptr());
   problem.supply = static_cast<const Storage*>(supply.const_data_ptr());
   problem.demand = static_cast<const Storage*>(demand.const_data_ptr());
@@ -70,8 +71,9 @@ void solve(const Tensor& cost, const Tensor& supply, const Tensor& demand, Resul
 
 // `Kernels::run(problem, cost)` solves the batch on the device of `cost`.
 template <class Kernels>
-Results forward(Tensor cost, Tensor supply, Tensor demand) {
+Results forward(Tensor cost, Tensor supply, Tensor demand, bool partial) {
   check(cost, supply, demand);
+  STD_TORCH_CHECK(!partial || (cost.size(1) >= 2 && cost.size(2) >= 2), "cost: expected a dummy on each side");
   const int64_t batch = cost.size(0), n = cost.size(1), m = cost.size(2);
   const ScalarType accumulate = cost.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Results results{torch::stable::new_empty(cost, {batch}, accumulate),
@@ -83,16 +85,16 @@ Results forward(Tensor cost, Tensor supply, Tensor demand) {
   if (batch == 0) return results;
   switch (cost.scalar_type()) {
     case ScalarType::Float:
-      solve<Kernels, float>(cost, supply, demand, results);
+      solve<Kernels, float>(cost, supply, demand, partial, results);
       break;
     case ScalarType::Double:
-      solve<Kernels, double>(cost, supply, demand, results);
+      solve<Kernels, double>(cost, supply, demand, partial, results);
       break;
     case ScalarType::BFloat16:
-      solve<Kernels, BFloat16>(cost, supply, demand, results);
+      solve<Kernels, BFloat16>(cost, supply, demand, partial, results);
       break;
     case ScalarType::Half:
-      solve<Kernels, Float16>(cost, supply, demand, results);
+      solve<Kernels, Float16>(cost, supply, demand, partial, results);
       break;
     default:
       STD_TORCH_CHECK(false, "cost: expected float32, float64, bfloat16 or float16");

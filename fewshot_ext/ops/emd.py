@@ -60,7 +60,7 @@ torch.serialization.add_safe_globals([EMD])  # so that torch.load reads a saved 
 
 
 @torch.library.register_fake("fewshot_ext::emd")
-def _(cost, supply, demand):
+def _(cost, supply, demand, partial=False):
     batch, n, m = cost.shape
     accumulate = accumulate_dtype(cost.dtype)
     return (
@@ -128,7 +128,7 @@ def _or_zeros(tensor: Tensor | None, like: Tensor) -> Tensor:
 def _backward(ctx, grad_value, grad_flow, grad_supply_dual, grad_demand_dual, *unused_grads):
     """Made of saved results, which autograd knows as such: the gradients have gradients of every order."""
     flow, supply_dual, demand_dual, basis = ctx.saved_tensors
-    needs_cost, needs_supply, needs_demand = ctx.needs_input_grad
+    needs_cost, needs_supply, needs_demand = ctx.needs_input_grad[:3]
     # A vertex stays where it is while the cost moves a little, and so do the duals while the marginals do.
     if grad_value is None:
         gradients = [torch.zeros_like(part) for part in (flow, supply_dual, demand_dual)]
@@ -144,10 +144,10 @@ def _backward(ctx, grad_value, grad_flow, grad_supply_dual, grad_demand_dual, *u
     if grad_flow is not None and (needs_supply or needs_demand):
         through_flow = _call_flow_backward(grad_flow, basis)
         gradients[1:] = (None if to is None else to + by for to, by in zip(gradients[1:], through_flow, strict=True))
-    return tuple(None if gradient is None else gradient.to(ctx.dtype) for gradient in gradients)
+    return *(None if gradient is None else gradient.to(ctx.dtype) for gradient in gradients), None
 
 
-def _jvp(ctx, cost, supply, demand):
+def _jvp(ctx, cost, supply, demand, _):
     flow, supply_dual, demand_dual, basis = ctx.saved_tensors
     cost, supply, demand = _or_zeros(cost, flow), _or_zeros(supply, supply_dual), _or_zeros(demand, demand_dual)
     value = (flow * cost).sum((-2, -1)) + (supply_dual * supply).sum(-1) + (demand_dual * demand).sum(-1)
@@ -191,23 +191,22 @@ def _batch_index(bad: Tensor, batch: torch.Size) -> tuple[int, tuple[int, ...]]:
     return int(position), tuple(int(part) for part in torch.unravel_index(position, batch))
 
 
-def _check_values(cost: Tensor, supply: Tensor, demand: Tensor, batch: torch.Size, normalize: bool) -> None:
-    """Raises for the first problem of the flat batch whose values are not those of a transportation problem; waits for
-    the device. Looks at nothing while tracing."""
+def _check_values(cost: Tensor, supply: Tensor, demand: Tensor, batch: torch.Size, any_mass: bool) -> None:
+    """Raises for the first problem of the flat batch whose values are not those of a transportation problem, where
+    ``any_mass`` of one whose masses may differ; waits for the device. Looks at nothing while tracing."""
     tensors = {"cost": cost.detach(), "supply": supply.detach(), "demand": demand.detach()}
     if cost.is_meta or any(is_traced(tensor) for tensor in tensors.values()):
         return
-    illegal = {
-        name: ~(tensor > -math.inf) if name == "cost" else ~(tensor.isfinite() & (tensor >= 0))
-        for name, tensor in tensors.items()
-    }
+    # The CUDA kernels have no forbidden arcs.
+    illegal = {"cost": ~cost.isfinite() if cost.is_cuda else ~(tensors["cost"] > -math.inf)}
+    illegal.update({name: ~(tensors[name].isfinite() & (tensors[name] >= 0)) for name in ("supply", "demand")})
     marginals = {name: tensors[name].double() for name in ("supply", "demand")}
     masses = {name: marginal.sum(-1) for name, marginal in marginals.items()}
     # Compared in parts of the largest entry: sums can be beyond the dtype.
     largest = torch.maximum(*(marginal.amax(-1) for marginal in marginals.values())).unsqueeze(-1)
     parts = [(marginal / largest.where(largest > 0, 1)).sum(-1) for marginal in marginals.values()]
     unbalanced = (parts[0] - parts[1]).abs() > MASS_TOLERANCE * torch.maximum(*parts)
-    bad = (parts[0] == 0) | (parts[1] == 0) | (unbalanced & (not normalize))
+    bad = (parts[0] == 0) | (parts[1] == 0) | (unbalanced & (not any_mass))
     for entries in illegal.values():
         bad = bad | entries.flatten(1).any(-1)
     if not bad.any():
@@ -219,14 +218,18 @@ def _check_values(cost: Tensor, supply: Tensor, demand: Tensor, batch: torch.Siz
     for name, entries in illegal.items():
         for place in entries[position].nonzero()[:1].tolist():
             entry = tensors[name][position][tuple(place)].item()
-            taken = "finite entries or inf" if name == "cost" else "finite entries of at least 0"
+            taken = "finite entries"
+            if name != "cost":
+                taken += " of at least 0"
+            elif not cost.is_cuda:
+                taken += " or inf"
             raise ValueError(f"{name}: expected {taken}, got {entry} at {place} {where}")
     for name in masses:
         if mass[name] == 0:
             raise ValueError(f"{name}: expected a total mass above 0, got 0 {where}")
     raise ValueError(
         f"demand: expected the total mass of supply up to {MASS_TOLERANCE:g} of it, got another {where}; "
-        "normalize=True scales both to 1"
+        "normalize=True scales both to 1, partial=True moves the smaller one"
     )
 
 
@@ -256,7 +259,7 @@ def _check_certificate(cost: Tensor, supply: Tensor, demand: Tensor, result: EMD
         )
 
 
-def _checked(cost: object, supply: object, demand: object) -> dict[str, Tensor]:
+def _checked(cost: object, supply: object, demand: object, partial: bool) -> dict[str, Tensor]:
     """The tensors of the problems, in one dtype, but that masses which are made here are not rounded to half types."""
     check_tensor("cost", cost, "[..., n, m]", 2, batched=True)
     check_floating("cost", cost)
@@ -271,9 +274,10 @@ def _checked(cost: object, supply: object, demand: object) -> dict[str, Tensor]:
     n, m = cost.shape[-2:]
     if n == 0 or m == 0:
         raise ValueError(f"cost: expected at least one point on each side, got shape {list(cost.shape)}")
-    if cost.is_cuda and max(n, m) > MOST_POINTS_ON_CUDA:
+    most = MOST_POINTS_ON_CUDA - partial
+    if cost.is_cuda and max(n, m) > most:
         raise ValueError(
-            f"cost: expected n and m of at most {MOST_POINTS_ON_CUDA} on CUDA devices, got shape {list(cost.shape)}; "
+            f"cost: expected n and m of at most {most} on CUDA devices, got shape {list(cost.shape)}; "
             "the CPU takes larger problems"
         )
     uniform = None  # of both sides where n = m: at few-shot sizes each call to torch shows
@@ -321,12 +325,33 @@ def _normalized(marginal: Tensor) -> Tensor:
     return marginal / marginal.sum(-1, keepdim=True).abs()
 
 
+def _with_dummies(cost: Tensor, supply: Tensor, demand: Tensor) -> dict[str, Tensor]:
+    """The balanced problem that a partial one is: a dummy on each side, of which one takes, at no cost, what the other
+    side has more. The CPU kernel works out its mass exactly; this one is what gradients go through."""
+    more = supply.sum(-1, keepdim=True) - demand.sum(-1, keepdim=True)
+    zero = torch.zeros_like(more)
+    return {
+        "cost": torch.nn.functional.pad(cost, (0, 1, 0, 1)),
+        "supply": torch.cat([supply, torch.where(more < 0, -more, zero)], -1),
+        "demand": torch.cat([demand, torch.where(more < 0, zero, more)], -1),
+    }
+
+
+def _without_dummies(result: EMD, problem: dict[str, Tensor]) -> EMD:
+    value, flow, supply_dual, demand_dual = result
+    # The constant that gives mass which stays where it is the dual 0.
+    supply_is_less = problem["supply"][..., -1:] > 0
+    constant = torch.where(supply_is_less, -supply_dual[..., -1:], demand_dual[..., -1:])
+    return EMD(value, flow[..., :-1, :-1], supply_dual[..., :-1] + constant, demand_dual[..., :-1] - constant)
+
+
 def emd(
     cost: Tensor,
     supply: Tensor | None = None,
     demand: Tensor | None = None,
     *,
     normalize: bool = False,
+    partial: bool = False,
     check: bool = False,
 ) -> EMD:
     r"""Earth Mover's Distance: the least cost of moving the masses of one weighted set onto those of another.
@@ -338,25 +363,38 @@ def emd(
     Equation 1 of Zhang et al., "DeepEMD: Few-Shot Image Classification with Differentiable Earth Mover's Distance and
     Structured Classifiers", CVPR 2020, with costs C, supply a and demand b. Every problem is solved exactly, by the
     transportation simplex method, to an optimal vertex and the duals u, v that prove it: :math:`C_{ij} \ge u_i + v_j`,
-    with equality wherever the vertex lets mass flow. The costs take any sign and need not be a metric.
+    with equality wherever the vertex lets mass flow. The costs take any sign and need not be a metric. On the CPU the
+    value is that of the optimum of the numbers as they are given, to 1e-12 of itself (in float32 to its rounding), over
+    the whole range of the dtype: a problem whose costs or masses differ too much for arithmetic in float64 is finished
+    in integers. On a GPU the error is relative to the largest cost times the mass.
+
+    A cost of ``inf`` forbids its arc: no mass flows there. Where the masses on both sides of what is allowed miss each
+    other by no more than roundings of the inputs do, that much stays where it is. A GPU refuses infinite costs.
 
     Args:
         cost: ``[..., n, m]``, n and m at least 1; float32, float64, bfloat16 or float16. Half types are solved as
             float32.
         supply: ``[..., n]``, at least 0, in the dtype and on the device of ``cost``; uniform with sum 1 where None.
-            Zeros are legal, and pad sets of fewer points. Under autocast dtypes may differ.
+            Zeros are legal, and pad sets of fewer points, whose costs then have no part in any result of the others.
+            Under autocast dtypes may differ.
         demand: ``[..., m]``, likewise. Its sum equals that of the supply up to 1e-4, relatively, and is scaled to it.
         normalize: scale supply and demand to sum 1 first, which is differentiated too.
+        partial: let the sums differ, by as much as they may, and move the smaller one at the least cost: the masses of
+            the other side are then upper bounds.
         check: look at the values on every device, and judge every solution by its certificate in float64. Bad values
             raise on the CPU anyway; on a GPU, where a look would make the host wait, all results of a bad problem are
             NaN unless this is set. Compiled code and vmap ignore it.
 
-    The batch dimensions ``...`` are any and broadcast against each other.
+    The batch dimensions ``...`` are any and broadcast against each other. On the CPU each thread keeps a copy of one
+    problem's costs, and beside it what grows with n + m, and (n + m)^2 bits where those are at most 32 MiB. Ctrl-C ends
+    a solve of any size within a second.
 
     Returns:
         A named tuple of ``value`` ``[...]``, in units of cost times mass, ``flow`` ``[..., n, m]``, in units of mass,
         and ``supply_dual`` ``[..., n]`` and ``demand_dual`` ``[..., m]``, in units of cost; float64 for float64 inputs
-        and float32 otherwise. Duals are defined up to a constant, which is chosen so that both have the same mean.
+        and float32 otherwise. Duals are defined up to a constant, which is chosen so that both have the same mean over
+        the points that have mass; with ``partial``, so that mass which is not moved has the dual 0, and none on the
+        side of the larger mass has a dual above 0.
 
     Gradients are those of the optimal basis, with no approximation. Of the value: the flow to ``cost``, the duals to
     ``supply`` and ``demand``. Of the flow: 0 to ``cost``, and the solution y, z of :math:`y_i + z_j = G_{ij}` on the
@@ -371,7 +409,8 @@ def emd(
     Raises:
         TypeError: a wrong type or dtype.
         ValueError: shapes that do not fit, no points, entries of a marginal that are negative, entries that are not
-            finite, masses that differ or are zero, tensors on different devices. The first problem at fault is named,
+            finite but for costs of ``inf``, masses that differ or are zero, forbidden arcs that no flow avoids, a value
+            or a dual beyond the range of the dtype, tensors on different devices. The first problem at fault is named,
             and nothing is returned for the others.
         RuntimeError: a solution that could not be proved optimal, or is not (see ``check``); CUDA tensors where the
             package has no kernels for the GPU.
@@ -391,10 +430,13 @@ def emd(
                 [-0.1500, -0.4500]])
     """
     check_flag("normalize", normalize)
+    check_flag("partial", partial)
     check_flag("check", check)
-    given, batch = _of_one_batch(**_checked(cost, supply, demand))
+    if normalize and partial:
+        raise ValueError("partial: expected False with normalize=True, which leaves no masses that differ, got True")
+    given, batch = _of_one_batch(**_checked(cost, supply, demand, partial))
     if check:
-        _check_values(**_in_one_row(batch, **given), batch=batch, normalize=normalize)
+        _check_values(**_in_one_row(batch, **given), batch=batch, any_mass=normalize or partial)
     problem = dict(given)
     if normalize:
         problem.update({name: _normalized(given[name]) for name in ("supply", "demand")})
@@ -402,16 +444,18 @@ def emd(
     dtypes = {tensor.dtype for tensor in problem.values()}
     if len(dtypes) > 1:
         problem = {name: tensor.to(accumulate_dtype(tensor.dtype)) for name, tensor in problem.items()}
+    if partial:
+        problem = _with_dummies(**problem)
     try:
-        value, flow, supply_dual, demand_dual, *_ = _call_emd(*problem.values())
+        value, flow, supply_dual, demand_dual, *_ = _call_emd(*problem.values(), partial)
     except RuntimeError as error:
         # On the CPU the kernel looks at every value before it does anything: a look from here first costs more.
         if cost.device.type == "cpu":
-            _check_values(**_in_one_row(batch, **given), batch=batch, normalize=normalize)
+            _check_values(**_in_one_row(batch, **given), batch=batch, any_mass=normalize or partial)
             _name_problem(error, batch)
         raise
     result = EMD(value, flow, supply_dual, demand_dual)
     if check:
         solution = EMD(**_in_one_row(batch, **result._asdict()))
         _check_certificate(**_in_one_row(batch, **problem), result=solution, batch=batch)
-    return result
+    return _without_dummies(result, problem) if partial else result

@@ -23,7 +23,7 @@ class Certificate(NamedTuple):
 
     marginal_residual: Tensor  # the largest |F 1 - supply| or |F^T 1 - demand|, relative to all mass
     min_flow: Tensor  # the least F, likewise
-    min_reduced_cost: Tensor  # the least C_ij - u_i - v_j, relative to the largest of the three
+    min_reduced_cost: Tensor  # the least C_ij - u_i - v_j, relative to the largest cost or dual
     # Between the value and <C, F>, or <u, supply> + <v, demand>, relative to the sum of the sizes of their terms
     gap: Tensor
     error: Tensor  # what the value may differ from the optimum by at most, relative to the optimum
@@ -45,7 +45,7 @@ def certificate(
     batch, (n, m) = cost.shape[:-2], cost.shape[-2:]
     sizes = ((n, m), (n,), (m,), (), (n, m), (n,), (m,))
     tensors = (tensor.detach().double() for tensor in (cost, supply, demand, *result))
-    flat = [tensor.expand(*batch, *size).reshape(-1, *size) for tensor, size in zip(tensors, sizes, strict=True)]
+    flat = [tensor.expand((*batch, *size)).reshape((-1, *size)) for tensor, size in zip(tensors, sizes, strict=True)]
     return Certificate(*(part.reshape(batch) for part in _judged(*flat, tolerance)))
 
 
@@ -67,9 +67,10 @@ def _judged(
     # Costs between points that have mass; infinity elsewhere, which no dual contradicts.
     real = torch.where((supply[:, :, None] > 0) & (demand[:, None] > 0), cost, math.inf)
     u, v = u.where(supply > 0, 0), v.where(demand > 0, 0)
-    scaled = torch.maximum(torch.maximum(real.abs(), u.abs()[:, :, None]), v.abs()[:, None])
-    scaled = scaled.where((scaled > 0) & scaled.isfinite(), 1)
-    reduced = real / scaled - u[:, :, None] / scaled - v[:, None] / scaled
+    finite = torch.where(real.isfinite(), real, 0)
+    scaled = torch.stack([finite.abs().amax((-2, -1)), u.abs().amax(-1), v.abs().amax(-1)]).amax(0)[:, None, None]
+    scaled = scaled.where(scaled > 0, 1)
+    reduced = finite / scaled - u[:, :, None] / scaled - v[:, None] / scaled
     reduced = reduced.where(real.isfinite(), math.inf)
 
     carried = torch.where(flow == 0, 0, cost * flow)

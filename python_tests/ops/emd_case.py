@@ -78,6 +78,16 @@ def planted(
     return Problem(tensors, options).to(dtype)
 
 
+def _partial(problems: int, n: int, m: int) -> Problem:
+    """Masses that differ, and numbers that do not tie."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"cost": (n, m), "supply": (n,), "demand": (m,)}
+    tensors = {
+        name: torch.rand(problems, *shape, dtype=torch.float64, generator=generator) for name, shape in shapes.items()
+    }
+    return Problem(tensors, {"partial": True})
+
+
 @st.composite
 def _problems(drawn, dtype: torch.dtype) -> Problem:
     problem = planted(
@@ -194,6 +204,7 @@ BAD_INPUTS = (
     ),
     BadInput("devices differ", replaced("demand", lambda b: b.to("meta")), ValueError, "demand: expected device"),
     BadInput("normalize a number", option("normalize", 1), TypeError, "normalize: expected True or False, got int"),
+    BadInput("partial a number", option("partial", 1), TypeError, "partial: expected True or False, got int"),
     BadInput("check a string", option("check", "yes"), TypeError, "check: expected True or False, got str"),
 )
 
@@ -209,6 +220,7 @@ emd = OperatorCase(
         planted(6, 4, 5, normalize=True),
         planted(6, 7, 3, seed=1, normalize=True, check=True),
         planted(5, 1, 4, seed=2, normalize=True),
+        _partial(5, 4, 3),
     ),
     large=planted(32, 6, 7, dtype=torch.float32),
     empty=(planted(0, 4, 5), planted(0, 4, 5, normalize=True, check=True)),

@@ -191,7 +191,7 @@ def _scale_gradients(first, second, factor):
         kernels().scale_gradients(DTYPES.index(first.dtype), gradients, _address(factor))
 
 
-def emd(cost: Tensor, supply: Tensor, demand: Tensor) -> tuple[Tensor, ...]:
+def emd(cost: Tensor, supply: Tensor, demand: Tensor, partial: bool = False) -> tuple[Tensor, ...]:
     """The operator of this name; value, flow, supply_dual, demand_dual, basis, pivots."""
     batch, suppliers, consumers = cost.shape
     accumulate = torch.float64 if cost.dtype == torch.float64 else torch.float32

@@ -8,6 +8,7 @@ import torch
 from emd_peers import highs
 from emd_problems import FAMILIES
 
+import fewshot_ext
 from fewshot_ext import reference
 
 from ..ops.emd_case import planted
@@ -55,6 +56,32 @@ def test_gradients_of_marginals_leave_their_difference_out():
     for output in (value.sum(), flow.square().sum()):
         grad_supply, grad_demand = torch.autograd.grad(output, marginals, retain_graph=True)
         torch.testing.assert_close(grad_supply.mean(1), grad_demand.mean(1))
+
+
+def test_forbidden_arcs_are_not_used():
+    cost = torch.tensor([[1.0, 0.0], [5.0, 2.0]], dtype=torch.float64)
+    cost[0, 1] = float("inf")
+    value, flow, *_ = reference.emd(cost)
+    torch.testing.assert_close(flow, torch.eye(2, dtype=torch.float64) / 2)
+    assert value.item() == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("factor", (0.4, 2.5))
+def test_partial_equals_the_operator(factor):
+    """Value, flow, duals and gradients, on either side of equal masses."""
+    generator = torch.Generator().manual_seed(0)
+    cost, supply, demand = (
+        torch.rand(3, *shape, dtype=torch.float64, generator=generator) for shape in ((4, 5), (4,), (5,))
+    )
+    inputs = [
+        tensor.detach().requires_grad_()
+        for tensor in (cost, factor * supply, demand * supply.sum(-1, keepdim=True) / demand.sum(-1, keepdim=True))
+    ]
+    results = [function(*inputs, partial=True) for function in (reference.emd, fewshot_ext.emd)]
+    torch.testing.assert_close(results[0], tuple(results[1]))
+    upstream = torch.randn(3, 4, 5, dtype=torch.float64, generator=generator)
+    gradients = [torch.autograd.grad(value.sum() + (flow * upstream).sum(), inputs) for value, flow, *_ in results]
+    torch.testing.assert_close(*gradients)
 
 
 def test_missing_cvxpy_is_named(monkeypatch):
