@@ -46,6 +46,12 @@ int raise_again(void* context) {
 
 }  // namespace
 
+// Out of line: inside the loops that ask, it would take their registers.
+bool Cancellation::requested() {
+  if (!requested_.load(std::memory_order_relaxed) && is_caller() && Clock::now() >= next_look_) look();
+  return requested_.load(std::memory_order_relaxed);
+}
+
 // An exception that a handler raised cannot pass through torch, which makes a RuntimeError of everything: the call ends
 // with one, and in Python's next step the exception takes its place.
 void Cancellation::look() {

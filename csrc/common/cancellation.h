@@ -13,10 +13,7 @@ namespace fewshot_ext {
 class Cancellation {
  public:
   // Cheap, but not free: to be asked every few microseconds at most.
-  bool requested() {
-    if (!requested_.load(std::memory_order_relaxed) && is_caller() && Clock::now() >= next_look_) look();
-    return requested_.load(std::memory_order_relaxed);
-  }
+  bool requested();
 
   bool is_caller() const { return std::this_thread::get_id() == caller_; }
 

@@ -61,8 +61,8 @@ class EmdSolver {
 
  private:
   void lay_out(ByteArena& arena) {
-    if (has_sets_) simplex_.lay_out(arena, n_, m_);
     cost_ = arena.template take<Accumulate>(n_ * Simplex::cost_stride(m_));
+    if (has_sets_) simplex_.lay_out(arena, n_, m_);
     start_.lay_out(arena, n_, Simplex::cost_stride(m_));
     mass_ = arena.template take<double>(n_ + m_);
     dual_ = arena.template take<double>(n_ + m_);
@@ -198,18 +198,21 @@ class EmdSolver {
       // A row without mass is looked at, too: an entry that is no cost is a fault wherever it is.
       const bool keep = kept < row_count_ && rows_[kept] == i;
       Accumulate* to = cost_ + kept * stride_;
-      Accumulate* line = keep && all_columns ? to : line_;
+      const bool whole = keep && all_columns;
+      Accumulate* line = whole ? to : line_;
       if (step == 1)
         for (int64_t j = 0; j < m_; ++j) line[j] = to_accumulate(row[j]);
       else
         for (int64_t j = 0; j < m_; ++j) line[j] = to_accumulate(row[j * step]);
       const int64_t padded = Simplex::cost_stride(m_);
       std::fill(line + m_, line + padded, Accumulate(0));
+      Vector<Accumulate> largest_of_row{};
       for (int64_t j = 0; j < padded; j += Simplex::cost_lanes) {
         const Vector<Accumulate> v = load(line + j);
         zero += v - v;  // NaN for infinity and NaN
-        if (all_columns && keep) largest = larger<Accumulate>(v < 0 ? -v : v, largest);
+        largest_of_row = larger<Accumulate>(v < 0 ? -v : v, largest_of_row);
       }
+      if (whole) largest = larger<Accumulate>(largest_of_row, largest);
       if (!keep) continue;
       if (!all_columns) {
         for (int64_t j = 0; j < column_count_; ++j) to[j] = line[columns_[j]];
@@ -381,7 +384,7 @@ class EmdSolver {
   }
 
   // The same without rounding, from the tree that there is.
-  EmdFault solve_exactly() {
+  __attribute__((noinline, cold)) EmdFault solve_exactly() {
     if (cancellation_.requested()) return EmdFault::stopped;
     exact_.prepare(*this, {row_count_, column_count_, cost_, stride_, cost_exponent_, largest_cost_, forbids_,
                            problem_.partial ? row_count_ - 1 : -1, problem_.partial ? column_count_ - 1 : -1});
@@ -489,13 +492,18 @@ class EmdSolver {
     const auto value = static_cast<Accumulate>(value_);
     problem_.value[index_] = value;
     problem_.pivots[index_] = static_cast<int32_t>(pivots_);
-    Accumulate zero = value - value;
+    constexpr Accumulate most = std::numeric_limits<Accumulate>::max();
+    bool in_range = std::abs(value) <= most;
     Accumulate *to_u = problem_.supply_dual + index_ * n_, *to_v = problem_.demand_dual + index_ * m_;
-    for (int64_t i = 0; i < n_; ++i) to_u[i] = static_cast<Accumulate>(dual_[i]);
-    for (int64_t j = 0; j < m_; ++j) to_v[j] = static_cast<Accumulate>(dual_[n_ + j]);
-    for (int64_t i = 0; i < n_; ++i) zero += to_u[i] - to_u[i];
-    for (int64_t j = 0; j < m_; ++j) zero += to_v[j] - to_v[j];
-    return zero == 0;
+    for (int64_t i = 0; i < n_; ++i) {
+      to_u[i] = static_cast<Accumulate>(dual_[i]);
+      in_range &= std::abs(to_u[i]) <= most;
+    }
+    for (int64_t j = 0; j < m_; ++j) {
+      to_v[j] = static_cast<Accumulate>(dual_[n_ + j]);
+      in_range &= std::abs(to_v[j]) <= most;
+    }
+    return in_range;
   }
 
   int32_t cell_of(int64_t node) const {
