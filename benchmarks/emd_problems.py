@@ -154,6 +154,83 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
+# Where one number dwarfs another, or no number will do: for what is exact at any range.
+
+
+def any_spread(problems: int, n: int, m: int, generator: Generator) -> Instances:
+    """Costs of either sign over up to 300 orders of magnitude within a problem."""
+    cost, supply, demand = uniform(problems, n, m, generator)
+    spread = 10 ** (2.48 * _uniform(problems, 1, 1, generator=generator))
+    sign = 1 - 2 * _integers(2, problems, 1, 1, generator=generator) * _integers(2, problems, n, m, generator=generator)
+    return sign * 10 ** (spread * (cost - 0.5)), supply, demand
+
+
+def outliers(problems: int, n: int, m: int, generator: Generator) -> Instances:
+    """Some costs of up to 1e300 among those of [0, 1], for equal masses."""
+    cost, supply, demand = assignment(problems, n, m, generator)
+    size = 10 ** (300 * _uniform(problems, 1, 1, generator=generator))
+    return torch.where(_uniform(problems, n, m, generator=generator) < 0.1, size, cost), supply, demand
+
+
+def huge_padding(problems: int, n: int, m: int, generator: Generator) -> Instances:
+    """Points without mass, at costs of up to 1e300 from all others."""
+    cost, supply, demand = zero_mass(problems, n, m, generator)
+    size = 10 ** (300 * _uniform(problems, 1, 1, generator=generator))
+    return torch.where((supply[:, :, None] > 0) & (demand[:, None] > 0), cost, size), supply, demand
+
+
+def large_integers(problems: int, n: int, m: int, generator: Generator) -> Instances:
+    cost = torch.randint(2**53, (problems, n, m), generator=generator).double()
+    return cost, *_integer_marginals(problems, n, m, generator)
+
+
+def spread_everywhere(problems: int, n: int, m: int, generator: Generator) -> Instances:
+    """Costs over 30 and masses over 15 orders of magnitude."""
+    cost, _, _ = uniform(problems, n, m, generator)
+    masses = (10 ** (15 * _uniform(problems, points, generator=generator) - 15) for points in (n, m))
+    return _balanced(10 ** (30 * cost - 15), *masses)
+
+
+def forbidden(problems: int, n: int, m: int, generator: Generator) -> Instances:
+    """All arcs are forbidden but a part, and those of one flow."""
+    cost, _, _ = uniform(problems, n, m, generator)
+    flow = torch.zeros(problems, n, m, dtype=torch.float64)
+    for _ in range(max(n, m)):
+        arcs = torch.randint(n * m, (problems, 1), generator=generator)
+        units = _integers(8, problems, 1, generator=generator) + 1
+        flow.flatten(1).scatter_add_(1, arcs, units)
+    density = _uniform(problems, 1, 1, generator=generator)
+    allowed = (flow > 0) | (_uniform(problems, n, m, generator=generator) > density)
+    return cost.where(allowed, torch.inf), flow.sum(2), flow.sum(1)
+
+
+def infeasible(problems: int, n: int, m: int, generator: Generator) -> Instances:
+    """One supplier has no arc that is allowed."""
+    cost, supply, demand = uniform(problems, n, m, generator)
+    rows = torch.randint(n, (problems, 1, 1), generator=generator)
+    return cost.scatter(1, rows.expand(problems, 1, m), torch.inf), supply, demand
+
+
+def partial(problems: int, n: int, m: int, generator: Generator) -> Instances:
+    """Masses that differ."""
+    cost, supply, demand = uniform(problems, n, m, generator)
+    return cost - 0.2, supply, demand * 10 ** (2 * _uniform(problems, 1, generator=generator) - 1)
+
+
+EXTREME_FAMILIES: dict[str, Family] = {
+    family.__name__: family
+    for family in (
+        any_spread,
+        outliers,
+        huge_padding,
+        large_integers,
+        spread_everywhere,
+        forbidden,
+        infeasible,
+        partial,
+    )
+}
+
 EPISODE = 375  # problems of a 5-way episode with 15 queries a class
 _DRAWN = 1000
 
