@@ -26,7 +26,7 @@ from lightning.pytorch.loggers import TensorBoardLogger  # noqa: E402
 
 from fewshot_ext._checks import check_at_least  # noqa: E402
 from fewshot_ext._files import remove_leftovers  # noqa: E402
-from fewshot_ext._formats import check_schema, misfits_named  # noqa: E402
+from fewshot_ext._formats import check_schema, misfits_named, read_weights  # noqa: E402
 from fewshot_ext._random import derive_seed  # noqa: E402
 from fewshot_ext._record import check_same_settings  # noqa: E402
 from fewshot_ext.data import ImageArchive  # noqa: E402
@@ -218,7 +218,7 @@ class TrainingRun(ABC):
                 trainer.fit(self.module, loader, ckpt_path=self.start, weights_only=True)
             trainer.save_checkpoint(self.directory / LAST)
             if self.validation:
-                self.module.load_state_dict(read_checkpoint(self.directory / BEST)["state_dict"])
+                self.module.load_state_dict(read_weights(self.directory / BEST)["state_dict"])
             else:
                 trainer.save_checkpoint(self.directory / BEST)
         return self.module.to(trainer.strategy.root_device).eval()

@@ -213,7 +213,7 @@ def test_a_timm_model_without_timm(support, query, tmp_path, capsys, monkeypatch
 
 def test_item_27_a_class_that_a_spreadsheet_would_run_is_a_text(support, query, checkpoints, tmp_path):
     name = "=cmd|calc"
-    (support / "0").rename(support / name)
+    (support / "digit 0").rename(support / name)
     assert classify(support, query, checkpoints[0], tmp_path / "out") == 0
     rows = predictions(tmp_path / "out")
     assert {row["predicted"] for row in rows} >= {f"'{name}"}

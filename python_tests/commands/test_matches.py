@@ -121,7 +121,7 @@ def test_one_picture_is_matched_with_all_of_the_other_side(checkpoints, pictures
     backbone = FrozenBackbone.from_checkpoint(checkpoints[0])
     (one, _) = sorted((pictures / "query").iterdir())
     for sides in ((one, pictures / "three"), (pictures / "three", one)):
-        pairs = _read_pairs(*map(str, sides), backbone)
+        pairs, _ = _read_pairs(*map(str, sides), backbone)
         assert len(pairs) == 3
         assert len({pair.names for pair in pairs}) == 3
         assert pairs[0].query.shape == (1, 8, 8)

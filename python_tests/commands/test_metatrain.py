@@ -120,7 +120,7 @@ def test_a_wrong_argument_gets_one_line_and_exit_code_2(options, message, argume
 
 
 def test_a_wrong_checkpoint_is_found_before_the_images_are_loaded(arguments, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("fewshot_ext.commands.training.load_images", lambda name: pytest.fail("images were loaded"))
+    monkeypatch.setattr("fewshot_ext.commands.training.load_data", lambda name: pytest.fail("images were loaded"))
     (tmp_path / "text.ckpt").write_text("nothing")
     assert main([*arguments, "--output", str(tmp_path), "--checkpoint", str(tmp_path / "text.ckpt")]) == 2
     assert "text.ckpt is not the checkpoint of a" in capsys.readouterr().err

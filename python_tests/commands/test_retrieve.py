@@ -167,7 +167,7 @@ def test_a_backbone_without_maps_is_found_before_any_work(with_regions, tmp_path
         (["--data", "digits", "--gallery", "."], "--gallery goes with --query"),
         (["--data", "nowhere"], "there is no image set 'nowhere'"),
         (["--data", "digits", "--split", "test"], "split must be 'base' or 'validation' or 'novel', got 'test'"),
-        (["--data", "digits", "--split", "validation"], "the archive has no validation classes"),
+        (["--data", "digits", "--split", "validation"], "the images have no validation classes"),
         (["--data", "digits", "--ks", "896"], "ks: expected K in [1, 895]"),
         (["--data", "digits", "--ks", "1", "1"], "none twice"),
         (["--data", "digits", "--neighbors", "896"], "neighbors must be at most 895"),
@@ -206,7 +206,7 @@ def test_a_backbone_without_maps_is_found_before_any_work(with_regions, tmp_path
         (["--data", "digits", "--lone_queries", "drop"], "lone_queries: expected one of error, exclude, miss"),
         (["--data", "digits", "--device", "tpu"], "device must be auto, cpu or cuda"),
         (["--query", "nowhere"], "'nowhere' is not a folder"),
-        (["--query", "{folders}/query/digit 5"], "must hold a folder of pictures for each class"),
+        (["--query", "{folders}/query/digit 5"], "lies in no class's folder"),
         (["--query", "{folders}/query", "--gallery", "{folders}/query/"], "leave --gallery out"),
         (["--query", "{folders}/query", "--gallery", "{folders}/gallery", "--ks", "19"], "ks: expected K in [1, 18]"),
     ],
@@ -300,10 +300,10 @@ def test_what_a_folder_holds_besides_is_said_and_recorded(checkpoints, folders, 
     query, gallery = (shutil.copytree(folders / name, tmp_path / name) for name in ("query", "gallery"))
     (query / "notes.txt").touch()
     (gallery / "digit 5" / "2.png").rename(gallery / "digit 5" / os.fsdecode(b"\xff.png"))
-    arguments = ["--query", str(query), "--gallery", str(gallery), "--neighbors", "3", "--no_nmi"]
+    arguments = ["--query", str(query), "--gallery", str(gallery), "--neighbors", "18", "--no_nmi"]
     assert run(checkpoints[0], tmp_path, *arguments) == 0
     told = "files of other kinds (1 .txt) passed over: 1, namely 'notes.txt'"
     assert told in capsys.readouterr().err
-    assert json.loads((tmp_path / "retrieval.json").read_text())["passed_over"] == {"query": [told]}
+    assert json.loads((tmp_path / "retrieval.json").read_text())["passed_over"] == {"queries": [told]}
     neighbors = csv.DictReader((tmp_path / "neighbors.csv").open(encoding="utf-8"))
     assert any(row["neighbor"].endswith(r"\udcff.png") for row in neighbors)

@@ -363,7 +363,9 @@ def test_missing_pytorch_metric_learning_names_the_pip_line(archive, tmp_path, m
     is_installed = _extras.is_installed
     monkeypatch.setattr(_extras, "is_installed", lambda name: name != "pytorch_metric_learning" and is_installed(name))
     with pytest.raises(ImportError, match=r"pip install 'fewshot_ext\[metric\]'"):
-        MetricTrainingRun(TINY_METRIC, archive, tmp_path)
+        MetricTrainingRun(
+            replace(TINY_METRIC, loss="contrastive", anti_collapse=AntiCollapseConfig("pair")), archive, tmp_path
+        )
 
 
 def test_seen_images_are_drawn_evenly_and_by_the_seed():
