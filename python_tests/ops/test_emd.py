@@ -34,8 +34,9 @@ def instances(family, problems, n, m, seed=0, dtype=torch.float64):
 
 
 def assert_certified(problem, result):
-    found = certificate(*problem, result)
-    bad = ~found.holds(TOLERANCE[result.value.dtype])
+    tolerance = TOLERANCE[result.value.dtype]
+    found = certificate(*problem, result, tolerance)
+    bad = ~found.holds(tolerance)
     assert not bad.any(), {name: part[bad][0].item() for name, part in found._asdict().items()}
 
 
