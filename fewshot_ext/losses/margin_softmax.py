@@ -120,7 +120,8 @@ class MarginCosineLoss(_MarginLoss):
     def scores(self, features: Tensor) -> Tensor:
         """Plain cosines ``[N, C]``, without margin and scale: what a prediction is made from."""
         with full_precision():
-            return F.linear(normalize(features), normalize(self.weight))
+            cosines = F.linear(normalize(features), normalize(self.weight))
+        return cosines.to(torch.result_type(features, self.weight))
 
 
 class MarginSoftmaxLoss(_MarginLoss):

@@ -146,7 +146,8 @@ main(["{name}", "--help"])
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     options = done.stdout[done.stdout.index("\noptions:") :]
-    titles = [line for line in options.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    titles = [part.partition("\n")[0] for part in options.strip().split("\n\n") if not part.startswith(" ")]
+    titles = [title.strip() for title in titles if title.endswith(":")]
     assert titles == ["options:", "run:", *TITLES[name]]
     if name == "metatrain":
         assert "authors of DeepEMD advise against" in " ".join(done.stdout.split())

@@ -212,6 +212,7 @@ def test_download_says_how_to_go_on(monkeypatch, tmp_path, capsys):
 
     def fetch(remote, folder):
         steps.append((remote, folder))
+        (folder / "images").mkdir()
         return [folder / "images"]
 
     monkeypatch.setattr("fewshot_ext.commands.data.download.download", fetch)

@@ -64,7 +64,7 @@ def test_a_wrong_results_file_is_named(results):
     for text, message in (
         ("{", "does not hold the results of margins"),
         (json.dumps({"analysis": "shots", "rows": []}), "it holds the analysis 'shots'"),
-        (json.dumps({"analysis": "margins"}), "does not hold the results of margins: KeyError"),
+        (json.dumps({"analysis": "margins"}), "does not hold the results of margins: content lacks 'rows'"),
     ):
         (results / "margins.json").write_text(text)
         with pytest.raises(ValueError, match=message):

@@ -180,7 +180,7 @@ def test_images_that_have_changed_are_noticed(trained, monkeypatch, digits):
     from fewshot_ext.experiments import sweep as module
 
     other = replace(digits, images=255 - digits.images)
-    monkeypatch.setattr(module, "load_images", lambda name: other)
+    monkeypatch.setattr(module, "open_images", lambda name: other)
     with pytest.raises(ValueError, match=r"data digits is not what the sweep in .* was trained on"):
         Sweep.read(trained.output, FEW)
 
