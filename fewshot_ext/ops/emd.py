@@ -82,23 +82,29 @@ def _(grad_flow, basis):
 @torch.library.custom_op("fewshot_ext::emd_tree_flow", mutates_args=())
 def _tree_flow_op(supply: Tensor, demand: Tensor, basis: Tensor) -> Tensor:
     """The flow [B, n, m] on the arcs of each basis that moves supply [B, n] to demand [B, m], once what their sums
-    differ by is spread evenly, one half over each side: the adjoint of emd_flow_backward."""
+    differ by is spread evenly, one half over each side's points with mass: the adjoint of emd_flow_backward."""
     (batch, n), m = supply.shape, demand.shape[1]
     supplied, demanded = supply.double(), demand.double()
-    excess = (supplied.sum(-1, keepdim=True) - demanded.sum(-1, keepdim=True)) / 2
-    # Below each node hang the nodes that arcs later in the basis joined to it, and what all of them supply, less what
-    # they demand, leaves through the arc that joined the node itself. Sums double their reach at every step. The last
-    # node stands above the root.
-    leaving = torch.cat([supplied - excess / n, -demanded - excess / m, excess.new_zeros(batch, 1)], -1)
-    arcs = basis.long()
+    carries = basis >= 0  # the arc of a point without mass is -1 less its cell
+    arcs = torch.where(carries, basis, -1 - basis).long()
     row, column = arcs // m, n + arcs % m
     position = torch.arange(n + m - 1, device=arcs.device).expand_as(arcs)
     joined_at = position.new_full((batch, n + m), n + m)
     joined_at.scatter_reduce_(1, torch.cat([row, column], 1), torch.cat([position, position], 1), "amin")
     joined_at[:, 0] = -1  # the root
     row_joins = joined_at.gather(1, row) == position
+    joined = torch.where(row_joins, row, column)
+    # Of the first arc's ends it is the root that may be without mass.
+    has_mass = torch.ones_like(joined_at, dtype=torch.bool).scatter_(1, joined[:, 1:], carries[:, 1:])
+    has_mass[:, 0] = carries[:, 0]
+    excess = (supplied.sum(-1, keepdim=True) - demanded.sum(-1, keepdim=True)) / 2
+    rows, columns = (part / part.sum(-1, keepdim=True) for part in has_mass.double().split((n, m), -1))
+    # Below each node hang the nodes that arcs later in the basis joined to it, and what all of them supply, less what
+    # they demand, leaves through the arc that joined the node itself. Sums double their reach at every step. The last
+    # node stands above the root.
+    leaving = torch.cat([supplied - excess * rows, -demanded - excess * columns, excess.new_zeros(batch, 1)], -1)
     above = position.new_full((batch, n + m + 1), n + m)
-    above.scatter_(1, torch.where(row_joins, row, column), torch.where(row_joins, column, row))
+    above.scatter_(1, joined, torch.where(row_joins, column, row))
     for _ in range((n + m).bit_length()):
         leaving = leaving.scatter_add(1, above, leaving)
         leaving[:, -1] = 0

@@ -225,3 +225,23 @@ def test_equals_a_quadratic_program_of_vanishing_regularisation():
         expected = torch.autograd.grad((regular * similarity).sum(), inputs)
         score = 1 - fewshot_ext.emd(1 - similarity, *normalised()).value
         torch.testing.assert_close(torch.autograd.grad(score, inputs), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_derivatives_of_flow_and_duals_beside_points_without_mass():
+    torch.manual_seed(0)
+    cost = torch.rand(4, 5, dtype=torch.float64)
+    supply = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64) * (torch.rand(4, dtype=torch.float64) + 0.1)
+    demand = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0], dtype=torch.float64) * (torch.rand(5, dtype=torch.float64) + 0.1)
+    supply, demand = supply / supply.sum(), demand / demand.sum()
+    for first in (supply, supply.flip(0).roll(1), supply.roll(-1)):  # the root of the basis with and without mass
+
+        def of_cost(cost, first=first):
+            _, _, supply_dual, demand_dual = fewshot_ext.emd(cost, first, demand)
+            return supply_dual[first > 0], demand_dual[demand > 0]
+
+        torch.autograd.gradcheck(of_cost, cost.clone().requires_grad_(), check_forward_ad=True)
+        change = torch.where(first > 0, 1.0, 0.0) * torch.tensor([1.0, -2.0, 3.0, -4.0], dtype=torch.float64)
+        change = change - torch.where(first > 0, change.sum() / 3, 0)
+        flow = torch.func.jvp(lambda masses: fewshot_ext.emd(cost, masses, demand).flow, (first,), (change,))[1]
+        moved, back = (fewshot_ext.emd(cost, first + step * change, demand).flow for step in (1e-6, -1e-6))
+        torch.testing.assert_close(flow, (moved - back) / 2e-6, rtol=1e-6, atol=1e-6)
