@@ -273,6 +273,9 @@ def train_and_write(
     Returns:
         The exit code.
     """
+    # Before any run starts: a signal in the midst of this import would leave half a module to write with.
+    from matplotlib.backends import backend_agg  # noqa: F401
+
     head = head_of(sweep, resolved)
     write_config(sweep.output, name, resolved)
 
