@@ -184,7 +184,7 @@ def test_one_stage_does_not_resume_another(tiny, settings, archive, digits, fold
     ("changes", "options", "message"),
     [
         ({"queries": 4}, {}, "meta_training.queries is 3, not 4"),
-        ({"epochs": 1}, {}, "epochs"),
+        ({"epochs": 1}, {}, "meta_training.epochs is 2, not 1"),
         ({"classifier": StructuredClassifierConfig(lr=0.5)}, {}, "meta_training.classifier.lr is 0.1, not 0.5"),
         ({}, {"seed": 1}, "seed is 0, not 1"),
     ],
