@@ -237,6 +237,8 @@ _DRAWN = 1000
 
 def float32_batch(kind: str, points: int, problems: int, seed: int = 0) -> list[Tensor]:
     """Problems of a family as networks make them, in float32; long batches repeat the first 1000."""
-    drawn = FAMILIES[kind](min(problems, _DRAWN), points, points, torch.Generator().manual_seed(seed))
+    drawn = {**FAMILIES, **EXTREME_FAMILIES}[kind](
+        min(problems, _DRAWN), points, points, torch.Generator().manual_seed(seed)
+    )
     copies = -(-problems // _DRAWN)
     return [tensor.float().repeat(copies, *[1] * (tensor.dim() - 1))[:problems] for tensor in drawn]
