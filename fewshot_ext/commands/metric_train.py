@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
-from fewshot_ext import _extras
 from fewshot_ext.commands.training import add_config_arguments, add_run_arguments, check_run, recipe_action, train
+from fewshot_ext.losses.base_losses import require_packages
 from fewshot_ext.training.metric_config import NO_ANTI_COLLAPSE, MetricTrainingConfig
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         arguments: the parsed options.
         resolved: the same as YAML, to be written beside the results.
     """
-    _extras.require("metric", "pytorch_metric_learning")
+    require_packages(arguments.loss)
     config = MetricTrainingConfig(**{field.name: arguments[field.name] for field in fields(MetricTrainingConfig)})
     inputs = check_run(arguments)
 

@@ -22,7 +22,7 @@ class Split(IntEnum):
     NOVEL = 2
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ImageArchive:
     """Images of many classes, held in memory as uint8.
 
@@ -216,6 +216,12 @@ class ImageArchive:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def __repr__(self) -> str:
+        counts = self.class_split.bincount(minlength=len(Split)).tolist()
+        roles = ", ".join(f"{count} {split.name.lower()}" for split, count in zip(Split, counts, strict=True) if count)
+        size = " x ".join(map(str, self.images.shape[1:]))
+        return f"ImageArchive({len(self)} images of {size}; classes: {roles})"
 
     def __getitem__(self, index) -> tuple[Tensor, Tensor]:
         return self.images[index], self.labels[index]

@@ -17,8 +17,10 @@ def load_digits() -> ImageArchive:
 
     Example:
         >>> digits = load_digits()
-        >>> digits.images.shape, digits.subset(Split.NOVEL).class_names
-        (torch.Size([1797, 1, 8, 8]), ('5', '6', '7', '8', '9'))
+        >>> digits
+        ImageArchive(1797 images of 1 x 8 x 8; classes: 5 base, 5 novel)
+        >>> digits.subset(Split.NOVEL).class_names
+        ('5', '6', '7', '8', '9')
     """
     _extras.require("train", "sklearn")
     from sklearn.datasets import load_digits as load_sklearn_digits

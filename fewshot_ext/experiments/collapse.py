@@ -23,6 +23,7 @@ from fewshot_ext.experiments.metric_runs import (
 )
 from fewshot_ext.experiments.sweep import TaskSweep
 from fewshot_ext.experiments.tables import write_table
+from fewshot_ext.losses.base_losses import require_packages
 from fewshot_ext.models import build_backbone
 
 NAME = "collapse"
@@ -50,7 +51,7 @@ class CollapseSweep(TaskSweep):
         checkpoints: folder of the trained runs, which several sweeps may share; ``output / "runs"`` where None.
 
     Raises:
-        ImportError: a package of the extras ``train`` and ``metric`` is missing.
+        ImportError: a package is missing, of the extra ``train`` or, for contrastive and triplet loss, of ``metric``.
         ValueError: images too small for the backbone, classes that do not make P x K batches or that retrieval cannot
             be measured on, or a folder that holds a run of other settings.
     """
@@ -65,7 +66,8 @@ class CollapseSweep(TaskSweep):
         checkpoints: str | Path | None = None,
     ) -> None:
         _extras.require("train", "lightning", "tensorboard", "kornia", "matplotlib", "tqdm", "scipy")
-        _extras.require("metric", "pytorch_metric_learning")
+        for run in runs:
+            require_packages(run.training.loss)
         from fewshot_ext.training.metric_callbacks import EmbeddingHistory
         from fewshot_ext.training.metric_training import check_batches
 

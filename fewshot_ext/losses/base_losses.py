@@ -74,6 +74,12 @@ class MinedLoss(nn.Module):
             return self.loss(embeddings, labels, self.miner(embeddings, labels))
 
 
+def require_packages(name: str) -> None:
+    """Raises :class:`ImportError` where the base loss ``name`` needs a package that is missing."""
+    if name not in PROXY_LOSSES:
+        require("metric", "pytorch_metric_learning")
+
+
 def base_loss(name: str, num_classes: int, embedding_size: int) -> nn.Module:
     """A loss ``loss(embeddings [n, D], labels [n]) -> []`` with the settings of the official Anti-Collapse code.
 
@@ -115,7 +121,7 @@ def base_loss(name: str, num_classes: int, embedding_size: int) -> nn.Module:
     embedding_size = check_count("embedding_size", embedding_size, 1)
     if name in PROXY_LOSSES:
         return ProxyLoss(name, num_classes, embedding_size)
-    require("metric", "pytorch_metric_learning")
+    require_packages(name)
     from pytorch_metric_learning import losses, miners, reducers
 
     if name == "contrastive":
