@@ -94,7 +94,7 @@ def wasserstein_distance(
     Gradients reach points and weights, those of the weights along directions that keep each sum alone, because weights
     are scaled. They are those of the optimal flow; where several flows are optimal, of the one found. Where points
     coincide their distance has the subgradient 0, and so has a W_p of 0 with p > 1. Second and forward-mode derivatives
-    raise a RuntimeError.
+    need those of :func:`torch.cdist`, and raise its RuntimeError where torch has them not.
 
     Raises:
         TypeError: a wrong type or dtype.
