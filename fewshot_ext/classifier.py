@@ -25,11 +25,12 @@ from fewshot_ext.evaluation.heads import HEADS, FineTuning, Head
 from fewshot_ext.evaluation.images import ImageBatches
 from fewshot_ext.evaluation.map_heads import MAP_HEADS
 from fewshot_ext.evaluation.protocol import extract_features
-from fewshot_ext.models import LocalFeaturesConfig, StructuredClassifierConfig
-from fewshot_ext.training.features import CHECKPOINT_SCHEMA
+from fewshot_ext.models import LocalFeaturesConfig, Network, StructuredClassifierConfig
+from fewshot_ext.models.checkpoint import SCHEMA_0_1
+from fewshot_ext.models.network import CONTENT_SCHEMAS, rebuild_network
 
 _FORMAT = "fewshot_ext.FewShotClassifier"
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 _LOCAL_FEATURES = LocalFeaturesConfig()
 _HEAD_TYPES = {type(head).__name__: type(head) for head in (*HEADS.values(), *MAP_HEADS.values())}
 # What else a head may have among its settings.
@@ -49,8 +50,8 @@ _SCHEMA = {
 }
 _ORIGINS: dict[str, dict[str, Any]] = {
     "sha256": {"sha256": str},
-    "timm": {"timm": str, "state_dict": {str: Tensor}},
-    "checkpoint": {"checkpoint": CHECKPOINT_SCHEMA},
+    **CONTENT_SCHEMAS,
+    "checkpoint": {"checkpoint": SCHEMA_0_1},
 }
 # Side of the images that a file may ask for, and of one that is worth a trial when it is loaded.
 _LARGEST_IMAGE, _LARGEST_TRIAL = math.isqrt(MAX_PIXELS), 512
@@ -111,7 +112,7 @@ class FewShotClassifier:
 
     def __init__(
         self,
-        backbone: FrozenBackbone | nn.Module | str | Path,
+        backbone: FrozenBackbone | Network | nn.Module | str | Path,
         head: str | Head = "finetune",
         *,
         preprocessing: Callable[[Tensor], Tensor] | None = None,
@@ -139,14 +140,14 @@ class FewShotClassifier:
             raise ValueError(f"base_mean must be given for {name}, which subtracts it; 'simpleshot_l2n' does without")
         self.backbone = FrozenBackbone.open(backbone, preprocessing)
         if device is not None:
-            self.backbone.module.to(device)
+            self.backbone.network.to(device)
         if head == "finetune":
-            chosen = FineTuning(similarity=self.backbone.similarity)
-        self.local_features, self._extractor = choice.local_features, self.backbone.module
+            chosen = FineTuning(similarity=self.backbone.network.similarity)
+        self.local_features, self._extractor = choice.local_features, self.backbone.network
         if choice.local_features is not None:
-            self._extractor = self.backbone.local_features(choice.local_features)
+            self._extractor = self.backbone.network.local_features(choice.local_features)
         self.head, self.batch_size, self.seed, self.base_mean = chosen, batch_size, seed, base_mean
-        self.image_size = image_size or self.backbone.image_size
+        self.image_size = image_size or self.backbone.network.image_size
         self._forget()
 
     def fit(
@@ -265,7 +266,6 @@ class FewShotClassifier:
         head = type(self.head).__name__
         if not _is_ours(self.head):
             raise TypeError(f"head must be one of {', '.join(_HEAD_TYPES)} to be saved, got {head}")
-        origin = self.backbone.origin
         content = {
             "format": _FORMAT,
             "format_version": _FORMAT_VERSION,
@@ -279,7 +279,7 @@ class FewShotClassifier:
             "image_size": self.image_size,
             "batch_size": self.batch_size,
             "seed": self.seed,
-            "backbone": origin or {"sha256": state_checksum(self.backbone.module)},
+            "backbone": self.backbone.network.content() or {"sha256": state_checksum(self.backbone.network)},
         }
         replace_file(Path(path).expanduser(), lambda temporary: torch.save(content, temporary))
 
@@ -316,11 +316,11 @@ class FewShotClassifier:
         misfit = f"{path} does not hold a FewShotClassifier that fits this version of fewshot_ext"
         if own:
             source = FrozenBackbone.open(backbone, preprocessing)
-            if state_checksum(source.module) != origin["sha256"]:
+            if state_checksum(source.network) != origin["sha256"]:
                 raise ValueError(f"backbone must have the weights that {path} was saved with, got others")
         else:
             with misfits_named(misfit):
-                source = FrozenBackbone.rebuild(origin)
+                source = rebuild_network(origin)
         with misfits_named(misfit):
             settings = {name: content[name] for name in ("image_size", "batch_size", "seed", "base_mean")}
             if content.get("local_features") is not None:
@@ -354,9 +354,9 @@ class FewShotClassifier:
             raise ValueError(f"base_mean: expected floats [{support.shape[-1]}], got {mean.dtype} {list(mean.shape)}")
         if self.head.takes_maps:
             self.head.check_regions(int(target.bincount().min()) * support.shape[1])
-        if self.backbone.channels and self.image_size and self.image_size <= _LARGEST_TRIAL:
+        if self.backbone.network.channels and self.image_size and self.image_size <= _LARGEST_TRIAL:
             # The weights in the file make features of some size, and those in it must have it too.
-            image = torch.zeros(1, self.backbone.channels, self.image_size, self.image_size, dtype=torch.uint8)
+            image = torch.zeros(1, self.backbone.network.channels, self.image_size, self.image_size, dtype=torch.uint8)
             self._check_size(next(self._features(self._batches(image), None)))
 
     def _forget(self) -> None:
@@ -386,7 +386,7 @@ class FewShotClassifier:
 
     def _batches(self, images: Any) -> ImageBatches:
         return ImageBatches(
-            images, channels=self.backbone.channels, image_size=self.image_size, batch_size=self.batch_size
+            images, channels=self.backbone.network.channels, image_size=self.image_size, batch_size=self.batch_size
         )
 
     def _features(self, batches: ImageBatches, on_progress: Callable[[int], None] | None) -> Iterator[Tensor]:
@@ -522,7 +522,10 @@ def _from_plain(value: Any) -> Any:
     check_schema(value, {"type": str, "settings": {str: object}}, "head")
     if value["type"] not in _SETTING_TYPES:
         raise ValueError(f"there is no head {value['type'][:40]!r}")
-    return typed(_SETTING_TYPES[value["type"]], {name: _from_plain(part) for name, part in value["settings"].items()})
+    settings = {name: _from_plain(part) for name, part in value["settings"].items()}
+    if settings.get("similarity") == "softmax":  # of version 0.1
+        settings["similarity"] = "dot"
+    return typed(_SETTING_TYPES[value["type"]], settings)
 
 
 def _listed(value: Any) -> Any:
@@ -531,10 +534,10 @@ def _listed(value: Any) -> Any:
 
 def _read(path: Path) -> dict[str, Any]:
     """The content of the file, of which every part is of its type."""
-    with misfits_named(f"{path} does not hold a FewShotClassifier of version {_FORMAT_VERSION}"):
+    with misfits_named(f"{path} does not hold a FewShotClassifier that this version reads"):
         content = read_weights(path)
         check_schema(content, {"format": str, "format_version": int}, "the file")
-        if (content["format"], content["format_version"]) != (_FORMAT, _FORMAT_VERSION):
+        if content["format"] != _FORMAT or not 1 <= content["format_version"] <= _FORMAT_VERSION:
             raise ValueError(f"it holds {content['format'][:40]!r} version {content['format_version']}")
         check_schema(content, _SCHEMA, "the file")
         origin = content["backbone"]

@@ -22,7 +22,7 @@ from fewshot_ext.data import ImageArchive, load_split
 from fewshot_ext.evaluation import FrozenBackbone
 from fewshot_ext.experiments.sweep import Sweep
 from fewshot_ext.experiments.tables import read_table
-from fewshot_ext.training import load_backbone
+from fewshot_ext.models import load_network
 
 # The commands set the number of threads of the process; the fixture sets it back.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -142,13 +142,13 @@ class TestItem24:
                     packed.writestr(name, whole.read(name))
             packed.writestr("archive/data/999", bytes(1 << 26))
         with pytest.raises(ValueError, match=r"is not the checkpoint of .*: the file is refused: it would unpack to"):
-            load_backbone(tmp_path / "a.ckpt")
+            load_network(tmp_path / "a.ckpt")
 
     @pytest.mark.parametrize("kind", ["settings", "classes", "stride"])
     def test_a_checkpoint_of_a_network_that_is_not_in_it(self, kind, checkpoints, tmp_path):
         content = torch.load(checkpoints[0], weights_only=True)
         if kind == "settings":
-            content["hyper_parameters"]["config"]["backbone"]["width"] = 2_000_000
+            content["hyper_parameters"]["network"]["backbone"]["width"] = 2_000_000
         elif kind == "classes":
             content["hyper_parameters"]["num_classes"] = 1 << 40
         else:
@@ -156,7 +156,7 @@ class TestItem24:
             content["state_dict"][name] = torch.zeros(1).expand(1 << 20, 1 << 20)
         torch.save(content, tmp_path / "a.ckpt")
         with pytest.raises(ValueError, match=r"a\.ckpt (does not fit this version|is not the checkpoint)"):
-            load_backbone(tmp_path / "a.ckpt")
+            load_network(tmp_path / "a.ckpt")
 
 
 HEADERS = {
@@ -225,7 +225,7 @@ class TestItem25:
                 assert "a.ckpt" in str(error)
                 refused += 1
             else:
-                backbone.module(torch.zeros(1, backbone.channels, 8, 8, dtype=torch.uint8))
+                backbone.network(torch.zeros(1, backbone.network.channels, 8, 8, dtype=torch.uint8))
         assert refused > 50
 
     @pytest.mark.parametrize("source", ["checkpoint", "module", "deepemd"])

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from fewshot_ext.cli import main
-from fewshot_ext.training.features import read_checkpoint
+from fewshot_ext.models.network import read_checkpoint
 
 PRETRAIN = ["pretrain", "--threads", "1", "--margin", "-0.1", "--batch_size", "64"]
 PRETRAIN += ["--backbone.width", "4", "--backbone.pooled_blocks", "2"]

@@ -21,6 +21,7 @@ from fewshot_ext._checks import check_at_least
 from fewshot_ext._files import as_text, replace_file, replace_text
 from fewshot_ext._progress import progress_bar
 from fewshot_ext._record import versions
+from fewshot_ext._threads import in_threads
 from fewshot_ext.classifier import FewShotClassifier
 from fewshot_ext.commands.common import (
     print_written,
@@ -31,15 +32,13 @@ from fewshot_ext.commands.common import (
 )
 from fewshot_ext.commands.locks import hold_folder
 from fewshot_ext.data import Split, contact_sheet
-from fewshot_ext.data._threads import in_threads
 from fewshot_ext.data.folders import list_folder
 from fewshot_ext.data.pictures import opened
 from fewshot_ext.data.walk import FOLDER_RULE, find_pictures
 from fewshot_ext.evaluation import csv_of_rows
-from fewshot_ext.evaluation.backbones import FrozenBackbone
 from fewshot_ext.evaluation.head_choice import features_record
 from fewshot_ext.evaluation.images import ImageBatches
-from fewshot_ext.models import LocalFeaturesConfig
+from fewshot_ext.models import LocalFeaturesConfig, load_network
 
 SUMMARY = "sort pictures into classes from a few examples of each"
 
@@ -131,7 +130,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         found.files, [next((name for name in part[:-1] if name in classes), None) for part in found.parts]
     )
     classifier = FewShotClassifier(
-        Path(arguments.checkpoint) if arguments.backbone is None else FrozenBackbone.from_timm(arguments.backbone),
+        Path(arguments.checkpoint) if arguments.backbone is None else load_network(f"timm:{arguments.backbone}"),
         arguments.head,
         image_size=arguments.image_size,
         device=resolve_device(arguments.device),
@@ -168,7 +167,7 @@ def _read(pictures: _Pictures, classifier: FewShotClassifier, damage: _Damage) -
     with progress_bar(total=len(pictures.files), desc="reading examples") as bar:
         batches = ImageBatches(
             pictures.files,
-            channels=classifier.backbone.channels,
+            channels=classifier.backbone.network.channels,
             image_size=classifier.image_size,
             batch_size=_READ_AT_ONCE,
             on_damage=damage.__setitem__,
@@ -274,7 +273,7 @@ def _classify(work: _Work, sheet_pictures: int) -> tuple[list[dict[str, Any]], d
 
     batches = Batches(
         query.files,
-        channels=classifier.backbone.channels,
+        channels=classifier.backbone.network.channels,
         image_size=classifier.image_size,
         batch_size=classifier.batch_size,
         # A picture that begins well may end badly: to find that in the last of many hours would cost all of them.

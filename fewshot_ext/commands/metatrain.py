@@ -22,7 +22,7 @@ from fewshot_ext.commands.training import (
     train,
     validation_line,
 )
-from fewshot_ext.training.features import read_checkpoint
+from fewshot_ext.models.network import read_checkpoint
 from fewshot_ext.training.meta_config import MetaTrainingConfig
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         **inputs.record,
         "checkpoint": {"name": arguments.checkpoint, "sha256": settings["checkpoint_sha256"]},
         "config": asdict(config),
-        "network": dict(settings["config"]),
+        "network": settings["network"],
     }
 
     def summary(results):
@@ -86,7 +86,7 @@ def _headline(run: "MetaTrainingRun", checkpoint: str | None) -> list[str]:
     config, module = run.config, run.module
     regions, channels = module.map_shape
     parameters = sum(parameter.numel() for parameter in module.backbone.parameters())
-    name = module.hparams["config"]["backbone"]["name"]
+    name = module.hparams["network"]["backbone"]["name"]
     return [
         f"backbone: {name}, {parameters:,} parameters, {'random weights' if checkpoint is None else checkpoint}",
         f"images: {regions} regions of {channels} features each ({config.local_features.name})",

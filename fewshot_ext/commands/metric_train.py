@@ -68,7 +68,7 @@ def _headline(run: "MetricTrainingRun") -> list[str]:
     with_term = f", with Anti-Collapse ({term.variant}, {term.convention}, weight {term.weight:g})"
     return [
         f"backbone: {config.backbone.name}, {parameters:,} parameters, embeddings of "
-        f"{run.module.extractor.out_features:,} dimensions",
+        f"{run.module.network.out_features:,} dimensions",
         f"loss: {config.loss}{'' if term.variant == NO_ANTI_COLLAPSE else with_term}",
         f"batches: {config.classes_per_batch} classes x {config.samples_per_class} images",
         *(f"{name} classes: {len(images):,} images are measured" for name, (images, _) in run.history.sets.items()),

@@ -64,11 +64,10 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
 
     run = PreTrainingRun(config, inputs.base, inputs.output, **inputs.options)
     record = {**inputs.record, "config": asdict(config)}
-    extractor = run.module.extractor
-    parameters = sum(parameter.numel() for parameter in extractor.backbone.parameters())
+    parameters = sum(parameter.numel() for parameter in run.module.backbone.parameters())
     headline = [
-        f"backbone: {config.backbone.name}, {parameters:,} parameters, {extractor.out_features:,} features",
-        f"loss: {config.similarity}, margin {config.margin:g}, scale {config.scale:g}",
+        f"backbone: {config.backbone.name}, {parameters:,} parameters, {run.module.network.out_features:,} features",
+        f"loss: {config.loss}, margin {config.margin:g}, scale {config.scale:g}",
     ]
 
     def summary(results):

@@ -168,7 +168,7 @@ def _images(arguments, backbone: FrozenBackbone, device: torch.device) -> tuple[
         archive = load_data(arguments.data).subset(Split[arguments.split.upper()])
         backbone.try_out(archive.images[:1], arguments.data, device=device)
         return LabelledImages.of_archive(archive), None
-    if backbone.image_size is None:
+    if backbone.network.image_size is None:
         raise ValueError(f"checkpoint {backbone.path} takes images that are not square: pack the pictures, take --data")
     query = Path(arguments.query).expanduser()
     gallery = None if arguments.gallery is None else Path(arguments.gallery).expanduser()

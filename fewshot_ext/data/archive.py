@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fewshot_ext._files import is_text
+from fewshot_ext.data import archive_file
 
 
 class Split(IntEnum):
@@ -179,9 +180,11 @@ class ImageArchive:
                 the wrong dtype, shape or range, or an image is damaged, has another size than the first or too
                 many pixels. The message names the file and the array or image.
         """
-        from fewshot_ext.data import archive_file
-
-        return archive_file.load(path)
+        arguments = archive_file.read(path)
+        try:
+            return cls.from_arrays(**arguments)
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r}: {error}") from error
 
     def save(self, path: str | Path, jpeg_quality: int | None = None) -> None:
         """Writes the archive to an ``.npz`` file, whole or not at all; the same archive gives the same bytes.
@@ -196,9 +199,15 @@ class ImageArchive:
             OSError: the file cannot be written.
             ValueError: a quality outside 1 to 100.
         """
-        from fewshot_ext.data import archive_file
-
-        archive_file.save(self, path, jpeg_quality)
+        words = {} if self.class_words is None else {"class_words": np.array(self.class_words)}
+        arrays = {
+            "labels": self.labels.numpy(),
+            "class_names": np.array(self.class_names),
+            "class_split": self.class_split.numpy(),
+            **words,
+            **{name: values.numpy() for name, values in self.image_fields.items()},
+        }
+        archive_file.write(path, self.images.numpy(), arrays, jpeg_quality)
 
     def checksum(self) -> str:
         """SHA-256 of pixels, labels, class names and split, for telling in a result what it was measured on."""

@@ -1,18 +1,18 @@
-"""The ``.npz`` file of an ``ImageArchive``: written whole, and believed only after every array was checked."""
+"""The ``.npz`` file of an image archive, as arrays: written whole, and believed only after every array was checked."""
 
 import hashlib
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
 
 from fewshot_ext import _extras
 from fewshot_ext._files import DAMAGE, check_unpacked_size, replace_file
-from fewshot_ext.data._threads import in_threads
-from fewshot_ext.data.archive import ImageArchive
+from fewshot_ext._threads import in_threads
 from fewshot_ext.data.pictures import MODES, damage_named, encode_jpeg, opened
 
 FORMAT_VERSION = 1
@@ -54,12 +54,12 @@ class _Unfit(ValueError):
     """A finding of ours, with the file's name in it already."""
 
 
-def load(path: str | Path) -> ImageArchive:
-    """See ``ImageArchive.load``."""
+def read(path: str | Path) -> dict[str, Any]:
+    """The arguments of ``ImageArchive.from_arrays`` that a file holds; see ``ImageArchive.load``."""
     arrays = read_arrays(path, lambda key: _ARRAYS.get(key, _IMAGE_FIELD))
     try:
         _verify(path, arrays)
-        return _from_arrays(path, arrays)
+        return _arguments(path, arrays)
     except UnicodeError as error:
         raise ValueError(f"{str(path)!r} holds texts that are none: {error}") from error
 
@@ -70,28 +70,20 @@ def has_checksum(path: str | Path) -> bool:
         return "sha256.npy" in file.namelist()
 
 
-def save(archive: ImageArchive, path: str | Path, jpeg_quality: int | None = None) -> None:
-    """See ``ImageArchive.save``."""
+def write(path: str | Path, pixels: np.ndarray, arrays: Mapping[str, np.ndarray], jpeg_quality: int | None) -> None:
+    """Writes pixels, uint8 ``[N, C, H, W]``, and the other arrays; see ``ImageArchive.save``."""
     if jpeg_quality is not None and not 1 <= jpeg_quality <= 100:
         raise ValueError(f"jpeg_quality must lie in [1, 100], got {jpeg_quality}")
-    pixels = archive.images.numpy()
     if jpeg_quality is None:
         channels_last = pixels[:, 0] if pixels.shape[1] == 1 else pixels.transpose(0, 2, 3, 1)
         images = {"images": np.ascontiguousarray(channels_last)}
     else:
         _extras.require("train", "PIL")
         images = pack_files(list(in_threads(lambda image: encode_jpeg(image, jpeg_quality), pixels)))
-    arrays = {
-        **images,
-        "labels": _narrow(archive.labels.numpy()),
-        "class_names": np.array(archive.class_names),
-        "class_split": archive.class_split.numpy(),
-        **({} if archive.class_words is None else {"class_words": np.array(archive.class_words)}),
-        **{name: _narrow(values.numpy()) for name, values in archive.image_fields.items()},
-        "format_version": np.array(FORMAT_VERSION),
-    }
-    arrays["sha256"] = np.array(_digest(arrays))
-    replace_file(Path(path).expanduser(), lambda temporary: _write(temporary, arrays))
+    narrow = {key: _narrow(array) if array.dtype == np.int64 else array for key, array in arrays.items()}
+    content = {**images, **narrow, "format_version": np.array(FORMAT_VERSION)}
+    content["sha256"] = np.array(_digest(content))
+    replace_file(Path(path).expanduser(), lambda temporary: _write(temporary, content))
 
 
 def pack_files(files: list[bytes]) -> dict[str, np.ndarray]:
@@ -183,8 +175,7 @@ def _verify(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
         )
 
 
-def _from_arrays(path: str | Path, arrays: Mapping[str, np.ndarray]) -> ImageArchive:
-    """The archive that the arrays of the file ``path`` describe."""
+def _arguments(path: str | Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     name = repr(str(path))
     missing = [key for key in _NEEDED if key not in arrays]
     if "images" not in arrays and not {"data", "offsets"} <= arrays.keys():
@@ -194,17 +185,9 @@ def _from_arrays(path: str | Path, arrays: Mapping[str, np.ndarray]) -> ImageArc
     if "images" in arrays and "data" in arrays:
         raise ValueError(f"{name} holds both images and data; an archive has one of them")
     images = arrays["images"] if "images" in arrays else _decode_all(arrays["data"], arrays["offsets"], name)
-    try:
-        return ImageArchive.from_arrays(
-            images,
-            arrays["labels"],
-            arrays["class_names"],
-            arrays["class_split"],
-            arrays.get("class_words"),
-            {key: value for key, value in arrays.items() if key not in _ARRAYS},
-        )
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+    fields = {key: value for key, value in arrays.items() if key not in _ARRAYS}
+    own = {key: arrays.get(key) for key in (*_NEEDED, "class_words")}
+    return {"images": images, **own, "image_fields": fields}
 
 
 def _decode_all(data: np.ndarray, offsets: np.ndarray, name: str) -> np.ndarray:

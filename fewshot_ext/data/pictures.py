@@ -175,7 +175,7 @@ def contact_sheet(
 
     colours = _check_sheet(images, captions, columns, cell, borders)
     gap, font = max(4, cell // 12), caption_font(max(10, cell // 8))
-    texts = [_wrapped(drawable(caption), font, cell) for caption in captions]
+    texts = [wrapped(drawable(caption), font, cell) for caption in captions]
     ascent, descent = font.getmetrics()
     line_height = ascent + descent
     text_height = max(text.count("\n") + 1 if text else 0 for text in texts) * line_height
@@ -239,7 +239,7 @@ def _fitted(image: Tensor, cell: int) -> "Image.Image":
     return picture.resize(tuple(max(1, round(side * scale)) for side in picture.size), how).convert("RGB")
 
 
-def _wrapped(caption: str, font, width: int, most_lines: int = 3) -> str:
+def wrapped(caption: str, font, width: int, most_lines: int = 3) -> str:
     lines: list[str] = []
     for paragraph in caption.split("\n"):
         line = ""

@@ -84,7 +84,7 @@ class ComparisonConfig:
         check_choice("map_dtype", self.map_dtype, "float32", "float16")
         check_positive("map_memory", self.map_memory)
 
-    def choose(self, name: str, similarity: Literal["cosine", "softmax"] = "cosine") -> HeadChoice:
+    def choose(self, name: str, similarity: Literal["cosine", "dot"] = "cosine") -> HeadChoice:
         """The head called ``name`` with these settings; see ``choose_head``."""
         return choose_head(name, HeadSettings(self.finetuning, self.deepemd, self.local_features), similarity)
 
@@ -120,9 +120,9 @@ class Comparison:
     Example:
         >>> from fewshot_ext.data import load_digits
         >>> config = ComparisonConfig(("protonet",), protocol=ProtocolConfig(episodes=20, shots=(1,)))
-        >>> pixels = FrozenBackbone("pixels", torch.nn.Flatten())
+        >>> pixels = FrozenBackbone.open(torch.nn.Flatten())
         >>> results = Comparison(config, load_digits(), [pixels], data_name="digits").run()
-        >>> len(results.find("pixels", "protonet", shot=1).correct)
+        >>> len(results.find("Flatten", "protonet", shot=1).correct)
         20
     """
 
@@ -168,7 +168,8 @@ class Comparison:
                 "images": len(self.images),
             },
             backbones=[
-                {"name": b.name, "similarity": b.similarity, "sha256": b.sha256, "path": b.path} for b in self.backbones
+                {"name": b.name, "similarity": b.network.similarity, "sha256": b.sha256, "path": b.path}
+                for b in self.backbones
             ],
             way=config.protocol.way,
         )
@@ -227,7 +228,7 @@ class Comparison:
                     accuracies = episode_accuracies(
                         features,
                         episodes,
-                        head=config.choose(name, backbone.similarity).head,
+                        head=config.choose(name, backbone.network.similarity).head,
                         base_mean=base_mean,
                         seed=derive_seed(config.seed, _HEAD, shot),
                         on_progress=report,
@@ -254,7 +255,7 @@ class Comparison:
             "device": self.device.type,
             **{name: self.results.versions[name] for name in ("fewshot_ext", "torch")},
         }
-        module, kind, batch_size, dtype = backbone.module, "features", self.config.batch_size, torch.float32
+        module, kind, batch_size, dtype = backbone.network, "features", self.config.batch_size, torch.float32
         if local_features is not None:
             settings = json.dumps(features_record(local_features), sort_keys=True)
             key |= {
@@ -262,7 +263,7 @@ class Comparison:
                 "settings": hashlib.sha256(settings.encode()).hexdigest(),
                 "dtype": self.config.map_dtype,
             }
-            module, kind = backbone.local_features(local_features), f"{local_features.name} maps"
+            module, kind = backbone.network.local_features(local_features), f"{local_features.name} maps"
             batch_size = max(1, batch_size // crops_an_image(local_features))
             dtype = getattr(torch, self.config.map_dtype)
         kept = self.cache.load(key) if backbone.sha256 else None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewshot_ext._normalize import full_precision, normalize
+from fewshot_ext._precision import full_precision, normalize
 
 
 @full_precision()

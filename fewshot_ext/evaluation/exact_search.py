@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fewshot_ext._normalize import normalize
+from fewshot_ext._precision import normalize
 
 # Entries of a matrix product and elements of differences at a time: 256 MB and 32 MB in float64.
 SCORES_AT_ONCE = 2**25

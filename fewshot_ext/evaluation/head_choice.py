@@ -75,7 +75,7 @@ def expand_heads(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def choose_head(
-    name: str, settings: HeadSettings = HeadSettings(), similarity: Literal["cosine", "softmax"] = "cosine"
+    name: str, settings: HeadSettings = HeadSettings(), similarity: Literal["cosine", "dot"] = "cosine"
 ) -> HeadChoice:
     """The head called ``name``: "protonet" takes feature vectors, "deepemd" maps, "deepemd@grid" those of crops.
 

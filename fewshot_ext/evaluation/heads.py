@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fewshot_ext._checks import check_at_least, check_choice, check_count, check_finite, check_fraction, check_positive
 from fewshot_ext._episodes import check_support_target, class_means
-from fewshot_ext._normalize import full_precision, normalize
+from fewshot_ext._precision import full_precision, normalize
+from fewshot_ext._validation import check_similarity
 from fewshot_ext.ops import finetune_episodes
 
 
@@ -130,7 +131,7 @@ class FineTuning(FineTuningConfig, Head):
     """A fresh linear classifier for each episode, trained by SGD on its support set: the official protocol.
 
     Args:
-        similarity: that of the pre-training, "cosine" or "softmax" (the inner product).
+        similarity: that of the pre-training, "cosine" or "dot" (the inner product).
 
     The other settings are those of ``FineTuningConfig``. Scores are similarities without scale and margin, and
     carry no gradient.
@@ -145,14 +146,14 @@ class FineTuning(FineTuningConfig, Head):
         tensor([[0, 1]])
     """
 
-    similarity: Literal["cosine", "softmax"] = "cosine"
+    similarity: Literal["cosine", "dot"] = "cosine"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("similarity", self.similarity, "cosine", "softmax")
+        object.__setattr__(self, "similarity", check_similarity(self.similarity))
 
     @classmethod
-    def from_config(cls, config: FineTuningConfig, similarity: Literal["cosine", "softmax"]) -> "FineTuning":
+    def from_config(cls, config: FineTuningConfig, similarity: Literal["cosine", "dot"]) -> "FineTuning":
         """The head of these settings for a backbone that was pre-trained with ``similarity``."""
         settings = {field.name: getattr(config, field.name) for field in fields(FineTuningConfig)}
         return cls(**settings, similarity=similarity)

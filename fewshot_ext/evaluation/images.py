@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewshot_ext._threads import in_threads
 from fewshot_ext.data import list_images, read_image
-from fewshot_ext.data._threads import in_threads
 
 TAKEN = (
     "a uint8 tensor [N, C, H, W], a float tensor of that shape in [0, 1], an array [N, H, W] or [N, H, W, C] of "

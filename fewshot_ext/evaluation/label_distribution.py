@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fewshot_ext._checks import check_positive
-from fewshot_ext._normalize import full_precision
+from fewshot_ext._precision import full_precision
 from fewshot_ext.evaluation.discriminability import count_labels
 
 

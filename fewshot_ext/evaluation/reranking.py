@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewshot_ext._checks import check_choice, check_count, check_positive
-from fewshot_ext._normalize import full_precision
+from fewshot_ext._precision import full_precision
 from fewshot_ext.evaluation.backbones import FrozenBackbone
 from fewshot_ext.evaluation.head_choice import crops_an_image
 from fewshot_ext.evaluation.protocol import check_map_memory, extract_features
@@ -223,7 +223,7 @@ def retrieve_and_rerank(
             f"candidates must lie in [{max(ks)}, {neighbors}], from the largest K to the images that can be found, "
             f"got {candidates}"
         )
-    maps_of = backbone.local_features(local_features).to(device)
+    maps_of = backbone.network.local_features(local_features).to(device)
     try:
         example = extract_features(maps_of, images[:1])
     except RuntimeError as error:
@@ -238,7 +238,7 @@ def retrieve_and_rerank(
 
     vectors = [embeddings, gallery_embeddings]
     if embeddings is None:
-        module = backbone.module.to(device)
+        module = backbone.network.to(device)
         vectors = [extract("features", module, pictures, batch_size=batch_size) for pictures, _ in sets.values()]
     found = nearest_neighbors(*(part for part in vectors if part is not None), k=candidates, distance=distance)
     crops = {"batch_size": max(1, batch_size // crops_an_image(local_features)), "dtype": map_dtype}

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fewshot_ext._files import as_text
+from fewshot_ext._threads import in_threads
 from fewshot_ext.data import ImageArchive, Split, contact_sheet
-from fewshot_ext.data._threads import in_threads
 from fewshot_ext.data.folders import list_folder
 from fewshot_ext.data.fonts import caption_font, drawable
-from fewshot_ext.data.pictures import _wrapped, picture_size
+from fewshot_ext.data.pictures import picture_size, wrapped
 from fewshot_ext.evaluation.backbones import FrozenBackbone
 from fewshot_ext.evaluation.images import ImageBatches
 
@@ -122,10 +122,10 @@ class LabelledImages:
         Raises:
             ValueError: a file that is damaged, or embeddings that are not finite.
         """
-        device = next((value.device for value in backbone.module.state_dict().values()), torch.device("cpu"))
+        device = next((value.device for value in backbone.network.state_dict().values()), torch.device("cpu"))
         found = []
         for batch in _batches(self.images, backbone, batch_size):
-            found.append(backbone.module(batch.to(device)).float())
+            found.append(backbone.network(batch.to(device)).float())
             on_progress(len(batch))
         embeddings = torch.cat(found)
         finite = embeddings.isfinite().all(1)
@@ -225,7 +225,7 @@ def _below(heading: str, sheet: "Image.Image") -> "Image.Image":
     from PIL import ImageDraw, ImageOps
 
     gap, font = 8, caption_font(13)
-    text = _wrapped(drawable(heading), font, sheet.width - 2 * gap)
+    text = wrapped(drawable(heading), font, sheet.width - 2 * gap)
     line_height = sum(font.getmetrics())
     height = (text.count("\n") + 1) * line_height
     sheet = ImageOps.expand(sheet, (0, height + gap, 0, 0), "white")
@@ -236,4 +236,5 @@ def _below(heading: str, sheet: "Image.Image") -> "Image.Image":
 
 
 def _batches(images: Tensor | list[Path], backbone: FrozenBackbone, batch_size: int) -> ImageBatches:
-    return ImageBatches(images, channels=backbone.channels, image_size=backbone.image_size, batch_size=batch_size)
+    network = backbone.network
+    return ImageBatches(images, channels=network.channels, image_size=network.image_size, batch_size=batch_size)

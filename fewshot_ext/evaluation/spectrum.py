@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewshot_ext._normalize import full_precision, normalize
+from fewshot_ext._precision import full_precision, normalize
 from fewshot_ext.ops import coding_rate
 
 

@@ -56,7 +56,7 @@ class FineTuningMargins:
             features = trained.features(backbone, archive)
             for margin in self.margins:
                 config = replace(self.accuracy.finetuning, margin=margin)
-                head = FineTuning.from_config(config, backbone.similarity)
+                head = FineTuning.from_config(config, backbone.network.similarity)
                 for shot in self.accuracy.protocol.shots:
                     report(f"margin {margin:+g} {shot}-shot")
                     row = self.accuracy.row(trained.run, classes, features, archive.labels, shot, head)

@@ -67,7 +67,7 @@ class LabelDistribution:
         for classes in filter(trained.images.test.get, _UNSEEN):
             report(classes)
             archive = trained.images.test[classes]
-            similarities, scale = base_similarities(backbone, trained.features(backbone, archive).cpu())
+            similarities, scale = base_similarities(trained.checkpoint, trained.features(backbone, archive).cpu())
             probabilities = base_class_probabilities(similarities.double(), archive.labels, scale)
             same_class = same_class_probability(probabilities).tolist()
             for name, own, of_class in zip(archive.class_names, same_class, probabilities.tolist(), strict=True):
@@ -104,7 +104,7 @@ class GroupAccuracy:
 
     def __call__(self, trained: TrainedRun, report: Callable[[str], None]) -> list[dict[str, Any]]:
         backbone, rows = trained.backbone(), []
-        head = FineTuning.from_config(self.accuracy.finetuning, backbone.similarity)
+        head = FineTuning.from_config(self.accuracy.finetuning, backbone.network.similarity)
         archives = [trained.images.test[classes] for classes in filter(trained.images.test.get, _UNSEEN)]
         features = torch.cat([trained.features(backbone, archive) for archive in archives])
         labels = _unseen_labels(trained.images)

@@ -16,7 +16,8 @@ from fewshot_ext._record import check_same_settings, versions
 from fewshot_ext.data import Episodes, ImageArchive, Split, sample_episodes
 from fewshot_ext.evaluation import FineTuning, FineTuningConfig, ProtocolConfig, episode_accuracies, extract_features
 from fewshot_ext.experiments.results import CLASSES, Accuracy, SweepResults
-from fewshot_ext.training import FeatureExtractor, PreTrainingConfig
+from fewshot_ext.models import NetworkConfig, build_network
+from fewshot_ext.training import PreTrainingConfig
 
 # Second entries of the keys that `derive_seed` makes independent seeds of, after the seed of the run.
 _HOLD_OUT, _EPISODES, _FINE_TUNING = 1, 2, 3
@@ -100,9 +101,9 @@ class MarginSweep:
         )
         base, novel = archive.subset(Split.BASE), archive.subset(Split.NOVEL)
         self._runs = [_Run(run, config, base, novel, derive_seed(config.seed, run)) for run in range(config.runs)]
-        channels, height, width = archive.images.shape[1:]
+        shape, unit = tuple(archive.images.shape[1:]), (1.0,) * archive.images.shape[1]
         with torch.device("meta"):
-            FeatureExtractor(config.pretraining, (channels, height, width), (0.0,) * channels, (1.0,) * channels)
+            build_network(NetworkConfig(config.pretraining.backbone, shape, unit, unit, config.pretraining.image_size))
         self.results = SweepResults(
             _plain(config, self.device), versions("torch", "numpy", "lightning", "kornia"), config.protocol.way
         )

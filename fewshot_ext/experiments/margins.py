@@ -48,8 +48,8 @@ def margin_runs(
         check_choice("loss", loss, "cosine", "softmax")
         for margin in of_loss:
             check_finite("margins", margin)
-            scale = PreTrainingConfig.for_loss(loss, backbone=pretraining.backbone).scale
-            configs.append(replace(pretraining, similarity=loss, margin=margin, scale=scale))
+            usual = PreTrainingConfig.for_loss(loss, backbone=pretraining.backbone)
+            configs.append(replace(pretraining, similarity=usual.similarity, margin=margin, scale=usual.scale))
     return [SweepRun(data, config, seed, held_out) for seed in seeds for config in configs]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fewshot_ext._checks import check_count
 from fewshot_ext._files import replace_file
-from fewshot_ext._normalize import normalize
+from fewshot_ext._precision import normalize
 from fewshot_ext._random import derive_generator
 from fewshot_ext.data import ImageArchive, ImageInput
 from fewshot_ext.data.fonts import figure_text
@@ -122,7 +122,7 @@ def measure_matches(
     """
     check_pairs(len(pairs))
     check_count("flows", flows, 1)
-    module = backbone.local_features(local_features).to(device)
+    module = backbone.network.local_features(local_features).to(device)
     images = torch.stack([image for pair in pairs for image in (pair.query, pair.support)])
     maps = extract_features(module, images).unflatten(0, (-1, 2))
     with torch.inference_mode():

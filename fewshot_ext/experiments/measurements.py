@@ -50,12 +50,12 @@ class TrainedRun:
             OSError, ValueError: see ``FrozenBackbone.from_checkpoint``.
         """
         backbone = FrozenBackbone.from_checkpoint(self.checkpoint)
-        backbone.module.to(self.device)
+        backbone.network.to(self.device)
         return backbone
 
     def features(self, backbone: FrozenBackbone, archive: ImageArchive) -> Tensor:
         """``[N, D]`` features of images."""
-        return extract_features(backbone.module, archive.images, batch_size=256)
+        return extract_features(backbone.network, archive.images, batch_size=256)
 
 
 class Measurement(Protocol):
@@ -188,7 +188,7 @@ class FewShotAccuracy:
 
     def __call__(self, trained: TrainedRun, report: Callable[[str], None]) -> list[dict[str, Any]]:
         backbone = trained.backbone()
-        head = FineTuning.from_config(self.finetuning, backbone.similarity)
+        head = FineTuning.from_config(self.finetuning, backbone.network.similarity)
         rows = []
         for classes in self.classes:
             archive = trained.images.test.get(classes)

@@ -52,7 +52,7 @@ class SweepRun:
     def name(self) -> str:
         """Loss, margin and seed in words, or variant and seed where there is a variant."""
         config = self.pretraining
-        parts = [self.variant] if self.variant else [config.similarity, f"margin {config.margin:+g}"]
+        parts = [self.variant] if self.variant else [config.loss, f"margin {config.margin:+g}"]
         return ", ".join([*parts, f"seed {self.seed}"])
 
     @property
@@ -60,7 +60,7 @@ class SweepRun:
         """The columns of a results table that say which run a row belongs to."""
         config = self.pretraining
         variant = {"variant": self.variant} if self.variant else {}
-        return {**variant, "loss": config.similarity, "margin": config.margin, "seed": self.seed}
+        return {**variant, "loss": config.loss, "margin": config.margin, "seed": self.seed}
 
     def settings(self, checksum: str) -> dict[str, Any]:
         """Everything that decides the weights, in plain JSON types.
@@ -71,6 +71,7 @@ class SweepRun:
         config = json.loads(json.dumps(asdict(self.pretraining)))
         for name in _WITHOUT_EFFECT:
             del config[name]
+        config["similarity"] = self.pretraining.loss  # as version 0.1 has it, whose runs are then found
         return {"data": checksum, "pretraining": config, "seed": self.seed, "held_out": self.held_out}
 
     def folder(self, runs: Path, checksum: str) -> Path:
@@ -84,7 +85,7 @@ class SweepRun:
         default = json.loads(json.dumps(asdict(PreTrainingConfig())))
         settings["pretraining"] = without_defaults(settings["pretraining"], default)
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        return runs / f"{config.similarity}_margin{config.margin:+g}_seed{self.seed}_{digest[:12]}"
+        return runs / f"{config.loss}_margin{config.margin:+g}_seed{self.seed}_{digest[:12]}"
 
 
 @dataclass(frozen=True)

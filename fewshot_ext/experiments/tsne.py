@@ -11,7 +11,7 @@ from torch import Tensor
 from fewshot_ext import _extras
 from fewshot_ext._checks import check_count, check_positive
 from fewshot_ext._files import replace_file
-from fewshot_ext._normalize import normalize
+from fewshot_ext._precision import normalize
 from fewshot_ext._random import derive_generator, derive_seed
 from fewshot_ext.data import ImageArchive
 from fewshot_ext.evaluation import FineTuning, ProtocolConfig
@@ -90,7 +90,7 @@ class Embedding:
         from sklearn.manifold import TSNE
 
         backbone, rows = trained.backbone(), []
-        head = FineTuning.from_config(self.accuracy.finetuning, backbone.similarity)
+        head = FineTuning.from_config(self.accuracy.finetuning, backbone.network.similarity)
         for classes in _CLASSES:
             archive, run = trained.images.test[classes], trained.run
             features = trained.features(backbone, archive)

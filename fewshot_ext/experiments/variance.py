@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fewshot_ext._files import replace_file
-from fewshot_ext._normalize import normalize
+from fewshot_ext._precision import normalize
 from fewshot_ext.evaluation import (
-    FrozenBackbone,
     MarginMeasures,
     base_class_probabilities,
     check_proposition,
@@ -23,6 +22,8 @@ from fewshot_ext.experiments.figures import draw_curves, figure, shared_legend
 from fewshot_ext.experiments.measurements import TrainedRun
 from fewshot_ext.experiments.runs import CLASSES, SweepImages, SweepRun
 from fewshot_ext.experiments.tables import write_table
+from fewshot_ext.models.network import read_checkpoint
+from fewshot_ext.training import PreTrainingConfig
 
 NAME = "variance"
 _QUANTITIES = {"inter": "$D_{inter}$", "intra": "$D_{intra}$", "ratio": r"$\phi = D_{inter} / D_{intra}$"}
@@ -56,36 +57,37 @@ class VarianceMeasurement:
             features = trained.features(backbone, archive).cpu()
             row = {"classes": classes, **asdict(measure_discriminability(features, archive.labels))}
             if classes != "base":
-                similarities, scale = base_similarities(backbone, features)
+                similarities, scale = base_similarities(trained.checkpoint, features)
                 probabilities = base_class_probabilities(similarities, archive.labels, scale)
                 row["same_class"] = same_class_probability(probabilities).mean().item()
             rows.append(row)
         return rows
 
 
-def base_similarities(backbone: FrozenBackbone, features: Tensor) -> tuple[Tensor, float]:
+def base_similarities(checkpoint: str | Path, features: Tensor) -> tuple[Tensor, float]:
     """Similarities of features to the classifier vectors of the pre-training, and its scale.
 
     Args:
-        backbone: of a pre-training checkpoint.
-        features: ``[N, D]``, on the CPU.
+        checkpoint: of a pre-training.
+        features: ``[N, D]`` of its network, on the CPU.
 
     Returns:
         ``[N, base classes]`` cosines or inner products without margin and scale, and the scale.
 
     Raises:
-        ValueError: the checkpoint holds no classifier over base classes.
+        OSError: the checkpoint cannot be read.
+        ValueError: it is that of another training, which has no classifier over base classes.
     """
-    checkpoint = backbone.origin.get("checkpoint", {})
-    weight = checkpoint.get("state_dict", {}).get("head.weight")
+    content = read_checkpoint(checkpoint)
+    config, weight = content["hyper_parameters"]["config"], content["state_dict"].get("head.weight")
     if weight is None:
         raise ValueError(
-            f"{backbone.name} is a checkpoint of the wrong kind: it holds no classifier over base classes, "
+            f"{Path(checkpoint).name} is a checkpoint of the wrong kind: it holds no classifier over base classes, "
             "which the probabilities of eq. 5 need"
         )
-    if backbone.similarity == "cosine":
+    if PreTrainingConfig.from_dict(config).similarity == "cosine":
         features, weight = normalize(features), normalize(weight)
-    return features @ weight.T, checkpoint["hyper_parameters"]["config"]["scale"]
+    return features @ weight.T, config["scale"]
 
 
 def check_propositions(rows: Sequence[Row]) -> list[dict[str, Any]]:

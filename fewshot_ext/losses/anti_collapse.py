@@ -5,10 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fewshot_ext._normalize import normalize
+from fewshot_ext._precision import accumulate_dtype, normalize
+from fewshot_ext._validation import check_choice, check_floating, check_number, check_tensor
 from fewshot_ext.ops import coding_rate
-from fewshot_ext.ops._autograd import accumulate_dtype
-from fewshot_ext.ops._validation import check_choice, check_floating, check_number, check_tensor
 
 VARIANTS = ("pair", "batch_proxy", "all_proxy")
 CONVENTIONS = ("paper", "official")

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from fewshot_ext._extras import require
-from fewshot_ext._normalize import full_precision, normalize
-from fewshot_ext.ops._validation import check_choice, check_count, check_floating, check_tensor
+from fewshot_ext._precision import full_precision, normalize
+from fewshot_ext._validation import check_choice, check_count, check_floating, check_tensor
 
 PROXY_LOSSES = ("proxy_anchor", "proxy_nca")
 BASE_LOSSES = (*PROXY_LOSSES, "contrastive", "triplet")

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewshot_ext._normalize import full_precision, normalize
+from fewshot_ext._precision import full_precision, normalize
+from fewshot_ext._validation import check_count, check_flag, check_floating
 from fewshot_ext.ops import margin_cosine_loss, margin_softmax_loss
-from fewshot_ext.ops._validation import check_count, check_flag, check_floating
 from fewshot_ext.ops.margin_softmax import check_settings
 
 

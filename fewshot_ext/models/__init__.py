@@ -1,4 +1,4 @@
-"""Backbones that turn images into feature vectors."""
+"""Networks from images to features: backbones, whole networks with their preprocessing, DeepEMD's matching."""
 
 from fewshot_ext.models.backbone import Backbone
 from fewshot_ext.models.config import BackboneConfig, build_backbone
@@ -8,6 +8,7 @@ from fewshot_ext.models.drop_block import DropBlock
 from fewshot_ext.models.embedding import EmbeddedBackbone
 from fewshot_ext.models.local_features import FCN, Grid, LocalFeatures, Sampling
 from fewshot_ext.models.matching import Match, cross_reference_weights, emd_logits, match_flows
+from fewshot_ext.models.network import Network, NetworkConfig, as_network, build_network, load_network
 from fewshot_ext.models.resnet import ResNet12, ResNet18
 from fewshot_ext.models.structured_classifier import StructuredClassifierConfig, fit_prototypes
 from fewshot_ext.models.wide_resnet import WideResNet28
@@ -25,17 +26,22 @@ __all__ = [
     "LocalFeatures",
     "LocalFeaturesConfig",
     "Match",
+    "Network",
+    "NetworkConfig",
     "ResNet12",
     "ResNet18",
     "Sampling",
     "StructuredClassifierConfig",
     "WideResNet28",
+    "as_network",
     "build_backbone",
     "build_local_features",
+    "build_network",
     "class_prototypes",
     "conv4",
     "cross_reference_weights",
     "emd_logits",
     "fit_prototypes",
+    "load_network",
     "match_flows",
 ]

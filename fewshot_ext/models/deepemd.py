@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fewshot_ext._checks import check_at_least, check_choice, check_count, check_positive
 from fewshot_ext._episodes import check_support_target, class_means
-from fewshot_ext._normalize import full_precision
+from fewshot_ext._precision import full_precision
 from fewshot_ext.models.backbone import Backbone
 from fewshot_ext.models.local_features import FCN, Grid, LocalFeatures, Sampling
 from fewshot_ext.models.matching import TEMPERATURE, Weighting, emd_logits

@@ -24,8 +24,8 @@ class LocalFeatures(nn.Module, ABC):
     Args:
         backbone: offers ``feature_map``, images ``[B, ...]`` to ``[B, C, h, w]``.
         preprocessing: applied to the images first, such as ``fewshot_ext.data.ImageInput``; nothing where None. Of a
-            trained network, ``extractor = fewshot_ext.training.load_backbone(path)``, the two are
-            ``extractor.backbone`` and ``extractor.input``.
+            trained network, ``network = fewshot_ext.models.load_network(path)``, the two are ``network.backbone`` and
+            ``network.preprocessing``.
 
     Raises:
         TypeError: a backbone without ``feature_map``.

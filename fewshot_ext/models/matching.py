@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fewshot_ext._checks import check_choice, check_positive
-from fewshot_ext._normalize import full_precision, normalize
+from fewshot_ext._precision import full_precision, normalize
 from fewshot_ext.ops import emd
 
 TEMPERATURE = 12.5  # of the official implementation

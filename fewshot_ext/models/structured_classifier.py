@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewshot_ext._checks import check_choice, check_count, check_fraction, check_positive
 from fewshot_ext._episodes import check_support_target, class_means
-from fewshot_ext._normalize import full_precision
+from fewshot_ext._precision import full_precision
 from fewshot_ext.models.matching import (
     SMALLEST_LENGTH,
     TEMPERATURE,

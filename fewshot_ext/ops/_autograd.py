@@ -11,11 +11,6 @@ from torch.autograd import forward_ad
 _SOURCE_LINE = re.compile(r"^\w+, [^\n]*:\d+, ")  # of the native code, which torch puts before what that says
 
 
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that kernels accumulate and return losses in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def one_by_one(op: Callable) -> Callable:
     """vmap as a loop, for an operator whose every problem fills the machine by itself."""
 

@@ -7,27 +7,21 @@ depend on which of n and D is the smaller.
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from fewshot_ext.ops._autograd import accumulate_dtype, differentiable
-from fewshot_ext.ops._validation import check_floating, check_number, check_tensor
-
-
-def _in_full_precision(device: torch.device) -> AbstractContextManager:
-    """Half precision would move eigenvalues by more than the 1 that keeps them positive."""
-    kind = device.type
-    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if autocast else nullcontext()
+from fewshot_ext._precision import accumulate_dtype, full_precision
+from fewshot_ext._validation import check_floating, check_number, check_tensor
+from fewshot_ext.ops._autograd import differentiable
 
 
 def _smaller_matrix(embeddings: Tensor, alpha: Tensor) -> Tensor:
     """M = I + alpha Z Z^T or I + alpha Z^T Z, [..., k, k] with k = min(n, D). No eigenvalue lies below 1."""
     samples, dimensions = embeddings.shape[-2:]
     rows = embeddings if samples <= dimensions else embeddings.mT
-    with _in_full_precision(embeddings.device):
+    # Half precision would move eigenvalues by more than the 1 that keeps them positive.
+    with full_precision():
         gram = rows @ rows.mT
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     return torch.addcmul(identity, alpha[..., None, None], gram)
@@ -37,7 +31,7 @@ def _solve(factor: Tensor, embeddings: Tensor) -> Tensor:
     """M^-1 Z or Z M^-1, which are the same, from the Cholesky factor M = U^T U. The inverse of a matrix so well
     conditioned loses nothing, and with a product it takes a half to an eighth of the time of triangular solves."""
     inverse = torch.cholesky_inverse(factor, upper=True)
-    with _in_full_precision(embeddings.device):
+    with full_precision():
         return inverse @ embeddings if embeddings.shape[-2] <= embeddings.shape[-1] else embeddings @ inverse
 
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fewshot_ext.ops._autograd import accumulate_dtype, differentiable
-from fewshot_ext.ops._validation import (
+from fewshot_ext._precision import accumulate_dtype
+from fewshot_ext._validation import (
     check_device,
     check_flag,
     check_floating,
@@ -23,6 +23,7 @@ from fewshot_ext.ops._validation import (
     float32_under_autocast,
     is_traced,
 )
+from fewshot_ext.ops._autograd import differentiable
 from fewshot_ext.ops.emd_certificate import certificate
 
 MOST_POINTS_ON_CUDA = 256  # of csrc/emd: suppliers, and consumers, that its CUDA kernels take

@@ -11,20 +11,20 @@ import math
 import torch
 from torch import Tensor
 
-from fewshot_ext.ops._autograd import accumulate_dtype, differentiable, one_by_one
-from fewshot_ext.ops._validation import (
-    check_choice,
+from fewshot_ext._precision import accumulate_dtype
+from fewshot_ext._validation import (
     check_device,
     check_flag,
     check_floating,
     check_integer,
     check_number,
+    check_similarity,
     check_tensor,
     float32_under_autocast,
     is_traced,
 )
+from fewshot_ext.ops._autograd import differentiable, one_by_one
 
-SIMILARITIES = ("cosine", "softmax")
 _NO_GRADIENT = (
     "fewshot_ext.finetune_episodes offers no gradient: its scores come out of a whole run of SGD. Detach {} or call it "
     "under torch.no_grad()."
@@ -182,7 +182,7 @@ def finetune_episodes(
             are trained in float32.
         support_target: ``[E, S]`` int64, labels in [0, way).
         query: ``[E, Q, D]``, dtype and device of ``support``. Under autocast dtypes may differ.
-        similarity: s, "cosine" or "softmax" for the inner product.
+        similarity: s, "cosine" or "dot" for the inner product.
         scale: :math:`\beta` > 0, the inverse temperature.
         margin: m, of either sign, in units of the similarity.
         steps: passes over the support set, at least 0.
@@ -222,7 +222,7 @@ def finetune_episodes(
         >>> scores.shape, scores.argmax(-1).shape
         (torch.Size([600, 80, 5]), torch.Size([600, 80]))
     """
-    check_choice("similarity", similarity, SIMILARITIES)
+    similarity = check_similarity(similarity)
     scale = check_number("scale", scale, positive=True)
     margin = check_number("margin", margin)
     lr, momentum, weight_decay = (

@@ -9,8 +9,8 @@ backward pass computes the logits again (8NDC).
 import torch
 from torch import Tensor
 
-from fewshot_ext.ops._autograd import accumulate_dtype, differentiable
-from fewshot_ext.ops._validation import (
+from fewshot_ext._precision import accumulate_dtype
+from fewshot_ext._validation import (
     check_choice,
     check_device,
     check_flag,
@@ -20,6 +20,7 @@ from fewshot_ext.ops._validation import (
     check_number,
     check_tensor,
 )
+from fewshot_ext.ops._autograd import differentiable
 from fewshot_ext.ops.scale_gradients import scaled
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # the codes of csrc/margin_softmax/problem.h

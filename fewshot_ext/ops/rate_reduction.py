@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fewshot_ext.ops._validation import check_floating, check_number, check_tensor
+from fewshot_ext._validation import check_floating, check_number, check_tensor
 from fewshot_ext.ops.coding_rate import coding_rate, coding_rates
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fewshot_ext.ops._validation import is_traced
+from fewshot_ext._validation import is_traced
 
 _scale_op = torch.ops.fewshot_ext.scale_gradients_.default
 

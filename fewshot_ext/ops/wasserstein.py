@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from fewshot_ext.ops._autograd import accumulate_dtype
-from fewshot_ext.ops._validation import (
+from fewshot_ext._precision import accumulate_dtype
+from fewshot_ext._validation import (
     check_device,
     check_floating,
     check_number,

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from fewshot_ext._random import derive_generator, derive_seed
-from fewshot_ext.ops._validation import (
+from fewshot_ext._validation import (
     FLOATING_DTYPES,
     check_choice,
     check_count,
@@ -17,13 +17,14 @@ from fewshot_ext.ops._validation import (
     check_floating,
     check_labels,
     check_number,
+    check_similarity,
 )
 from fewshot_ext.ops.margin_softmax import check_settings, check_tensors
 from fewshot_ext.parallel._autograd import IGNORED, ClassParallelMarginSoftmax, Problem
 from fewshot_ext.parallel._collectives import Batches, StepAgreement, agree_once
 
 # Margin and scale of MarginCosineLoss and MarginSoftmaxLoss.
-DEFAULTS = {"cosine": (-0.3, 30.0), "softmax": (-1.0, 5.0)}
+DEFAULTS = {"cosine": (-0.3, 30.0), "dot": (-1.0, 5.0)}
 INITIAL_BLOCK = 1024  # classes drawn from one seed, so that the weight does not depend on the number of ranks
 
 _FLAG = (False, True)
@@ -57,7 +58,7 @@ class ClassParallelMarginLoss(nn.Module):
         num_classes: C >= 2, over all ranks.
         margin, scale: as in the one-process losses; None takes the defaults of the similarity, -0.3 and 30 for cosine,
             -1 and 5 for softmax.
-        similarity: "cosine" or "softmax" (the inner product).
+        similarity: "cosine" or "dot" (the inner product).
         reduction: "mean" and "sum" are over the rows of all ranks, and every rank gets the same number. "none" gives
             each rank its own rows, and the gradients are those of the sum over ranks of what each makes of its rows.
         ignore_index, label_smoothing: as in the one-process losses.
@@ -134,8 +135,8 @@ class ClassParallelMarginLoss(nn.Module):
             raise ValueError("group: this process is not in it")
 
         def settings() -> dict[str, object]:
-            check_choice("similarity", similarity, tuple(DEFAULTS))
-            defaults = DEFAULTS[similarity]
+            chosen = check_similarity(similarity)
+            defaults = DEFAULTS[chosen]
             numbers = check_settings(
                 defaults[0] if margin is None else margin,
                 defaults[1] if scale is None else scale,
@@ -151,7 +152,7 @@ class ClassParallelMarginLoss(nn.Module):
                 "in_features": check_count("in_features", in_features, 1),
                 "num_classes": check_count("num_classes", num_classes, 2),
                 **dict(zip(("margin", "scale", "label_smoothing", "ignore_index"), numbers, strict=True)),
-                "similarity": similarity,
+                "similarity": chosen,
                 "reduction": reduction,
                 "sample_rate": rate,
                 "backbone_gradients": backbone_gradients,

@@ -1,10 +1,9 @@
-"""Training of backbones; the trainings themselves need the extra ``train``, settings and features do not."""
+"""Training of networks; the trainings themselves need the extra ``train``, their settings do not."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 from fewshot_ext.training.config import BackboneConfig, PreTrainingConfig, ValidationConfig
-from fewshot_ext.training.features import FeatureExtractor, load_backbone
 from fewshot_ext.training.meta_config import MetaTrainingConfig
 from fewshot_ext.training.metric_config import AntiCollapseConfig, MeasurementConfig, MetricTrainingConfig
 from fewshot_ext.training.schedule import warmup_cosine
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
 __all__ = [
     "AntiCollapseConfig",
     "BackboneConfig",
-    "FeatureExtractor",
     "MeasurementConfig",
     "MetaTraining",
     "MetaTrainingConfig",
@@ -29,7 +27,6 @@ __all__ = [
     "PreTrainingConfig",
     "PreTrainingRun",
     "ValidationConfig",
-    "load_backbone",
     "metatrain",
     "pretrain",
     "warmup_cosine",

@@ -13,6 +13,7 @@ from fewshot_ext._checks import (
     check_positive,
 )
 from fewshot_ext._formats import typed
+from fewshot_ext._validation import check_similarity
 from fewshot_ext.data.augmentation import AugmentationConfig
 from fewshot_ext.models import BackboneConfig
 
@@ -25,7 +26,7 @@ _OPTIMIZERS = {
 }
 
 # The four losses of the paper's table 3, each with its similarity.
-LOSSES = {"neg-cosine": "cosine", "neg-softmax": "softmax", "cosine": "cosine", "softmax": "softmax"}
+LOSSES = {"neg-cosine": "cosine", "neg-softmax": "dot", "cosine": "cosine", "softmax": "dot"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class PreTrainingConfig:
     other settings are a rate of 0.1 and, for a plain softmax, margin 0 and scale 1 of the inner product.
 
     Args:
-        similarity: "cosine" (Neg-Cosine) or "softmax" (inner product, Neg-Softmax).
+        similarity: "cosine" (Neg-Cosine) or "dot" (inner product, Neg-Softmax).
         margin: subtracted from the similarity with the true class; negative loosens, positive tightens.
         scale: multiplies the similarities before the softmax (the paper: 30 for cosine, 5 for the inner
             product).
@@ -110,7 +111,7 @@ class PreTrainingConfig:
         (0.2, 30)
     """
 
-    similarity: Literal["cosine", "softmax"] = "cosine"
+    similarity: Literal["cosine", "dot"] = "cosine"
     margin: float = -0.3
     scale: float = 30.0
     label_smoothing: float = 0.0
@@ -138,7 +139,7 @@ class PreTrainingConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
-        check_choice("similarity", self.similarity, "cosine", "softmax")
+        object.__setattr__(self, "similarity", check_similarity(self.similarity))
         check_choice("precision", self.precision, *PRECISIONS)
         check_finite("margin", self.margin)
         check_positive("scale", self.scale)
@@ -167,6 +168,11 @@ class PreTrainingConfig:
                     raise ValueError(f"{name} is an option of optimizer {optimizer}, got {came} for {self.optimizer}")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov must be false without momentum, got momentum 0")
+
+    @property
+    def loss(self) -> str:
+        """The loss without regard to its margin: "cosine" or "softmax"."""
+        return "cosine" if self.similarity == "cosine" else "softmax"
 
     @classmethod
     def for_loss(
@@ -201,7 +207,9 @@ class PreTrainingConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "PreTrainingConfig":
-        """Rebuilds a config from ``dataclasses.asdict``, as a checkpoint keeps it."""
+        """Rebuilds a config from ``dataclasses.asdict``, as a checkpoint keeps it, of version 0.1 too."""
+        if values.get("similarity") == "softmax":
+            values = {**values, "similarity": "dot"}
         return typed(cls, build_parts(values, _PARTS))
 
 

@@ -1,7 +1,7 @@
 """Meta-training of DeepEMD on episodes of base classes, the second of its two stages."""
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +13,26 @@ from torch.utils.data import DataLoader
 from fewshot_ext._files import file_sha256
 from fewshot_ext._formats import misfits_named
 from fewshot_ext.data import ImageArchive
-from fewshot_ext.models import BackboneConfig, DeepEMD, EmbeddedBackbone, build_local_features
-from fewshot_ext.training.config import PreTrainingConfig
+from fewshot_ext.models import BackboneConfig, DeepEMD, EmbeddedBackbone, NetworkConfig, build_local_features
+from fewshot_ext.models.checkpoint import META_TRAINING
+from fewshot_ext.models.network import network_of, read_checkpoint
 from fewshot_ext.training.episodic import EpisodeBatches, EpisodeValidation, RankEpisodes, episode_loader
-from fewshot_ext.training.features import META_TRAINING, config_class, load_extractor, read_checkpoint
 from fewshot_ext.training.meta_config import FROM_SCRATCH, MetaTrainingConfig
-from fewshot_ext.training.metric_config import MetricTrainingConfig
-from fewshot_ext.training.run import BEST, ImageTraining, TrainingRun, image_statistics
+from fewshot_ext.training.run import BEST, ImageTraining, TrainingRun, describe_network
 from fewshot_ext.training.schedule import sgd_in_steps
 
 
 class MetaTraining(ImageTraining):
     """DeepEMD over episodes of uint8 images, with SGD and a stepped rate.
 
-    Its checkpoints are those of a pre-training without the margin head: whatever takes a backbone takes both.
-
     Args:
         config: see ``MetaTrainingConfig``.
-        network: settings of the feature extractor, and of the pre-training that it comes from.
-        image_size: (channels, height, width).
-        mean, std: one number a channel, for pixels in [0, 1].
+        network: what is trained.
         seed: with the epoch's number it decides the augmentation of that epoch.
         checkpoint_sha256: of the file that the first weights come from, for the record.
 
     Attributes:
-        deepemd: the classifier, around the extractor's own backbone and preprocessing.
+        deepemd: the classifier, around the network's own backbone and preprocessing.
         map_shape: local features an image, and channels of each.
 
     Shape:
@@ -53,20 +48,15 @@ class MetaTraining(ImageTraining):
     def __init__(
         self,
         config: MetaTrainingConfig,
-        network: PreTrainingConfig,
-        image_size: tuple[int, int, int],
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        network: NetworkConfig,
         seed: int = 0,
         checkpoint_sha256: str | None = None,
     ) -> None:
-        settings = {"meta_training": asdict(config), "checkpoint_sha256": checkpoint_sha256}
-        super().__init__(network, image_size, mean, std, seed, stage=self.stage, **settings)
-        self.config = config
+        super().__init__(config, network, seed, checkpoint_sha256=checkpoint_sha256)
         if isinstance(self.backbone, EmbeddedBackbone):
             # It projects feature vectors, which matching never makes; several processes wait for every gradient.
             self.backbone.projection.requires_grad_(False)
-        local_features = build_local_features(config.local_features, self.backbone, self.extractor.input)
+        local_features = build_local_features(config.local_features, self.backbone, self.network.preprocessing)
         deepemd = DeepEMD(
             local_features,
             temperature=config.temperature,
@@ -74,9 +64,9 @@ class MetaTraining(ImageTraining):
             detach_weights=config.detach_weights,
             classifier=config.classifier,
         )
-        # Not a submodule: all that it holds is the extractor's, and a checkpoint should have it once.
+        # Not a submodule: all that it holds is the network's, and a checkpoint should have it once.
         object.__setattr__(self, "deepemd", deepemd)
-        self.map_shape = self._map_shape(tuple(image_size))
+        self.map_shape = self._map_shape(network)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> "MetaTraining":
@@ -88,10 +78,9 @@ class MetaTraining(ImageTraining):
         """
         checkpoint = read_checkpoint(path, cls.stage)
         with misfits_named(f"{path} does not fit this version of fewshot_ext"):
-            arguments = dict(checkpoint["hyper_parameters"])
-            del arguments["stage"]
-            config = MetaTrainingConfig.from_dict(arguments.pop("meta_training"))
-            module = cls(config, PreTrainingConfig.from_dict(arguments.pop("config")), **arguments)
+            own = checkpoint["hyper_parameters"]
+            config, network = MetaTrainingConfig.from_dict(own["config"]), NetworkConfig.from_dict(own["network"])
+            module = cls(config, network, own["seed"], own["checkpoint_sha256"])
             module.load_state_dict(checkpoint["state_dict"])
         return module.eval()
 
@@ -127,16 +116,13 @@ class MetaTraining(ImageTraining):
         return sgd_in_steps([parameter for parameter in self.parameters() if parameter.requires_grad], self.config)
 
     @torch.inference_mode()
-    def _map_shape(self, image_size: tuple[int, int, int]) -> tuple[int, int]:
+    def _map_shape(self, network: NetworkConfig) -> tuple[int, int]:
         """Regions and channels of an image's local features, found by trying one.
 
         Raises:
             ValueError: images too small for the regions.
         """
-        _, height, width = image_size
-        if self.extractor.input.image_size is not None:
-            height = width = self.extractor.input.image_size
-        sides = self.backbone.map_size(height, width)
+        sides = self.backbone.map_size(*network.input_size)
         for side in self.config.local_features.pyramid:
             if side > min(sides):
                 raise ValueError(
@@ -144,7 +130,7 @@ class MetaTraining(ImageTraining):
                     f"{sides[0]} x {sides[1]}, got {side}"
                 )
         self.eval()
-        maps = self.deepemd.local_features(torch.zeros(1, *image_size, dtype=torch.uint8))
+        maps = self.deepemd.local_features(torch.zeros(1, *network.image_shape, dtype=torch.uint8))
         self.train()
         return tuple(maps.shape[1:])
 
@@ -250,23 +236,7 @@ def metatrain(config: MetaTrainingConfig, archive: ImageArchive, directory: str 
 
 
 def _from_scratch(config: MetaTrainingConfig, archive: ImageArchive, seed: int) -> MetaTraining:
-    network = _network(config, config.backbone or BackboneConfig(), config)
-    return MetaTraining(config, network, *image_statistics(archive, config.mean, config.std), seed=seed)
-
-
-def _network(
-    config: MetaTrainingConfig, backbone: BackboneConfig, images: MetaTrainingConfig | MetricTrainingConfig
-) -> PreTrainingConfig:
-    """A backbone that no margin loss has trained, as if one had: whatever takes a pre-training then takes it."""
-    return PreTrainingConfig(
-        margin=0.0,
-        backbone=backbone,
-        image_size=images.image_size,
-        mean=images.mean,
-        std=images.std,
-        augmentation=config.augmentation,
-        channels_last=config.channels_last,
-    )
+    return MetaTraining(config, describe_network(config, config.backbone or BackboneConfig(), archive), seed)
 
 
 def _from_checkpoint(config: MetaTrainingConfig, archive: ImageArchive, path: str | Path, seed: int) -> MetaTraining:
@@ -277,11 +247,10 @@ def _from_checkpoint(config: MetaTrainingConfig, archive: ImageArchive, path: st
             )
     path = Path(path).expanduser()
     checkpoint = read_checkpoint(path)
-    arguments, image_size = checkpoint["hyper_parameters"], tuple(archive.images.shape[1:])
-    channels = arguments["image_size"][0]
-    if channels != image_size[0]:
+    trained, shape = network_of(checkpoint), tuple(archive.images.shape[1:])
+    if trained.channels != shape[0]:
         raise ValueError(
-            f"checkpoint {path} takes images of {channels} channels, as it was trained on, got {image_size[0]}"
+            f"checkpoint {path} takes images of {trained.channels} channels, as it was trained on, got {shape[0]}"
         )
     not_finite = [
         name
@@ -290,13 +259,8 @@ def _from_checkpoint(config: MetaTrainingConfig, archive: ImageArchive, path: st
     ]
     if not_finite:
         raise ValueError(f"checkpoint {path} holds NaN or infinity in {not_finite[0]}")
-    trained = config_class(arguments).from_dict(arguments["config"])
-    if isinstance(trained, MetricTrainingConfig):
-        network = _network(config, trained.backbone, trained)
-    else:
-        network = replace(trained, augmentation=config.augmentation, channels_last=config.channels_last)
-    module = MetaTraining(
-        config, network, image_size, arguments["mean"], arguments["std"], seed, checkpoint_sha256=file_sha256(path)
-    )
-    load_extractor(module.extractor, checkpoint)
+    own = NetworkConfig.from_dict(checkpoint["hyper_parameters"]["network"])
+    network = replace(own, image_shape=shape, channels_last=config.channels_last)
+    module = MetaTraining(config, network, seed, checkpoint_sha256=file_sha256(path))
+    module.network.load_state_dict(trained.state_dict())
     return module

@@ -10,14 +10,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fewshot_ext._formats import misfits_named
-from fewshot_ext._normalize import normalize
+from fewshot_ext._precision import normalize
 from fewshot_ext.data import ImageArchive, PKBatches
 from fewshot_ext.losses import AntiCollapseLoss, base_loss
+from fewshot_ext.models import NetworkConfig
+from fewshot_ext.models.checkpoint import METRIC_TRAINING
+from fewshot_ext.models.network import read_checkpoint
 from fewshot_ext.ops import coding_rate
-from fewshot_ext.training.features import METRIC_TRAINING, read_checkpoint
 from fewshot_ext.training.metric_callbacks import EmbeddingHistory
 from fewshot_ext.training.metric_config import NO_ANTI_COLLAPSE, MetricTrainingConfig
-from fewshot_ext.training.run import BEST, ImageTraining, TrainingRun, image_statistics
+from fewshot_ext.training.run import BEST, ImageTraining, TrainingRun, describe_network
 
 
 class MetricTraining(ImageTraining):
@@ -25,9 +27,8 @@ class MetricTraining(ImageTraining):
 
     Args:
         config: see ``MetricTrainingConfig``.
+        network: what is trained.
         num_classes: seen classes.
-        image_size: (channels, height, width).
-        mean, std: one number a channel, for pixels in [0, 1].
         seed: with the epoch's number it decides the augmentation and the mined negatives of that epoch.
 
     Shape:
@@ -47,15 +48,12 @@ class MetricTraining(ImageTraining):
     def __init__(
         self,
         config: MetricTrainingConfig,
+        network: NetworkConfig,
         num_classes: int,
-        image_size: tuple[int, int, int],
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
         seed: int = 0,
     ) -> None:
-        super().__init__(config, image_size, mean, std, seed, stage=self.stage, num_classes=num_classes)
-        self.config = config
-        self.criterion = base_loss(config.loss, num_classes, self.extractor.out_features)
+        super().__init__(config, network, seed, num_classes=num_classes)
+        self.criterion = base_loss(config.loss, num_classes, self.network.out_features)
         if config.anti_collapse.variant != NO_ANTI_COLLAPSE:
             self.criterion = AntiCollapseLoss(self.criterion, **asdict(config.anti_collapse))
 
@@ -64,14 +62,15 @@ class MetricTraining(ImageTraining):
         """The trained module behind a checkpoint, on the CPU; the file is read without running code in it.
 
         Raises:
-            ImportError: pytorch-metric-learning is missing; ``load_backbone`` needs none.
+            ImportError: pytorch-metric-learning is missing; ``load_network`` needs none.
             OSError: the file cannot be read.
             ValueError: it is not the checkpoint of a metric training.
         """
         checkpoint = read_checkpoint(path, METRIC_TRAINING)
         with misfits_named(f"{path} does not fit this version of fewshot_ext"):
-            arguments = {key: value for key, value in checkpoint["hyper_parameters"].items() if key != "stage"}
-            module = cls(MetricTrainingConfig.from_dict(arguments.pop("config")), **arguments)
+            own = checkpoint["hyper_parameters"]
+            config, network = MetricTrainingConfig.from_dict(own["config"]), NetworkConfig.from_dict(own["network"])
+            module = cls(config, network, own["num_classes"], own["seed"])
             module.load_state_dict(checkpoint["state_dict"])
         return module.eval()
 
@@ -98,7 +97,7 @@ class MetricTraining(ImageTraining):
 
     def configure_optimizers(self) -> dict:
         config = self.config
-        groups: list[dict[str, Any]] = [{"params": list(self.extractor.parameters()), "lr": config.learning_rate}]
+        groups: list[dict[str, Any]] = [{"params": list(self.network.parameters()), "lr": config.learning_rate}]
         if proxies := list(self.criterion.parameters()):
             # Their length is divided away, so that decay would do nothing but change their rate.
             groups.append({"params": proxies, "lr": config.proxy_learning_rate, "weight_decay": 0.0})
@@ -166,10 +165,10 @@ class MetricTrainingRun(TrainingRun):
             Path(directory) / BEST,
             seed,
         )
-        image_size, *statistics = image_statistics(seen, config.mean, config.std)
+        network = describe_network(config, config.backbone, seen)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            module = MetricTraining(config, seen.num_classes, image_size, *statistics, seed=seed)
+            module = MetricTraining(config, network, seen.num_classes, seed)
         batches = PKBatches(seen.labels, config.classes_per_batch, config.samples_per_class, seed)
         super().__init__(
             module,

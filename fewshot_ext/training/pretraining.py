@@ -11,14 +11,16 @@ from torch.utils.data import DataLoader
 from fewshot_ext._formats import misfits_named
 from fewshot_ext.data import ImageArchive, training_batches
 from fewshot_ext.losses import MarginCosineLoss, MarginSoftmaxLoss
+from fewshot_ext.models import NetworkConfig
+from fewshot_ext.models.checkpoint import PRE_TRAINING
+from fewshot_ext.models.network import read_checkpoint
 from fewshot_ext.training.callbacks import Validation
 from fewshot_ext.training.config import PreTrainingConfig
 from fewshot_ext.training.distributed import RankBatches, share_batches
-from fewshot_ext.training.features import PRE_TRAINING, read_checkpoint
-from fewshot_ext.training.run import BEST, ImageTraining, TrainingRun, image_statistics
+from fewshot_ext.training.run import BEST, ImageTraining, TrainingRun, describe_network
 from fewshot_ext.training.schedule import sgd_in_steps, warmup_cosine
 
-HEADS = {"cosine": MarginCosineLoss, "softmax": MarginSoftmaxLoss}
+HEADS = {"cosine": MarginCosineLoss, "dot": MarginSoftmaxLoss}
 
 
 class PreTraining(ImageTraining):
@@ -26,9 +28,8 @@ class PreTraining(ImageTraining):
 
     Args:
         config: see ``PreTrainingConfig``.
+        network: what is trained.
         num_classes: base classes.
-        image_size: (channels, height, width).
-        mean, std: one number a channel, for pixels in [0, 1].
         seed: with the epoch's number it decides the augmentation of that epoch.
 
     Shape:
@@ -44,16 +45,13 @@ class PreTraining(ImageTraining):
     def __init__(
         self,
         config: PreTrainingConfig,
+        network: NetworkConfig,
         num_classes: int,
-        image_size: tuple[int, int, int],
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
         seed: int = 0,
     ) -> None:
-        super().__init__(config, image_size, mean, std, seed, num_classes=num_classes)
-        self.config = config
+        super().__init__(config, network, seed, num_classes=num_classes)
         self.head = HEADS[config.similarity](
-            self.extractor.out_features,
+            self.network.out_features,
             num_classes,
             margin=config.margin,
             scale=config.scale,
@@ -74,8 +72,9 @@ class PreTraining(ImageTraining):
         """
         checkpoint = read_checkpoint(path, cls.stage)
         with misfits_named(f"{path} does not fit this version of fewshot_ext"):
-            arguments = dict(checkpoint["hyper_parameters"])
-            module = cls(PreTrainingConfig.from_dict(arguments.pop("config")), **arguments)
+            own = checkpoint["hyper_parameters"]
+            config, network = PreTrainingConfig.from_dict(own["config"]), NetworkConfig.from_dict(own["network"])
+            module = cls(config, network, own["num_classes"], own["seed"])
             module.load_state_dict(checkpoint["state_dict"])
         return module.eval()
 
@@ -164,10 +163,10 @@ class PreTrainingRun(TrainingRun):
         on_epoch: Callable[[int, float], None] | None = None,
         progress: bool = False,
     ) -> None:
-        image_size, *statistics = image_statistics(archive, config.mean, config.std)
+        network = describe_network(config, config.backbone, archive, config.similarity)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            module = PreTraining(config, archive.num_classes, image_size, *statistics, seed=seed)
+            module = PreTraining(config, network, archive.num_classes, seed)
         super().__init__(
             module,
             archive,

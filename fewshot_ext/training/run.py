@@ -30,13 +30,17 @@ from fewshot_ext._formats import check_schema, misfits_named, read_weights  # no
 from fewshot_ext._random import derive_seed  # noqa: E402
 from fewshot_ext._record import check_same_settings  # noqa: E402
 from fewshot_ext.data import ImageArchive  # noqa: E402
-from fewshot_ext.models import Backbone  # noqa: E402
+from fewshot_ext.models import Backbone, BackboneConfig, NetworkConfig, build_network  # noqa: E402
+from fewshot_ext.models.checkpoint import FORMAT_VERSION, upgraded  # noqa: E402
+from fewshot_ext.models.network import read_checkpoint  # noqa: E402
 from fewshot_ext.training.callbacks import BestCheckpoint, EpochMeans, ProgressBar  # noqa: E402
 from fewshot_ext.training.checkpoints import AtomicCheckpointIO  # noqa: E402
 from fewshot_ext.training.config import PreTrainingConfig  # noqa: E402
 from fewshot_ext.training.distributed import let_gloo_finish  # noqa: E402
-from fewshot_ext.training.features import FeatureExtractor, config_class, read_checkpoint  # noqa: E402
+from fewshot_ext.training.meta_config import MetaTrainingConfig  # noqa: E402
 from fewshot_ext.training.metric_config import MetricTrainingConfig  # noqa: E402
+
+TrainingConfig = PreTrainingConfig | MetaTrainingConfig | MetricTrainingConfig
 
 # Where Lightning keeps how far a run has come.
 _LOOPS = {"loops": {"fit_loop": {"epoch_progress": {"current": {"processed": int}}}}}
@@ -53,17 +57,19 @@ _EXPECTED_WARNINGS = (
 
 
 class ImageTraining(pl.LightningModule):
-    """A feature extractor that is being trained; a subclass brings the loss and the optimiser.
+    """A network that is being trained; a subclass brings the loss and the optimiser.
 
     A training step returns ``loss``, to be minimised, and of its batch ``mean_loss`` and what ``means`` names.
     Learning rates are logged as their means over an epoch's steps.
 
     Args:
-        network: settings of the feature extractor, from uint8 images to features.
-        image_size: (channels, height, width).
-        mean, std: one number a channel, for pixels in [0, 1].
+        config: settings of the training.
+        network: what is trained; see ``describe_network``.
         seed: with the epoch's number it decides what is random in that epoch.
         others: what a checkpoint has among its hyper-parameters besides these; plain containers and numbers.
+
+    Attributes:
+        network: a ``Network``.
 
     Shape:
         ``[B, C, H, W]`` uint8 -> features ``[B, D]``.
@@ -74,24 +80,17 @@ class ImageTraining(pl.LightningModule):
     rates: tuple[str, ...] = ("learning_rate",)  # what the rates of the optimiser's groups are logged as
     can_go_on = True  # whether a run may be resumed for more epochs: not where their number decides its rates
 
-    def __init__(
-        self,
-        network: PreTrainingConfig | MetricTrainingConfig,
-        image_size: tuple[int, int, int],
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        seed: int,
-        **others: Any,
-    ) -> None:
+    def __init__(self, config: TrainingConfig, network: NetworkConfig, seed: int, **others: Any) -> None:
         super().__init__()
-        self.extractor, self.seed = FeatureExtractor(network, image_size, mean, std), seed
+        self.config, self.seed = config, seed
+        self.network = build_network(network, config.augmentation)
         # Plain containers, so that a checkpoint loads with weights_only and survives a renamed class.
         self.save_hyperparameters(
             {
-                "config": asdict(network),
-                "image_size": tuple(image_size),
-                "mean": tuple(mean),
-                "std": tuple(std),
+                "format_version": FORMAT_VERSION,
+                "stage": self.stage,
+                "network": asdict(network),
+                "config": asdict(config),
                 "seed": seed,
                 **others,
             }
@@ -100,10 +99,13 @@ class ImageTraining(pl.LightningModule):
 
     @property
     def backbone(self) -> Backbone:
-        return self.extractor.backbone
+        return self.network.backbone
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.extractor(images)
+        return self.network(images)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = upgraded(checkpoint)["state_dict"]  # a run of version 0.1 goes on
 
     def on_train_epoch_start(self) -> None:
         # Augmentation and dropout draw from the global generator. Setting it by the epoch's number makes a resumed
@@ -241,15 +243,13 @@ class TrainingRun(ABC):
             return None
         before, after = dict(read_checkpoint(last, self.module.stage)["hyper_parameters"]), dict(self.module.hparams)
         # A setting that the checkpoint is older than had its default.
-        before["config"] = asdict(config_class(before)()) | before["config"]
-        for name, config in after.items():
-            if not isinstance(config, dict) or not isinstance(before.get(name), dict):
-                continue
-            # A run may go on with its checkpoints further apart: the result is the same.
-            free = {"checkpoint_epochs": None}
-            if self.module.can_go_on and config.get("epochs", 0) > before[name].get("epochs", 0):
-                free["epochs"] = config["epochs"]
-            before[name], after[name] = before[name] | free, config | free
+        before["config"] = asdict(type(self.config)()) | before["config"]
+        before["network"] = asdict(NetworkConfig.from_dict(before["network"]))
+        # A run may go on with its checkpoints further apart: the result is the same.
+        free = {"checkpoint_epochs": None}
+        if self.module.can_go_on and self.config.epochs > before["config"]["epochs"]:
+            free["epochs"] = self.config.epochs
+        before["config"], after["config"] = before["config"] | free, after["config"] | free
         check_same_settings(before, after, self.directory)
         return last
 
@@ -280,20 +280,19 @@ class TrainingRun(ABC):
         )
 
 
-def image_statistics(
-    archive: ImageArchive, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
-) -> tuple[tuple[int, int, int], tuple[float, ...], tuple[float, ...]]:
-    """Size ``(channels, height, width)`` of the images, and ``mean`` and ``std`` or, where None, the images' own.
+def describe_network(
+    config: TrainingConfig, backbone: BackboneConfig, archive: ImageArchive, similarity: str = "cosine"
+) -> NetworkConfig:
+    """The network that a training asks for; without ``mean`` and ``std`` in its settings they are those of the images.
 
     Raises:
         ValueError: not one number a channel.
     """
-    size = tuple(archive.images.shape[1:])
-    if mean is None:
-        return size, *archive.channel_statistics()
-    if len(mean) != size[0] or len(std) != size[0]:
-        raise ValueError(f"mean and std must give one number a channel: the images have {size[0]} channels")
-    return size, mean, std
+    shape = tuple(archive.images.shape[1:])
+    mean, std = (config.mean, config.std) if config.mean is not None else archive.channel_statistics()
+    if len(mean) != shape[0] or len(std) != shape[0]:
+        raise ValueError(f"mean and std must give one number a channel: the images have {shape[0]} channels")
+    return NetworkConfig(backbone, shape, mean, std, config.image_size, config.channels_last, similarity)
 
 
 def _epochs_done(checkpoint: Path) -> int:

@@ -378,7 +378,7 @@ def test_a_folder_called_as_the_backbone(support, query, tmp_path, monkeypatch):
         asked.append(name)
         raise ValueError("enough")
 
-    monkeypatch.setattr("fewshot_ext.evaluation.backbones.FrozenBackbone.from_timm", from_timm)
+    monkeypatch.setattr("fewshot_ext.models.network.timm_network", from_timm)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "resnet18").mkdir()
     assert classify(support, query, None, tmp_path / "out", "--backbone", "resnet18") == 2

@@ -50,7 +50,7 @@ def test_the_record_of_a_run_repeats_it(three_splits, tmp_path):
     assert main(["pretrain", "--config", str(tmp_path / "a" / "config.yaml"), "--output", str(tmp_path / "b")]) == 0
     assert same_weights(tmp_path / "a", tmp_path / "b")
     config = PreTraining.from_checkpoint(tmp_path / "a" / "last.ckpt").config
-    assert (config.similarity, config.margin, config.scale) == ("softmax", 0.0, 5.0)
+    assert (config.similarity, config.margin, config.scale) == ("dot", 0.0, 5.0)
 
 
 def test_resume_without_a_checkpoint_starts_at_the_beginning(three_splits, tmp_path, capsys):

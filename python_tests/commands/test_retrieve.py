@@ -22,7 +22,7 @@ from fewshot_ext.evaluation import (
     retrieval_images,
     retrieval_metrics,
 )
-from fewshot_ext.training import load_backbone
+from fewshot_ext.models import load_network
 
 # The command sets the number of threads of the process; the fixture sets it back.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,7 +34,7 @@ def test_measures_are_those_of_the_embeddings(checkpoints, tmp_path, capsys):
     record = json.loads((tmp_path / "retrieval.json").read_text())
     novel = load_digits().subset(Split.NOVEL)
     with torch.inference_mode():
-        embeddings = load_backbone(checkpoints[0])(novel.images)
+        embeddings = load_network(checkpoints[0])(novel.images)
     found = retrieval_metrics(embeddings, novel.labels, ks=(1, 5))
     measures = record["measures"]
     assert {key: measures[key] for key in found.row()} == pytest.approx(found.row(), abs=1e-6)
@@ -264,7 +264,7 @@ def test_embeddings_that_are_no_numbers_end_the_search_by_name(checkpoints, tmp_
 def test_embeddings_are_checked(checkpoints):
     backbone = FrozenBackbone.from_checkpoint(checkpoints[0])
     images = retrieve.LabelledImages.of_archive(load_digits())
-    backbone.module.register_forward_hook(lambda module, inputs, output: output * float("inf"))
+    backbone.network.register_forward_hook(lambda module, inputs, output: output * float("inf"))
     with pytest.raises(ValueError, match=r"the embeddings of last\.ckpt are not finite, the first that of 0/0"):
         images.embed(backbone, 256, lambda count: None)
 

@@ -18,8 +18,8 @@ from fewshot_ext.evaluation import (
     retrieval_images,
     retrieve_and_rerank,
 )
-from fewshot_ext.models import FCN, BackboneConfig, EmbeddedBackbone, LocalFeaturesConfig
-from fewshot_ext.training import MetricTrainingConfig, MetricTrainingRun, load_backbone
+from fewshot_ext.models import FCN, BackboneConfig, EmbeddedBackbone, LocalFeaturesConfig, load_network
+from fewshot_ext.training import MetricTrainingConfig, MetricTrainingRun
 
 # The command sets the number of threads of the process; the fixture sets it back.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -134,11 +134,11 @@ def test_a_projection_counts_in_the_first_stage_alone(tmp_path):
     images, labels = few_digits(tmp_path / "few.npz")
     arguments = ["--data", str(tmp_path / "few.npz"), "--no_nmi", "--rerank", "30"]
     assert run(path, tmp_path / "out", *arguments) == 0
-    extractor = load_backbone(path)
+    extractor = load_network(path)
     assert isinstance(extractor.backbone, EmbeddedBackbone)
     with torch.inference_mode():
         embeddings = extractor(images)
-        maps = FCN(extractor.backbone, preprocessing=extractor.input).eval()(images)
+        maps = FCN(extractor.backbone, preprocessing=extractor.preprocessing).eval()(images)
     assert embeddings.shape == (100, 3) and maps.shape == (100, 4, 4)
     found = nearest_neighbors(embeddings, k=30)
     ordered = rerank(maps, maps, found)

@@ -206,7 +206,7 @@ def test_wrapped_captions_fit(caption):
     from PIL import ImageFont
 
     font = ImageFont.load_default(size=12)
-    lines = pictures._wrapped(caption, font, 96).split("\n")
+    lines = pictures.wrapped(caption, font, 96).split("\n")
     assert len(lines) <= 3
     assert all(font.getlength(line) <= 96 for line in lines)
     if font.getlength(caption) <= 96:

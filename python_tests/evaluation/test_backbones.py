@@ -10,7 +10,8 @@ from fewshot_ext._files import file_sha256
 from fewshot_ext.data import ImageInput, load_digits
 from fewshot_ext.evaluation import FrozenBackbone, extract_features
 from fewshot_ext.evaluation.backbones import distinct_names, state_checksum
-from fewshot_ext.models import LocalFeaturesConfig
+from fewshot_ext.models import LocalFeaturesConfig, NetworkConfig, as_network, load_network
+from fewshot_ext.models.network import rebuild_network
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -20,14 +21,13 @@ def test_a_checkpoint_gives_the_features_of_its_module(checkpoints):
 
     backbone = FrozenBackbone.from_checkpoint(checkpoints[0])
     images = load_digits().images[:10]
-    assert torch.equal(
-        extract_features(backbone.module, images), extract_features(PreTraining.from_checkpoint(checkpoints[0]), images)
-    )
-    assert (backbone.channels, backbone.image_size, backbone.similarity) == (1, 8, "cosine")
+    trained = PreTraining.from_checkpoint(checkpoints[0])
+    assert torch.equal(extract_features(backbone.network, images), extract_features(trained, images))
+    assert (backbone.network.channels, backbone.network.image_size, backbone.network.similarity) == (1, 8, "cosine")
     assert backbone.sha256 == file_sha256(checkpoints[0])
     assert backbone.path == str(checkpoints[0])
-    again = FrozenBackbone.rebuild(backbone.origin)
-    assert torch.equal(extract_features(again.module, images), extract_features(backbone.module, images))
+    again = rebuild_network(backbone.network.content())
+    assert torch.equal(extract_features(again, images), extract_features(backbone.network, images))
 
 
 @pytest.mark.parametrize("content", ["text", "other dict", "cut", "pickle", "no weights"])
@@ -61,50 +61,59 @@ def test_a_missing_checkpoint_is_named(tmp_path):
 def test_a_module_gets_pixels_in_0_to_1_or_what_the_preprocessing_makes():
     images = torch.randint(256, (4, 3, 2, 2), dtype=torch.uint8)
     plain = FrozenBackbone.open(nn.Flatten())
-    torch.testing.assert_close(plain.module(images), images.flatten(1) / 255)
-    assert (plain.channels, plain.image_size, plain.sha256, plain.origin) == (None, None, None, {})
+    torch.testing.assert_close(plain.network(images), images.flatten(1) / 255)
+    assert (plain.network.channels, plain.network.image_size, plain.sha256) == (None, None, None)
+    assert plain.network.content() == {}
     centred = FrozenBackbone.open(nn.Flatten(), lambda x: x - 100.0)
-    torch.testing.assert_close(centred.module(images), images.flatten(1) - 100.0)
+    torch.testing.assert_close(centred.network(images), images.flatten(1) - 100.0)
     normalised = FrozenBackbone.open(nn.Flatten(), ImageInput((0.5,) * 3, (0.25,) * 3))
-    torch.testing.assert_close(normalised.module(images), (images.flatten(1) / 255 - 0.5) / 0.25)
-    assert normalised.channels == 3
+    torch.testing.assert_close(normalised.network(images), (images.flatten(1) / 255 - 0.5) / 0.25)
+    assert normalised.network.channels == 3
 
 
 def test_files_come_in_the_size_that_evaluation_cuts_the_middle_out_of(tmp_path):
     from fewshot_ext.training import BackboneConfig, PreTraining, PreTrainingConfig
 
-    assert FrozenBackbone.open(nn.Flatten(), ImageInput((0.5,), (0.25,), image_size=20)).image_size == 23
+    assert FrozenBackbone.open(nn.Flatten(), ImageInput((0.5,), (0.25,), image_size=20)).network.image_size == 23
     config = PreTrainingConfig(image_size=20, backbone=BackboneConfig(width=4))
-    module = PreTraining(config, 2, (1, 40, 30), (0.5,), (0.25,))
+    module = PreTraining(config, NetworkConfig(config.backbone, (1, 40, 30), (0.5,), (0.25,), image_size=20), 2)
     torch.save(
         {"hyper_parameters": dict(module.hparams), "state_dict": module.state_dict()}, tmp_path / "resizing.ckpt"
     )
-    assert FrozenBackbone.open(tmp_path / "resizing.ckpt").image_size == 23
+    assert FrozenBackbone.open(tmp_path / "resizing.ckpt").network.image_size == 23
 
 
-def test_a_module_with_an_image_input_takes_uint8_itself(checkpoints):
+def test_a_trained_module_brings_its_network(checkpoints):
     from fewshot_ext.training import PreTraining
 
     images = load_digits().images[:3]
     module = PreTraining.from_checkpoint(checkpoints[0])
     backbone = FrozenBackbone.open(module)
-    assert backbone.module is module
-    assert (backbone.channels, backbone.similarity) == (1, "cosine")
-    assert backbone.module(images).shape[0] == 3
+    assert backbone.network is module.network
+    assert (backbone.network.channels, backbone.network.similarity) == (1, "cosine")
+    assert backbone.network(images).shape[0] == 3
+
+
+def test_a_module_with_an_image_input_takes_uint8_itself():
+    images = load_digits().images[:3]
+    module = nn.Sequential(ImageInput((0.5,), (0.25,)), nn.Flatten())
+    network = FrozenBackbone.open(module).network
+    assert network.channels == 1
+    torch.testing.assert_close(network(images), module(images))
 
 
 def test_maps_of_everything_that_holds_a_checkpoint(checkpoints):
-    from fewshot_ext.training import PreTraining, load_backbone
+    from fewshot_ext.training import PreTraining
 
     images = load_digits().images[:5]
-    extractor = load_backbone(checkpoints[0])
+    extractor = load_network(checkpoints[0])
     expected = extractor.feature_map(images).flatten(2).mT
     for source in (checkpoints[0], extractor, PreTraining.from_checkpoint(checkpoints[0]), extractor.backbone):
-        preprocessing = extractor.input if source is extractor.backbone else None
+        preprocessing = extractor.preprocessing if source is extractor.backbone else None
         backbone = FrozenBackbone.open(source, preprocessing)
-        maps = extract_features(backbone.local_features(LocalFeaturesConfig()), images)
+        maps = extract_features(backbone.network.local_features(LocalFeaturesConfig()), images)
         torch.testing.assert_close(maps, expected, msg=type(source).__name__)
-        grid = backbone.local_features(LocalFeaturesConfig("grid", grids=(2,)))
+        grid = backbone.network.local_features(LocalFeaturesConfig("grid", grids=(2,)))
         assert extract_features(grid, images).shape == (5, 4, expected.shape[2])
         assert not grid.training
 
@@ -137,7 +146,7 @@ def test_maps_of_a_timm_model(monkeypatch):
     images = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
     for layout in ("NCHW", "NHWC"):
         sys.modules["timm"].create_model = lambda *_, layout=layout, **__: TimmModel(layout)
-        module = FrozenBackbone.open("tiny").local_features(LocalFeaturesConfig())
+        module = FrozenBackbone.open("tiny").network.local_features(LocalFeaturesConfig())
         expected = nn.functional.avg_pool2d((images / 255 - 0.5) / 0.25, 2).repeat(1, 2, 1, 1).flatten(2).mT
         torch.testing.assert_close(module(images), expected, msg=layout)
     sys.modules["timm"].create_model = lambda *_, **__: TimmModel("tokens")
@@ -174,11 +183,11 @@ def test_a_timm_model_by_name(monkeypatch):
     fake_timm(monkeypatch)
     backbone = FrozenBackbone.open("tiny")
     images = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
-    linear = backbone.module.backbone[1]
-    torch.testing.assert_close(backbone.module(images), linear((images.flatten(1) / 255 - 0.5) / 0.25))
+    linear = backbone.network.backbone.model[1]
+    torch.testing.assert_close(backbone.network(images), linear((images.flatten(1) / 255 - 0.5) / 0.25))
     assert (linear.weight == 0.5).all()
-    assert (backbone.channels, backbone.image_size) == (3, 4)
-    torch.testing.assert_close(FrozenBackbone.rebuild(backbone.origin).module(images), backbone.module(images))
+    assert (backbone.network.channels, backbone.network.image_size) == (3, 4)
+    torch.testing.assert_close(rebuild_network(backbone.network.content())(images), backbone.network(images))
     with pytest.raises(ValueError, match="a checkpoint file or a model that timm knows, got 'huge'"):
         FrozenBackbone.open("huge")
 
@@ -198,11 +207,12 @@ def test_sources_that_are_none():
 
 def test_checksum_of_weights_sees_every_change():
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-    before = state_checksum(model)
-    assert state_checksum(model) == before
+    network = as_network(model)
+    before = state_checksum(network)
+    assert state_checksum(network) == before
     with torch.no_grad():
         model[1].running_mean[0] += 1
-    assert state_checksum(model) != before
+    assert state_checksum(network) != before
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from fewshot_ext.evaluation import (
     mean_and_interval,
 )
 from fewshot_ext.evaluation import comparison as comparison_module
+from fewshot_ext.models import as_network
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,6 +40,11 @@ class Scaled(nn.Module):
         return pixels + self.noise * torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
 
 
+def frozen(name, module, **record):
+    """The module takes uint8 itself."""
+    return FrozenBackbone(name, as_network(module, nn.Identity()), **record)
+
+
 def compare(*backbones, cache=None, archive=None, **settings):
     config = ComparisonConfig(**{"heads": ("protonet",), "protocol": SMALL, **settings})
     return Comparison(config, archive or load_digits(), list(backbones), data_name="digits", cache=cache)
@@ -56,7 +62,7 @@ def tiny_archive(counts, splits):
 
 def test_two_backbones_meet_the_same_episodes_and_the_difference_is_paired(tmp_path):
     good, poor = Scaled(), Scaled(noise=0.5)
-    comparison = compare(FrozenBackbone("good", good), FrozenBackbone("poor", poor), heads=("protonet", "finetune"))
+    comparison = compare(frozen("good", good), frozen("poor", poor), heads=("protonet", "finetune"))
     results = comparison.run(tmp_path)
     assert [(row.backbone, row.head, row.shot) for row in results.accuracies] == [
         (backbone, head, shot) for backbone in ("good", "poor") for head in ("protonet", "finetune") for shot in (1, 3)
@@ -69,14 +75,14 @@ def test_two_backbones_meet_the_same_episodes_and_the_difference_is_paired(tmp_p
     assert results.difference(first) is None
     assert mean < 0
 
-    again = compare(FrozenBackbone("good", Scaled()), heads=("finetune", "protonet")).run()
+    again = compare(frozen("good", Scaled()), heads=("finetune", "protonet")).run()
     assert again.find("good", "finetune", 1) == results.find("good", "finetune", 1)
-    other = compare(FrozenBackbone("good", Scaled()), seed=1).run()
+    other = compare(frozen("good", Scaled()), seed=1).run()
     assert other.find("good", "protonet", 1) != results.find("good", "protonet", 1)
 
 
 def test_equal_backbones_are_equal_under_every_head():
-    twins = [FrozenBackbone(name, Scaled()) for name in ("one", "two")]
+    twins = [frozen(name, Scaled()) for name in ("one", "two")]
     results = compare(*twins, heads=tuple(HEADS), finetuning=FineTuningConfig(steps=1, lr=1e-4)).run()
     half = len(results.accuracies) // 2
     for row, twin in zip(results.accuracies[:half], results.accuracies[half:], strict=True):
@@ -85,7 +91,7 @@ def test_equal_backbones_are_equal_under_every_head():
 
 
 def test_files_hold_everything_that_is_needed_to_repeat_it(tmp_path):
-    backbones = [FrozenBackbone("a", Scaled(), sha256="12" * 32, path="a.ckpt"), FrozenBackbone("b", Scaled(0.5))]
+    backbones = [frozen("a", Scaled(), sha256="12" * 32, path="a.ckpt"), frozen("b", Scaled(0.5))]
     results = compare(*backbones, seed=7).run(tmp_path)
     content = json.loads((tmp_path / "results.json").read_text())
     assert content["config"]["seed"] == 7
@@ -114,7 +120,7 @@ def test_files_hold_everything_that_is_needed_to_repeat_it(tmp_path):
 
 
 def test_table_shows_accuracies_and_differences():
-    results = compare(FrozenBackbone("first", Scaled()), FrozenBackbone("second", Scaled(0.5))).run()
+    results = compare(frozen("first", Scaled()), frozen("second", Scaled(0.5))).run()
     table = results.table()
     mean = results.accuracies[0].per_episode().mean().item()
     lines = table.splitlines()
@@ -125,12 +131,12 @@ def test_table_shows_accuracies_and_differences():
     assert f"{mean:.2f} ± " in lines[4]
     assert "difference to first on the same episodes, in points" in table
     assert lines[-1].startswith("second    protonet")
-    assert "difference" not in compare(FrozenBackbone("alone", Scaled())).run().table()
+    assert "difference" not in compare(frozen("alone", Scaled())).run().table()
 
 
 def test_simpleshot_centres_on_the_base_classes(monkeypatch):
     module, means = Scaled(), []
-    comparison = compare(FrozenBackbone("pixels", module), heads=("simpleshot",))
+    comparison = compare(frozen("pixels", module), heads=("simpleshot",))
     measure = comparison_module.episode_accuracies
     monkeypatch.setattr(
         comparison_module,
@@ -143,7 +149,7 @@ def test_simpleshot_centres_on_the_base_classes(monkeypatch):
 
 
 def test_every_head_beats_chance_on_the_pixels():
-    results = compare(FrozenBackbone("pixels", Scaled()), heads=tuple(HEADS), finetuning=FineTuningConfig(lr=0.1)).run()
+    results = compare(frozen("pixels", Scaled()), heads=tuple(HEADS), finetuning=FineTuningConfig(lr=0.1)).run()
     for row in results.accuracies:
         assert row.per_episode().mean() > 60, row
 
@@ -160,7 +166,7 @@ def test_every_head_beats_chance_on_the_pixels():
 def test_real_pixels_are_as_hard_as_others_found_them(data, way, shots, accuracies, real_data):
     real_data(f"{data}.npz")
     protocol = ProtocolConfig(episodes=300, way=way, shots=shots, queries=15)
-    comparison = compare(FrozenBackbone("pixels", Scaled()), archive=load_images(data), protocol=protocol)
+    comparison = compare(frozen("pixels", Scaled()), archive=load_images(data), protocol=protocol)
     for row, expected in zip(comparison.run().accuracies, accuracies, strict=True):
         mean, interval = mean_and_interval(row.per_episode())
         # Three deviations of the difference of two independent means.
@@ -170,12 +176,12 @@ def test_real_pixels_are_as_hard_as_others_found_them(data, way, shots, accuraci
 def test_features_are_kept_and_found_again(tmp_path):
     first, again, other = Scaled(), Scaled(), Scaled()
     cache = FeatureCache(tmp_path / "features")
-    expected = compare(FrozenBackbone("x", first, sha256="aa" * 32), cache=cache).run().accuracies
+    expected = compare(frozen("x", first, sha256="aa" * 32), cache=cache).run().accuracies
     before = again.images_seen
-    comparison = compare(FrozenBackbone("x", again, sha256="aa" * 32), cache=cache)
+    comparison = compare(frozen("x", again, sha256="aa" * 32), cache=cache)
     assert comparison.run().accuracies == expected
     assert again.images_seen - before == 1  # the image that shows whether the backbone fits
-    compare(FrozenBackbone("x", other, sha256="bb" * 32), cache=cache).run()
+    compare(frozen("x", other, sha256="bb" * 32), cache=cache).run()
     assert other.images_seen > 800
     assert len(list((tmp_path / "features").iterdir())) == 2
 
@@ -189,13 +195,13 @@ def test_a_file_of_the_same_name_and_another_key_is_not_believed(tmp_path):
 
 
 def test_features_of_a_module_without_checksum_are_not_kept(tmp_path):
-    compare(FrozenBackbone("x", Scaled()), cache=FeatureCache(tmp_path / "features")).run()
+    compare(frozen("x", Scaled()), cache=FeatureCache(tmp_path / "features")).run()
     assert not (tmp_path / "features").exists()
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "pickle", "dtype", "rows"])
 def test_a_damaged_cache_is_computed_again(damage, tmp_path):
-    backbone = FrozenBackbone("x", Scaled(), sha256="aa" * 32)
+    backbone = frozen("x", Scaled(), sha256="aa" * 32)
     cache = FeatureCache(tmp_path)
     expected = compare(backbone, cache=cache).run().accuracies
     (file,) = tmp_path.iterdir()
@@ -222,7 +228,7 @@ def test_ctrl_c_keeps_the_backbones_that_are_done(tmp_path):
                 raise KeyboardInterrupt
             return super().forward(images)
 
-    comparison = compare(FrozenBackbone("done", Scaled()), FrozenBackbone("broken", Interrupted()))
+    comparison = compare(frozen("done", Scaled()), frozen("broken", Interrupted()))
     with pytest.raises(KeyboardInterrupt):
         comparison.run(tmp_path)
     assert {row.backbone for row in comparison.results.accuracies} == {"done"}
@@ -231,8 +237,8 @@ def test_ctrl_c_keeps_the_backbones_that_are_done(tmp_path):
 
 
 def test_results_of_an_earlier_run_are_gone_when_the_next_one_starts(tmp_path):
-    compare(FrozenBackbone("x", Scaled())).run(tmp_path)
-    comparison = compare(FrozenBackbone("x", Scaled()))
+    compare(frozen("x", Scaled())).run(tmp_path)
+    comparison = compare(frozen("x", Scaled()))
     comparison.results.write(tmp_path)
     assert not (tmp_path / "results.csv").exists()
     assert json.loads((tmp_path / "results.json").read_text())["accuracies"] == []
@@ -287,7 +293,7 @@ def test_bad_settings_are_named(settings, message):
     ],
 )
 def test_what_cannot_work_is_found_before_any_work(backbones, settings, message):
-    backbones = [FrozenBackbone(b, Scaled()) if isinstance(b, str) else FrozenBackbone("odd", b) for b in backbones]
+    backbones = [frozen(b, Scaled()) if isinstance(b, str) else frozen("odd", b) for b in backbones]
     with pytest.raises(ValueError, match=message):
         compare(*backbones, **settings)
 
@@ -295,9 +301,9 @@ def test_what_cannot_work_is_found_before_any_work(backbones, settings, message)
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(_extras, "is_installed", lambda name: name != "tqdm")
     with pytest.raises(ImportError, match="'tqdm' is missing"):
-        compare(FrozenBackbone("x", Scaled()))
+        compare(frozen("x", Scaled()))
 
 
 def test_a_result_that_is_not_there():
     with pytest.raises(KeyError):
-        compare(FrozenBackbone("x", Scaled())).run().find("x", "protonet", 2)
+        compare(frozen("x", Scaled())).run().find("x", "protonet", 2)

@@ -30,7 +30,7 @@ SETTINGS = HeadSettings(
     [
         ("protonet", ProtoNet(), None),
         ("protonet@fcn", Pooled(ProtoNet()), "fcn"),
-        ("finetune", FineTuning(steps=7, similarity="softmax"), None),
+        ("finetune", FineTuning(steps=7, similarity="dot"), None),
         ("fc_dot", MAP_HEADS["fc_dot"], "grid"),
         ("knn@sampling", MAP_HEADS["knn"], "sampling"),
         ("deepemd", SETTINGS.deepemd, "grid"),
@@ -40,7 +40,7 @@ SETTINGS = HeadSettings(
     ],
 )
 def test_a_name_stands_for_a_head_and_its_features(name, head, regions):
-    choice = choose_head(name, SETTINGS, "softmax")
+    choice = choose_head(name, SETTINGS, "dot")
     assert choice.head == head
     if regions is None:
         assert choice.local_features is None

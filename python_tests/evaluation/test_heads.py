@@ -104,7 +104,7 @@ def test_every_head_of_the_registry_has_an_oracle():
     )
 
 
-@pytest.mark.parametrize("similarity", ["cosine", "softmax"])
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
 def test_fine_tuning_is_the_protocols_with_the_settings_of_the_head(similarity):
     support, target, query = episodes()
     config = FineTuningConfig(steps=3, lr=0.3, margin=-0.2, scale=4.0, momentum=0.5, dampening=0.1, weight_decay=0.01)
@@ -234,7 +234,7 @@ def test_simpleshot_needs_the_mean_of_the_base_classes(base_mean, message):
 @pytest.mark.parametrize(
     ("head", "settings", "message"),
     [
-        (FineTuning, {"similarity": "dot"}, "similarity must be 'cosine' or 'softmax', got 'dot'"),
+        (FineTuning, {"similarity": "euclidean"}, "similarity: expected one of cosine, dot, got 'euclidean'"),
         (FineTuning, {"lr": 0.0}, "lr must be above 0"),
         (ProtoNet, {"metric": "manhattan"}, "metric must be 'euclidean' or 'cosine'"),
         (ProtoNet, {"scale": 0.0}, "scale must be above 0"),

@@ -47,7 +47,7 @@ class Blocks(nn.Module):
 
 def blocks(name="blocks", module=None, sha256=None):
     opened = FrozenBackbone.open(module or Blocks())
-    return FrozenBackbone(name, opened.module, sha256=sha256)
+    return FrozenBackbone(name, opened.network, sha256=sha256)
 
 
 def compare(*backbones, cache=None, archive=None, **settings):
@@ -165,7 +165,7 @@ class NotANumber(Blocks):
 @pytest.mark.parametrize(
     ("module", "settings", "message"),
     [
-        (NoMaps(), {}, "does not take .*: backbone NoMaps gives no feature maps, which matching needs"),
+        (NoMaps(), {}, "backbone NoMaps does not take .*: the backbone gives no feature maps, which matching needs"),
         (NotANumber(), {}, "backbone odd gives features that are not finite"),
         (nn.Conv2d(3, 4, 3), {}, "Conv2d has no method feature_map"),
         (
@@ -192,8 +192,8 @@ class NotANumber(Blocks):
     ],
 )
 def test_what_cannot_work_is_found_before_any_work(module, settings, message):
-    opened = FrozenBackbone.open(module) if not isinstance(module, NoMaps) else FrozenBackbone("NoMaps", module)
-    backbone = opened if isinstance(module, NoMaps) else FrozenBackbone("odd", opened.module)
+    name = "NoMaps" if isinstance(module, NoMaps) else "odd"
+    backbone = FrozenBackbone(name, FrozenBackbone.open(module).network)
     seen = getattr(module, "images_seen", 0)
     with pytest.raises(ValueError, match=message):
         compare(backbone, **settings)

@@ -21,8 +21,7 @@ from fewshot_ext.evaluation import (
     find_map_head,
     map_heads,
 )
-from fewshot_ext.models import FCN, Grid, StructuredClassifierConfig, emd_logits, fit_prototypes
-from fewshot_ext.training import load_backbone
+from fewshot_ext.models import FCN, Grid, StructuredClassifierConfig, emd_logits, fit_prototypes, load_network
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -97,7 +96,7 @@ def test_head_equals_the_loops(head, score):
         ("protonet", ProtoNet()),
         ("protonet_cosine", ProtoNet("cosine", scale=10.0)),
         ("matchingnet", MatchingNet()),
-        ("fc_dot", FineTuning(similarity="softmax")),
+        ("fc_dot", FineTuning(similarity="dot")),
         ("fc_cosine", FineTuning(similarity="cosine")),
     ],
 )
@@ -187,11 +186,11 @@ def test_the_protocol_takes_maps():
 def test_from_a_checkpoint_to_accuracies(checkpoints):
     """The road of an evaluation: a pre-trained backbone, maps of all images once, then episodes."""
     archive = load_digits().subset(Split.NOVEL)
-    extractor = load_backbone(checkpoints[0])
-    features = FCN(extractor.backbone, preprocessing=extractor.input)
+    extractor = load_network(checkpoints[0])
+    features = FCN(extractor.backbone, preprocessing=extractor.preprocessing)
     maps = extract_features(features, archive.images)
     assert torch.equal(maps[:5], extractor.feature_map(archive.images[:5]).flatten(2).mT)
-    grid = Grid(extractor.backbone, preprocessing=extractor.input)
+    grid = Grid(extractor.backbone, preprocessing=extractor.preprocessing)
     maps = extract_features(grid, archive.images)
     drawn = sample_episodes(archive.labels, 10, way=3, queries=5, generator=torch.Generator().manual_seed(0))
     predicted = emd_logits(maps[drawn.query.flatten(1)], maps[drawn.support.flatten(1)]).argmax(-1)

@@ -1,6 +1,7 @@
 """What is measured on the runs of a sweep beside their accuracy."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ from fewshot_ext.experiments.sweep import Sweep
 from fewshot_ext.experiments.tables import read_table
 from fewshot_ext.experiments.tsne import Embedding, write_tsne
 from fewshot_ext.experiments.variance import VarianceMeasurement, base_similarities, check_propositions, write_variance
-from fewshot_ext.training.features import load_backbone, read_checkpoint
+from fewshot_ext.models import load_network
+from fewshot_ext.models.network import read_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,7 +50,7 @@ def test_variances_are_those_of_the_features(cosine, tmp_path):
     task = sweep.tasks[0]
     novel = SweepImages.part(sweep.archive, task.run).test["novel"]
     with torch.no_grad():
-        features = load_backbone(task.checkpoint)(novel.images)
+        features = load_network(task.checkpoint)(novel.images)
     (row,) = select(rows, margin=-0.2, seed=0, classes="novel")
     assert row["inter"] == pytest.approx(inter_class_variance(features, novel.labels).item(), rel=1e-4)
     assert 1 / 5 <= row["same_class"] <= 1
@@ -66,11 +68,10 @@ def test_variances_are_those_of_the_features(cosine, tmp_path):
 
 def test_base_similarities_take_the_trained_classifier(cosine, trained):
     for task in (cosine.tasks[0], trained.tasks[3]):
-        backbone = FrozenBackbone.from_checkpoint(task.checkpoint)
         features = torch.randn(4, 8)
         weight = read_checkpoint(task.checkpoint)["state_dict"]["head.weight"]
-        found, scale = base_similarities(backbone, features)
-        if backbone.similarity == "cosine":
+        found, scale = base_similarities(task.checkpoint, features)
+        if load_network(task.checkpoint).similarity == "cosine":
             assert scale == 30.0
             expected = torch.nn.functional.cosine_similarity(features.unsqueeze(1), weight.unsqueeze(0), dim=-1)
         else:
@@ -79,9 +80,10 @@ def test_base_similarities_take_the_trained_classifier(cosine, trained):
         torch.testing.assert_close(found, expected)
 
 
-def test_a_backbone_without_a_classifier_is_the_wrong_kind():
-    with pytest.raises(ValueError, match=r"pixels is a checkpoint of the wrong kind: it holds no classifier"):
-        base_similarities(FrozenBackbone("pixels", torch.nn.Flatten()), torch.ones(1, 4))
+def test_a_checkpoint_without_a_classifier_is_of_the_wrong_kind():
+    path = Path(__file__).parents[1] / "fixtures/version_0_1/metric.ckpt"
+    with pytest.raises(ValueError, match=r"metric.ckpt is a checkpoint of the wrong kind: it holds no classifier"):
+        base_similarities(path, torch.ones(1, 4))
 
 
 def test_label_distribution_and_its_groups(cosine, tmp_path):
@@ -91,7 +93,7 @@ def test_label_distribution_and_its_groups(cosine, tmp_path):
     novel = SweepImages.part(cosine.archive, task.run).test["novel"]
     backbone = FrozenBackbone.from_checkpoint(task.checkpoint)
     with torch.no_grad():
-        similarities, scale = base_similarities(backbone, backbone.module(novel.images))
+        similarities, scale = base_similarities(task.checkpoint, backbone.network(novel.images))
     expected = base_class_probabilities(similarities, novel.labels, scale)
     found = torch.tensor([row["probabilities"] for row in select(rows, margin=0.0, seed=0)])
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)

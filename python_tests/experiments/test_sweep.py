@@ -155,7 +155,7 @@ def test_a_plan_is_read_back(trained, capsys):
     assert [task.run for task in again.tasks] == [task.run for task in trained.tasks]
     assert again.run() == trained.rows
     assert "left out" not in capsys.readouterr().err
-    softmax = Sweep.read(trained.output, FEW, choose=lambda run: run.pretraining.similarity == "softmax")
+    softmax = Sweep.read(trained.output, FEW, choose=lambda run: run.pretraining.loss == "softmax")
     assert len(softmax.tasks) == 2
 
 

@@ -10,7 +10,7 @@ from fewshot_ext.parallel import ClassParallelMarginLoss
 
 from .problems import BATCHES, Problem
 
-SIMILARITIES = pytest.mark.parametrize("similarity", ("cosine", "softmax"))
+SIMILARITIES = pytest.mark.parametrize("similarity", ("cosine", "dot"))
 
 
 def compare(rank, problem, tolerances=None, **options):
@@ -212,7 +212,7 @@ def test_initial_weight_is_that_of_any_number_of_ranks(one_rank, ranks, classes)
 
 
 def test_defaults_are_those_of_one_process(one_rank):
-    for similarity, head in (("cosine", MarginCosineLoss), ("softmax", MarginSoftmaxLoss)):
+    for similarity, head in (("cosine", MarginCosineLoss), ("dot", MarginSoftmaxLoss)):
         module, expected = ClassParallelMarginLoss(6, 5, similarity=similarity), head(6, 5)
         for name in ("margin", "scale", "reduction", "ignore_index", "label_smoothing"):
             assert getattr(module, name) == getattr(expected, name)

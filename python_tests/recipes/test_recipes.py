@@ -53,7 +53,7 @@ def test_published_recipes_have_the_published_values(name):
     data, backbone, _, loss, shot = name.split("_")
     config = load_recipe(name)
     assert (config.margin, config.weight_decay) == (margin, weight_decay)
-    assert config.similarity == loss
+    assert config.loss == loss
     assert config.scale == (30.0 if loss == "cosine" else 10.0 if backbone == "resnet12" else 5.0)
     assert config.backbone.name == backbone
     if drop_block:
@@ -78,7 +78,7 @@ def test_published_recipes_have_the_published_values(name):
 def test_the_first_stage_of_deepemd_has_the_published_values(name):
     """The defaults of the official train_pretrain.py, and the transforms of its data sets."""
     config = load_recipe(name)
-    assert (config.similarity, config.margin, config.scale, config.label_smoothing) == ("softmax", 0, 1, 0)
+    assert (config.similarity, config.margin, config.scale, config.label_smoothing) == ("dot", 0, 1, 0)
     assert (config.optimizer, config.learning_rate, config.momentum, config.nesterov) == ("sgd", 0.1, 0.9, True)
     assert (config.decay, config.decay_epochs, config.weight_decay) == (0.2, 30, 5e-4)
     assert (config.epochs, config.batch_size, config.image_size) == (120, 128, 84)

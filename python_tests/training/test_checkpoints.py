@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fewshot_ext.data import ImageArchive
-from fewshot_ext.training import BackboneConfig, PreTraining, load_backbone, pretrain
+from fewshot_ext.models import load_network
+from fewshot_ext.training import BackboneConfig, PreTraining, pretrain
 from fewshot_ext.training.checkpoints import AtomicCheckpointIO
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -126,9 +127,9 @@ def trained(tiny, archive, tmp_path_factory):
     return pretrain(tiny, archive, folder), folder / "last.ckpt"
 
 
-def test_load_backbone_gives_the_same_features(trained, archive):
+def test_load_network_gives_the_same_features(trained, archive):
     module, path = trained
-    backbone = load_backbone(path)
+    backbone = load_network(path)
     assert not backbone.training
     assert torch.equal(backbone(archive.images), module(archive.images))
     features = backbone.feature_map(archive.images[:2])
@@ -138,14 +139,14 @@ def test_load_backbone_gives_the_same_features(trained, archive):
 def test_images_are_brought_to_the_size_of_the_training(tiny, archive, tmp_path):
     config = replace(tiny, epochs=1, image_size=20, backbone=BackboneConfig(width=4, pooled_blocks=4))
     module = pretrain(config, archive, tmp_path)
-    backbone = load_backbone(tmp_path / "last.ckpt")
+    backbone = load_network(tmp_path / "last.ckpt")
     assert torch.equal(backbone(archive.images), module(archive.images))
     larger = torch.randint(256, (2, 1, 31, 40), dtype=torch.uint8)
     assert backbone(larger).shape == (2, backbone.out_features) == (2, 4)
     assert backbone.feature_map(larger).shape == (2, 4, 1, 1)
 
 
-def test_load_backbone_needs_neither_lightning_nor_kornia(trained, tmp_path):
+def test_load_network_needs_neither_lightning_nor_kornia(trained, tmp_path):
     script = f"""
 import sys
 class Refuse:
@@ -154,15 +155,15 @@ class Refuse:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Refuse())
 import torch
-from fewshot_ext.training import load_backbone
-print(list(load_backbone({str(trained[1])!r})(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)).shape))
+from fewshot_ext.models import load_network
+print(list(load_network({str(trained[1])!r})(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)).shape))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [2, 32]
 
 
-@pytest.mark.parametrize("read", [load_backbone, PreTraining.from_checkpoint])
+@pytest.mark.parametrize("read", [load_network, PreTraining.from_checkpoint])
 def test_files_that_are_no_checkpoints_are_named(tmp_path, read):
     with pytest.raises(FileNotFoundError, match=r"checkpoint cannot be read: .*missing\.ckpt"):
         read(tmp_path / "missing.ckpt")
@@ -181,7 +182,7 @@ def test_files_that_are_no_checkpoints_are_named(tmp_path, read):
     assert "weights_only" not in str(refused.value), "nobody should be advised to run what is in the file"
 
 
-@pytest.mark.parametrize("read", [load_backbone, PreTraining.from_checkpoint])
+@pytest.mark.parametrize("read", [load_network, PreTraining.from_checkpoint])
 def test_a_checkpoint_cut_short_is_named(trained, tmp_path, read):
     whole = trained[1].read_bytes()
     for length in (0, 10, len(whole) // 2, len(whole) - 1):

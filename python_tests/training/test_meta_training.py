@@ -10,7 +10,7 @@ import torch
 
 from fewshot_ext.data import AugmentationConfig, Episodes, ImageArchive, Split, load_digits
 from fewshot_ext.evaluation import DeepEMDHead, FrozenBackbone, episode_accuracies, extract_features
-from fewshot_ext.models import LocalFeaturesConfig, StructuredClassifierConfig
+from fewshot_ext.models import LocalFeaturesConfig, StructuredClassifierConfig, load_network
 from fewshot_ext.training import (
     BackboneConfig,
     MetaTraining,
@@ -19,7 +19,6 @@ from fewshot_ext.training import (
     MetricTrainingConfig,
     MetricTrainingRun,
     ValidationConfig,
-    load_backbone,
     metatrain,
     pretrain,
 )
@@ -181,14 +180,16 @@ def test_the_global_generator_is_left_alone(settings, digits, tmp_path):
 
 def test_training_starts_from_the_checkpoint(from_checkpoint, pretrained, digits, tmp_path, weights):
     run = MetaTrainingRun(from_checkpoint, digits, tmp_path, checkpoint=pretrained, seed=3)
-    assert torch.equal(weights(run.module.extractor), weights(load_backbone(pretrained)))
+    assert torch.equal(weights(run.module.network), weights(load_network(pretrained)))
     trained = run.train()
-    assert not torch.equal(weights(trained.extractor), weights(load_backbone(pretrained)))
+    assert not torch.equal(weights(trained.network), weights(load_network(pretrained)))
     # Whatever takes the checkpoint of a pre-training takes this one.
     for name in ("last.ckpt", "best.ckpt"):
-        extractor = load_backbone(tmp_path / name)
+        extractor = load_network(tmp_path / name)
         assert torch.equal(extractor(digits.images[:5]), trained(digits.images[:5]))
-        assert torch.equal(FrozenBackbone.open(tmp_path / name).module(digits.images[:5]), extractor(digits.images[:5]))
+        assert torch.equal(
+            FrozenBackbone.open(tmp_path / name).network(digits.images[:5]), extractor(digits.images[:5])
+        )
         assert torch.equal(weights(MetaTraining.from_checkpoint(tmp_path / name)), weights(trained))
 
 
@@ -209,7 +210,7 @@ def test_an_embedding_is_left_as_it_is(settings, digits, tmp_path, weights):
 
 def test_the_state_has_every_weight_once(settings, digits, tmp_path):
     module = MetaTrainingRun(settings, digits, tmp_path, checkpoint=None).module
-    assert {key.partition(".")[0] for key in module.state_dict()} == {"extractor"}
+    assert {key.partition(".")[0] for key in module.state_dict()} == {"network"}
     module.train()
     assert module.deepemd.training and module.deepemd.local_features.training
     assert not module.eval().deepemd.training
@@ -396,6 +397,6 @@ def test_it_goes_on_from_a_metric_training(from_checkpoint, digits, tmp_path):
     config = replace(from_checkpoint, augmentation=AugmentationConfig())
     run = MetaTrainingRun(config, digits, tmp_path / "meta", checkpoint=tmp_path / "metric" / "best.ckpt")
     images = digits.images[:3]
-    assert torch.equal(run.module.eval().extractor(images), module.eval().extractor(images))
+    assert torch.equal(run.module.eval().network(images), module.eval().network(images))
     run.train()
-    assert FrozenBackbone.from_checkpoint(tmp_path / "meta" / "last.ckpt").module(images).shape == (3, 4)
+    assert FrozenBackbone.from_checkpoint(tmp_path / "meta" / "last.ckpt").network(images).shape == (3, 4)

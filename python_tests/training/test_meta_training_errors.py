@@ -7,6 +7,7 @@ import torch
 
 from fewshot_ext.data import ImageArchive, Split, load_digits
 from fewshot_ext.models import LocalFeaturesConfig, StructuredClassifierConfig
+from fewshot_ext.models.network import read_checkpoint
 from fewshot_ext.training import (
     BackboneConfig,
     MetaTraining,
@@ -17,7 +18,6 @@ from fewshot_ext.training import (
     metatrain,
     pretrain,
 )
-from fewshot_ext.training.features import read_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -144,7 +144,7 @@ def test_files_that_are_no_checkpoints(settings, digits, checkpoint, tmp_path):
 
 def test_a_checkpoint_of_another_network(settings, digits, checkpoint, tmp_path):
     content = torch.load(checkpoint, weights_only=True)
-    content["state_dict"].pop("extractor.backbone.blocks.0.0.weight")
+    content["state_dict"].pop("network.backbone.blocks.0.0.weight")
     torch.save(content, tmp_path / "part.ckpt")
     refused(
         r"part\.ckpt does not fit this version of fewshot_ext: RuntimeError.*blocks\.0\.0\.weight",
@@ -158,9 +158,9 @@ def test_a_checkpoint_of_another_network(settings, digits, checkpoint, tmp_path)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_checkpoint_that_is_not_finite(settings, digits, checkpoint, tmp_path, value):
     content = torch.load(checkpoint, weights_only=True)
-    content["state_dict"]["extractor.backbone.blocks.1.0.bias"][2] = value
+    content["state_dict"]["network.backbone.blocks.1.0.bias"][2] = value
     torch.save(content, tmp_path / "nan.ckpt")
-    message = r"nan\.ckpt holds NaN or infinity in extractor\.backbone\.blocks\.1\.0\.bias"
+    message = r"nan\.ckpt holds NaN or infinity in network\.backbone\.blocks\.1\.0\.bias"
     refused(message, settings, digits, tmp_path / "nan.ckpt", tmp_path)
 
 
@@ -183,9 +183,9 @@ def test_one_stage_does_not_resume_another(tiny, settings, archive, digits, fold
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({"queries": 4}, {}, "meta_training.queries is 3, not 4"),
-        ({"epochs": 1}, {}, "meta_training.epochs is 2, not 1"),
-        ({"classifier": StructuredClassifierConfig(lr=0.5)}, {}, "meta_training.classifier.lr is 0.1, not 0.5"),
+        ({"queries": 4}, {}, "config.queries is 3, not 4"),
+        ({"epochs": 1}, {}, "config.epochs is 2, not 1"),
+        ({"classifier": StructuredClassifierConfig(lr=0.5)}, {}, "config.classifier.lr is 0.1, not 0.5"),
         ({}, {"seed": 1}, "seed is 0, not 1"),
     ],
 )

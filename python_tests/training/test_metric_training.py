@@ -11,6 +11,7 @@ from fewshot_ext import _extras, coding_rate
 from fewshot_ext.data import AugmentationConfig, Split, load_digits
 from fewshot_ext.evaluation import FrozenBackbone, extract_features, retrieval_metrics
 from fewshot_ext.losses import AntiCollapseLoss
+from fewshot_ext.models import load_network
 from fewshot_ext.training import (
     AntiCollapseConfig,
     BackboneConfig,
@@ -19,7 +20,6 @@ from fewshot_ext.training import (
     MetricTrainingConfig,
     MetricTrainingRun,
     PreTraining,
-    load_backbone,
     pretrain,
 )
 from fewshot_ext.training.metric_callbacks import evenly
@@ -236,11 +236,11 @@ def test_bfloat16_trains_and_its_loss_is_in_full_precision(archive, tmp_path):
 
 
 def test_the_checkpoint_is_one_of_a_backbone(trained, digits):
-    extractor = load_backbone(trained.directory / "best.ckpt")
+    extractor = load_network(trained.directory / "best.ckpt")
     expected = trained.module.eval()(digits.images[:20])
     torch.testing.assert_close(F.normalize(extractor(digits.images[:20]), dim=1), expected)
     frozen = FrozenBackbone.from_checkpoint(trained.directory / "best.ckpt")
-    assert (frozen.similarity, frozen.channels) == ("cosine", 1)
+    assert (frozen.network.similarity, frozen.network.channels) == ("cosine", 1)
 
 
 def test_a_config_survives_plain_containers():

@@ -18,7 +18,7 @@ from fewshot_ext.training.schedule import sgd_in_steps
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("similarity", ["cosine", "softmax"])
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
 def test_training_lowers_the_loss_and_reports_each_epoch(tiny, archive, tmp_path, similarity):
     epochs, losses = [], []
     pretrain(
@@ -357,7 +357,7 @@ def test_a_loss_that_is_no_number_ends_the_run(tiny, archive, tmp_path):
 
 def test_given_mean_and_deviation_are_used(tiny, archive, tmp_path):
     module = pretrain(replace(tiny, epochs=1, mean=(0.25,), std=(0.5,)), archive, tmp_path)
-    assert (module.extractor.input.mean.item(), module.extractor.input.std.item()) == (0.25, 0.5)
+    assert (module.network.preprocessing.mean.item(), module.network.preprocessing.std.item()) == (0.25, 0.5)
     with pytest.raises(ValueError, match="one number a channel: the images have 1 channels"):
         pretrain(replace(tiny, mean=(0.25,) * 3, std=(0.5,) * 3), archive, tmp_path)
 
@@ -372,10 +372,10 @@ def test_counts_of_processes_are_checked(tiny, archive, tmp_path, name):
     ("loss", "options", "similarity", "margin", "scale"),
     [
         ("neg-cosine", {"margin": -0.02}, "cosine", -0.02, 30.0),
-        ("neg-softmax", {"margin": -0.3}, "softmax", -0.3, 5.0),
-        ("neg-softmax", {"margin": -0.3, "backbone": BackboneConfig("resnet12")}, "softmax", -0.3, 10.0),
+        ("neg-softmax", {"margin": -0.3}, "dot", -0.3, 5.0),
+        ("neg-softmax", {"margin": -0.3, "backbone": BackboneConfig("resnet12")}, "dot", -0.3, 10.0),
         ("cosine", {}, "cosine", 0.0, 30.0),
-        ("softmax", {"margin": 0.0, "scale": 7.0}, "softmax", 0.0, 7.0),
+        ("softmax", {"margin": 0.0, "scale": 7.0}, "dot", 0.0, 7.0),
     ],
 )
 def test_losses_by_name(loss, options, similarity, margin, scale):

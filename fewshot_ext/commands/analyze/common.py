@@ -240,7 +240,7 @@ def open_sweep(name: str, arguments, measurement: Measurement) -> tuple[Sweep, P
     def choose(run: SweepRun) -> bool:
         config = run.pretraining
         return (
-            config.similarity in arguments.losses
+            config.loss in arguments.losses
             and (not arguments.margins or config.margin in arguments.margins)
             and (not arguments.seeds or run.seed in arguments.seeds)
         )

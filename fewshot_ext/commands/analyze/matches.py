@@ -133,7 +133,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
 
 def _read_pairs(query: str, support: str, backbone: FrozenBackbone) -> tuple[list[ImagePair], list[str]]:
     """The pairs, and what was passed over in the folders that they come from."""
-    if backbone.image_size is None:
+    if backbone.network.image_size is None:
         raise ValueError(f"checkpoint {backbone.name} was trained on images that are not square: take --data")
     sides: list[list[Path]] = []
     told: list[str] = []
@@ -151,8 +151,9 @@ def _read_pairs(query: str, support: str, backbone: FrozenBackbone) -> tuple[lis
             f"{len(sides[1])}"
         )
     check_pairs(count)
-    mode = "L" if backbone.channels == 1 else "RGB"
-    read = {path: read_image(path, backbone.image_size, mode=mode) for path in dict.fromkeys((*sides[0], *sides[1]))}
+    mode = "L" if backbone.network.channels == 1 else "RGB"
+    side = backbone.network.image_size
+    read = {path: read_image(path, side, mode=mode) for path in dict.fromkeys((*sides[0], *sides[1]))}
     sides = [side * count if len(side) == 1 else side for side in sides]
     pairs = zip(*sides, strict=True)
     return [

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fewshot_ext import _extras
+from fewshot_ext._threads import in_threads
 from fewshot_ext.commands.common import print_written, tell_passed_over, writable_folder
 from fewshot_ext.commands.data import report
 from fewshot_ext.commands.locks import hold_folder
 from fewshot_ext.data import ImageArchive, read_image
-from fewshot_ext.data._threads import in_threads
 from fewshot_ext.data.archive_file import has_checksum
 from fewshot_ext.data.folders import FolderListing, list_folder, read_listing
 from fewshot_ext.data.named import KNOWN, find_archive, open_images

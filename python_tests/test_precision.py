@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fewshot_ext import AntiCollapseLoss, MarginCosineLoss, evaluation
-from fewshot_ext._normalize import normalize
+from fewshot_ext._precision import normalize
 
 DTYPES = pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16, torch.float16), ids=str)
 

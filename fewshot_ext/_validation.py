@@ -1,6 +1,7 @@
 """Argument checks that the operators share. Each error names the argument, what came and what is taken."""
 
 import math
+import warnings
 from numbers import Integral, Real
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from fewshot_ext import _library
 
 FLOATING_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+SIMILARITIES = ("cosine", "dot")
 _NOT_DENSE = ("DTensor", "MaskedTensor")  # subclasses that look dense, but that no kernel can read
 _FLOATING_NAMES = "float32, float64, bfloat16 or float16"
 
@@ -98,6 +100,15 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise TypeError(f"{name}: expected one of {', '.join(choices)}, got {type(value).__name__}")
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def check_similarity(value: object) -> str:
+    """The similarity, "cosine" or "dot"; version 0.1 called the latter "softmax"."""
+    if isinstance(value, str) and value == "softmax":
+        warnings.warn("similarity: expected cosine or dot, got 'softmax', which means dot", DeprecationWarning, 3)
+        return "dot"
+    check_choice("similarity", value, SIMILARITIES)
+    return value
 
 
 def check_flag(name: str, value: object) -> None:

@@ -1,4 +1,4 @@
-"""Vectors of length 1 in full precision: what losses and measures above the operators share."""
+"""Full precision: the dtype to accumulate in, vectors of length 1, and arithmetic that autocast leaves alone."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewshot_ext.ops._autograd import accumulate_dtype
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that kernels accumulate and return losses in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def normalize(vectors: Tensor) -> Tensor:
