@@ -205,14 +205,6 @@ class TestItem25:
             with pytest.raises(ValueError, match=r"\.json'? (is damaged|does not hold)"):
                 read()
 
-    @pytest.mark.parametrize("rows", ["[]", '[{"loss": 1}]', '[{"loss": "cosine", "margin": "x", "seed": 0}]'])
-    def test_results_of_other_columns(self, rows, tmp_path, capsys):
-        (tmp_path / "margins.json").write_text(f'{{"analysis": "margins", "rows": {rows}}}')
-        assert main(["analyze", "report", "--results", str(tmp_path), "--output", str(tmp_path / "page.md")]) == 2
-        error = capsys.readouterr().err
-        assert "do not hold what the names of their files say" in error
-        assert len(error.splitlines()) == 1
-
     def test_mutated_checkpoints(self, checkpoints, tmp_path):
         whole = torch.load(checkpoints[0], weights_only=True)
         content = {key: whole[key] for key in ("hyper_parameters", "state_dict")}

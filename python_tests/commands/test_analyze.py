@@ -97,16 +97,9 @@ def test_analyses_that_train(name, tmp_path, capsys):
     assert "margin" in capsys.readouterr().out
 
 
-def test_report(sweep, tmp_path, capsys):
-    page = tmp_path / "page.md"
-    assert main(["analyze", "report", "--results", str(sweep), "--output", str(page)]) == 0
-    assert "| verdict |" in page.read_text()
-    assert capsys.readouterr().out.startswith("written:")
-
-
 def test_every_subcommand_has_its_test():
     # test_metric_train.py has the test of "collapse", test_matches.py that of "matches".
-    assert set(COMMANDS) == {"margins", "report", "collapse", "matches", *LOOKERS, *TRAINERS}
+    assert set(COMMANDS) == {"margins", "collapse", "matches", *LOOKERS, *TRAINERS}
 
 
 @pytest.mark.parametrize(
@@ -138,9 +131,6 @@ def test_every_subcommand_has_its_test():
         (["margins", "--data", "no_such_set", "--output", "out"], "no_such_set"),
         (["variance"], "--sweep must be given"),
         (["variance", "--sweep", "nowhere"], "there is no sweep in 'nowhere'"),
-        (["report", "--results", "nowhere"], "results 'nowhere' is not a folder"),
-        (["report", "--results", "."], "holds no results file of an analysis"),
-        (["report", "--output", "nowhere/page.md"], "is in no folder that there is"),
         (["regularizers", *TRAINING, "--output", "out", "--margin", "0"], "margin must not be 0"),
         (["regularizers", *TRAINING, "--output", "out", "--drop_rate", "0.1"], "drop_rate must be 0 for conv4"),
         (["regularizers", *TRAINING, "--output", "out"], "has the settings of 'margin -0.1'"),

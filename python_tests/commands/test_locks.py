@@ -123,7 +123,6 @@ WRITERS = {
     ),
     "evaluate": (".lock", ["--data", "digits", "--checkpoint", "{checkpoint}"], ""),
     "analyze matches": (".matches.lock", ["--data", "digits", "--checkpoint", "{checkpoint}"], ""),
-    "analyze report": (".page.md.lock", ["--results", "{results}"], "page.md"),
     "data download": (".lock", ["omniglot"], ""),
     "data pack": (".a.npz.lock", ["--source", "{pictures}"], "a.npz"),
     "data info": (".a.png.lock", ["digits"], "a.png"),
@@ -133,10 +132,7 @@ WRITERS = {
 @pytest.mark.parametrize("command", WRITERS)
 def test_item_23_every_command_that_writes_is_refused(command, held, pictures, checkpoints, tmp_path, capsys):
     lock, options, file = WRITERS[command]
-    results = tmp_path / "results"
-    results.mkdir()
-    (results / "margins.json").write_text('{"analysis": "margins", "rows": []}')
-    places = {"pictures": pictures, "checkpoint": checkpoints[0], "results": results}
+    places = {"pictures": pictures, "checkpoint": checkpoints[0]}
     output = tmp_path / "out"
     held(output / lock)
     before = contents(output)

@@ -146,10 +146,6 @@ def test_collapse(tmp_path, capsys):
     assert {f"collapse.{suffix}" for suffix in ("json", "csv", "png", "yaml")} <= {p.name for p in tmp_path.iterdir()}
     assert main(["analyze", "collapse", "--config", str(tmp_path / "collapse.yaml"), "--output", str(tmp_path)]) == 0
     assert "5 of 5 runs are there already" in capsys.readouterr().err
-    page = tmp_path / "page.md"
-    report = ["analyze", "report", "--paper", "anti_collapse", "--results", str(tmp_path), "--output", str(page)]
-    assert main(report) == 0
-    assert "| ProxyAnchor, Anti-Collapse batch_proxy 1 |" in page.read_text()
 
 
 @pytest.mark.parametrize(
@@ -174,14 +170,3 @@ def test_a_sweep_that_cannot_be(arguments, message, tmp_path, capsys):
     assert len(printed.err.splitlines()) == 1, printed.err
     assert message in printed.err
     assert not list(tmp_path.rglob("*.ckpt"))
-
-
-@pytest.mark.parametrize("arguments", [["--paper", "other"], ["--paper", "anti_collapse", "--results", "."]])
-def test_a_report_that_cannot_be(arguments, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main(["analyze", "report", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert (
-        "paper must be 'negative_margin' or 'anti_collapse' or 'deepemd'" in error or "holds no results file" in error
-    )
-    assert not list(tmp_path.iterdir())

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from experiments_cases import CLEAR, made_up
 from metric_cases import TINY_METRIC
 
 from fewshot_ext.data import ImageArchive, Split, load_digits
-from fewshot_ext.experiments.claims import collapse_findings
 from fewshot_ext.experiments.collapse import (
     CollapseSweep,
     SeedMean,
@@ -24,7 +24,6 @@ from fewshot_ext.experiments.collapse import (
 )
 from fewshot_ext.experiments.figures import curve_styles
 from fewshot_ext.experiments.metric_runs import Arm, TrainEmbedding, metric_runs
-from fewshot_ext.experiments.report import page_with_report, report
 from fewshot_ext.experiments.tables import read_table
 from fewshot_ext.training import AntiCollapseConfig, BackboneConfig, MeasurementConfig
 
@@ -39,35 +38,7 @@ def digits():
     return load_digits()
 
 
-def made_up(recalls, classes=("seen", "unseen"), epochs=(1, 2)):
-    """Rows of a finished sweep; ``recalls`` by loss, weight and seed, the ranks ten times as large."""
-    return [
-        {
-            "loss": loss,
-            "variant": {"triplet": "pair"}.get(loss, "batch_proxy") if weight else "none",
-            "weight": weight,
-            "seed": seed,
-            "epoch": epoch,
-            "classes": name,
-            "recall_at_1": recall * epoch / epochs[-1],
-            "map_at_r": recall / 2,
-            "coding_rate": 20 * recall,
-            "effective_rank": 10 * recall,
-            "spectrum": [0.9, recall, 0.0],
-        }
-        for (loss, weight, seed), recall in recalls.items()
-        for epoch in epochs
-        for name in classes
-    ]
-
-
 PAIR = Arm("pair", 0.1)
-CLEAR = {
-    **{("triplet", 0.0, seed): value for seed, value in enumerate((0.50, 0.52, 0.48))},
-    **{("triplet", 0.1, seed): value for seed, value in enumerate((0.60, 0.63, 0.59))},
-    **{("proxy_anchor", 0.0, seed): value for seed, value in enumerate((0.40, 0.45, 0.42))},
-    **{("proxy_anchor", 1.0, seed): value for seed, value in enumerate((0.35, 0.41, 0.37))},
-}
 
 
 def test_the_runs_of_a_sweep():
@@ -190,40 +161,13 @@ def test_summary_and_tables_tell_the_same():
     assert "from 1 seed" in collapse_table(made_up({("triplet", 0.0, 0): 0.5}))
 
 
-def test_claims_are_shown_contradicted_or_left_open():
-    verdicts = {finding.claim: finding.verdict for finding in collapse_findings({"rows": made_up(CLEAR)})}
-    assert len(verdicts) == 8
-    assert verdicts["Recall@1 on unseen classes rises (triplet, pair 0.1)"] == "shown"
-    assert verdicts["Recall@1 on unseen classes rises (ProxyAnchor, batch_proxy 1)"] == "contradicted"
-    open_question = dict(CLEAR) | {("triplet", 0.1, 0): 0.1}
-    verdicts = {finding.claim: finding.verdict for finding in collapse_findings({"rows": made_up(open_question)})}
-    assert verdicts["Recall@1 on unseen classes rises (triplet, pair 0.1)"] == "not shown"
-    (finding,) = (
-        finding
-        for finding in collapse_findings({"rows": made_up(CLEAR)})
-        if finding.claim.startswith("Recall@1 on unseen classes rises (triplet")
-    )
-    assert finding.measured.startswith("Recall@1 (%) +10.67 ± 1.43 (by seed +10.00, +11.00, +11.00)")
-
-
-def test_files_picture_and_page(tmp_path):
+def test_files_and_picture(tmp_path):
     folder = tmp_path / "digits"
     folder.mkdir()
     written = write_collapse(folder, made_up(CLEAR), **HEAD)
     assert [path.name for path in written] == ["collapse.json", "collapse.csv", "collapse.png"]
     assert read_table(folder, "collapse")["rows"] == json.loads(json.dumps(made_up(CLEAR)))
     assert (folder / "collapse.png").stat().st_size > 10_000
-    page = page_with_report([folder], tmp_path / "page.md", "anti_collapse")
-    assert "| ProxyAnchor, without |" in page
-    assert "| abstract | Recall@1 on unseen classes rises (triplet, pair 0.1) |" in page
-    assert "](digits/collapse.png)" in page
-    assert "Not yet measured" not in page
-    # The other paper's page knows nothing of it.
-    assert "collapse" not in report([], tmp_path)
-
-
-def test_a_page_without_results_says_what_is_missing(tmp_path):
-    assert "- `fewshot-ext analyze collapse --data DATA --output OUTPUT`" in report([], tmp_path, "anti_collapse")
 
 
 def test_a_sweep_trains_resumes_and_takes_over(digits, tmp_path, monkeypatch, capsys):

@@ -2,9 +2,8 @@
 
 "margins" trains backbones over margins and measures them; other commands look at those backbones, or train more. Each
 writes its numbers as JSON and CSV and a picture, takes over what is already trained, and goes on where it was
-interrupted. "collapse" trains embeddings with and without the Anti-Collapse term; "report" then holds the numbers
-against a paper's claims. "matches" draws the regions of two images that DeepEMD matches, for the backbone of any
-checkpoint. All others are of the negative-margin paper.
+interrupted. "collapse" trains embeddings with and without the Anti-Collapse term. "matches" draws the regions of two
+images that DeepEMD matches, for the backbone of any checkpoint. All others are of the negative-margin paper.
 """
 
 from fewshot_ext.commands.analyze import (
@@ -16,7 +15,6 @@ from fewshot_ext.commands.analyze import (
     margins,
     matches,
     regularizers,
-    report,
     shots,
     tsne,
     variance,
@@ -35,6 +33,5 @@ COMMANDS = {
     "shots": shots,
     "finetuning_margin": finetuning_margin,
     "collapse": collapse,
-    "report": report,
     "matches": matches,
 }

@@ -6,11 +6,11 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
+from deepemd_results import Kind, heads_by_kind, stages
+from verdicts import Finding, judge
 
 from fewshot_ext.evaluation import ComparisonResults, mean_and_interval
 from fewshot_ext.experiments.accuracies import Difference
-from fewshot_ext.experiments.deepemd_results import Kind, heads_by_kind, stages
-from fewshot_ext.experiments.findings import Finding, judge
 
 # What a head is called on a page, by the name of its classifier.
 HEAD_TITLES = {

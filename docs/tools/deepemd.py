@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepemd_claims import backbone_of, deepemd_findings, head_title
+from deepemd_results import FILES, PICTURES, data_name, heads_by_kind, kind_of, recalled, stages
+from verdicts import findings_markdown, markdown_table, picture_markdown, source_markdown
 
 from fewshot_ext.evaluation import ComparisonResults, expand_heads, mean_and_interval
-from fewshot_ext.experiments.deepemd_claims import backbone_of, deepemd_findings, head_title
-from fewshot_ext.experiments.deepemd_results import FILES, PICTURES, data_name, heads_by_kind, kind_of, recalled, stages
-from fewshot_ext.experiments.findings import findings_markdown, markdown_table, picture_markdown, source_markdown
 
 TABLE, SHOTS = "deepemd_table", (1, 5)
 

@@ -5,17 +5,18 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import findings
 import pytest
 import torch
+from deepemd_claims import deepemd_findings, paired_gain, retrieval_findings
+from deepemd_results import read_comparison, read_deepemd
 from PIL import Image
+from report import page_with_report, report
+from verdicts import CONTRADICTED, NOT_SHOWN, SHOWN
 
 from fewshot_ext.cli import main
 from fewshot_ext.data import ImageArchive, Split, load_digits
 from fewshot_ext.evaluation import ComparisonResults, HeadAccuracy, mean_and_interval
-from fewshot_ext.experiments.deepemd_claims import deepemd_findings, paired_gain, retrieval_findings
-from fewshot_ext.experiments.deepemd_results import read_comparison, read_deepemd
-from fewshot_ext.experiments.findings import CONTRADICTED, NOT_SHOWN, SHOWN
-from fewshot_ext.experiments.report import page_with_report, report
 from fewshot_ext.experiments.tables import write_table
 from fewshot_ext.training import BackboneConfig, PreTrainingConfig, pretrain
 
@@ -384,7 +385,7 @@ def test_the_files_that_the_commands_write(tmp_path):
     ):
         assert main([*command, *shared, "--output", str(folder / name)]) == 0
     page = tmp_path / "page.md"
-    assert main(["analyze", "report", "--paper", "deepemd", "--results", str(folder), "--output", str(page)]) == 0
+    assert findings.main(["--paper", "deepemd", "--results", str(folder), "--output", str(page)]) == 0
     text = page.read_text()
     assert "Image set few;" in text
     assert "(9 nearest, meta-trained)" in text
@@ -411,8 +412,8 @@ def test_the_files_that_the_commands_write(tmp_path):
 
 
 def test_a_folder_without_results(tmp_path, capsys):
-    command = ["analyze", "report", "--paper", "deepemd", "--results", str(tmp_path)]
-    assert main([*command, "--output", str(tmp_path / "page.md")]) == 2
+    command = ["--paper", "deepemd", "--results", str(tmp_path), "--output", str(tmp_path / "page.md")]
+    assert findings.main(command) == 2
     error = capsys.readouterr().err
     assert "holds no results file of an analysis, that is one of evaluation/results.json" in error
     assert len(error.splitlines()) == 1

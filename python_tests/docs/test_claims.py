@@ -1,9 +1,7 @@
 """Verdicts on made-up numbers whose truth is known."""
 
 import pytest
-
-from fewshot_ext.experiments.accuracies import difference
-from fewshot_ext.experiments.claims import (
+from claims import (
     CONTRADICTED,
     NOT_SHOWN,
     SHOWN,
@@ -19,6 +17,8 @@ from fewshot_ext.experiments.claims import (
     shot_findings,
     variance_findings,
 )
+
+from fewshot_ext.experiments.accuracies import difference
 
 
 def accuracy(percent, seed=0, noise=0, **labels):

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from verdicts import CONTRADICTED, NOT_SHOWN, SHOWN, Finding, judge
+
 from fewshot_ext.experiments.accuracies import Difference, Row, difference, mean_accuracy, select, values
 from fewshot_ext.experiments.collapse import QUANTITIES, arms_of, gain
 from fewshot_ext.experiments.figures import LOSS_TITLES
-from fewshot_ext.experiments.findings import CONTRADICTED, NOT_SHOWN, SHOWN, Finding, judge
 from fewshot_ext.experiments.metric_runs import LOSS_TITLES as METRIC_LOSS_TITLES
 
 

@@ -11,35 +11,40 @@ in evaluation_10way/, of retrieve --rerank in retrieval/ and of analyze matches 
 evaluate was given its checkpoints in pairs, each before and after meta-training.
 """
 
-from collections.abc import Callable
+import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from report import PAPERS, page_with_report, read_results
 
 from fewshot_ext._checks import check_choice
 from fewshot_ext._files import replace_file
-from fewshot_ext.commands.common import print_written
-from fewshot_ext.commands.locks import hold_folder
-from fewshot_ext.experiments.report import PAPERS, page_with_report, read_results
-
-SUMMARY = "a paper's claims against the numbers, as a page"
 
 
-def add_arguments(parser) -> None:
-    """Adds the options of ``analyze report`` to a jsonargparse parser."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes the page; the exit code is 2 for a wrong argument or file, told in one line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--results", nargs="+", default=[], metavar="FOLDER", help="folders with what was measured, a section each"
     )
     parser.add_argument("--paper", default="negative_margin", help=" or ".join(PAPERS))
     parser.add_argument(
         "--output",
-        type=str | None,
-        default=None,
         metavar="FILE",
-        help="null for PAPER.md here; a new file, or a page whose lines between the two findings markers are replaced",
+        help="a new file, or a page whose lines between the two findings markers are replaced (default: PAPER.md here)",
     )
+    try:
+        page = write_page(parser.parse_args(arguments))
+    except (OSError, ValueError) as error:
+        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"written: {page}")
+    return 0
 
 
-def prepare(arguments, resolved: str) -> Callable[[], int]:
-    """Checks the settings and returns the function that writes the page."""
+def write_page(arguments) -> Path:
+    """Checks the settings and writes the page."""
     check_choice("paper", arguments.paper, *PAPERS)
     folders = [Path(name).expanduser() for name in arguments.results]
     for folder in folders:
@@ -51,12 +56,10 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     page = Path(arguments.output or f"{arguments.paper}.md").expanduser()
     if not page.parent.is_dir():
         raise NotADirectoryError(f"output {str(page)!r} is in no folder that there is")
-    hold_folder(page.parent, page.name)
     text = page_with_report(folders, page, arguments.paper)
+    replace_file(page, lambda path: path.write_text(text, encoding="utf-8"))
+    return page
 
-    def run() -> int:
-        replace_file(page, lambda path: path.write_text(text, encoding="utf-8"))
-        print_written([page])
-        return 0
 
-    return run
+if __name__ == "__main__":
+    sys.exit(main())

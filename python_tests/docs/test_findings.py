@@ -1,23 +1,36 @@
+"""Pages of findings: what is written between the markers, and what is refused."""
+
 import json
+import shutil
 from pathlib import Path
 
+import findings
 import pytest
+import torch
+from report import END, PAPERS, START, page_with_report, read_results, report
 
-from fewshot_ext.experiments.margins import write_margins
-from fewshot_ext.experiments.report import END, PAPERS, START, page_with_report, read_results, report
+from fewshot_ext.cli import main
 from fewshot_ext.experiments.tables import read_table, write_table
-from fewshot_ext.experiments.variance import VarianceMeasurement, write_variance
 
-HEAD = {"data": {"name": "digits", "sha256": "0"}, "versions": {"torch": "2"}}
+TRAINING = ["--data", "digits", "--epochs", "1", "--seeds", "0", "--cosine_margins", "-0.2", "0", "--losses", "cosine"]
+TRAINING += ["--set", "backbone.pooled_blocks=3", "backbone.width=4", "batch_size=128"]
+EPISODES = ["--episodes", "4", "--queries", "3", "--finetuning.steps", "2", "--shots", "1"]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A folder with what the commands write."""
+    folder, threads = tmp_path_factory.mktemp("measured"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert main(["analyze", "margins", *TRAINING, *EPISODES, "--output", str(folder)]) == 0
+    assert main(["analyze", "variance", "--sweep", str(folder)]) == 0
+    torch.set_num_threads(threads)
+    return folder
 
 
 @pytest.fixture
-def results(trained, tmp_path):
-    folder = tmp_path / "docs" / "digits"
-    folder.mkdir(parents=True)
-    write_margins(folder, trained.rows, **HEAD)
-    write_variance(folder, trained.remeasure(VarianceMeasurement()).run(), **HEAD)
-    return folder
+def results(measured, tmp_path):
+    return shutil.copytree(measured, tmp_path / "docs" / "digits", ignore=shutil.ignore_patterns("runs"))
 
 
 def test_a_page_with_claims_pictures_and_what_is_missing(results, tmp_path):
@@ -76,6 +89,41 @@ def test_tables_keep_their_rows(tmp_path):
     write_table(tmp_path, "shots", rows, note="n")
     assert read_table(tmp_path, "shots") == {"analysis": "shots", "note": "n", "rows": rows}
     assert (tmp_path / "shots.csv").read_text() == "a,c\n1,\n2,x\n"
+
+
+@pytest.mark.parametrize("rows", ["[]", '[{"loss": 1}]', '[{"loss": "cosine", "margin": "x", "seed": 0}]'])
+def test_results_of_other_columns(rows, tmp_path, capsys):
+    (tmp_path / "margins.json").write_text(f'{{"analysis": "margins", "rows": {rows}}}')
+    assert findings.main(["--results", str(tmp_path), "--output", str(tmp_path / "page.md")]) == 2
+    error = capsys.readouterr().err
+    assert "do not hold what the names of their files say" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_the_script_writes_a_page(results, tmp_path, capsys):
+    page = tmp_path / "page.md"
+    assert findings.main(["--results", str(results), "--output", str(page)]) == 0
+    assert "| verdict |" in page.read_text()
+    assert capsys.readouterr().out.startswith("written:")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--results", "nowhere"], "results 'nowhere' is not a folder"),
+        (["--results", "."], "holds no results file of an analysis"),
+        (["--paper", "anti_collapse", "--results", "."], "holds no results file of an analysis"),
+        (["--output", "nowhere/page.md"], "is in no folder that there is"),
+        (["--paper", "other"], "paper must be 'negative_margin' or 'anti_collapse' or 'deepemd'"),
+    ],
+)
+def test_what_the_script_refuses(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert findings.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("paper", PAPERS)

@@ -7,13 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from claims import FINDINGS
+from deepemd import deepemd_missing, deepemd_section
+from deepemd_results import FILES as DEEPEMD_FILES
+from deepemd_results import read_deepemd
+from verdicts import Finding, findings_markdown, picture_markdown, source_markdown
+
 from fewshot_ext._formats import misfits_named
-from fewshot_ext.experiments.claims import FINDINGS
 from fewshot_ext.experiments.collapse import collapse_markdown
-from fewshot_ext.experiments.deepemd_report import deepemd_missing, deepemd_section
-from fewshot_ext.experiments.deepemd_results import FILES as DEEPEMD_FILES
-from fewshot_ext.experiments.deepemd_results import read_deepemd
-from fewshot_ext.experiments.findings import Finding, findings_markdown, picture_markdown, source_markdown
 from fewshot_ext.experiments.tables import read_table
 
 START = "<!-- findings: written by fewshot-ext analyze report, edits are lost -->"
