@@ -21,7 +21,6 @@ from fewshot_ext.cli import main
 from fewshot_ext.data import ImageArchive, load_split
 from fewshot_ext.evaluation import FrozenBackbone
 from fewshot_ext.experiments.sweep import Sweep
-from fewshot_ext.experiments.tables import read_table
 from fewshot_ext.models import load_network
 
 # The commands set the number of threads of the process; the fixture sets it back.
@@ -195,11 +194,9 @@ class TestItem25:
     def test_deep_json(self, tmp_path):
         deep = "[" * 100_000 + "]" * 100_000
         (tmp_path / "split.json").write_text(deep)
-        (tmp_path / "margins.json").write_text(f'{{"analysis": "margins", "rows": {deep}}}')
         (tmp_path / "sweep.json").write_text(deep)
         for read in (
             lambda: load_split(tmp_path / "split.json"),
-            lambda: read_table(tmp_path, "margins"),
             lambda: Sweep.read(tmp_path, None),
         ):
             with pytest.raises(ValueError, match=r"\.json'? (is damaged|does not hold)"):

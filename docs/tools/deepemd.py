@@ -1,4 +1,4 @@
-"""The section of the DeepEMD page about one image set: accuracies, retrieval, claims and pictures as Markdown."""
+"""The page of the DeepEMD paper: accuracies, retrieval, claims and pictures of each image set as Markdown."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,19 +6,21 @@ from typing import Any
 
 import torch
 from deepemd_claims import backbone_of, deepemd_findings, head_title
-from deepemd_results import FILES, PICTURES, data_name, heads_by_kind, kind_of, recalled, stages
+from deepemd_results import FILES, PICTURES, data_name, heads_by_kind, kind_of, read, recalled, stages
 from verdicts import findings_markdown, markdown_table, picture_markdown, source_markdown
 
 from fewshot_ext.evaluation import ComparisonResults, expand_heads, mean_and_interval
 
+__all__ = ["FILES", "missing", "read", "section"]
+
 TABLE, SHOTS = "deepemd_table", (1, 5)
 
 
-def deepemd_section(results: Mapping[str, Any], link: str) -> list[str]:
+def section(results: Mapping[str, Any], link: str) -> list[str]:
     """Lines of Markdown about one image set.
 
     Args:
-        results: of ``read_deepemd``, not empty.
+        results: of ``read``, not empty.
         link: the folder of the results, as the page links it.
     """
     first = next(iter(results.values()))
@@ -37,11 +39,11 @@ def deepemd_section(results: Mapping[str, Any], link: str) -> list[str]:
     return lines
 
 
-def deepemd_missing(results: Mapping[Path, Mapping[str, Any]]) -> list[str]:
+def missing(results: Mapping[Path, Mapping[str, Any]]) -> list[str]:
     """Lines of Markdown: what has not been measured on each image set, with the command that does.
 
     Args:
-        results: of ``read_deepemd``, by folder; none for what there is to measure at all.
+        results: of ``read``, by folder; none for what there is to measure at all.
     """
     lines = []
     for folder, own in results.items() or [(Path("DATA"), {})]:

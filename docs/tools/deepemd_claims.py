@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from deepemd_results import Kind, heads_by_kind, stages
-from verdicts import Finding, judge
+from verdicts import Finding, gain_text, judge, sign_of
 
 from fewshot_ext.evaluation import ComparisonResults, mean_and_interval
 from fewshot_ext.experiments.accuracies import Difference
@@ -37,7 +37,7 @@ def deepemd_findings(results: Mapping[str, Any]) -> list[Finding]:
     """What the results of one image set say about the paper's claims; those that are not measured are left out.
 
     Args:
-        results: of ``read_deepemd``.
+        results: of ``read``.
     """
     found = accuracy_findings(results["evaluation"]) if "evaluation" in results else []
     if "retrieval" in results:
@@ -54,7 +54,7 @@ def accuracy_findings(results: ComparisonResults) -> list[Finding]:
         for (where, mine, others), shot in product(_sides(contest, by_stage), shots):
             if gain := paired_gain(results, (mine, contest.ours), (others, contest.theirs), shot):
                 text = f"{contest.claim} ({shot}-shot{where})"
-                found.append(Finding(contest.source, text, gain_text(gain), judge(1, gain.sign)))
+                found.append(Finding(contest.source, text, gain_text(gain), judge(1, sign_of(gain))))
     return found
 
 
@@ -78,7 +78,7 @@ def retrieval_findings(retrieval: Mapping[str, Any], backbone: str = "") -> list
     where = f"{retrieval['rerank']['candidates']} nearest" + (f", {backbone}" if backbone else "")
     measured = f"{100 * before:.2f} % by embeddings, {100 * after:.2f} % re-ranked: {gain_text(gain)}"
     return [
-        Finding("retrieval", f"re-ranking by the EMD raises Recall@1 ({where})", measured, judge(1, gain.sign)),
+        Finding("retrieval", f"re-ranking by the EMD raises Recall@1 ({where})", measured, judge(1, sign_of(gain))),
     ]
 
 
@@ -102,16 +102,6 @@ def paired_gain(results: ComparisonResults, ours: Arm, theirs: Arm, shot: int) -
         return None
     by_episode = torch.stack([measured[mine] - measured[other] for mine, other in pairs])
     return Difference(*mean_and_interval(by_episode.mean(0)), tuple(by_episode.mean(1).tolist()))
-
-
-def gain_text(gain: Difference) -> str:
-    """A difference in words, with its seeds where there are several.
-
-    Example:
-        >>> gain_text(Difference(1.5, 0.25, (1.5,)))
-        '+1.50 ± 0.25 points'
-    """
-    return str(gain) if len(gain.by_seed) > 1 else str(gain).partition(" (")[0]
 
 
 def backbone_of(results: Mapping[str, Any], name: str) -> str:

@@ -4,9 +4,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from verdicts import read_table
+
 from fewshot_ext._formats import check_schema, misfits_named, read_json
 from fewshot_ext.evaluation import ComparisonResults, HeadAccuracy, HeadSettings, choose_head
-from fewshot_ext.experiments.tables import read_table
 from fewshot_ext.models import LocalFeaturesConfig
 
 # evaluate and retrieve both write a config.yaml: each command has a folder of its own.
@@ -41,7 +42,7 @@ _RETRIEVAL = {
 Kind = tuple[str, str | None]
 
 
-def read_deepemd(folder: Path) -> dict[str, Any]:
+def read(folder: Path) -> dict[str, Any]:
     """What is in ``folder``, by the keys of ``FILES``: ``ComparisonResults`` of evaluations, JSON for the others.
 
     Raises:

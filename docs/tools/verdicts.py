@@ -1,8 +1,13 @@
-"""Claims held against numbers, whatever the paper: verdicts, and how a page shows them."""
+"""Claims held against numbers, whatever the paper: results files, verdicts, and how a page shows them."""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fewshot_ext._formats import read_json
+from fewshot_ext.experiments.accuracies import Difference
 
 SHOWN, NOT_SHOWN, CONTRADICTED = "shown", "not shown", "contradicted"
 
@@ -32,6 +37,40 @@ def judge(expected: int, observed: int) -> str:
         'not shown'
     """
     return SHOWN if observed == expected else NOT_SHOWN if not observed else CONTRADICTED
+
+
+def sign_of(gain: Difference) -> int:
+    """1 or -1 where the interval leaves zero out and every seed agrees, 0 elsewhere."""
+    sign = 1 if gain.mean > 0 else -1
+    clear = abs(gain.mean) > gain.interval and all(sign * value > 0 for value in gain.by_seed)
+    return sign if clear else 0
+
+
+def gain_text(gain: Difference) -> str:
+    """A difference in words, with its seeds where there are several.
+
+    Example:
+        >>> gain_text(Difference(1.5, 0.25, (1.5,))), gain_text(Difference(1.5, 0.25, (1.0, 2.0)))
+        ('+1.50 ± 0.25 points', '+1.50 ± 0.25 points (by seed +1.00, +2.00)')
+    """
+    text = f"{gain.mean:+.2f} ± {gain.interval:.2f} points"
+    seeds = ", ".join(f"{value:+.2f}" for value in gain.by_seed)
+    return f"{text} (by seed {seeds})" if len(gain.by_seed) > 1 else text
+
+
+def read_table(folder: Path, name: str) -> dict[str, Any]:
+    """The content of ``NAME.json``, as an analysis wrote it: the head, and the rows under "rows".
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds something else.
+    """
+    path = folder / f"{name}.json"
+    what = f"the results of {name}"
+    content = read_json(path, {"analysis": str, "rows": [{str: object}]}, what)
+    if content["analysis"] != name:
+        raise ValueError(f"{path} does not hold {what}: it holds the analysis {content['analysis']!r}")
+    return content
 
 
 def findings_markdown(found: Sequence[Finding]) -> list[str]:

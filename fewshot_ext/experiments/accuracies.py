@@ -51,17 +51,6 @@ class Difference:
     interval: float
     by_seed: tuple[float, ...]
 
-    @property
-    def sign(self) -> int:
-        """1 or -1 where the interval leaves zero out and every seed agrees, 0 elsewhere."""
-        sign = 1 if self.mean > 0 else -1
-        clear = abs(self.mean) > self.interval and all(sign * value > 0 for value in self.by_seed)
-        return sign if clear else 0
-
-    def __str__(self) -> str:
-        seeds = ", ".join(f"{value:+.2f}" for value in self.by_seed)
-        return f"{self.mean:+.2f} ± {self.interval:.2f} points (by seed {seeds})"
-
 
 def difference(rows: Sequence[Row], others: Sequence[Row]) -> Difference:
     """``rows`` less ``others``, paired by seed and episode; seeds that only one of them has are left out.

@@ -117,11 +117,6 @@ class SeedMean:
         variance = math.fsum((value - mean) ** 2 for value in by_seed) / (count - 1)
         return cls(mean, float(t.ppf(0.975, count - 1)) * math.sqrt(variance / count), tuple(by_seed))
 
-    @property
-    def sign(self) -> int:
-        """1 or -1 where the interval leaves zero out, 0 elsewhere and for a single seed."""
-        return 0 if not abs(self.mean) > self.interval else 1 if self.mean > 0 else -1
-
     def text(self, layout: str, factor: float = 1.0) -> str:
         """ "mean ± interval", or the mean alone where there is no interval."""
         mean = format(factor * self.mean, layout)
@@ -195,37 +190,22 @@ def _columns(name: str, value: SeedMean) -> dict[str, float]:
 
 def collapse_table(rows: Sequence[Row]) -> str:
     """The quantities as text: a block a set of classes, a line a loss and arm."""
-    lines = [_caption(rows)]
+    lines = [caption_of(rows)]
     width = 20
-    for classes, block in _blocks(rows).items():
+    for classes, block in blocks_of(rows).items():
         lines += ["", f"{f'{classes} classes':<44}" + "".join(title.rjust(width) for title, *_ in QUANTITIES.values())]
         lines += [f"{name:<44}" + "".join(cell.rjust(width) for cell in cells) for name, cells in block]
     return "\n".join(lines)
 
 
-def collapse_markdown(table: Mapping[str, Any]) -> list[str]:
-    """The same table as lines of Markdown.
-
-    Args:
-        table: of ``read_table``.
-    """
-    rows = table["rows"]
-    lines = [f"{_caption(rows)}.", ""]
-    for classes, block in _blocks(rows).items():
-        lines += [f"| {classes} classes | " + " | ".join(title for title, *_ in QUANTITIES.values()) + " |"]
-        lines += ["|---|" + "---|" * len(QUANTITIES)]
-        lines += [f"| {name} | " + " | ".join(cells) + " |" for name, cells in block]
-        lines.append("")
-    return lines
-
-
-def _caption(rows: Sequence[Row]) -> str:
+def caption_of(rows: Sequence[Row]) -> str:
+    """What the numbers of the table are of."""
     seeds, epochs = len(values(rows, "seed")), max(row["epoch"] for row in rows)
     how = "mean ± 95 % t interval over" if seeds > 1 else "from"
     return f"After {epochs} epoch{'s' if epochs > 1 else ''}, {how} {seeds} seed{'s' if seeds > 1 else ''}"
 
 
-def _blocks(rows: Sequence[Row]) -> dict[str, list[tuple[str, list[str]]]]:
+def blocks_of(rows: Sequence[Row]) -> dict[str, list[tuple[str, list[str]]]]:
     """For each set of classes the lines of its table: a name, and a cell a quantity."""
     blocks: dict[str, list[tuple[str, list[str]]]] = {}
     for classes in CLASSES:

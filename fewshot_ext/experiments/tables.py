@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from fewshot_ext._files import replace_file
-from fewshot_ext._formats import read_json
 from fewshot_ext.evaluation import csv_of_rows, json_with_rows
 
 Row = Mapping[str, Any]
@@ -30,18 +29,3 @@ def write_table(folder: Path, name: str, rows: Sequence[Row], **head: Any) -> li
     for file, text in texts.items():
         replace_file(folder / file, lambda path, text=text: path.write_text(text, encoding="utf-8"))
     return [folder / file for file in texts]
-
-
-def read_table(folder: Path, name: str) -> dict[str, Any]:
-    """The content of ``NAME.json``: the head, and the rows under "rows".
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is not one that ``write_table`` wrote for this analysis.
-    """
-    path = folder / f"{name}.json"
-    what = f"the results of {name}"
-    content = read_json(path, {"analysis": str, "rows": [{str: object}]}, what)
-    if content["analysis"] != name:
-        raise ValueError(f"{path} does not hold {what}: it holds the analysis {content['analysis']!r}")
-    return content

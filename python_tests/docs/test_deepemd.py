@@ -9,9 +9,8 @@ import findings
 import pytest
 import torch
 from deepemd_claims import deepemd_findings, paired_gain, retrieval_findings
-from deepemd_results import read_comparison, read_deepemd
+from deepemd_results import read, read_comparison
 from PIL import Image
-from report import page_with_report, report
 from verdicts import CONTRADICTED, NOT_SHOWN, SHOWN
 
 from fewshot_ext.cli import main
@@ -202,7 +201,7 @@ def test_the_interval_of_recall_holds_for_any_pairing():
 def test_the_page_has_the_numbers(tmp_path):
     ten_way = replace(table({"knn": (30, 35), "deepemd": (40, 45)}, shots=(1,)), way=10)
     folder = write(tmp_path / "docs" / "digits", table(ALL), retrieval(), MATCHES, ten_way)
-    text = report([folder], tmp_path / "docs", "deepemd")
+    text = findings.findings("deepemd", [folder], tmp_path / "docs")
     before, ten, after = re.split(r"(?=10-way accuracy|Retrieval \(%\))", text)
     assert re.findall(r"\(`(\w+)`\) \|[^|]*\|[^|]* ± [^|]*\|\n", ten) == ["knn", "deepemd"]
     assert "--config digits/evaluation_10way/config.yaml" in ten
@@ -235,7 +234,7 @@ def test_the_page_says_what_intervals_over_seeds_cover(tmp_path):
     rows = [accuracy(name, head, 1, correct) for name, correct in zip(SEEDS, (40, 43, 41, 46), strict=True)
             for head in ("knn", "deepemd")]  # fmt: skip
     folder = write(tmp_path / "digits", comparison(rows[:-1]))
-    text = report([folder], tmp_path, "deepemd")
+    text = findings.findings("deepemd", [folder], tmp_path)
     assert "Mean over 2 trainings, which meet the same episodes, and 95 % interval over 6 episodes" in text
     mean, interval = mean_and_interval(rows[0].per_episode() * 0.5 + rows[4].per_episode() * 0.5)
     assert f"| kNN on local features (`knn`) | **{mean:.2f} ± {interval:.2f}** |" in text
@@ -244,7 +243,7 @@ def test_the_page_says_what_intervals_over_seeds_cover(tmp_path):
 
 
 def test_what_is_missing_is_listed_with_its_command(tmp_path):
-    assert report([], tmp_path, "deepemd").splitlines() == [
+    assert findings.findings("deepemd", [], tmp_path).splitlines() == [
         "Not yet measured:",
         "",
         "- DATA, accuracies: `fewshot-ext evaluate --checkpoint PRETRAINED META_TRAINED --data DATA --queries 15 "
@@ -258,7 +257,7 @@ def test_what_is_missing_is_listed_with_its_command(tmp_path):
     ]
     some = {head: ALL[head] for head in ALL if head not in ("knn", "deepemd@grid")}
     folder = write(tmp_path / "small", table(some, ["4x4"], shots=(1,)), retrieval(after=None))
-    missing = report([folder], tmp_path, "deepemd").partition("Not yet measured:")[2]
+    missing = findings.findings("deepemd", [folder], tmp_path).partition("Not yet measured:")[2]
     assert "- small, knn, deepemd@grid, 5-shot, meta-training: `fewshot-ext evaluate" in missing
     assert "--data digits" in missing
     assert "- small, retrieval with re-ranking:" in missing
@@ -267,12 +266,12 @@ def test_what_is_missing_is_listed_with_its_command(tmp_path):
     interrupted = table(ALL)
     interrupted.accuracies.pop()
     folder = write(tmp_path / "interrupted", interrupted)
-    assert "- interrupted, deepemd@sampling: `" in report([folder], tmp_path, "deepemd")
+    assert "- interrupted, deepemd@sampling: `" in findings.findings("deepemd", [folder], tmp_path)
 
 
 @pytest.mark.parametrize("present", [{"retrieved": retrieval()}, {"matched": MATCHES}])
 def test_a_folder_with_one_kind_of_results(present, tmp_path):
-    text = report([write(tmp_path / "digits", **present)], tmp_path, "deepemd")
+    text = findings.findings("deepemd", [write(tmp_path / "digits", **present)], tmp_path)
     assert "Image set digits" in text
     assert "digits, accuracies: `" in text
     assert "backbone)" not in text  # nobody knows which
@@ -333,7 +332,7 @@ def test_files_of_something_else_are_named(file, text, message, tmp_path):
     write(tmp_path, table(ALL), retrieval(), MATCHES)
     (tmp_path / file).write_text(text)
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        read_deepemd(tmp_path)
+        read(tmp_path)
     assert str(tmp_path / file) in str(caught.value)
 
 
@@ -342,7 +341,7 @@ def test_results_of_two_image_sets(tmp_path):
     write(tmp_path, table(ALL), retrieval(images=elsewhere), {**MATCHES, "data": None})
     message = "one image set, got digits in evaluation/results.json, omniglot28 in retrieval/retrieval.json"
     with pytest.raises(ValueError, match=message):
-        read_deepemd(tmp_path)
+        read(tmp_path)
 
 
 @pytest.mark.parametrize("picture", ["retrieval/neighbors.png", "matches/matches.png"])
@@ -350,13 +349,13 @@ def test_a_missing_picture(picture, tmp_path):
     write(tmp_path, table(ALL), retrieval(), MATCHES)
     (tmp_path / picture).unlink()
     with pytest.raises(FileNotFoundError, match=f"{picture} is missing"):
-        read_deepemd(tmp_path)
+        read(tmp_path)
 
 
 def test_pictures_of_ones_own_and_a_gallery(tmp_path):
     own = {"data": None, "split": "novel", "query": "/home/me/birds", "gallery": "/home/me/all"}
     folder = write(tmp_path / "mine", retrieved=retrieval(images=own), matched={**MATCHES, "data": None})
-    text = report([folder], tmp_path, "deepemd")
+    text = findings.findings("deepemd", [folder], tmp_path)
     assert "Image set birds;" in text
     assert "Retrieval (%): 10,000 queries, searched among 10,000 images." in text
 
@@ -385,13 +384,13 @@ def test_the_files_that_the_commands_write(tmp_path):
     ):
         assert main([*command, *shared, "--output", str(folder / name)]) == 0
     page = tmp_path / "page.md"
-    assert findings.main(["--paper", "deepemd", "--results", str(folder), "--output", str(page)]) == 0
+    assert findings.main(["deepemd", "--results", str(folder), "--output", str(page)]) == 0
     text = page.read_text()
     assert "Image set few;" in text
     assert "(9 nearest, meta-trained)" in text
     assert "the 4 regions of two images, and below them how much each region counts (meta-trained backbone)" in text
     assert "- digits, protonet@fcn, matchingnet@fcn, fc_dot, fc_cosine, prediction_fusion, deepemd_uniform, " in text
-    assert page_with_report([folder], page, "deepemd") == text
+    assert findings.page_with_findings("deepemd", [folder], page) == text
     # The commands on the page, with the settings that lie beside the results, repeat them.
     commands = (
         (evaluate, "evaluation/config.yaml"),
@@ -402,7 +401,7 @@ def test_the_files_that_the_commands_write(tmp_path):
         output = tmp_path / "again" / settings.partition("/")[0]
         data = shared if command is matches else []
         assert main([*command, "--config", str(folder / settings), *data, "--output", str(output)]) == 0
-    before, after = (read_deepemd(path) for path in (folder, tmp_path / "again"))
+    before, after = (read(path) for path in (folder, tmp_path / "again"))
     assert before["evaluation"].accuracies == after["evaluation"].accuracies
     assert (
         before["retrieval"]["measures"]["recall_at_1_reranked"]
@@ -412,10 +411,10 @@ def test_the_files_that_the_commands_write(tmp_path):
 
 
 def test_a_folder_without_results(tmp_path, capsys):
-    command = ["--paper", "deepemd", "--results", str(tmp_path), "--output", str(tmp_path / "page.md")]
+    command = ["deepemd", "--results", str(tmp_path), "--output", str(tmp_path / "page.md")]
     assert findings.main(command) == 2
     error = capsys.readouterr().err
-    assert "holds no results file of an analysis, that is one of evaluation/results.json" in error
+    assert "holds none of the results files evaluation/results.json" in error
     assert len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 

@@ -1,16 +1,17 @@
 """Pages of findings: what is written between the markers, and what is refused."""
 
-import json
+import doctest
+import importlib
+import re
 import shutil
-from pathlib import Path
 
 import findings
 import pytest
 import torch
-from report import END, PAPERS, START, page_with_report, read_results, report
+from findings import DOCS, END, PAPERS, START, committed_results, page_with_findings
+from verdicts import read_table
 
 from fewshot_ext.cli import main
-from fewshot_ext.experiments.tables import read_table, write_table
 
 TRAINING = ["--data", "digits", "--epochs", "1", "--seeds", "0", "--cosine_margins", "-0.2", "0", "--losses", "cosine"]
 TRAINING += ["--set", "backbone.pooled_blocks=3", "backbone.width=4", "batch_size=128"]
@@ -34,7 +35,7 @@ def results(measured, tmp_path):
 
 
 def test_a_page_with_claims_pictures_and_what_is_missing(results, tmp_path):
-    text = page_with_report([results], tmp_path / "docs" / "page.md")
+    text = page_with_findings("negative_margin", [results], tmp_path / "docs" / "page.md")
     assert text.startswith(START)
     assert text.rstrip().endswith(END)
     assert "### digits" in text
@@ -52,49 +53,49 @@ def test_a_page_with_claims_pictures_and_what_is_missing(results, tmp_path):
 def test_only_what_is_between_the_markers_is_replaced(results, tmp_path):
     page = tmp_path / "docs" / "page.md"
     page.write_text(f"# Title\n\n{START}\nstale words\n{END}\n\nThe end.\n")
-    first = page_with_report([results], page)
+    first = page_with_findings("negative_margin", [results], page)
     assert first.startswith("# Title\n\n")
     assert first.endswith(f"{END}\n\nThe end.\n")
     assert "stale words" not in first
     page.write_text(first)
-    assert page_with_report([results], page) == first
+    assert page_with_findings("negative_margin", [results], page) == first
 
 
 def test_a_page_without_a_place_for_findings(results, tmp_path):
     page = tmp_path / "docs" / "page.md"
     page.write_text("# Title\n")
     with pytest.raises(ValueError, match="has no place for findings"):
-        page_with_report([results], page)
+        page_with_findings("negative_margin", [results], page)
 
 
 def test_no_results_at_all(tmp_path):
-    text = report([], tmp_path)
+    text = findings.findings("negative_margin", [], tmp_path)
     assert text.count("- `fewshot-ext analyze ") == 9
     assert "verdict" not in text
 
 
-def test_a_wrong_results_file_is_named(results):
-    for text, message in (
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
         ("{", "does not hold the results of margins"),
-        (json.dumps({"analysis": "shots", "rows": []}), "it holds the analysis 'shots'"),
-        (json.dumps({"analysis": "margins"}), "does not hold the results of margins: content lacks 'rows'"),
-    ):
-        (results / "margins.json").write_text(text)
-        with pytest.raises(ValueError, match=message):
-            read_results(results)
-
-
-def test_tables_keep_their_rows(tmp_path):
-    rows = [{"a": 1, "b": [1, 2]}, {"a": 2, "c": "x"}]
-    write_table(tmp_path, "shots", rows, note="n")
-    assert read_table(tmp_path, "shots") == {"analysis": "shots", "note": "n", "rows": rows}
-    assert (tmp_path / "shots.csv").read_text() == "a,c\n1,\n2,x\n"
+        ('{"analysis": "shots", "rows": []}', "it holds the analysis 'shots'"),
+        ('{"analysis": "margins"}', "does not hold the results of margins: content lacks 'rows'"),
+        (f'{{"analysis": "margins", "rows": {"[" * 100_000 + "]" * 100_000}}}', r"margins\.json does not hold"),
+    ],
+    ids=["text", "another", "rows", "deep"],
+)
+def test_a_wrong_results_file_is_named(text, message, tmp_path):
+    (tmp_path / "margins.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_table(tmp_path, "margins")
+    with pytest.raises(ValueError, match=message):
+        page_with_findings("negative_margin", [tmp_path], tmp_path / "page.md")
 
 
 @pytest.mark.parametrize("rows", ["[]", '[{"loss": 1}]', '[{"loss": "cosine", "margin": "x", "seed": 0}]'])
 def test_results_of_other_columns(rows, tmp_path, capsys):
     (tmp_path / "margins.json").write_text(f'{{"analysis": "margins", "rows": {rows}}}')
-    assert findings.main(["--results", str(tmp_path), "--output", str(tmp_path / "page.md")]) == 2
+    assert findings.main(["negative_margin", "--results", str(tmp_path), "--output", str(tmp_path / "page.md")]) == 2
     error = capsys.readouterr().err
     assert "do not hold what the names of their files say" in error
     assert len(error.splitlines()) == 1
@@ -102,19 +103,18 @@ def test_results_of_other_columns(rows, tmp_path, capsys):
 
 def test_the_script_writes_a_page(results, tmp_path, capsys):
     page = tmp_path / "page.md"
-    assert findings.main(["--results", str(results), "--output", str(page)]) == 0
+    assert findings.main(["negative_margin", "--results", str(results), "--output", str(page)]) == 0
     assert "| verdict |" in page.read_text()
-    assert capsys.readouterr().out.startswith("written:")
+    assert capsys.readouterr().out == f"written: {page}\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--results", "nowhere"], "results 'nowhere' is not a folder"),
-        (["--results", "."], "holds no results file of an analysis"),
-        (["--paper", "anti_collapse", "--results", "."], "holds no results file of an analysis"),
-        (["--output", "nowhere/page.md"], "is in no folder that there is"),
-        (["--paper", "other"], "paper must be 'negative_margin' or 'anti_collapse' or 'deepemd'"),
+        (["negative_margin", "--results", "nowhere"], "results 'nowhere' is not a folder"),
+        (["negative_margin", "--results", "."], "results '.' holds none of the results files margins.json, "),
+        (["anti_collapse", "--results", "."], "results '.' holds none of the results files collapse.json"),
+        (["deepemd", "--output", "nowhere/page.md"], "output 'nowhere/page.md' is in no folder that there is"),
     ],
 )
 def test_what_the_script_refuses(arguments, message, tmp_path, monkeypatch, capsys):
@@ -126,9 +126,26 @@ def test_what_the_script_refuses(arguments, message, tmp_path, monkeypatch, caps
     assert not list(tmp_path.iterdir())
 
 
+def test_a_paper_that_there_is_not(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        findings.main(["other"])
+    assert "invalid choice: 'other'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("paper", PAPERS)
 def test_the_committed_page_says_what_the_committed_numbers_say(paper):
-    docs = Path(__file__).parents[2] / "docs"
-    page = (docs / f"{paper}.md").read_text(encoding="utf-8")
-    folders = sorted(path for path in (docs / paper).glob("*") if path.is_dir())
-    assert f"{START}\n\n{report(folders, docs, paper)}\n{END}" in page
+    page = DOCS / f"{paper}.md"
+    assert page_with_findings(paper, committed_results(paper), page) == page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_the_commands_on_the_pages_are_understood(paper):
+    page = (DOCS / f"{paper}.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^    python docs/tools/findings.py (.*)$", page, re.MULTILINE)
+    assert commands
+    assert {findings.parse(command.split()).paper for command in commands} == {paper}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (DOCS / "tools").glob("*.py") if path.stem != "overview"))
+def test_examples_run(name):
+    assert doctest.testmod(importlib.import_module(name)).failed == 0

@@ -1,5 +1,6 @@
 """What is measured on the runs of a sweep beside their accuracy."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from fewshot_ext.experiments.margins import margin_runs
 from fewshot_ext.experiments.runs import SweepImages, SweepRun
 from fewshot_ext.experiments.shots import _tick_labels, write_shots
 from fewshot_ext.experiments.sweep import Sweep
-from fewshot_ext.experiments.tables import read_table
+from fewshot_ext.experiments.tables import write_table
 from fewshot_ext.experiments.tsne import Embedding, write_tsne
 from fewshot_ext.experiments.variance import VarianceMeasurement, base_similarities, check_propositions, write_variance
 from fewshot_ext.models import load_network
@@ -63,7 +64,7 @@ def test_variances_are_those_of_the_features(cosine, tmp_path):
     ]
     names = {"variance.json", "variance.csv", "variance.png", "proposition.json", "proposition.csv"}
     assert pictures(write_variance(tmp_path, rows)) == names
-    assert read_table(tmp_path, "variance")["rows"] == rows
+    assert json.loads((tmp_path / "variance.json").read_text())["rows"] == rows
 
 
 def test_base_similarities_take_the_trained_classifier(cosine, trained):
@@ -107,9 +108,10 @@ def test_label_distribution_and_its_groups(cosine, tmp_path):
     assert len(accuracies) == 6 * 2
     written = write_label_distribution(tmp_path, rows, accuracies, groups)
     assert "label_distribution.png" in pictures(written)
-    described = read_table(tmp_path, "group_accuracy")["groups"]
+    described = json.loads((tmp_path / "group_accuracy.json").read_text())["groups"]
     assert described[0]["same_class"] <= described[1]["same_class"]
-    kept = [row for row in read_table(tmp_path, "label_distribution")["rows"] if "probabilities" in row]
+    written_rows = json.loads((tmp_path / "label_distribution.json").read_text())["rows"]
+    kept = [row for row in written_rows if "probabilities" in row]
     assert {(row["margin"], row["seed"]) for row in kept} == {(0.0, 0)}
     assert len(kept) == 5
 
@@ -262,3 +264,10 @@ def test_validation_classes_count_as_unseen(digits, tmp_path):
     members = GroupAccuracy((names,), PAIRS)._members(images)
     # Validation classes come first: 7, 8, 9, then the novel 4, 5, 6.
     assert members[0].tolist() == [0, 4]
+
+
+def test_tables_keep_their_rows(tmp_path):
+    rows = [{"a": 1, "b": [1, 2]}, {"a": 2, "c": "x"}]
+    write_table(tmp_path, "shots", rows, note="n")
+    assert json.loads((tmp_path / "shots.json").read_text()) == {"analysis": "shots", "note": "n", "rows": rows}
+    assert (tmp_path / "shots.csv").read_text() == "a,c\n1,\n2,x\n"

@@ -1,11 +1,12 @@
+import json
 from dataclasses import replace
 
 import pytest
 from experiments_cases import FEW, TINY
 
 from fewshot_ext.data import AugmentationConfig
+from fewshot_ext.experiments.accuracies import difference
 from fewshot_ext.experiments.sweep import Sweep
-from fewshot_ext.experiments.tables import read_table
 from fewshot_ext.experiments.variants import (
     label_smoothing_configs,
     regularizer_configs,
@@ -78,10 +79,16 @@ def test_variants_are_trained_compared_and_drawn(digits, tmp_path):
     assert summary[1]["difference"] == pytest.approx(gain, abs=1e-3)
     written = write_variants(tmp_path, "regularizers", rows, versions={})
     assert written[-1].stat().st_size > 1000
-    assert read_table(tmp_path, "regularizers")["summary"] == summary
+    assert json.loads((tmp_path / "regularizers.json").read_text())["summary"] == summary
     text = variants_table(rows)
     assert "difference to margin 0 in points" in text
     assert text.count("no augmentation") == 2
     # The run without a variant's name is the same training.
     plain = Sweep([replace(sweep.tasks[0].run, variant="")], digits, tmp_path, measurement=FEW)
     assert plain.tasks[0].is_trained
+
+
+def test_differences_need_a_common_seed():
+    ours, theirs = ({"seed": seed, "correct": [1, 2], "queries": 3} for seed in (0, 1))
+    with pytest.raises(ValueError, match="rows and others must share a seed, got none"):
+        difference([ours], [theirs])

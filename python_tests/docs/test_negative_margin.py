@@ -1,10 +1,7 @@
-"""Verdicts on made-up numbers whose truth is known."""
+"""The negative-margin page: verdicts on made-up numbers whose truth is known."""
 
 import pytest
-from claims import (
-    CONTRADICTED,
-    NOT_SHOWN,
-    SHOWN,
+from negative_margin import (
     angle_findings,
     choose_margins,
     finetuning_findings,
@@ -17,6 +14,7 @@ from claims import (
     shot_findings,
     variance_findings,
 )
+from verdicts import CONTRADICTED, NOT_SHOWN, SHOWN, sign_of
 
 from fewshot_ext.experiments.accuracies import difference
 
@@ -43,7 +41,7 @@ def verdicts(findings):
 
 def test_the_curves_of_the_paper_are_shown():
     rows = sweep({-0.5: 50, -0.2: 60, 0.0: 55, 0.2: 50}, {-0.5: 70, -0.2: 75, 0.0: 80, 0.2: 82})
-    found = margin_findings({"rows": rows})
+    found = margin_findings(rows)
     assert verdicts(found) == [SHOWN] * 5
     assert found[0].measured == "margin -0.2 against 0: +5.00 ± 0.00 points (by seed +5.00, +5.00)"
     assert {one.source for one in found} == {"Fig. 1", "Fig. 6"}
@@ -51,25 +49,25 @@ def test_the_curves_of_the_paper_are_shown():
 
 def test_the_opposite_curves_contradict():
     rows = sweep({-0.2: 50, 0.0: 55, 0.2: 60}, {-0.2: 85, 0.0: 80, 0.2: 75})
-    assert verdicts(margin_findings({"rows": rows})) == [CONTRADICTED] * 5
+    assert verdicts(margin_findings(rows)) == [CONTRADICTED] * 5
 
 
 def test_flat_curves_show_nothing():
     flat = {-0.2: 50, 0.0: 50, 0.2: 50}
-    assert verdicts(margin_findings({"rows": sweep(flat, flat)})) == [NOT_SHOWN] * 5
+    assert verdicts(margin_findings(sweep(flat, flat))) == [NOT_SHOWN] * 5
 
 
 def test_seeds_that_disagree_show_nothing():
     rows = [accuracy(percent, seed, margin=margin, classes="novel", loss="cosine") for seed, margin, percent in
             ((0, -0.2, 70), (0, 0.0, 50), (1, -0.2, 49), (1, 0.0, 50))]  # fmt: skip
     rows += [{**row, "classes": "base"} for row in rows]
-    assert margin_findings({"rows": rows})[0].verdict == NOT_SHOWN
+    assert margin_findings(rows)[0].verdict == NOT_SHOWN
 
 
 def test_an_interval_that_holds_zero_shows_nothing():
     noisy = difference([accuracy(51, noise=30, margin=-0.2)], [accuracy(50, margin=0.0)])
     assert noisy.mean == 1.0
-    assert noisy.sign == 0
+    assert sign_of(noisy) == 0
 
 
 def test_the_margin_is_chosen_where_it_is_not_measured():
@@ -84,8 +82,8 @@ def test_the_margin_is_chosen_where_it_is_not_measured():
 
 
 def test_sweeps_that_say_nothing():
-    assert margin_findings({"rows": sweep({-0.2: 50}, {-0.2: 50})}) == []
-    assert len(margin_findings({"rows": sweep({0.0: 50, 0.2: 40}, {0.0: 50, 0.2: 60})})) == 2
+    assert margin_findings(sweep({-0.2: 50}, {-0.2: 50})) == []
+    assert len(margin_findings(sweep({0.0: 50, 0.2: 40}, {0.0: 50, 0.2: 60}))) == 2
 
 
 def variances(rising):
@@ -102,11 +100,11 @@ def variances(rising):
 
 
 def test_trends():
-    assert verdicts(variance_findings({"rows": variances(True)})) == [SHOWN] * 4
-    assert verdicts(variance_findings({"rows": variances(False)})) == [CONTRADICTED] * 4
+    assert verdicts(variance_findings(variances(True))) == [SHOWN] * 4
+    assert verdicts(variance_findings(variances(False))) == [CONTRADICTED] * 4
     mixed = [row if row["seed"] else other for row, other in zip(variances(True), variances(False), strict=True)]
-    assert verdicts(variance_findings({"rows": mixed})) == [NOT_SHOWN] * 4
-    assert variance_findings({"rows": variances(True)[:2]}) == []
+    assert verdicts(variance_findings(mixed)) == [NOT_SHOWN] * 4
+    assert variance_findings(variances(True)[:2]) == []
 
 
 def proposition(premises, conclusion, modelled=1.0):
@@ -123,9 +121,9 @@ def proposition(premises, conclusion, modelled=1.0):
     ],
 )
 def test_proposition(rows, expected):
-    found = proposition_findings({"rows": rows})
+    found = proposition_findings(rows)
     assert verdicts(found) == [expected, SHOWN]
-    off = proposition_findings({"rows": [proposition(True, True, modelled=1.5)]})[1]
+    off = proposition_findings([proposition(True, True, modelled=1.5)])[1]
     assert off.verdict == CONTRADICTED
     assert "off by 50 %" in off.measured
 
@@ -139,11 +137,11 @@ def test_groups():
             for seed in (0, 1)
         ]
 
-    assert verdicts(group_findings({"rows": rows(-0.2)})) == [SHOWN, SHOWN]
-    assert verdicts(group_findings({"rows": rows(0.0)})) == [CONTRADICTED, SHOWN]
-    assert verdicts(group_findings({"rows": rows(0.2)})) == [NOT_SHOWN, SHOWN]
+    assert verdicts(group_findings(rows(-0.2))) == [SHOWN, SHOWN]
+    assert verdicts(group_findings(rows(0.0))) == [CONTRADICTED, SHOWN]
+    assert verdicts(group_findings(rows(0.2))) == [NOT_SHOWN, SHOWN]
     upside_down = [{**row, "group": 2 - row["group"]} for row in rows(-0.2)]
-    assert verdicts(group_findings({"rows": upside_down})) == [SHOWN, CONTRADICTED]
+    assert verdicts(group_findings(upside_down)) == [SHOWN, CONTRADICTED]
 
 
 def test_angles():
@@ -153,8 +151,8 @@ def test_angles():
         for margin, intra, ratio, peaks in ((-0.2, 0.3, 3.0, 1), (0.0, 0.2, 2.0, 2), (0.2, 0.1, 1.0, 3))
         for classes in ("base", "novel")
     ]  # fmt: skip
-    assert verdicts(angle_findings({"rows": rows})) == [SHOWN] * 4
-    assert angle_findings({"rows": rows[:2]}) == []
+    assert verdicts(angle_findings(rows)) == [SHOWN] * 4
+    assert angle_findings(rows[:2]) == []
 
 
 def test_shots():
@@ -166,11 +164,11 @@ def test_shots():
             for seed in (0, 1)
         ]
 
-    assert verdicts(shot_findings({"rows": rows({1: 5, 300: 1})})) == [SHOWN, SHOWN]
-    assert verdicts(shot_findings({"rows": rows({1: 5, 300: -1})})) == [NOT_SHOWN, SHOWN]
-    assert verdicts(shot_findings({"rows": rows({1: 5, 300: 9})})) == [SHOWN, CONTRADICTED]
-    assert verdicts(shot_findings({"rows": rows({1: -1, 300: -5})})) == [CONTRADICTED, NOT_SHOWN]
-    assert shot_findings({"rows": [row for row in rows({1: 5}) if row["margin"]]}) == []
+    assert verdicts(shot_findings(rows({1: 5, 300: 1}))) == [SHOWN, SHOWN]
+    assert verdicts(shot_findings(rows({1: 5, 300: -1}))) == [NOT_SHOWN, SHOWN]
+    assert verdicts(shot_findings(rows({1: 5, 300: 9}))) == [SHOWN, CONTRADICTED]
+    assert verdicts(shot_findings(rows({1: -1, 300: -5}))) == [CONTRADICTED, NOT_SHOWN]
+    assert shot_findings([row for row in rows({1: 5}) if row["margin"]]) == []
 
 
 def test_margin_of_the_fine_tuning():
@@ -182,9 +180,9 @@ def test_margin_of_the_fine_tuning():
             for seed in (0, 1)
         ]
 
-    assert verdicts(finetuning_findings({"rows": rows((50, 51, 52), (70, 70, 71))})) == [SHOWN, SHOWN]
-    assert verdicts(finetuning_findings({"rows": rows((52, 51, 50), (70, 73, 71))})) == [CONTRADICTED, CONTRADICTED]
-    assert verdicts(finetuning_findings({"rows": rows((50, 50, 50), (70, 70, 70))})) == [NOT_SHOWN, SHOWN]
+    assert verdicts(finetuning_findings(rows((50, 51, 52), (70, 70, 71)))) == [SHOWN, SHOWN]
+    assert verdicts(finetuning_findings(rows((52, 51, 50), (70, 73, 71)))) == [CONTRADICTED, CONTRADICTED]
+    assert verdicts(finetuning_findings(rows((50, 50, 50), (70, 70, 70)))) == [NOT_SHOWN, SHOWN]
 
 
 def test_regularisers():
@@ -199,7 +197,7 @@ def test_regularisers():
         for variant, percent in table.items()
         for seed in (0, 1)
     ]
-    found = regularizer_findings({"rows": rows})
+    found = regularizer_findings(rows)
     assert verdicts(found) == [SHOWN, CONTRADICTED, SHOWN]
     assert [one.source for one in found] == ["Table 4", "Table 4", "not in the paper"]
     assert found[1].claim == "margin -0.1, weight decay 0.001 gains over margin -0.1 (novel classes, 1-shot)"
@@ -218,7 +216,7 @@ def test_label_smoothing(unseen):
         for classes, percent in cells.items()
         for seed in (0, 1)
     ]
-    found = label_smoothing_findings({"rows": rows})
+    found = label_smoothing_findings(rows)
     assert verdicts(found) == [SHOWN] * 4
     assert unseen in found[2].claim
 
@@ -226,8 +224,3 @@ def test_label_smoothing(unseen):
 def test_rank_correlation():
     assert rank_correlation([1, 2, 3], [3, 2, 1]) == -1.0
     assert rank_correlation([1, 2, 3], [2, 2, 2]) == 0.0
-
-
-def test_differences_need_a_common_seed():
-    with pytest.raises(ValueError, match="rows and others must share a seed, got none"):
-        difference([accuracy(50, seed=0)], [accuracy(50, seed=1)])

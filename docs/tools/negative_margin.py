@@ -1,23 +1,93 @@
-"""The paper's claims held against measured numbers: one finding each, worded by the numbers themselves."""
+"""The page of the negative-margin paper: its claims held against the results files of ``fewshot-ext analyze``."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from verdicts import CONTRADICTED, NOT_SHOWN, SHOWN, Finding, judge
+from scipy.stats import spearmanr
+from verdicts import (
+    CONTRADICTED,
+    NOT_SHOWN,
+    SHOWN,
+    Finding,
+    findings_markdown,
+    gain_text,
+    judge,
+    picture_markdown,
+    read_table,
+    sign_of,
+    source_markdown,
+)
 
 from fewshot_ext.experiments.accuracies import Difference, Row, difference, mean_accuracy, select, values
-from fewshot_ext.experiments.collapse import QUANTITIES, arms_of, gain
 from fewshot_ext.experiments.figures import LOSS_TITLES
-from fewshot_ext.experiments.metric_runs import LOSS_TITLES as METRIC_LOSS_TITLES
+
+# The analyses, each with the caption of its picture. An analysis, its picture and its first results file share a name.
+CAPTIONS = {
+    "margins": "Fig. 1 and 6: accuracy over the pre-training margin.",
+    "variance": "Fig. 2: variances over the margin, with jackknife intervals over classes.",
+    "angles": "Fig. 3: directions of two-dimensional features.",
+    "label_distribution": (
+        "Fig. 4: base classes that unseen images are taken for, and the accuracy of classes sorted by it."
+    ),
+    "regularizers": "Table 4: regularisers one at a time.",
+    "label_smoothing": "Table 5: label smoothing beside the margin.",
+    "tsne": "Fig. 7: t-SNE of features.",
+    "shots": "Fig. 8: accuracy over the number of shots.",
+    "finetuning_margin": "Fig. 9: accuracy over the margin of the fine-tuning.",
+}
+_WITH_SWEEP = ("variance", "label_distribution", "tsne", "shots", "finetuning_margin")
 
 
-def margin_findings(table: Mapping[str, Any]) -> list[Finding]:
+def read(folder: Path) -> dict[str, Any]:
+    """The results files that are in ``folder``, by name.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: a file does not hold what its name says.
+    """
+    return {name: read_table(folder, name) for name, file in FILES.items() if (folder / file).exists()}
+
+
+def section(results: Mapping[str, Any], link: str) -> list[str]:
+    """Lines of Markdown about one folder: verdicts and pictures.
+
+    Args:
+        results: of ``read``, not empty.
+        link: the folder, as the page links it.
+    """
+    head = next(iter(results.values()))
+    lines = source_markdown(head["data"]["name"], head["versions"])
+    lines += findings_markdown(
+        [finding for name, find in FINDINGS.items() if name in results for finding in find(results[name]["rows"])]
+    )
+    for analysis, caption in CAPTIONS.items():
+        if analysis in results:
+            sweep = " --sweep SWEEP" if analysis in _WITH_SWEEP else ""
+            command = f"fewshot-ext analyze {analysis} --config {link}/{analysis}.yaml{sweep} --output OUTPUT"
+            lines += picture_markdown(f"{link}/{analysis}.png", caption, command)
+    return lines
+
+
+def missing(results: Mapping[Path, Mapping[str, Any]]) -> list[str]:
+    """Lines of Markdown: the analyses that no folder has, with the command that makes them."""
+    there = {name for own in results.values() for name in own}
+    lines = []
+    for analysis in (name for name in CAPTIONS if name not in there):
+        data = "mnist" if analysis == "angles" else "DATA"
+        arguments = "--sweep SWEEP" if analysis in _WITH_SWEEP else f"--data {data} --output OUTPUT"
+        lines.append(f"- `fewshot-ext analyze {analysis} {arguments}`")
+    return lines
+
+
+def margin_findings(rows: Sequence[Row]) -> list[Finding]:
     """Fig. 1 and 6: what margins do to accuracy on base and on novel classes.
 
     The negative margin is chosen where it is not measured: on validation classes, or, without any, for each seed by the
     novel accuracy of the other seeds.
     """
-    rows, found = table["rows"], []
+    found = []
     for loss in values(rows, "loss"):
         of_loss, title = select(rows, loss=loss), LOSS_TITLES[loss]
         margins = values(of_loss, "margin")
@@ -65,9 +135,9 @@ def choose_margins(validation: Sequence[Row], novel: Sequence[Row]) -> dict[int,
     return chosen
 
 
-def variance_findings(table: Mapping[str, Any]) -> list[Finding]:
+def variance_findings(rows: Sequence[Row]) -> list[Finding]:
     """Fig. 2: which way the variances go as the margin rises."""
-    rows, found = table["rows"], []
+    found = []
     claims = (
         ("inter", "base", 1, "$D_{inter}$ of base classes rises with the margin"),
         ("ratio", "base", 1, "base classes become more discriminative ($\\phi$ rises)"),
@@ -82,9 +152,8 @@ def variance_findings(table: Mapping[str, Any]) -> list[Finding]:
     return found
 
 
-def proposition_findings(table: Mapping[str, Any]) -> list[Finding]:
+def proposition_findings(rows: Sequence[Row]) -> list[Finding]:
     """Section 3.4: where the premises are met, does the conclusion hold? And is the proof's model of D_intra right?"""
-    rows = table["rows"]
     met = [row for row in rows if row["premises"]]
     held = sum(row["conclusion"] for row in met)
     elsewhere = sum(row["conclusion"] for row in rows) - held
@@ -103,16 +172,16 @@ def proposition_findings(table: Mapping[str, Any]) -> list[Finding]:
     ]
 
 
-def group_findings(table: Mapping[str, Any]) -> list[Finding]:
+def group_findings(rows: Sequence[Row]) -> list[Finding]:
     """Fig. 4: accuracy of class groups sorted by P^s, and which margins they favour."""
-    rows, found = table["rows"], []
+    found = []
     groups = values(rows, "group")
     for shot in values(rows, "shot"):
         of_shot = select(rows, shot=shot)
         margins = values(of_shot, "margin")
         if margins[0] < 0 and 0.0 in margins:
             gains = [_best_negative(select(of_shot, group=group)) for group in groups]
-            favour, oppose = (sum(gain.sign == sign for _, gain in gains) for sign in (1, -1))
+            favour, oppose = (sum(sign_of(gain) == sign for _, gain in gains) for sign in (1, -1))
             measured = "best negative margin against 0, groups by rising $P^s$: " + "; ".join(
                 f"{margin:g} {gain.mean:+.2f} ± {gain.interval:.2f}" for margin, gain in gains
             )
@@ -132,9 +201,8 @@ def group_findings(table: Mapping[str, Any]) -> list[Finding]:
     return found
 
 
-def angle_findings(table: Mapping[str, Any]) -> list[Finding]:
+def angle_findings(rows: Sequence[Row]) -> list[Finding]:
     """Fig. 3: directions of two-dimensional features."""
-    rows = table["rows"]
     if len(values(rows, "margin")) < 2:
         return []
     claims = (
@@ -146,16 +214,16 @@ def angle_findings(table: Mapping[str, Any]) -> list[Finding]:
     return [_trend("Fig. 3", claim, select(rows, classes=classes), name, sign) for name, classes, sign, claim in claims]
 
 
-def shot_findings(table: Mapping[str, Any]) -> list[Finding]:
+def shot_findings(rows: Sequence[Row]) -> list[Finding]:
     """Fig. 8: does the negative margin help at every number of shots, and less so with more of them?"""
-    rows, found = table["rows"], []
+    found = []
     shots = values(rows, "shot")
     for margin in (margin for margin in values(rows, "margin") if margin < 0):
         zero = select(rows, margin=0.0)
         if not zero:
             break
         gains = [difference(select(rows, margin=margin, shot=k), select(zero, shot=k)) for k in shots]
-        signs = {gain.sign for gain in gains}
+        signs = {sign_of(gain) for gain in gains}
         measured = "; ".join(
             f"{k}-shot {gain.mean:+.2f} ± {gain.interval:.2f}" for k, gain in zip(shots, gains, strict=True)
         )
@@ -165,16 +233,16 @@ def shot_findings(table: Mapping[str, Any]) -> list[Finding]:
         first, last = gains[0], gains[-1]
         clear = abs(first.mean - last.mean) > (first.interval**2 + last.interval**2) ** 0.5
         # Where there is no lead, none can shrink.
-        shrinks = judge(1, (1 if first.mean > last.mean else -1) if clear and first.sign > 0 else 0)
+        shrinks = judge(1, (1 if first.mean > last.mean else -1) if clear and sign_of(first) > 0 else 0)
         measured = f"{first.mean:+.2f} points at {shots[0]} shots, {last.mean:+.2f} at {shots[-1]}"
         claim = f"and its lead shrinks with more shots (margin {margin:g})"
         found.append(Finding("Fig. 8", claim, measured, shrinks))
     return found
 
 
-def finetuning_findings(table: Mapping[str, Any]) -> list[Finding]:
+def finetuning_findings(rows: Sequence[Row]) -> list[Finding]:
     """Fig. 9: the margin of the fine-tuning matters little, and more of it helps at one shot."""
-    rows, found = table["rows"], []
+    found = []
     for margin in values(rows, "margin"):
         of_margin = select(rows, margin=margin)
         for shot in values(of_margin, "shot"):
@@ -198,9 +266,9 @@ def finetuning_findings(table: Mapping[str, Any]) -> list[Finding]:
     return found
 
 
-def regularizer_findings(table: Mapping[str, Any]) -> list[Finding]:
+def regularizer_findings(rows: Sequence[Row]) -> list[Finding]:
     """Table 4: what the margin and each further regulariser gains on novel classes."""
-    rows, found = select(table["rows"], classes="novel"), []
+    rows, found = select(rows, classes="novel"), []
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     for shot in values(rows, "shot"):
         cells = {variant: select(rows, variant=variant, shot=shot) for variant in variants}
@@ -213,9 +281,9 @@ def regularizer_findings(table: Mapping[str, Any]) -> list[Finding]:
     return found
 
 
-def label_smoothing_findings(table: Mapping[str, Any]) -> list[Finding]:
+def label_smoothing_findings(rows: Sequence[Row]) -> list[Finding]:
     """Table 5: label smoothing helps base classes and hurts others, the negative margin does the opposite."""
-    rows, found = table["rows"], []
+    found = []
     unseen = "validation" if select(rows, classes="validation") else "novel"
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     for shot in values(rows, "shot"):
@@ -229,31 +297,8 @@ def label_smoothing_findings(table: Mapping[str, Any]) -> list[Finding]:
     return found
 
 
-def collapse_findings(table: Mapping[str, Any]) -> list[Finding]:
-    """Anti-Collapse: what the term does to the spectrum and to retrieval, for every loss and arm."""
-    rows, found = table["rows"], []
-    claims = (
-        ("effective_rank", "seen", "the spectrum of seen classes flattens (effective rank rises)"),
-        ("effective_rank", "unseen", "the spectrum of unseen classes flattens (effective rank rises)"),
-        ("coding_rate", "unseen", "the coding rate of unseen classes rises"),
-        ("recall_at_1", "unseen", "Recall@1 on unseen classes rises"),
-    )
-    for loss in values(rows, "loss"):
-        for arm in arms_of(select(rows, loss=loss)):
-            for quantity, classes, claim in claims if arm.weight else ():
-                difference = gain(rows, loss, arm, classes, quantity)
-                if difference is None:
-                    continue
-                title, factor, layout = QUANTITIES[quantity]
-                seeds = ", ".join(format(factor * value, f"+{layout}") for value in difference.by_seed)
-                measured = f"{title} {difference.text(f'+{layout}', factor)} (by seed {seeds})"
-                where = f"{METRIC_LOSS_TITLES[loss]}, {arm.variant} {arm.weight:g}"
-                found.append(Finding("abstract", f"{claim} ({where})", measured, judge(1, difference.sign)))
-    return found
-
-
-# By the name of the results file.
-FINDINGS: dict[str, Callable[[Mapping[str, Any]], list[Finding]]] = {
+# By the name of the results file. t-SNE has no claim that a number could decide.
+FINDINGS: dict[str, Callable[[Sequence[Row]], list[Finding]]] = {
     "margins": margin_findings,
     "variance": variance_findings,
     "angles": angle_findings,
@@ -263,12 +308,12 @@ FINDINGS: dict[str, Callable[[Mapping[str, Any]], list[Finding]]] = {
     "label_smoothing": label_smoothing_findings,
     "shots": shot_findings,
     "finetuning_margin": finetuning_findings,
-    "collapse": collapse_findings,
 }
+FILES = {name: f"{name}.json" for name in {**CAPTIONS, **FINDINGS}}
 
 
 def _signed(source: str, claim: str, prefix: str, gain: Difference, sign: int) -> Finding:
-    return Finding(source, claim, f"{prefix}{gain}", judge(sign, gain.sign))
+    return Finding(source, claim, prefix + gain_text(gain), judge(sign, sign_of(gain)))
 
 
 def _gain(rows: Sequence[Row], margins: Mapping[int, float]) -> Difference:
@@ -299,7 +344,7 @@ def _bell(rows: Sequence[Row], margins: Sequence[float], where: str) -> Finding:
         for end, gain in zip((margins[0], margins[-1]), ends, strict=True)
         if end != best
     )
-    peak = margins[0] < best < margins[-1] and all(gain.sign > 0 for gain in ends)
+    peak = margins[0] < best < margins[-1] and all(sign_of(gain) > 0 for gain in ends)
     # A best margin at 0 or above is no bell on the negative side, whatever its shape.
     verdict = SHOWN if peak and best < 0 else CONTRADICTED if best > 0 else NOT_SHOWN
     claim = f"novel accuracy over the margin is a bell with its top at a negative margin ({where})"
@@ -310,11 +355,11 @@ def _trend(source: str, claim: str, rows: Sequence[Row], name: str, sign: int) -
     """Whether a quantity rises or falls with the margin, by the rank correlation in every seed."""
     margins, correlations, ends = values(rows, "margin"), [], []
     for seed in values(rows, "seed"):
-        curve = [_mean(row[name] for row in select(rows, seed=seed, margin=margin)) for margin in margins]
+        curve = [fmean(row[name] for row in select(rows, seed=seed, margin=margin)) for margin in margins]
         correlations.append(rank_correlation(margins, curve))
         ends.append((curve[0], curve[-1]))
     observed = 1 if min(correlations) >= 0.8 else -1 if max(correlations) <= -0.8 else 0
-    first, last = (_mean(side) for side in zip(*ends, strict=True))
+    first, last = (fmean(side) for side in zip(*ends, strict=True))
     measured = f"{first:.3g} at margin {margins[0]:g}, {last:.3g} at {margins[-1]:g}; rank correlation by seed "
     return Finding(
         source, claim, measured + ", ".join(f"{value:+.2f}" for value in correlations), judge(sign, observed)
@@ -328,13 +373,6 @@ def rank_correlation(xs: Sequence[float], ys: Sequence[float]) -> float:
         >>> rank_correlation([1, 2, 3], [5, 9, 40])
         1.0
     """
-    from scipy.stats import spearmanr
-
     if len(set(xs)) < 2 or len(set(ys)) < 2:
         return 0.0
     return round(float(spearmanr(xs, ys).statistic), 6)
-
-
-def _mean(numbers) -> float:
-    numbers = list(numbers)
-    return sum(numbers) / len(numbers)
