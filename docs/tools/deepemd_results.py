@@ -49,13 +49,13 @@ def read(folder: Path) -> dict[str, Any]:
         OSError: a file cannot be read, or a picture is missing.
         ValueError: a file does not hold what its name says, or the files are of different image sets.
     """
-    read: dict[str, Callable[[Path], Any]] = {
+    readers: dict[str, Callable[[Path], Any]] = {
         "evaluation": read_comparison,
         "evaluation_10way": read_comparison,
         "retrieval": _read_retrieval,
         "matches": lambda path: read_table(path.parent, "matches"),
     }
-    found = {name: read[name](folder / file) for name, file in FILES.items() if (folder / file).exists()}
+    found = {name: readers[name](folder / file) for name, file in FILES.items() if (folder / file).exists()}
     for name in found:
         if name in PICTURES and not (folder / PICTURES[name]).exists():
             raise FileNotFoundError(f"{folder / PICTURES[name]} is missing, the picture of {FILES[name]}")

@@ -277,7 +277,9 @@ def regularizer_findings(rows: Sequence[Row]) -> list[Finding]:
             # The paper's table has the margin, weight decay and DropBlock.
             in_table = variant == variants[1] or any(name in variant for name in ("weight decay", "DropBlock"))
             source = "Table 4" if in_table else "not in the paper"
-            found.append(_gain_of_variant(source, variant, other, cells, f"novel classes, {shot}-shot"))
+            sign, verb = (-1, "loses against") if variant.endswith("no augmentation") else (1, "gains over")
+            claim = f"{variant} {verb} {other} (novel classes, {shot}-shot)"
+            found.append(_signed(source, claim, "", difference(cells[variant], cells[other]), sign))
     return found
 
 
@@ -327,13 +329,6 @@ def _best_negative(rows: Sequence[Row]) -> tuple[float, Difference]:
     negative = [margin for margin in values(rows, "margin") if margin < 0]
     best = max(negative, key=lambda margin: mean_accuracy(select(rows, margin=margin))[0])
     return best, difference(select(rows, margin=best), select(rows, margin=0.0))
-
-
-def _gain_of_variant(source: str, variant: str, other: str, cells: Mapping[str, list[Row]], where: str) -> Finding:
-    gain = difference(cells[variant], cells[other])
-    worse = variant.endswith("no augmentation")
-    claim = f"{variant} {'loses against' if worse else 'gains over'} {other} ({where})"
-    return _signed(source, claim, "", gain, -1 if worse else 1)
 
 
 def _bell(rows: Sequence[Row], margins: Sequence[float], where: str) -> Finding:
