@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from fewshot_ext.data import Episodes, sample_episodes
-from fewshot_ext.evaluation import choose_head, episode_accuracies
+from fewshot_ext.evaluation import episode_accuracies
+from fewshot_ext.heads import choose_head
 from fewshot_ext.models import BackboneConfig, build_backbone
 
 CLASSES, IMAGES, REGIONS, CHANNELS, PIXELS = 20, 600, 25, 640, 84

@@ -20,11 +20,11 @@ from fewshot_ext.data.folders import list_folder
 from fewshot_ext.data.pictures import MAX_PIXELS
 from fewshot_ext.data.walk import warn_passed_over
 from fewshot_ext.evaluation.backbones import FrozenBackbone, state_checksum
-from fewshot_ext.evaluation.head_choice import HeadChoice, HeadSettings, choose_head, crops_an_image
-from fewshot_ext.evaluation.heads import HEADS, FineTuning, Head
 from fewshot_ext.evaluation.images import ImageBatches
-from fewshot_ext.evaluation.map_heads import MAP_HEADS
 from fewshot_ext.evaluation.protocol import extract_features
+from fewshot_ext.heads.maps import MAP_HEADS
+from fewshot_ext.heads.names import HeadChoice, HeadSettings, choose_head, crops_an_image
+from fewshot_ext.heads.vectors import HEADS, FineTuning, Head
 from fewshot_ext.models import LocalFeaturesConfig, Network, StructuredClassifierConfig
 from fewshot_ext.models.checkpoint import SCHEMA_0_1
 from fewshot_ext.models.network import CONTENT_SCHEMAS, rebuild_network
@@ -73,7 +73,7 @@ class FewShotClassifier:
     Args:
         backbone: a module that maps images to features ``[B, D]``; or the path of a checkpoint of
             ``fewshot-ext pretrain``, which brings its preprocessing; or the name of a model of timm.
-        head: the classifier, by its name in ``fewshot_ext.evaluation.HEADS`` or as a ``Head`` with settings of your
+        head: the classifier, by its name in ``fewshot_ext.heads.HEADS`` or as a ``Head`` with settings of your
             own. "finetune" goes on with the similarity that the backbone was pre-trained with. Those of ``MAP_HEADS``,
             such as "deepemd" or "deepemd@grid", look at regions of the images; see ``choose_head``. The backbone must
             then give feature maps, by a method ``feature_map``; all backbones of this package do.

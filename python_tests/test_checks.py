@@ -7,7 +7,8 @@ import pytest
 from torch import nn
 
 from fewshot_ext import FewShotClassifier
-from fewshot_ext.evaluation import FineTuningConfig, ProtocolConfig
+from fewshot_ext.evaluation import ProtocolConfig
+from fewshot_ext.heads import FineTuningConfig
 from fewshot_ext.models import BackboneConfig
 from fewshot_ext.training import MetaTrainingConfig, MetricTrainingConfig, PreTrainingConfig
 

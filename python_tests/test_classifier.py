@@ -6,9 +6,10 @@ from torch import nn
 
 from fewshot_ext import FewShotClassifier
 from fewshot_ext.data import ImageInput, load_digits
-from fewshot_ext.evaluation import HEADS, FineTuning, MatchingNet, ProtoNet, SimpleShot, extract_features
+from fewshot_ext.evaluation import extract_features
 from fewshot_ext.evaluation.backbones import FrozenBackbone
 from fewshot_ext.evaluation.images import ImageBatches
+from fewshot_ext.heads import HEADS, FineTuning, MatchingNet, ProtoNet, SimpleShot
 from fewshot_ext.models import as_network, network
 from fewshot_ext.ops import finetune_episodes
 
@@ -93,7 +94,7 @@ def test_fine_tuning_is_done_once_for_all_queries(similarity, monkeypatch):
         calls.append(query.shape[1])
         return finetune_episodes(support, target, query, **settings)
 
-    monkeypatch.setattr("fewshot_ext.evaluation.heads.finetune_episodes", counted)
+    monkeypatch.setattr("fewshot_ext.heads.vectors.finetune_episodes", counted)
     monkeypatch.setattr("fewshot_ext.classifier._QUERIES_AT_ONCE", 4)
     assert torch.equal(classifier.decision_function(query), whole)
     assert calls == [8]

@@ -7,14 +7,8 @@ from torch import nn
 from fewshot_ext import FewShotClassifier
 from fewshot_ext import classifier as classifier_module
 from fewshot_ext.data import load_digits
-from fewshot_ext.evaluation import (
-    MAP_HEADS,
-    DeepEMDHead,
-    FineTuning,
-    LocalNearestNeighbors,
-    Pooled,
-    map_heads,
-)
+from fewshot_ext.heads import MAP_HEADS, DeepEMDHead, FineTuning, LocalNearestNeighbors, Pooled
+from fewshot_ext.heads import maps as map_heads
 from fewshot_ext.models import LocalFeaturesConfig, StructuredClassifierConfig
 from fewshot_ext.ops import finetune_episodes
 
@@ -127,7 +121,7 @@ def test_a_linear_classifier_is_fitted_once_to_mean_features(head, monkeypatch):
         calls.append(query.shape[1])
         return finetune_episodes(support, target, query, **settings)
 
-    monkeypatch.setattr("fewshot_ext.evaluation.heads.finetune_episodes", counted)
+    monkeypatch.setattr("fewshot_ext.heads.vectors.finetune_episodes", counted)
     monkeypatch.setattr(classifier_module, "_QUERIES_AT_ONCE", 4)
     classifier = FewShotClassifier(Blocks(), head, batch_size=3).fit(images, labels)
     assert torch.equal(classifier.decision_function(query), expected)
@@ -182,7 +176,7 @@ class NotANumber(Blocks):
 @pytest.mark.parametrize(
     ("backbone", "head", "error", "message"),
     [
-        (nn.Flatten(), "deepemd", TypeError, "backbone Flatten gives no feature maps, which matching needs"),
+        (nn.Flatten(), "deepemd", TypeError, "gives no feature maps, which matching needs: Flatten has no method"),
         (Blocks(), "finetune@fcn", ValueError, "asks for maps, but finetune takes feature vectors"),
         (Blocks(), "deepemd@patch", ValueError, "regions after @ must be one of fcn, grid, sampling, got 'patch'"),
     ],

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fewshot_ext import AntiCollapseLoss, MarginCosineLoss, evaluation
+from fewshot_ext import AntiCollapseLoss, MarginCosineLoss, heads, retrieval
 from fewshot_ext._precision import normalize
+from fewshot_ext.experiments import measures as paper_measures
 
 DTYPES = pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16, torch.float16), ids=str)
 
@@ -58,27 +59,27 @@ def measures():
     support, query = torch.randn(2, 6, 16, generator=generator), torch.randn(2, 9, 16, generator=generator)
     target = torch.arange(6).expand(2, 6) % 3
     maps = [torch.randn(2, count, 4, 16, generator=generator) for count in (6, 9)]
-    found = evaluation.nearest_neighbors(features, k=5)
+    found = retrieval.nearest_neighbors(features, k=5)
     map_set = torch.randn(60, 4, 16, generator=generator)
     calls = {
-        "nearest_neighbors": lambda: evaluation.nearest_neighbors(features, k=59),
-        "retrieval_metrics": lambda: torch.tensor(list(evaluation.retrieval_metrics(features, labels).row().values())),
-        "rerank": lambda: evaluation.rerank(map_set, map_set, found),
-        "singular_spectrum": lambda: evaluation.singular_spectrum(features),
-        "measure_spread": lambda: torch.tensor(evaluation.measure_spread(features).coding_rate),
-        "class_centers": lambda: evaluation.class_centers(features, labels),
-        "inter_class_variance": lambda: evaluation.inter_class_variance(features, labels),
-        "intra_class_variance": lambda: evaluation.intra_class_variance(features, labels),
-        "discriminative_function": lambda: evaluation.discriminative_function(features, labels),
-        "base_class_probabilities": lambda: evaluation.base_class_probabilities(features, labels, 3.0),
+        "nearest_neighbors": lambda: retrieval.nearest_neighbors(features, k=59),
+        "retrieval_metrics": lambda: torch.tensor(list(retrieval.retrieval_metrics(features, labels).row().values())),
+        "rerank": lambda: retrieval.rerank(map_set, map_set, found),
+        "singular_spectrum": lambda: retrieval.singular_spectrum(features),
+        "measure_spread": lambda: torch.tensor(retrieval.measure_spread(features).coding_rate),
+        "class_centers": lambda: paper_measures.class_centers(features, labels),
+        "inter_class_variance": lambda: paper_measures.inter_class_variance(features, labels),
+        "intra_class_variance": lambda: paper_measures.intra_class_variance(features, labels),
+        "discriminative_function": lambda: paper_measures.discriminative_function(features, labels),
+        "base_class_probabilities": lambda: paper_measures.base_class_probabilities(features, labels, 3.0),
         "scores": lambda: MarginCosineLoss(16, 5, dtype=torch.float32).scores(features),
     }
-    for name, head in evaluation.HEADS.items():
+    for name, head in heads.HEADS.items():
         base_mean = features.mean(0) if head.needs_base_mean else None
         calls[name] = lambda head=head, base_mean=base_mean: head(
             support, target, query, 3, base_mean=base_mean, generator=torch.Generator().manual_seed(0)
         )
-    for name, head in evaluation.MAP_HEADS.items():
+    for name, head in heads.MAP_HEADS.items():
         calls[f"maps {name}"] = lambda head=head: head(
             maps[0], target, maps[1], 3, generator=torch.Generator().manual_seed(0)
         )

@@ -9,7 +9,8 @@ from deepemd_claims import backbone_of, deepemd_findings, head_title
 from deepemd_results import FILES, PICTURES, data_name, heads_by_kind, kind_of, read, recalled, stages
 from verdicts import findings_markdown, markdown_table, picture_markdown, source_markdown
 
-from fewshot_ext.evaluation import ComparisonResults, expand_heads, mean_and_interval
+from fewshot_ext.evaluation import ComparisonResults, mean_and_interval
+from fewshot_ext.heads import expand_heads
 
 __all__ = ["FILES", "missing", "read", "section"]
 

@@ -7,7 +7,8 @@ from typing import Any
 from verdicts import read_table
 
 from fewshot_ext._formats import check_schema, misfits_named, read_json
-from fewshot_ext.evaluation import ComparisonResults, HeadAccuracy, HeadSettings, choose_head
+from fewshot_ext.evaluation import ComparisonResults, HeadAccuracy
+from fewshot_ext.heads import HeadSettings, choose_head
 from fewshot_ext.models import LocalFeaturesConfig
 
 # evaluate and retrieve both write a config.yaml: each command has a folder of its own.

@@ -36,8 +36,8 @@ from fewshot_ext.data.folders import list_folder
 from fewshot_ext.data.pictures import opened
 from fewshot_ext.data.walk import FOLDER_RULE, find_pictures
 from fewshot_ext.evaluation import csv_of_rows
-from fewshot_ext.evaluation.head_choice import features_record
 from fewshot_ext.evaluation.images import ImageBatches
+from fewshot_ext.heads.names import features_record
 from fewshot_ext.models import LocalFeaturesConfig, load_network
 
 SUMMARY = "sort pictures into classes from a few examples of each"

@@ -19,8 +19,9 @@ from fewshot_ext._files import replace_text
 from fewshot_ext.commands.common import print_written, resolve_device, writable_folder
 from fewshot_ext.commands.locks import hold_folder
 from fewshot_ext.data import AugmentationConfig, load_digits
-from fewshot_ext.evaluation import FineTuningConfig, ProtocolConfig
+from fewshot_ext.evaluation import ProtocolConfig
 from fewshot_ext.experiments import MarginSweep, MarginSweepConfig
+from fewshot_ext.heads import FineTuningConfig
 from fewshot_ext.training import BackboneConfig, PreTrainingConfig
 
 SUMMARY = "accuracy over margins on handwritten digits, in one or two minutes"

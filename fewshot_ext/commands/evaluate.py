@@ -31,18 +31,10 @@ from fewshot_ext._files import remove_leftovers, replace_text
 from fewshot_ext.commands.common import load_data, print_written, resolve_device, set_threads, writable_folder
 from fewshot_ext.commands.locks import hold_folder
 from fewshot_ext.data.walk import FOLDER_RULE
-from fewshot_ext.evaluation import (
-    Comparison,
-    ComparisonConfig,
-    DeepEMDHead,
-    FeatureCache,
-    FineTuningConfig,
-    FrozenBackbone,
-    ProtocolConfig,
-    expand_heads,
-)
+from fewshot_ext.evaluation import Comparison, ComparisonConfig, FeatureCache, FrozenBackbone, ProtocolConfig
 from fewshot_ext.evaluation.backbones import distinct_names
 from fewshot_ext.evaluation.results import RESULT_FILES
+from fewshot_ext.heads import DeepEMDHead, FineTuningConfig, expand_heads
 from fewshot_ext.models import LocalFeaturesConfig
 
 SUMMARY = "few-shot accuracy of checkpoints on novel classes, with several heads on the same episodes"

@@ -45,22 +45,21 @@ from fewshot_ext.commands.common import (
 from fewshot_ext.commands.locks import hold_folder
 from fewshot_ext.data import Split
 from fewshot_ext.data.walk import FOLDER_RULE
-from fewshot_ext.evaluation import (
-    FrozenBackbone,
+from fewshot_ext.evaluation import FrozenBackbone, csv_of_rows
+from fewshot_ext.evaluation.protocol import check_map_memory
+from fewshot_ext.heads.names import features_record
+from fewshot_ext.models import LocalFeaturesConfig
+from fewshot_ext.retrieval import (
     RerankedRetrieval,
     check_retrieval,
     clustering_nmi,
-    csv_of_rows,
     measure_spread,
     nearest_neighbors,
     retrieval_metrics,
     retrieve_and_rerank,
 )
-from fewshot_ext.evaluation.head_choice import features_record
-from fewshot_ext.evaluation.protocol import check_map_memory
-from fewshot_ext.evaluation.retrieval import DISTANCES
-from fewshot_ext.evaluation.retrieval_images import LabelledImages, common_labels, neighbor_rows, neighbor_sheet
-from fewshot_ext.models import LocalFeaturesConfig
+from fewshot_ext.retrieval.measures import DISTANCES
+from fewshot_ext.retrieval.pictures import LabelledImages, common_labels, neighbor_rows, neighbor_sheet
 
 SUMMARY = "nearest images by a checkpoint's embeddings: Recall@K, MAP@R, NMI and a picture"
 FILES = ("retrieval.json", "retrieval.csv", "neighbors.csv", "neighbors.png", "config.yaml")

@@ -19,15 +19,6 @@ from fewshot_ext._record import versions
 from fewshot_ext.data import Episodes, ImageArchive, Split, sample_episodes
 from fewshot_ext.evaluation.backbones import FrozenBackbone
 from fewshot_ext.evaluation.features import FeatureCache
-from fewshot_ext.evaluation.head_choice import (
-    HeadChoice,
-    HeadSettings,
-    choose_head,
-    crops_an_image,
-    features_record,
-)
-from fewshot_ext.evaluation.heads import FineTuningConfig
-from fewshot_ext.evaluation.map_heads import DeepEMDHead
 from fewshot_ext.evaluation.protocol import (
     ProtocolConfig,
     check_map_memory,
@@ -35,6 +26,15 @@ from fewshot_ext.evaluation.protocol import (
     extract_features,
 )
 from fewshot_ext.evaluation.results import ComparisonResults, HeadAccuracy
+from fewshot_ext.heads.maps import DeepEMDHead
+from fewshot_ext.heads.names import (
+    HeadChoice,
+    HeadSettings,
+    choose_head,
+    crops_an_image,
+    features_record,
+)
+from fewshot_ext.heads.vectors import FineTuningConfig
 from fewshot_ext.models import LocalFeaturesConfig
 
 # Second entries of the keys that `derive_seed` makes independent seeds of, after the seed of the run.

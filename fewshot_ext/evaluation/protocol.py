@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fewshot_ext._checks import check_count
 from fewshot_ext.data import Episodes
-from fewshot_ext.evaluation.heads import HEADS, Head
+from fewshot_ext.heads.vectors import HEADS, Head
 from fewshot_ext.models.matching import check_finite_maps
 
 # Features are copied for their episodes: few of them at a time keep the copies small and let the caller draw progress.

@@ -10,10 +10,15 @@ import torch
 from fewshot_ext._checks import check_count
 from fewshot_ext._files import replace_file
 from fewshot_ext.data.fonts import figure_text
-from fewshot_ext.evaluation import angle_histogram, count_peaks, intra_class_variance, measure_discriminability
 from fewshot_ext.experiments.accuracies import Row, select, values
 from fewshot_ext.experiments.figures import COLUMN, STYLES, figure
 from fewshot_ext.experiments.measurements import TrainedRun
+from fewshot_ext.experiments.measures import (
+    angle_histogram,
+    count_peaks,
+    intra_class_variance,
+    measure_discriminability,
+)
 from fewshot_ext.experiments.runs import SweepImages, SweepRun
 from fewshot_ext.experiments.tables import write_table
 

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 from fewshot_ext._checks import check_finite
 from fewshot_ext._files import replace_file
-from fewshot_ext.evaluation import FineTuning
 from fewshot_ext.experiments.accuracies import Row, mean_accuracy, select, values
 from fewshot_ext.experiments.figures import CLASS_TITLES, draw_curves, figure
 from fewshot_ext.experiments.measurements import FewShotAccuracy, TrainedRun
 from fewshot_ext.experiments.runs import SweepImages, SweepRun
 from fewshot_ext.experiments.tables import write_table
+from fewshot_ext.heads import FineTuning
 
 NAME = "finetuning_margin"
 

@@ -10,13 +10,14 @@ import torch
 
 from fewshot_ext._checks import check_count
 from fewshot_ext._files import replace_file
-from fewshot_ext.evaluation import FineTuning, base_class_probabilities, same_class_probability
 from fewshot_ext.experiments.accuracies import Row, mean_accuracy, select, values
 from fewshot_ext.experiments.figures import draw_curves, figure, shared_legend
 from fewshot_ext.experiments.measurements import FewShotAccuracy, TrainedRun
+from fewshot_ext.experiments.measures import base_class_probabilities, same_class_probability
 from fewshot_ext.experiments.runs import SweepImages, SweepRun
 from fewshot_ext.experiments.tables import write_table
 from fewshot_ext.experiments.variance import base_similarities
+from fewshot_ext.heads import FineTuning
 
 NAME = "label_distribution"
 

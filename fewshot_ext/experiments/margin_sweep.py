@@ -14,8 +14,9 @@ from fewshot_ext._progress import StagedProgress
 from fewshot_ext._random import derive_generator, derive_seed
 from fewshot_ext._record import check_same_settings, versions
 from fewshot_ext.data import Episodes, ImageArchive, Split, sample_episodes
-from fewshot_ext.evaluation import FineTuning, FineTuningConfig, ProtocolConfig, episode_accuracies, extract_features
+from fewshot_ext.evaluation import ProtocolConfig, episode_accuracies, extract_features
 from fewshot_ext.experiments.results import CLASSES, Accuracy, SweepResults
+from fewshot_ext.heads import FineTuning, FineTuningConfig
 from fewshot_ext.models import NetworkConfig, build_network
 from fewshot_ext.training import PreTrainingConfig
 

@@ -15,7 +15,8 @@ from fewshot_ext._precision import normalize
 from fewshot_ext._random import derive_generator
 from fewshot_ext.data import ImageArchive, ImageInput
 from fewshot_ext.data.fonts import figure_text
-from fewshot_ext.evaluation import FrozenBackbone, MatchedPair, extract_features, plot_matches, strongest_flows
+from fewshot_ext.evaluation import FrozenBackbone, extract_features
+from fewshot_ext.experiments.match_plots import MatchedPair, plot_matches, strongest_flows
 from fewshot_ext.experiments.tables import Row, write_table
 from fewshot_ext.models import LocalFeaturesConfig, emd_logits, match_flows
 from fewshot_ext.models.matching import Weighting

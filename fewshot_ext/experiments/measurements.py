@@ -12,16 +12,14 @@ from fewshot_ext._checks import check_count
 from fewshot_ext._random import derive_generator, derive_seed
 from fewshot_ext.data import Episodes, ImageArchive, sample_episodes
 from fewshot_ext.evaluation import (
-    FineTuning,
-    FineTuningConfig,
     FrozenBackbone,
-    Head,
     ProtocolConfig,
     episode_accuracies,
     extract_features,
     mean_and_interval,
 )
 from fewshot_ext.experiments.runs import CLASSES, SweepImages, SweepRun
+from fewshot_ext.heads import FineTuning, FineTuningConfig, Head
 
 # Parts of the keys that `derive_seed` makes independent seeds of, after the seed of the run; 1 parts its images.
 _EPISODES, _FINE_TUNING = 2, 3

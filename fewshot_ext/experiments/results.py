@@ -8,7 +8,8 @@ import torch
 
 from fewshot_ext._files import replace_file
 from fewshot_ext._formats import misfits_named, read_json, typed
-from fewshot_ext.evaluation import csv_of_rows, json_with_rows, mean_and_interval, plot_accuracy_over_margin
+from fewshot_ext.evaluation import csv_of_rows, json_with_rows, mean_and_interval
+from fewshot_ext.experiments.plots import plot_accuracy_over_margin
 
 CLASSES = ("base", "novel")
 _SCHEMA = {"config": dict, "versions": {str: str}, "way": int, "accuracies": [{"correct": [int]}]}

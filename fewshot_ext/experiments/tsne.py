@@ -14,12 +14,13 @@ from fewshot_ext._files import replace_file
 from fewshot_ext._precision import normalize
 from fewshot_ext._random import derive_generator, derive_seed
 from fewshot_ext.data import ImageArchive
-from fewshot_ext.evaluation import FineTuning, ProtocolConfig
+from fewshot_ext.evaluation import ProtocolConfig
 from fewshot_ext.experiments.accuracies import Row, select, values
 from fewshot_ext.experiments.figures import COLUMN, STYLES, figure
 from fewshot_ext.experiments.measurements import FewShotAccuracy, TrainedRun
 from fewshot_ext.experiments.runs import SweepImages, SweepRun
 from fewshot_ext.experiments.tables import write_table
+from fewshot_ext.heads import FineTuning
 
 NAME = "tsne"
 _CLASSES = ("base", "novel")

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from fewshot_ext._files import replace_file
 from fewshot_ext._precision import normalize
-from fewshot_ext.evaluation import (
+from fewshot_ext.experiments.accuracies import Row, select, values
+from fewshot_ext.experiments.figures import draw_curves, figure, shared_legend
+from fewshot_ext.experiments.measurements import TrainedRun
+from fewshot_ext.experiments.measures import (
     MarginMeasures,
     base_class_probabilities,
     check_proposition,
     measure_discriminability,
     same_class_probability,
 )
-from fewshot_ext.experiments.accuracies import Row, select, values
-from fewshot_ext.experiments.figures import draw_curves, figure, shared_legend
-from fewshot_ext.experiments.measurements import TrainedRun
 from fewshot_ext.experiments.runs import CLASSES, SweepImages, SweepRun
 from fewshot_ext.experiments.tables import write_table
 from fewshot_ext.models.network import read_checkpoint

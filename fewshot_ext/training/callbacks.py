@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fewshot_ext._random import derive_generator
 from fewshot_ext.data import ImageArchive, sample_episodes
-from fewshot_ext.evaluation import ProtoNet, episode_accuracies, extract_features, mean_and_interval
+from fewshot_ext.evaluation import episode_accuracies, extract_features, mean_and_interval
+from fewshot_ext.heads import ProtoNet
 from fewshot_ext.training.config import ValidationConfig
 
 # Part of the key that makes the episodes' seed of the run's.

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Sampler
 
 from fewshot_ext._random import derive_generator
 from fewshot_ext.data import Episodes, ImageArchive, sample_episodes
-from fewshot_ext.evaluation import DeepEMDHead, episode_accuracies, extract_features
+from fewshot_ext.evaluation import episode_accuracies, extract_features
+from fewshot_ext.heads import DeepEMDHead
 from fewshot_ext.models import FCN
 from fewshot_ext.training.callbacks import Validation
 from fewshot_ext.training.config import ValidationConfig

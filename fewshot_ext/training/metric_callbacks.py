@@ -12,14 +12,8 @@ from torch import Tensor
 from fewshot_ext._files import replace_text
 from fewshot_ext._random import derive_generator
 from fewshot_ext.data import ImageArchive
-from fewshot_ext.evaluation import (
-    check_retrieval,
-    csv_of_rows,
-    extract_features,
-    json_with_rows,
-    measure_spread,
-    retrieval_metrics,
-)
+from fewshot_ext.evaluation import csv_of_rows, extract_features, json_with_rows
+from fewshot_ext.retrieval import check_retrieval, measure_spread, retrieval_metrics
 from fewshot_ext.training.callbacks import BestCheckpoint
 from fewshot_ext.training.metric_config import MeasurementConfig
 

@@ -35,7 +35,7 @@ def test_two_checkpoints_in_one_table(checkpoints, tmp_path, capsys):
 
 
 def test_the_table_of_deepemd_beside_another_head(checkpoints, tmp_path, capsys):
-    from fewshot_ext.evaluation import HEAD_GROUPS
+    from fewshot_ext.heads import HEAD_GROUPS
 
     settings = ["--shots", "3", "--deepemd.classifier.passes", "1", "--local_features.regions", "2"]
     assert evaluate(checkpoints[:1], tmp_path / "a", "--heads", "protonet", "deepemd_table", *settings) == 0
@@ -152,7 +152,7 @@ def test_output_below_a_file(checkpoints, tmp_path, capsys):
 
 
 def test_help_lists_every_head_and_needs_no_lightning(capsys, monkeypatch):
-    from fewshot_ext.evaluation import HEADS, MAP_HEADS
+    from fewshot_ext.heads import HEADS, MAP_HEADS
 
     monkeypatch.setitem(sys.modules, "lightning", None)
     with pytest.raises(SystemExit):

@@ -54,7 +54,7 @@ def test_numbers_are_those_of_the_matching(checkpoints):
     backbone = FrozenBackbone.from_checkpoint(checkpoints[0])
     pairs = draw_pairs(load_digits().subset(Split.NOVEL), same_class=2, other_class=1)
     drawn, rows, flows = measure_matches(pairs, backbone, local_features=GRID, flows=3)
-    module = backbone.local_features(GRID)
+    module = backbone.network.local_features(GRID)
     with torch.no_grad():
         for pair, shown, row in zip(pairs, drawn, rows, strict=True):
             query, support = module(torch.stack([pair.query, pair.support]))

@@ -15,14 +15,10 @@ from fewshot_ext import _extras
 from fewshot_ext.cli import main
 from fewshot_ext.commands import retrieve
 from fewshot_ext.data import ImageArchive, Split, load_digits
-from fewshot_ext.evaluation import (
-    FrozenBackbone,
-    clustering_nmi,
-    nearest_neighbors,
-    retrieval_images,
-    retrieval_metrics,
-)
+from fewshot_ext.evaluation import FrozenBackbone
 from fewshot_ext.models import load_network
+from fewshot_ext.retrieval import clustering_nmi, nearest_neighbors, retrieval_metrics
+from fewshot_ext.retrieval import pictures as retrieval_images
 
 # The command sets the number of threads of the process; the fixture sets it back.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -155,7 +151,7 @@ def test_a_backbone_without_maps_is_found_before_any_work(with_regions, tmp_path
     plain = FrozenBackbone.open(torch.nn.Flatten())
     monkeypatch.setattr(retrieve.FrozenBackbone, "from_checkpoint", lambda path: plain)
     assert run(with_regions, tmp_path / "out", "--data", "digits", "--rerank", "8") == 2
-    assert "backbone Flatten gives no feature maps, which matching needs" in capsys.readouterr().err
+    assert "the backbone gives no feature maps, which matching needs: Flatten has no method" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

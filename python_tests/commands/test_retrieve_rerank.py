@@ -11,14 +11,10 @@ from retrieve_cases import few_digits, run
 from fewshot_ext.cli import main
 from fewshot_ext.commands import retrieve
 from fewshot_ext.data import Split, load_digits
-from fewshot_ext.evaluation import (
-    FrozenBackbone,
-    nearest_neighbors,
-    rerank,
-    retrieval_images,
-    retrieve_and_rerank,
-)
+from fewshot_ext.evaluation import FrozenBackbone
 from fewshot_ext.models import FCN, BackboneConfig, EmbeddedBackbone, LocalFeaturesConfig, load_network
+from fewshot_ext.retrieval import nearest_neighbors, rerank, retrieve_and_rerank
+from fewshot_ext.retrieval import pictures as retrieval_images
 from fewshot_ext.training import MetricTrainingConfig, MetricTrainingRun
 
 # The command sets the number of threads of the process; the fixture sets it back.

@@ -10,16 +10,15 @@ from torch import nn
 from fewshot_ext import _extras
 from fewshot_ext.data import ImageArchive, Split, load_digits, load_images
 from fewshot_ext.evaluation import (
-    HEADS,
     Comparison,
     ComparisonConfig,
     FeatureCache,
-    FineTuningConfig,
     FrozenBackbone,
     ProtocolConfig,
     mean_and_interval,
 )
 from fewshot_ext.evaluation import comparison as comparison_module
+from fewshot_ext.heads import HEADS, FineTuningConfig
 from fewshot_ext.models import as_network
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,19 +9,16 @@ from torch import nn
 
 from fewshot_ext.data import Split, load_digits, load_images
 from fewshot_ext.evaluation import (
-    HEAD_GROUPS,
-    HEADS,
     Comparison,
     ComparisonConfig,
-    DeepEMDHead,
     FeatureCache,
     FrozenBackbone,
     ProtocolConfig,
     episode_accuracies,
     extract_features,
-    find_map_head,
 )
 from fewshot_ext.evaluation import comparison as comparison_module
+from fewshot_ext.heads import HEAD_GROUPS, HEADS, DeepEMDHead, find_map_head
 from fewshot_ext.models import Grid, LocalFeaturesConfig, StructuredClassifierConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")

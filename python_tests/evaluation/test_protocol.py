@@ -5,16 +5,9 @@ import torch
 from torch import nn
 
 from fewshot_ext.data import sample_episodes
-from fewshot_ext.evaluation import (
-    FineTuning,
-    FineTuningConfig,
-    ProtocolConfig,
-    ProtoNet,
-    episode_accuracies,
-    extract_features,
-    mean_and_interval,
-    plot_accuracy_over_margin,
-)
+from fewshot_ext.evaluation import ProtocolConfig, episode_accuracies, extract_features, mean_and_interval
+from fewshot_ext.experiments.plots import plot_accuracy_over_margin
+from fewshot_ext.heads import FineTuning, FineTuningConfig, ProtoNet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

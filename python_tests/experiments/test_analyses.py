@@ -9,7 +9,7 @@ import torch
 from experiments_cases import FEW, TINY
 
 from fewshot_ext.data import ImageArchive, Split
-from fewshot_ext.evaluation import FrozenBackbone, ProtocolConfig, base_class_probabilities, inter_class_variance
+from fewshot_ext.evaluation import FrozenBackbone, ProtocolConfig
 from fewshot_ext.experiments.accuracies import select
 from fewshot_ext.experiments.angles import AngleMeasurement, angles_table, write_angles
 from fewshot_ext.experiments.finetuning_margin import FineTuningMargins, write_finetuning_margin
@@ -21,6 +21,7 @@ from fewshot_ext.experiments.label_distribution import (
     write_label_distribution,
 )
 from fewshot_ext.experiments.margins import margin_runs
+from fewshot_ext.experiments.measures import base_class_probabilities, inter_class_variance
 from fewshot_ext.experiments.runs import SweepImages, SweepRun
 from fewshot_ext.experiments.shots import _tick_labels, write_shots
 from fewshot_ext.experiments.sweep import Sweep

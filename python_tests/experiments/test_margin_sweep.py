@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fewshot_ext.data import ImageArchive, Split, load_digits
-from fewshot_ext.evaluation import FineTuningConfig, ProtocolConfig
+from fewshot_ext.evaluation import ProtocolConfig
 from fewshot_ext.experiments import Accuracy, MarginSweep, MarginSweepConfig, SweepResults
+from fewshot_ext.heads import FineTuningConfig
 from fewshot_ext.training import BackboneConfig, PreTrainingConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fewshot_ext.data import AugmentationConfig, Episodes, ImageArchive, Split, load_digits
-from fewshot_ext.evaluation import DeepEMDHead, FrozenBackbone, episode_accuracies, extract_features
+from fewshot_ext.evaluation import FrozenBackbone, episode_accuracies, extract_features
+from fewshot_ext.heads import DeepEMDHead
 from fewshot_ext.models import LocalFeaturesConfig, StructuredClassifierConfig, load_network
 from fewshot_ext.training import (
     BackboneConfig,

@@ -9,9 +9,10 @@ from metric_cases import TINY_METRIC
 
 from fewshot_ext import _extras, coding_rate
 from fewshot_ext.data import AugmentationConfig, Split, load_digits
-from fewshot_ext.evaluation import FrozenBackbone, extract_features, retrieval_metrics
+from fewshot_ext.evaluation import FrozenBackbone, extract_features
 from fewshot_ext.losses import AntiCollapseLoss
 from fewshot_ext.models import load_network
+from fewshot_ext.retrieval import retrieval_metrics
 from fewshot_ext.training import (
     AntiCollapseConfig,
     BackboneConfig,

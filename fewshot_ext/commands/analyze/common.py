@@ -13,10 +13,11 @@ from fewshot_ext._record import versions
 from fewshot_ext.commands.common import load_data, print_written, resolve_device, writable_folder
 from fewshot_ext.commands.locks import hold_sweep
 from fewshot_ext.data.walk import FOLDER_RULE
-from fewshot_ext.evaluation import FineTuningConfig, ProtocolConfig
+from fewshot_ext.evaluation import ProtocolConfig
 from fewshot_ext.experiments.measurements import FewShotAccuracy, Measurement
 from fewshot_ext.experiments.runs import SweepRun
 from fewshot_ext.experiments.sweep import Sweep, TaskSweep
+from fewshot_ext.heads import FineTuningConfig
 from fewshot_ext.recipes import load_metric_recipe, load_recipe, recipe_names
 from fewshot_ext.training import MetricTrainingConfig, PreTrainingConfig
 

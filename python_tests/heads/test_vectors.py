@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fewshot_ext import finetune_episodes
-from fewshot_ext.evaluation import (
+from fewshot_ext.heads import (
     HEADS,
     FineTuning,
     FineTuningConfig,

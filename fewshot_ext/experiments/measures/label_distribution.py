@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fewshot_ext._checks import check_positive
 from fewshot_ext._precision import full_precision
-from fewshot_ext.evaluation.discriminability import count_labels
+from fewshot_ext.experiments.measures.discriminability import count_labels
 
 
 @full_precision()

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from fewshot_ext.data import Split, load_digits
-from fewshot_ext.evaluation import FrozenBackbone, rerank, reranking, retrieval_metrics, retrieve_and_rerank
+from fewshot_ext.evaluation import FrozenBackbone
 from fewshot_ext.models import LocalFeaturesConfig, conv4, emd_logits
+from fewshot_ext.retrieval import rerank, reranking, retrieval_metrics, retrieve_and_rerank
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fewshot_ext._checks import check_at_least
 from fewshot_ext._extras import require
 from fewshot_ext._precision import accumulate_dtype, full_precision, normalize
-from fewshot_ext.evaluation.exact_search import SCORES_AT_ONCE, ExactSearch
+from fewshot_ext.retrieval.exact_search import SCORES_AT_ONCE, ExactSearch
 
 DISTANCES = ("cosine", "euclidean")
 LONE_QUERIES = ("error", "exclude", "miss")

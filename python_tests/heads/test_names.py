@@ -2,7 +2,7 @@
 
 import pytest
 
-from fewshot_ext.evaluation import (
+from fewshot_ext.heads import (
     HEAD_GROUPS,
     HEADS,
     MAP_HEADS,
@@ -15,7 +15,7 @@ from fewshot_ext.evaluation import (
     choose_head,
     expand_heads,
 )
-from fewshot_ext.evaluation.head_choice import crops_an_image, features_record
+from fewshot_ext.heads.names import crops_an_image, features_record
 from fewshot_ext.models import LocalFeaturesConfig, StructuredClassifierConfig
 
 SETTINGS = HeadSettings(

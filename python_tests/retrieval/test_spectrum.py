@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fewshot_ext import coding_rate
-from fewshot_ext.evaluation import effective_rank, measure_spread, singular_spectrum, spectral_decay
+from fewshot_ext.retrieval import effective_rank, measure_spread, singular_spectrum, spectral_decay
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fewshot_ext._checks import check_choice, check_count, check_positive
 from fewshot_ext._episodes import check_support_target, class_means
 from fewshot_ext._precision import full_precision, normalize
-from fewshot_ext.evaluation.heads import FineTuning, Head, MatchingNet, ProtoNet
+from fewshot_ext.heads.vectors import FineTuning, Head, MatchingNet, ProtoNet
 from fewshot_ext.models import StructuredClassifierConfig, class_prototypes, emd_logits
 from fewshot_ext.models.matching import TEMPERATURE, Weighting, check_finite_maps, checked_maps
 

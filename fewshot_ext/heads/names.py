@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
-from fewshot_ext.evaluation.heads import HEADS, FineTuning, FineTuningConfig, Head
-from fewshot_ext.evaluation.map_heads import MAP_HEADS, DeepEMDHead
+from fewshot_ext.heads.maps import MAP_HEADS, DeepEMDHead
+from fewshot_ext.heads.vectors import HEADS, FineTuning, FineTuningConfig, Head
 from fewshot_ext.models import LocalFeaturesConfig
 
 REGIONS = ("fcn", "grid", "sampling")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fewshot_ext.evaluation import clustering_nmi, nearest_neighbors, retrieval_metrics
+from fewshot_ext.retrieval import clustering_nmi, nearest_neighbors, retrieval_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -325,7 +325,7 @@ def test_bad_input_of_nmi(monkeypatch):
 
 _PEAK = """
 import resource, sys, torch
-from fewshot_ext.evaluation import retrieval_metrics
+from fewshot_ext.retrieval import retrieval_metrics
 samples, queries, spread = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 torch.manual_seed(0)
 labels = torch.arange(samples) // 5

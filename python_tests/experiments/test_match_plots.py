@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from fewshot_ext.evaluation import MatchedPair, plot_match, plot_matches, square_regions
-from fewshot_ext.evaluation.match_plots import _heat_map
+from fewshot_ext.experiments.match_plots import MatchedPair, _heat_map, plot_match, plot_matches, square_regions
 from fewshot_ext.models import match_flows
 
 pytestmark = pytest.mark.usefixtures("one_thread")

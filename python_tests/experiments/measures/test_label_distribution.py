@@ -6,7 +6,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fewshot_ext.evaluation import (
+from fewshot_ext.experiments.measures import (
     MarginMeasures,
     base_class_probabilities,
     check_proposition,

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from fewshot_ext.evaluation import check_retrieval, nearest_neighbors, retrieval, retrieval_metrics
+from fewshot_ext.retrieval import check_retrieval, nearest_neighbors, retrieval_metrics
+from fewshot_ext.retrieval import measures as retrieval
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

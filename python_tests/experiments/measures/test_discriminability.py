@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fewshot_ext.evaluation import (
+from fewshot_ext.experiments.measures import (
     class_centers,
     discriminative_function,
     inter_class_variance,

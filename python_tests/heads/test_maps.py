@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from fewshot_ext.data import Split, load_digits, sample_episodes
-from fewshot_ext.evaluation import (
+from fewshot_ext.evaluation import episode_accuracies, extract_features
+from fewshot_ext.heads import (
     HEADS,
     MAP_HEADS,
     DeepEMDHead,
@@ -16,11 +17,9 @@ from fewshot_ext.evaluation import (
     PredictionFusion,
     ProtoNet,
     SimpleShot,
-    episode_accuracies,
-    extract_features,
     find_map_head,
-    map_heads,
 )
+from fewshot_ext.heads import maps as map_heads
 from fewshot_ext.models import FCN, Grid, StructuredClassifierConfig, emd_logits, fit_prototypes, load_network
 
 pytestmark = pytest.mark.usefixtures("one_thread")

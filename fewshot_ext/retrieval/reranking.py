@@ -11,11 +11,11 @@ from torch import Tensor
 from fewshot_ext._checks import check_choice, check_count, check_positive
 from fewshot_ext._precision import full_precision
 from fewshot_ext.evaluation.backbones import FrozenBackbone
-from fewshot_ext.evaluation.head_choice import crops_an_image
 from fewshot_ext.evaluation.protocol import check_map_memory, extract_features
-from fewshot_ext.evaluation.retrieval import check_retrieval, count_relevant, nearest_neighbors
+from fewshot_ext.heads.names import crops_an_image
 from fewshot_ext.models import LocalFeaturesConfig, emd_logits
 from fewshot_ext.models.matching import Weighting, check_finite_maps, check_floating
+from fewshot_ext.retrieval.measures import check_retrieval, count_relevant, nearest_neighbors
 
 # As in the evaluation of episodes: copies much larger than this are slow to allocate.
 _BYTES_AT_ONCE = 2**26

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fewshot_ext.evaluation import angle_histogram, count_peaks
+from fewshot_ext.experiments.measures import angle_histogram, count_peaks
 
 
 def around(*degrees, spread=2.0, images=200):
