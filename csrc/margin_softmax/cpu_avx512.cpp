@@ -19,6 +19,6 @@
 #define FEWSHOT_EXT_ISA avx512
 #define FEWSHOT_EXT_VECTOR_BYTES 64
 FEWSHOT_EXT_TARGET_BEGIN(FEWSHOT_EXT_AVX512)
-#include "margin_softmax/cpu_kernel.h"
+#include "margin_softmax/cpu_run.h"
 FEWSHOT_EXT_TARGET_END
 #endif

@@ -17,4 +17,4 @@
 
 #define FEWSHOT_EXT_ISA baseline
 #define FEWSHOT_EXT_VECTOR_BYTES 16
-#include "margin_softmax/cpu_kernel.h"
+#include "margin_softmax/cpu_run.h"
