@@ -65,7 +65,8 @@ class MarginSoftmax {
     own_packing_ = samples_ * dimensions_ * int64_t(sizeof(T)) <= own_packing_bytes;
     const double flops = 2.0 * double(samples_) * double(classes_) * double(dimensions_);
     threads_ = std::min(available_threads(), std::min(divide_up(classes_, 4), int64_t(flops / flops_per_thread) + 1));
-    const int64_t wanted = block_bytes / int64_t(sizeof(T)) / std::max(dimensions_, panels_ * width);
+    const int64_t wanted =
+        std::min(block_bytes / int64_t(sizeof(T)) / std::max(dimensions_, panels_ * width), run_terms);
     const int64_t thread_classes = divide_up(classes_, threads_);
     block_classes_ = std::min(std::max<int64_t>(wanted, 2 * tile_rows), thread_classes);
     features_by_sample_ = grad_features_ && classes_ <= dimensions_ && thread_classes <= 2 * wanted;
@@ -119,13 +120,14 @@ class MarginSoftmax {
     T* weight_transposed;    // [tile][D][pack]
     T* weight_panels;        // [column panel][block][width]
     T* gradient;             // [panel][block][width], panels gradient_step_ apart: G, or in pass A logits nobody keeps
-    T* grad_features;        // [N, column_panels * width], unless features_by_sample_
-    T* tile;                 // [tile_rows, width]
+    SumOfProducts<T> grad_features;  // [N, column_panels * width], unless features_by_sample_
+    T* tile;                         // [tile_rows, width]
     RowStatistics<T> rows;
     T* features_dot;  // [padded N], sum_j dL/ds_ij s_ij * scale
     T* features_dot_excess;
-    T* weight_dot;     // [block][lanes], sum_i likewise, lane by lane
-    T* weight_factor;  // [block], of the raw row in the weight's gradient
+    T* weight_dot;           // [block][lanes], sum_i likewise, lane by lane, over a run of samples
+    double* weight_dot_sum;  // [block], over all of them
+    T* weight_factor;        // [block], of the raw row in the weight's gradient
   };
 
   void lay_out(Arena<T>& arena, int64_t padded) {
@@ -157,9 +159,9 @@ class MarginSoftmax {
         t.inverse_x = per_thread_[0].inverse_x;
         t.target = per_thread_[0].target;
       }
-      t.grad_features = !grad_features_size ? nullptr
-                        : reuse_features    ? t.features_transposed
-                                            : arena.take(grad_features_size);
+      T* run = !grad_features_size ? nullptr : reuse_features ? t.features_transposed : arena.take(grad_features_size);
+      t.grad_features.lay_out(arena, run, grad_features_size ? samples_ : 0, column_panels_,
+                              divide_up(classes_, threads_));
       t.weight_transposed = arena.take(
           std::max(divide_up(block_classes_, tile_rows) * dimensions_ * pack, reuse_weight ? gradient_size : 0));
       const int64_t own_rows = class_begin(&t - per_thread_.data()) * width;
@@ -174,6 +176,7 @@ class MarginSoftmax {
         *row = arena.take(padded);
       rows.best_class = reinterpret_cast<Int*>(arena.take(padded));
       t.weight_dot = arena.take(block_classes_ * lanes);
+      t.weight_dot_sum = reinterpret_cast<double*>(arena.take(block_classes_ * (sizeof(double) / sizeof(T))));
       t.weight_factor = arena.take(block_classes_);
     }
   }
@@ -334,16 +337,29 @@ class MarginSoftmax {
     Thread& t = per_thread_[thread];
     for (T* row : {t.features_dot, t.features_dot_excess}) std::fill(row, row + panels_ * width, T(0));
     if (backward_only_) pack_own_features(t, thread);
+    t.grad_features.start();
     const int64_t begin = class_begin(thread), end = class_begin(thread + 1);
     for (int64_t first = begin; first < end; first += block_classes_) {
       const Tiles tiles(std::min(block_classes_, end - first));
       if (panels_kept_ < panels_) pack_weight(t, thread, first, tiles);
       std::fill(t.weight_dot, t.weight_dot + tiles.n * lanes, T(0));
-      for (int64_t panel = 0; panel < panels_; ++panel) softmax_gradient(t, panel, first, tiles);
+      std::fill(t.weight_dot_sum, t.weight_dot_sum + tiles.n, 0.0);
+      for (int64_t panel = 0; panel < panels_; ++panel) {
+        softmax_gradient(t, panel, first, tiles);
+        if ((panel + 1) * width % run_terms == 0 || panel + 1 == panels_) add_weight_dots(t, tiles.n);
+      }
       const Panels<T> weight = pack_panels(weight_ + first * problem_.weight_stride, problem_.weight_stride, tiles.n,
                                            dimensions_, packs_weight_ ? t.weight_panels : nullptr, gradient_step_);
-      if (t.grad_features) accumulate_features(t, weight, tiles.n, first != begin);
+      if (t.grad_features.samples) t.grad_features.add(t.gradient, gradient_step_, tiles.n, weight);
       if (grad_weight_) write_weight(t, weight, first, tiles);
+    }
+    t.grad_features.finish();
+  }
+
+  void add_weight_dots(const Thread& t, int64_t classes) const {
+    for (int64_t j = 0; j < classes; ++j) {
+      t.weight_dot_sum[j] += horizontal_sum<T>(load(t.weight_dot + j * lanes));
+      store(t.weight_dot + j * lanes, Vector<T>{});
     }
   }
 
@@ -371,29 +387,15 @@ class MarginSoftmax {
     }
   }
 
-  void accumulate_features(Thread& t, const Panels<T>& weight, int64_t block, bool accumulate) {
-    const int64_t stride = column_panels_ * width;
-    for (int64_t panel = 0; panel < panels_; ++panel) {
-      const Tiles tiles(panel_samples(panel));
-      for (int64_t column = 0; column < column_panels_; ++column)
-        for (int64_t tile = 0; tile < tiles.count; ++tile)
-          tile_product<T, 1>(tiles.rows(tile), block,
-                             {t.gradient + panel * gradient_step_ + tiles.begin(tile), width, block, 0}, weight, column,
-                             t.grad_features + (panel * width + tiles.begin(tile)) * stride + column * width, stride,
-                             accumulate);
-    }
-  }
-
   void write_weight(Thread& t, const Panels<T>& weight, int64_t first, const Tiles& tiles) {
     for (int64_t j = 0; j < tiles.n; ++j)
-      t.weight_factor[j] =
-          horizontal_sum<T>(load(t.weight_dot + j * lanes)) / T(problem_.scale) * projection(inverse_w_[first + j]);
+      t.weight_factor[j] = T(t.weight_dot_sum[j] / problem_.scale) * projection(inverse_w_[first + j]);
     for (int64_t column = 0; column < column_panels_; ++column) {
       const int64_t columns = std::min<int64_t>(width, dimensions_ - column * width);
       for (int64_t tile = 0; tile < tiles.count; ++tile) {
-        tile_product<T, width>(tiles.rows(tile), samples_,
-                               {t.gradient + tiles.begin(tile) * width, 1, width, gradient_step_}, features_panels_,
-                               column, t.tile, width, false);
+        product_over_samples<T>(tiles.rows(tile), samples_,
+                                {t.gradient + tiles.begin(tile) * width, 1, width, gradient_step_}, features_panels_,
+                                column, t.tile);
         for (int r = 0; r < tiles.rows(tile); ++r) {
           const int64_t j = tiles.begin(tile) + r;
           const T* raw = weight.data + column * weight.panel_step + j * weight.row_step;
@@ -429,12 +431,13 @@ class MarginSoftmax {
   // One row of the features' gradient as the sum of what the threads found. The parts are only read: a part written
   // here would have to come back to its thread at the next call.
   void add_features_row(int64_t i) {
-    const int64_t stride = column_panels_ * width;
     const T factor = features_factor(i);
     for (int64_t first = 0; first < dimensions_; first += width) {
       T sum[width] = {};
-      for (const Thread& t : per_thread_)
-        for (int k = 0; k < width; ++k) sum[k] += t.grad_features[i * stride + first + k];
+      for (const Thread& t : per_thread_) {
+        const T* part = t.grad_features.row(i) + first;
+        for (int k = 0; k < width; ++k) sum[k] += part[k];
+      }
       write_features_row(i, first, factor, sum);
     }
   }

@@ -2,21 +2,10 @@
 // softmax gradient. Included inside FEWSHOT_EXT_TARGET_BEGIN ... END; see common/isa.h.
 #pragma once
 
-#include "common/tile_gemm.h"
+#include "margin_softmax/cpu_sums.h"
 #include "margin_softmax/row_math.h"
 
 namespace fewshot_ext::FEWSHOT_EXT_ISA {
-
-// Kahan's sum: before + term, with the excess of what rounding has added so far. Without it the error of a sum over
-// classes grows with their number.
-template <class T>
-FEWSHOT_EXT_INLINE void add_without_excess(const Vector<T>& term, const Vector<T>& before, const Vector<T>& excess,
-                                           T* sum, T* new_excess) {
-  const Vector<T> rest = term - excess;
-  const Vector<T> after = before + rest;
-  store(sum, after);
-  store(new_excess, (after - before) - rest);
-}
 
 // One thread's statistics of every row over the classes it has seen, [padded N] each. The target's logit takes no part
 // in max and sum_exp.
