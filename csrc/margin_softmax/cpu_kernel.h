@@ -20,6 +20,7 @@
 // fewer classes than dimensions, G is the smaller thing to hand over, and each thread finishes samples instead.
 #pragma once
 
+#include "common/long_rows.h"
 #include "common/memory.h"
 #include "common/parallel.h"
 #include "common/tile_gemm.h"
@@ -48,8 +49,10 @@ class MarginSoftmax {
   static constexpr int pack = packed_rows<T>;
 
  public:
-  MarginSoftmax(const MarginSoftmaxProblem& problem, bool backward)
+  // Cosines of long rows are wrong unless they have been shortened; without `any_length` the kernel looks for them.
+  MarginSoftmax(const MarginSoftmaxProblem& problem, bool backward, bool any_length = false)
       : problem_(problem),
+        any_length_(any_length),
         backward_only_(backward),
         samples_(problem.samples),
         classes_(problem.classes),
@@ -93,10 +96,13 @@ class MarginSoftmax {
     lay_out(arena, padded);
   }
 
+  bool found_long_rows() const { return found_long_rows_; }
+
   // Loss, predictions, row statistics, and for a scalar reduction the gradients for an upstream gradient of 1.
   void forward() {
     pack_features();
     parallel_tasks(threads_, [this](int64_t thread) { pass_a(thread); });
+    if (found_long_rows_) return;
     finish_rows();
     if (grad_features_ || grad_weight_) gradients();
   }
@@ -187,7 +193,8 @@ class MarginSoftmax {
   int64_t class_begin(int64_t thread) const { return classes_ * thread / threads_; }
   int64_t panel_samples(int64_t panel) const { return std::min<int64_t>(width, samples_ - panel * width); }
 
-  T inverse_norm(T squares) const {
+  T inverse_norm(T squares) {
+    if (problem_.cosine && is_long(squares) && !any_length_) found_long_rows_ = true;
     return problem_.cosine ? T(1) / std::max(std::sqrt(squares), T(norm_floor)) : T(1);
   }
 
@@ -207,7 +214,7 @@ class MarginSoftmax {
     });
   }
 
-  void pack_panel(const Thread& t, int64_t thread, int64_t panel) const {
+  void pack_panel(const Thread& t, int64_t thread, int64_t panel) {
     const int64_t first = panel * width;
     T squares[width];
     pack_transposed(features_ + first * problem_.features_stride, problem_.features_stride, panel_samples(panel),
@@ -220,7 +227,7 @@ class MarginSoftmax {
     }
   }
 
-  void pack_own_features(const Thread& t, int64_t thread) const {
+  void pack_own_features(const Thread& t, int64_t thread) {
     if (own_packing_)
       for (int64_t panel = 0; panel < panels_; ++panel) pack_panel(t, thread, panel);
   }
@@ -456,7 +463,8 @@ class MarginSoftmax {
   }
 
   const MarginSoftmaxProblem& problem_;
-  const bool backward_only_;
+  const bool any_length_, backward_only_;
+  std::atomic<bool> found_long_rows_{false};
   const int64_t samples_, classes_, dimensions_;
   const int64_t panels_;         // of samples
   const int64_t column_panels_;  // of dimensions

@@ -159,10 +159,14 @@ __device__ __forceinline__ T gradient_entry(const GradientCoefficients<T>& row, 
   return is_target ? row.at_target : other;
 }
 
-// 1 / |x|, as torch.nn.functional.normalize has it, from |x|^2.
+// 1 / |x|, as torch.nn.functional.normalize has it, from |x|^2. Not a number where |x| is so large that products with
+// other rows may overflow, or 1 / (|x| |w|) lose what it is multiplied by: the CPU shortens such rows first, which here
+// would cost every call another pass over its rows.
 template <class T>
 __device__ __forceinline__ T inverse_norm(T squares) {
+  constexpr T most = sizeof(T) == sizeof(float) ? T(0x1p80) : T(0x1p800);
   const T norm = std::sqrt(squares);
+  if (squares > most) return std::numeric_limits<T>::quiet_NaN();
   return T(1) / (norm > T(norm_floor) ? norm : T(norm_floor));
 }
 

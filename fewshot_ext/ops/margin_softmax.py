@@ -249,7 +249,9 @@ def margin_cosine_loss(
 
     Equation 8 of Liu et al., "Negative Margin Matters: Understanding Margin in Few-shot Classification", ECCV 2020.
     The N x C logits are never stored whole. A vector of norm below 1e-12 is divided by 1e-12 instead, as
-    :func:`torch.nn.functional.normalize` does.
+    :func:`torch.nn.functional.normalize` does. On the CPU vectors may be as long as the dtype takes; where one is
+    longer than 1e6 (1e77 in float64) the forward pass begins a second time, with a copy of that matrix. On a GPU a
+    vector longer than 1e12 (1e120 in float64) makes what depends on it NaN.
 
     Args:
         features: ``[N, D]``; float32, float64, bfloat16 or float16. Half types are accumulated in float32.
