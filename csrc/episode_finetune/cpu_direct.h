@@ -27,12 +27,14 @@ class DirectTraining {
     products_ = arena.take<T>(batch * width);
     errors_ = arena.take<T>(batch * width);
     inverse_ = arena.take<T>(width);
+    shrink_ = arena.take<T>(way_);
     images_ = arena.take<const T*>(batch);
     classifiers_ = arena.take<const T*>(way_);
   }
 
-  // From vectors [S + way]: the support, and the first classifiers.
-  void start(const T* const* vectors, int64_t dimensions) {
+  // From vectors [S + way]: the support, and the first classifiers, with the factor of each one's gradient.
+  void start(const T* const* vectors, int64_t dimensions, const T* shrink) {
+    std::copy_n(shrink, way_, shrink_);
     for (int64_t s = 0; s < size_; ++s) {
       const double scale = settings_.cosine ? inverse_norm(squared_norm<double>(vectors[s], dimensions)) : 1.0;
       T* image = support_ + s * stride_;
@@ -81,7 +83,7 @@ class DirectTraining {
         T with_weight = 0;
         for (int64_t b = 0; b < count; ++b) {
           T& error = errors_[b * width + c];
-          error *= inverse_[c];
+          error *= inverse_[c] * shrink_[c];
           with_weight += error * products_[b * width + c];
         }
         decay -= with_weight * projection(inverse_[c]);
@@ -138,6 +140,7 @@ class DirectTraining {
   T *weight_, *velocity_;  // [way, stride]
   T *products_, *errors_;  // [batch, width]
   T* inverse_;             // [width]: 1 / |w_c| or 1
+  T* shrink_;              // [way]: factor of the gradient
   const T** images_;       // [batch]
   const T** classifiers_;  // [way]
 };

@@ -122,9 +122,10 @@ void combine(const double* factors, const From* const* vectors, int64_t count, i
   }
 }
 
-// 1 / |x|, as torch.nn.functional.normalize has it, from |x|^2.
+// 1 / |x|, as torch.nn.functional.normalize has it, from |x|^2; not a number where that has overflowed.
 template <class T>
 T inverse_norm(T squares) {
+  if (squares > std::numeric_limits<T>::max()) return std::numeric_limits<T>::quiet_NaN();
   return T(1) / std::max(std::sqrt(squares), T(finetune_norm_floor));
 }
 

@@ -2,6 +2,7 @@
 // Included inside FEWSHOT_EXT_TARGET_BEGIN ... END; see common/isa.h.
 #pragma once
 
+#include "common/long_rows.h"
 #include "common/memory.h"
 #include "common/parallel.h"
 #include "episode_finetune/cpu_direct.h"
@@ -36,7 +37,12 @@ class EpisodeWorker {
     const T* weight = p.weight + episode * p.way * p.dimensions;
     for (int64_t s = 0; s < p.support_size; ++s)
       vectors_[s] = row(support + s * p.support_strides[1], support_ + s * p.dimensions);
-    for (int64_t c = 0; c < p.way; ++c) vectors_[p.support_size + c] = weight + c * p.dimensions;
+    for (int64_t c = 0; c < p.way; ++c) {
+      // Of w = c w', the gradient by w' is that of a cosine by w' over c^2.
+      T scale = 1;
+      vectors_[p.support_size + c] = shortened(weight + c * p.dimensions, first_ + c * p.dimensions, &scale);
+      shrink_[c] = scale * scale;
+    }
     std::copy_n(p.target + episode * p.support_size, p.support_size, labels_);
 
     if (train(training_, episode)) {
@@ -54,8 +60,10 @@ class EpisodeWorker {
     training_.lay_out(arena);
     if constexpr (!std::is_same_v<Training, Direct>) direct_.lay_out(arena);
     vectors_ = arena.take<const T*>(p.support_size + p.way);
-    support_ = arena.take<T>(converts ? p.support_size * p.dimensions : 0);
-    query_ = arena.take<T>(converts ? dot_rows * p.dimensions : 0);
+    support_ = arena.take<T>(p.support_size * p.dimensions);
+    query_ = arena.take<T>(dot_rows * p.dimensions);
+    first_ = arena.take<T>(p.way * p.dimensions);
+    shrink_ = arena.take<T>(p.way);
     labels_ = arena.take<int32_t>(p.support_size);
     order_ = arena.take<int32_t>(p.support_size);
     weight_ = arena.take<T>(p.way * p.dimensions);
@@ -63,20 +71,30 @@ class EpisodeWorker {
     trained_ = arena.take<double>(p.dimensions);
   }
 
-  const T* row(const Storage* from, T* converted) const {
+  const T* row(const Storage* from, T* memory) const {
     if constexpr (converts) {
-      for (int64_t k = 0; k < problem_.dimensions; ++k) converted[k] = to_accumulate(from[k]);
-      return converted;
+      for (int64_t k = 0; k < problem_.dimensions; ++k) memory[k] = to_accumulate(from[k]);
+      return shortened(memory, memory);
     } else {
-      return from;
+      return shortened(from, memory);
     }
+  }
+
+  // Where cosines want a long row: in `memory`, times the scale that it has been given.
+  const T* shortened(const T* from, T* memory, T* scale = nullptr) const {
+    const int64_t dimensions = problem_.dimensions;
+    if (!problem_.settings.cosine || !is_long(squared_norm<T>(from, dimensions))) return from;
+    const T factor = scale_of_long_row<T>(from, dimensions);
+    for (int64_t k = 0; k < dimensions; ++k) memory[k] = factor * from[k];
+    if (scale) *scale = factor;
+    return memory;
   }
 
   // False if the training gives up.
   template <class AnyTraining>
   bool train(AnyTraining& training, int64_t episode) {
     const Problem& p = problem_;
-    training.start(vectors_, p.dimensions);
+    training.start(vectors_, p.dimensions, shrink_);
     const int64_t* order = p.order + episode * p.passes * p.support_size;
     for (int64_t pass = 0; pass < p.passes; ++pass, order += p.support_size) {
       std::copy_n(order, p.support_size, order_);
@@ -119,7 +137,8 @@ class EpisodeWorker {
   Direct direct_;  // for episodes that the other gives up
   std::optional<Workspace> workspace_;
   const T** vectors_;         // [S + way]: the support, the first classifiers
-  T *support_, *query_;       // converted
+  T *support_, *query_;       // converted, or shortened
+  T *first_, *shrink_;        // [way, D], [way]: first classifiers that were shortened, and their gradients' factor
   int32_t *labels_, *order_;  // [S]
   T* weight_;                 // [way, D], trained, normalised for cosines
   const T** classifiers_;     // [way]

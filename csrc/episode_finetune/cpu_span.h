@@ -32,16 +32,19 @@ class SpanTraining {
     errors_ = arena.take<double>(size_ * width);
     decays_ = arena.take<double>(steps * width);
     entered_ = arena.take<double>(steps * 2 * width);
-    for (double** row : {&squares_, &along_, &speeds_, &inverse_, &lengths_}) *row = arena.take<double>(width);
+    for (double** row : {&squares_, &along_, &speeds_, &inverse_, &lengths_, &shrink_})
+      *row = arena.take<double>(width);
     scales_ = arena.take<double>(size_);
     factors_ = arena.take<double>(size_ + 1);
     terms_ = arena.take<const void*>(size_ + 1);
   }
 
-  // From vectors [S + way]: the support, and the first classifiers.
+  // From vectors [S + way]: the support, and the first classifiers, with the factor of each one's gradient.
   template <class From>
-  void start(const From* const* vectors, int64_t dimensions) {
+  void start(const From* const* vectors, int64_t dimensions, const From* shrink) {
     const int64_t width = rows_.width();
+    std::fill(shrink_, shrink_ + width, 1.0);
+    std::copy_n(shrink, way_, shrink_);
     std::fill(products_, products_ + size_ * 2 * width, 0.0);
     std::fill(coefficients_, coefficients_ + (size_ + 1) * 2 * width, 0.0);
     for (double* row : {squares_, along_, speeds_, lengths_}) std::fill(row, row + width, 0.0);
@@ -108,10 +111,10 @@ class SpanTraining {
     for (int64_t v = 0; v < rows_.vectors(); ++v) {
       Row with_weight{}, with_velocity{}, decay = splat(sgd.taken * settings_.weight_decay);
       if (settings_.cosine) {
-        const Row inverse = load(inverse_ + v * lanes);
+        const Row inverse = load(inverse_ + v * lanes), pull = inverse * load(shrink_ + v * lanes);
         for (int64_t b = 0; b < count; ++b) {
           const double* product = products_ + batch[b] * 2 * width + v * lanes;
-          const Row error = load(errors + b * width + v * lanes) * inverse;
+          const Row error = load(errors + b * width + v * lanes) * pull;
           store(errors + b * width + v * lanes, error);
           with_weight += error * load(product);
           with_velocity += error * load(product + width);
@@ -255,6 +258,7 @@ class SpanTraining {
   double *squares_, *along_, *speeds_;  // [width] each: |w|^2, w . v, |v|^2; for cosines alone
   double* inverse_;                     // [width]: 1 / |w| or 1
   double* lengths_;                     // [width]: |w0|
+  double* shrink_;                      // [width]: factor of the gradient
   double* scales_;                      // [S]: 1 / |x_s| or 1
   double* factors_;                     // [S + 1]
   const void** terms_;                  // [S + 1]

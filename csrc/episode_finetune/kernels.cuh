@@ -43,8 +43,10 @@ struct EpisodeFinetune {
 
 namespace finetune_device {
 
+// 1 / |x|, as torch.nn.functional.normalize has it, from |x|^2; not a number where that has overflowed.
 template <class T>
 __device__ __forceinline__ T inverse_norm(T squares) {
+  if (squares > std::numeric_limits<T>::max()) return std::numeric_limits<T>::quiet_NaN();
   const T norm = std::sqrt(squares > 0 ? squares : T(0));
   return T(1) / (norm > T(finetune_norm_floor) ? norm : T(finetune_norm_floor));
 }

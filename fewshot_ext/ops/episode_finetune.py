@@ -175,7 +175,9 @@ def finetune_episodes(
     Understanding Margin in Few-shot Classification", ECCV 2020; the protocol is that of Chen et al., "A Closer Look at
     Few-shot Classification", ICLR 2019. A vector of norm below 1e-12 is divided by 1e-12 instead, as
     :func:`torch.nn.functional.normalize` does. Given the same ``weight`` and ``order`` the scores are those of the loop
-    of torch's optimizer steps, to the rounding of float32.
+    of torch's optimizer steps, to the rounding of float32. On the CPU vectors may be as long as the dtype takes, but
+    for classifiers that grow during the training; where the square of a norm overflows all the same, and on a GPU
+    wherever it does (beyond 1e19, in float64 1e154), scores are NaN.
 
     Args:
         support: ``[E, S, D]``, the support features of E episodes; float32, float64, bfloat16 or float16. Half types
