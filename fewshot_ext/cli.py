@@ -1,6 +1,7 @@
 """The command line: ``fewshot-ext COMMAND ...``."""
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -15,7 +16,7 @@ from fewshot_ext.commands import (
     demo,
     env,
     evaluate,
-    metatrain,
+    meta_train,
     metric_train,
     pretrain,
     retrieve,
@@ -35,11 +36,14 @@ COMMANDS: dict[str, ModuleType] = {
     "demo": demo,
     "env": env,
     "evaluate": evaluate,
-    "metatrain": metatrain,
+    "meta-train": meta_train,
     "metric-train": metric_train,
     "pretrain": pretrain,
     "retrieve": retrieve,
 }
+
+
+RENAMED = {"metatrain": "meta-train"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: Sequence[str] | None) -> int:
-    path, command = _find_command(sys.argv[1:] if arguments is None else arguments)
+    arguments = _as_declared(sys.argv[1:] if arguments is None else arguments)
+    path, command = _find_command(arguments)
     if hasattr(sys.stdout, "reconfigure"):
         # A name that the terminal cannot show must not end a run whose work is done; standard error is so already.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -94,6 +99,19 @@ def _main(arguments: Sequence[str] | None) -> int:
         return 130
 
 
+def _as_declared(arguments: Sequence[str]) -> list[str]:
+    """Arguments with the names that the parser knows: a command's new one, and options with underscores, which are the
+    names of settings in Python and YAML. Help shows hyphens; both are taken."""
+    declared = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        is_option = name.startswith("--") and len(name) > 2
+        declared.append(f"--{name[2:].replace('-', '_')}{equals}{value}" if is_option else argument)
+    if declared:
+        declared[0] = RENAMED.get(declared[0], declared[0])
+    return declared
+
+
 def _find_command(arguments: Sequence[str]) -> tuple[list[str], ModuleType | None]:
     """The names of the groups and of the command that begin ``arguments``, and the command; None without one."""
     path, module, commands = [], None, COMMANDS
@@ -122,11 +140,26 @@ def _refuse_yaml_aliases() -> None:
     set_loader("yaml", load_without_aliases, (yaml.YAMLError, RecursionError))
 
 
-def _build_parser():
-    from jsonargparse import ArgumentParser
+@cache
+def _parser_class() -> type:
+    """Jsonargparse's parser with hyphens in the help."""
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
+    class Formatter(DefaultHelpFormatter):
+        def _format_action_invocation(self, action):
+            text = super()._format_action_invocation(action)
+            return re.sub(r"--[\w.]+", lambda option: option[0].replace("_", "-"), text)
+
+    class Parser(ArgumentParser):
+        def __init__(self, *args, **settings):
+            super().__init__(*args, formatter_class=Formatter, **settings)
+
+    return Parser
+
+
+def _build_parser():
     _refuse_yaml_aliases()
-    parser = ArgumentParser(
+    parser = _parser_class()(
         prog="fewshot-ext",
         description="Few-shot image classification and metric learning with PyTorch.",
         version=__version__,
@@ -137,14 +170,12 @@ def _build_parser():
 
 
 def _add_commands(parser, prog: str, commands: Mapping[str, ModuleType]) -> None:
-    from jsonargparse import ArgumentParser
-
     subcommands = parser.add_subcommands(dest="command", metavar="COMMAND")
     for name, module in commands.items():
         path = f"{prog} {name}"
         is_group = hasattr(module, "COMMANDS")
         usage = f"{path} COMMAND ..." if is_group else f"{path} [options]"
-        subparser = ArgumentParser(usage=usage, description=module.__doc__, exit_on_error=False)
+        subparser = _parser_class()(usage=usage, description=module.__doc__, exit_on_error=False)
         # Jsonargparse wants a group to have its place among its elders before it gets commands of its own.
         subcommands.add_subcommand(name, subparser, help=module.SUMMARY)
         if is_group:

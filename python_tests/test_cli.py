@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -160,3 +161,21 @@ main(["demo", "--help"])
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--margins" in done.stdout
+
+
+def test_hyphens_are_shown_and_underscores_are_taken_too(capsys):
+    shown = {}
+    for name in ("meta-train", "metatrain"):
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        shown[name] = capsys.readouterr().out
+    assert shown["meta-train"] == shown["metatrain"]
+    assert "--local-features.name" in shown["meta-train"]
+    assert not re.search(r"--\w+_", shown["meta-train"])
+    printed = []
+    for option in ("--num-nodes", "--num_nodes"):
+        with pytest.raises(SystemExit):
+            main(["pretrain", option, "3", "--print-config"])
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    assert "num_nodes: 3" in printed[0]

@@ -13,7 +13,7 @@ PRETRAIN += ["--validation.epochs", "1", "--validation.episodes", "10", "--valid
 PRETRAIN += ["--validation.shot", "1"]
 
 # Needs a checkpoint too.
-METATRAIN = ["metatrain", "--threads", "1", "--way", "3", "--queries", "3", "--steps", "2", "--learning_rate", "0.01"]
+METATRAIN = ["meta-train", "--threads", "1", "--way", "3", "--queries", "3", "--steps", "2", "--learning_rate", "0.01"]
 METATRAIN += ["--validation.episodes", "10", "--validation.way", "2", "--validation.queries", "3"]
 
 METRIC_TRAIN = ["metric-train", "--threads", "1", "--classes_per_batch", "3", "--samples_per_class", "8"]

@@ -106,7 +106,7 @@ class _Damage(dict[Path, str]):
         if self:
             shown = as_text("; ".join(list(self.values())[:_NAMED_AT_MOST]))
             more = f"; and {len(self) - _NAMED_AT_MOST} more" if len(self) > _NAMED_AT_MOST else ""
-            raise ValueError(f"pictures cannot be read: {shown}{more}; --skip_corrupt leaves them out")
+            raise ValueError(f"pictures cannot be read: {shown}{more}; --skip-corrupt leaves them out")
 
 
 def prepare(arguments, resolved: str) -> Callable[[], int]:

@@ -5,7 +5,7 @@ novel classes, which it has not seen, as it goes: Recall@K, MAP@R, coding rate a
 validation classes, where the set has some, chooses best.ckpt. Writes last.ckpt, best.ckpt, history.json, history.csv,
 config.yaml, run.json and a TensorBoard log to the output folder; fewshot-ext retrieve takes the checkpoints, and so
 does whatever takes those of pretrain. Settings come by name:
-fewshot-ext metric-train --config omniglot28_conv4 --loss triplet --anti_collapse.variant pair --output out
+fewshot-ext metric-train --config omniglot28_conv4 --loss triplet --anti-collapse.variant pair --output out
 """
 
 from collections.abc import Callable, Mapping

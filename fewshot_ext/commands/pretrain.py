@@ -4,7 +4,7 @@ The first of the two stages of few-shot classification by transfer. Trains on th
 validates on episodes of its validation classes where it has some, and writes last.ckpt, best.ckpt, config.yaml,
 run.json and a TensorBoard log to the output folder. Published settings come by name:
 fewshot-ext pretrain --config miniimagenet_resnet12_neg_cosine_5shot --data mini.npz --output out
-Recipes that end in _deepemd are the first stage of DeepEMD, whose second is fewshot-ext metatrain: a plain softmax by
+Recipes that end in _deepemd are the first stage of DeepEMD, whose second is fewshot-ext meta-train: a plain softmax by
 SGD in steps (--optimizer sgd) in place of Adam with warm-up and cosine decay.
 """
 

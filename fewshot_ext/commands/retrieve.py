@@ -9,10 +9,10 @@ some queries with their nearest neighbours, right and wrong ones marked, to neig
 Distance (EMD) between their regions. Recall@K is then given before and after; neighbors.csv and neighbors.png have the
 second order, with the place that each image had in the first. The other measures are those of the embeddings. What the
 first stage finds is written before the second begins, and is there if that is interrupted.
-The regions are what --local_features says. They are compared by the backbone's dense features: where a metric training
+The regions are what --local-features says. They are compared by the backbone's dense features: where a metric training
 put a projection behind the backbone (--backbone.embedding), the first stage takes the projected vectors, and the second
 the features before the projection, which no loss compared directly. The local features of all images are in memory,
-images x regions x channels x 4 bytes, and the pixels of pictures from folders beside them; --map_memory is the limit.
+images x regions x channels x 4 bytes, and the pixels of pictures from folders beside them; --map-memory is the limit.
 """
 
 import json

@@ -51,7 +51,7 @@ def add_run_arguments(parser, command: str, *, seed: str, processes: bool = True
         processes: whether a run may have several.
     """
     parser.epilog = FOLDER_RULE
-    parser.add_argument("--list-recipes", action=_list_recipes_action(command), help="print all recipes and exit")
+    parser.add_argument("--list_recipes", action=_list_recipes_action(command), help="print all recipes and exit")
     run = parser.add_argument_group("run")
     run.add_argument("--data", metavar="NAME|FILE", help="image set: a known name, such as miniimagenet32, or a file")
     run.add_argument("--output", metavar="FOLDER", help="where checkpoints, logs and records go")

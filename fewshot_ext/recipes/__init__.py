@@ -1,6 +1,7 @@
 """Settings of trainings that ship with the package: the published ones, and small ones for a CPU."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +10,33 @@ from fewshot_ext.training.meta_config import MetaTrainingConfig
 from fewshot_ext.training.metric_config import MetricTrainingConfig
 
 _FOLDER = Path(__file__).parent
-_FOLDERS = {"pretrain": _FOLDER, "metatrain": _FOLDER / "metatrain", "metric-train": _FOLDER / "metric_train"}
+_FOLDERS = {"pretrain": _FOLDER, "meta-train": _FOLDER / "meta_train", "metric-train": _FOLDER / "metric_train"}
+# DeepEMD has the same settings for all of these, where no file is for one alone.
+_SHARED = "resnet12_deepemd"
+_DATA_SETS = ("cifarfs", "cub", "fc100", "miniimagenet", "tieredimagenet")
+
+
+@cache
+def _files(command: str) -> dict[str, Path]:
+    files = {path.stem: path for path in _FOLDERS[command].glob("*.yaml")}
+    shared = {stem: files.pop(stem) for stem in list(files) if stem.startswith(_SHARED)}
+    return {f"{data}_{stem}": path for stem, path in shared.items() for data in _DATA_SETS} | files
 
 
 def recipe_names(command: str = "pretrain") -> list[str]:
-    """Names of all recipes for a command, "pretrain", "metatrain" or "metric-train", in alphabetical order."""
-    return sorted(path.stem for path in _FOLDERS[command].glob("*.yaml"))
+    """Names of all recipes for a command, "pretrain", "meta-train" or "metric-train", in alphabetical order."""
+    return sorted(_files(command))
 
 
 def recipe_path(name: str, command: str = "pretrain") -> Path:
-    """The YAML file of a recipe.
+    """The YAML file of a recipe; recipes of one method for several image sets may share it.
 
     Raises:
         ValueError: the command has no recipe of that name; the message lists all.
     """
     if name not in recipe_names(command):
         raise ValueError(f"there is no recipe {name!r}; the recipes are {', '.join(recipe_names(command))}")
-    return _FOLDERS[command] / f"{name}.yaml"
+    return _files(command)[name]
 
 
 def read_recipe(name: str, command: str = "pretrain") -> dict[str, Any]:
@@ -56,7 +67,7 @@ def load_meta_recipe(name: str) -> MetaTrainingConfig:
     """The settings of a recipe of meta-training, the defaults filled in.
 
     Args:
-        name: one of ``recipe_names("metatrain")``, ``DATA_BACKBONE_deepemd_REGIONS_SHOT``.
+        name: one of ``recipe_names("meta-train")``, ``DATA_BACKBONE_deepemd_REGIONS_SHOT``.
 
     Raises:
         ValueError: there is no recipe of that name.
@@ -65,7 +76,7 @@ def load_meta_recipe(name: str) -> MetaTrainingConfig:
         >>> load_meta_recipe("miniimagenet_resnet12_deepemd_grid_1shot").local_features.grids
         (2, 3)
     """
-    return MetaTrainingConfig.from_dict(_settings(name, "metatrain"))
+    return MetaTrainingConfig.from_dict(_settings(name, "meta-train"))
 
 
 def load_metric_recipe(name: str) -> MetricTrainingConfig:
@@ -147,11 +158,11 @@ _HEADERS = {
         "epochs",
         "pixels",
     ),
-    "metatrain": ("recipe", "regions", "episodes", "queries", "rate", "epochs", "episodes an epoch"),
+    "meta-train": ("recipe", "regions", "episodes", "queries", "rate", "epochs", "episodes an epoch"),
     "metric-train": ("recipe", "backbone", "embedding", "P x K", "rate, of proxies", "epochs", "pixels"),
 }
 _ROWS: dict[str, Callable[[str], tuple[str, ...]]] = {
     "pretrain": _pre_training_row,
-    "metatrain": _meta_training_row,
+    "meta-train": _meta_training_row,
     "metric-train": _metric_training_row,
 }

@@ -9,7 +9,7 @@ from fewshot_ext.training.metric_config import AntiCollapseConfig, MeasurementCo
 from fewshot_ext.training.schedule import warmup_cosine
 
 if TYPE_CHECKING:
-    from fewshot_ext.training.meta_training import MetaTraining, MetaTrainingRun, metatrain
+    from fewshot_ext.training.meta_training import MetaTraining, MetaTrainingRun, meta_train
     from fewshot_ext.training.metric_training import MetricTraining, MetricTrainingRun
     from fewshot_ext.training.pretraining import PreTraining, PreTrainingRun, pretrain
 
@@ -27,7 +27,7 @@ __all__ = [
     "PreTrainingConfig",
     "PreTrainingRun",
     "ValidationConfig",
-    "metatrain",
+    "meta_train",
     "pretrain",
     "warmup_cosine",
 ]
@@ -35,7 +35,7 @@ __all__ = [
 # By the module that each comes from: Lightning takes seconds to import, and who only reads settings, as `--help` does,
 # should not wait for it.
 _LAZY = {
-    **dict.fromkeys(("MetaTraining", "MetaTrainingRun", "metatrain"), "meta_training"),
+    **dict.fromkeys(("MetaTraining", "MetaTrainingRun", "meta_train"), "meta_training"),
     **dict.fromkeys(("MetricTraining", "MetricTrainingRun"), "metric_training"),
     **dict.fromkeys(("PreTraining", "PreTrainingRun", "pretrain"), "pretraining"),
 }

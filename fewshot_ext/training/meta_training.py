@@ -226,7 +226,9 @@ class MetaTrainingRun(TrainingRun):
         return {"accumulate_grad_batches": self.config.episodes_per_step // self._processes}
 
 
-def metatrain(config: MetaTrainingConfig, archive: ImageArchive, directory: str | Path, **options: Any) -> MetaTraining:
+def meta_train(
+    config: MetaTrainingConfig, archive: ImageArchive, directory: str | Path, **options: Any
+) -> MetaTraining:
     """Meta-trains DeepEMD on the classes of ``archive``.
 
     The arguments are those of ``MetaTrainingRun``; what comes back and what is raised are those of it and its

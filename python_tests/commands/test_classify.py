@@ -99,7 +99,7 @@ def test_corrupt_pictures_are_named_or_left_out(support, query, checkpoints, tmp
     assert classify(support, query, checkpoints[0], tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
-    assert all(text in error for text in ("empty.jpg", "broken.png", "--skip_corrupt leaves them out"))
+    assert all(text in error for text in ("empty.jpg", "broken.png", "--skip-corrupt leaves them out"))
     assert not (tmp_path / "out" / "predictions.csv").exists()
     assert classify(support, query, checkpoints[0], tmp_path / "out", "--skip_corrupt") == 0
     assert capsys.readouterr().err.count("left out: ") == 2
@@ -366,7 +366,7 @@ def test_damage_that_the_first_look_does_not_see(skip, support, query, checkpoin
         assert len(rows) == 11
         assert all(row["true"] in row["file"] for row in rows)
     else:
-        assert "--skip_corrupt leaves them out; nothing was written" in error
+        assert "--skip-corrupt leaves them out; nothing was written" in error
         assert not (tmp_path / "out" / "predictions.csv").exists()
 
 

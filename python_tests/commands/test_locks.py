@@ -77,7 +77,7 @@ def held(tmp_path):
 @pytest.mark.parametrize("command", [training_commands.METATRAIN, training_commands.METRIC_TRAIN, ["demo"]])
 def test_every_training_is_refused(command, held, checkpoints, tmp_path, capsys):
     held(tmp_path / ".lock")
-    options = {"metatrain": ["--checkpoint", str(checkpoints[0]), "--data", "digits"], "metric-train": SWEEP[:2]}
+    options = {"meta-train": ["--checkpoint", str(checkpoints[0]), "--data", "digits"], "metric-train": SWEEP[:2]}
     before = contents(tmp_path)
     assert main([*command, *options.get(command[0], []), "--output", str(tmp_path)]) == 2
     assert f"output '{tmp_path}' is in use by process 7 on a machine: wait until it ends" in capsys.readouterr().err

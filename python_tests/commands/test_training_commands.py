@@ -1,4 +1,4 @@
-"""What ``pretrain``, ``metatrain`` and ``metric-train`` have in common."""
+"""What ``pretrain``, ``meta-train`` and ``metric-train`` have in common."""
 
 import fcntl
 import os
@@ -20,17 +20,17 @@ from fewshot_ext.training.run import TrainingRun
 # The commands set the number of threads of the process; the fixture sets it back.
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-COMMANDS = {"pretrain": PRETRAIN, "metatrain": METATRAIN, "metric-train": METRIC_TRAIN}
+COMMANDS = {"pretrain": PRETRAIN, "meta-train": METATRAIN, "metric-train": METRIC_TRAIN}
 TITLES = {
     "pretrain": ["loss:", "training:", "backbone:", "augmentation:", "validation:"],
-    "metatrain": ["training:", "local_features:", "classifier:", "augmentation:", "validation:"],
+    "meta-train": ["training:", "local_features:", "classifier:", "augmentation:", "validation:"],
     "metric-train": ["training:", "anti_collapse:", "backbone:", "augmentation:", "measurement:"],
 }
 
 
 @pytest.fixture
 def command(name, checkpoints):
-    return [*COMMANDS[name], *(["--checkpoint", str(checkpoints[0])] if name == "metatrain" else [])]
+    return [*COMMANDS[name], *(["--checkpoint", str(checkpoints[0])] if name == "meta-train" else [])]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -42,7 +42,7 @@ def test_without_validation_classes_the_last_epoch_is_the_best(command, tmp_path
     assert "best epoch" not in printed.out
 
 
-@pytest.mark.parametrize(("name", "epochs"), [("pretrain", 40), ("metatrain", 12), ("metric-train", 12)])
+@pytest.mark.parametrize(("name", "epochs"), [("pretrain", 40), ("meta-train", 12), ("metric-train", 12)])
 def test_ctrl_c_leaves_a_checkpoint_that_resume_completes(command, epochs, three_splits, tmp_path, capsys):
     arguments = [*command, "--data", three_splits, "--epochs", str(epochs), "--output"]
     running = subprocess.Popen(
@@ -87,7 +87,7 @@ def test_a_run_that_ends_early_says_why_and_how_to_go_on(
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "epochs"), [("pretrain", [], 60), ("metatrain", ["--episodes_per_step", "3"], 8)]
+    ("name", "options", "epochs"), [("pretrain", [], 60), ("meta-train", ["--episodes_per_step", "3"], 8)]
 )
 def test_a_terminal_sees_one_bar_over_the_whole_run(command, options, epochs, three_splits, tmp_path):
     master, slave = pty.openpty()
@@ -150,5 +150,5 @@ main(["{name}", "--help"])
     titles = [part.partition("\n")[0] for part in options.strip().split("\n\n") if not part.startswith(" ")]
     titles = [title.strip() for title in titles if title.endswith(":")]
     assert titles == ["options:", "run:", *TITLES[name]]
-    if name == "metatrain":
+    if name == "meta-train":
         assert "authors of DeepEMD advise against" in " ".join(done.stdout.split())

@@ -114,7 +114,7 @@ def test_no_pictures(tmp_path):
         "data pack",
         "data info",
         "pretrain",
-        "metatrain",
+        "meta-train",
         "metric-train",
         "analyze margins",
         "analyze matches",

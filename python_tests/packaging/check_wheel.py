@@ -24,7 +24,7 @@ REQUIRED = (
     "fewshot_ext/py.typed",
     "fewshot_ext/data/class_splits/miniimagenet.json",
     "fewshot_ext/recipes/miniimagenet_resnet12_neg_cosine_1shot.yaml",
-    "fewshot_ext/recipes/metatrain/miniimagenet_resnet12_deepemd_fcn_1shot.yaml",
+    "fewshot_ext/recipes/meta_train/resnet12_deepemd_fcn_1shot.yaml",
 )
 CUDA_LIBRARY = "fewshot_ext/_C_cuda.abi3.so"
 LIBRARIES = re.compile(r"lib(c10|torch|torch_cpu|stdc\+\+|gcc_s|c|m|dl|rt|pthread)\.so[.\d]*|ld-linux.*")

@@ -92,7 +92,7 @@ def test_the_first_stage_of_deepemd_has_the_published_values(name):
     else:
         levels = [125.3, 123.0, 113.9], [63.0, 62.1, 66.7]
         assert (config.mean, config.std) == tuple(tuple(round(level / 255, 4) for level in part) for part in levels)
-    second = [other for other in recipe_names("metatrain") if other.startswith(f"{name}_")]
+    second = [other for other in recipe_names("meta-train") if other.startswith(f"{name}_")]
     assert len(second) == len(META_ROWS)
 
 
@@ -162,7 +162,7 @@ META_SMALL = ["miniimagenet32_conv4_deepemd_fcn_1shot", "omniglot28_conv4_deepem
 
 
 def test_the_recipes_of_meta_training_are_these():
-    assert recipe_names("metatrain") == sorted([*META_PUBLISHED, *META_SMALL])
+    assert recipe_names("meta-train") == sorted([*META_PUBLISHED, *META_SMALL])
 
 
 @pytest.mark.parametrize("name", META_PUBLISHED)
@@ -191,18 +191,18 @@ def test_published_recipes_of_meta_training_have_the_published_values(name):
 @pytest.mark.parametrize("name", META_SMALL)
 def test_small_recipes_of_meta_training_name_their_data_and_suit_it(name):
     data = name.partition("_")[0]
-    assert read_recipe(name, "metatrain")["data"] == data
+    assert read_recipe(name, "meta-train")["data"] == data
     config = load_meta_recipe(name)
     assert config.augmentation.horizontal_flip == (data == "miniimagenet32")
     first_stage = f"{data}_conv4_deepemd"
     assert first_stage in recipe_names()
-    assert f"Pre-train with {first_stage}." in recipe_path(name, "metatrain").read_text()
+    assert f"Pre-train with {first_stage}." in recipe_path(name, "meta-train").read_text()
 
 
 @pytest.mark.parametrize("name", [*(f"miniimagenet_resnet12_deepemd_{row}" for row in META_ROWS), *META_SMALL])
 def test_the_command_line_reads_recipes_of_meta_training_as_python_does(name, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        main(["metatrain", "--config", name, "--output", "out", "--print_config"])
+        main(["meta-train", "--config", name, "--output", "out", "--print_config"])
     config = tmp_path / "config.yaml"
     config.write_text(capsys.readouterr().out)
     import yaml
@@ -219,11 +219,11 @@ def test_each_command_has_recipes_of_its_own(capsys):
         f"there is no recipe '{META_PUBLISHED[0]}'; the recipes are cifarfs_resnet12_deepemd, cub_"
         in capsys.readouterr().err
     )
-    lines = recipe_table("metatrain").splitlines()
-    assert [line.split()[0] for line in lines[1:]] == recipe_names("metatrain")
+    lines = recipe_table("meta-train").splitlines()
+    assert [line.split()[0] for line in lines[1:]] == recipe_names("meta-train")
     line = next(line for line in lines if line.startswith("cub_resnet12_deepemd_fcn_5shot"))
     assert line.split()[1:] == ["fcn", "5-way", "5-shot", "15", "0.0005", "100", "50"]
     with pytest.raises(SystemExit) as done:
-        main(["metatrain", "--list-recipes"])
+        main(["meta-train", "--list-recipes"])
     assert done.value.code == 0
     assert capsys.readouterr().out.splitlines() == lines

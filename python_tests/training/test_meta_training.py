@@ -20,7 +20,7 @@ from fewshot_ext.training import (
     MetricTrainingConfig,
     MetricTrainingRun,
     ValidationConfig,
-    metatrain,
+    meta_train,
     pretrain,
 )
 from fewshot_ext.training.episodic import EpisodeBatches, _groups
@@ -165,7 +165,7 @@ def test_an_episode_has_batch_statistics_of_its_own(settings, digits, tmp_path):
 
 def test_same_seed_same_weights(settings, digits, tmp_path, weights):
     runs = [
-        metatrain(settings, digits, tmp_path / str(k), checkpoint=None, seed=seed) for k, seed in enumerate((5, 5, 6))
+        meta_train(settings, digits, tmp_path / str(k), checkpoint=None, seed=seed) for k, seed in enumerate((5, 5, 6))
     ]
     first, again, other = map(weights, runs)
     assert torch.equal(first, again)
@@ -175,7 +175,7 @@ def test_same_seed_same_weights(settings, digits, tmp_path, weights):
 def test_the_global_generator_is_left_alone(settings, digits, tmp_path):
     torch.manual_seed(11)
     before = torch.get_rng_state()
-    metatrain(replace(settings, epochs=1), digits, tmp_path, checkpoint=None)
+    meta_train(replace(settings, epochs=1), digits, tmp_path, checkpoint=None)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -195,7 +195,7 @@ def test_training_starts_from_the_checkpoint(from_checkpoint, pretrained, digits
 
 
 def test_a_meta_training_goes_on_from_another(from_checkpoint, pretrained, digits, tmp_path, weights):
-    one_shot = metatrain(from_checkpoint, digits, tmp_path / "one", checkpoint=pretrained)
+    one_shot = meta_train(from_checkpoint, digits, tmp_path / "one", checkpoint=pretrained)
     run = MetaTrainingRun(
         replace(from_checkpoint, shot=2), digits, tmp_path / "two", checkpoint=tmp_path / "one" / "best.ckpt"
     )
@@ -222,7 +222,7 @@ KILLED = """
 import os, signal, sys
 import torch
 from killed_meta_settings import config, digits
-from fewshot_ext.training import MetaTraining, metatrain
+from fewshot_ext.training import MetaTraining, meta_train
 
 torch.set_num_threads(1)
 step = MetaTraining.training_step
@@ -231,7 +231,7 @@ def training_step(self, batch, batch_index):
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, batch, batch_index)
 MetaTraining.training_step = training_step
-metatrain(config, digits, sys.argv[1], checkpoint=None, seed=1)
+meta_train(config, digits, sys.argv[1], checkpoint=None, seed=1)
 """
 
 SETTINGS = """
@@ -264,8 +264,8 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path, monkeypatch, weights
     monkeypatch.syspath_prepend(tmp_path)
     from killed_meta_settings import config, digits
 
-    resumed = metatrain(config, digits, tmp_path / "killed", checkpoint=None, seed=1, resume=True)
-    unbroken = metatrain(config, digits, tmp_path / "unbroken", checkpoint=None, seed=1)
+    resumed = meta_train(config, digits, tmp_path / "killed", checkpoint=None, seed=1, resume=True)
+    unbroken = meta_train(config, digits, tmp_path / "unbroken", checkpoint=None, seed=1)
     assert torch.equal(weights(resumed), weights(unbroken))
 
 
@@ -278,7 +278,7 @@ def test_a_resumed_run_keeps_what_validation_found(settings, digits, validation_
     unbroken = MetaTrainingRun(settings, digits, tmp_path / "unbroken", **options)
     unbroken.train()
     with pytest.raises(KeyboardInterrupt):
-        metatrain(settings, digits, tmp_path / "broken", **options, on_epoch=interrupt)
+        meta_train(settings, digits, tmp_path / "broken", **options, on_epoch=interrupt)
     resumed = MetaTrainingRun(settings, digits, tmp_path / "broken", **options, resume=True)
     assert resumed.epochs_done == 2
     resumed.train()
@@ -385,8 +385,8 @@ def test_other_precisions_train_close_to_float32(settings, digits, tmp_path, pre
 
 def test_channels_last_trains_to_the_same_weights_up_to_rounding(settings, digits, tmp_path, weights):
     double = replace(settings, precision="64-true", epochs=1)
-    plain = metatrain(double, digits, tmp_path / "plain", checkpoint=None)
-    channels_last = metatrain(replace(double, channels_last=True), digits, tmp_path / "last", checkpoint=None)
+    plain = meta_train(double, digits, tmp_path / "plain", checkpoint=None)
+    channels_last = meta_train(replace(double, channels_last=True), digits, tmp_path / "last", checkpoint=None)
     assert channels_last.backbone.blocks[1][0].weight.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(weights(channels_last), weights(plain))
 

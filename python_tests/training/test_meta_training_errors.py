@@ -15,7 +15,7 @@ from fewshot_ext.training import (
     MetaTrainingRun,
     PreTraining,
     ValidationConfig,
-    metatrain,
+    meta_train,
     pretrain,
 )
 
@@ -37,7 +37,7 @@ def folder(tiny, settings, archive, digits, tmp_path_factory):
     """A pre-training and a meta-training from it."""
     folder = tmp_path_factory.mktemp("trained")
     pretrain(replace(tiny, epochs=1), archive, folder / "pre")
-    metatrain(settings, digits, folder / "meta", checkpoint=folder / "pre" / "last.ckpt")
+    meta_train(settings, digits, folder / "meta", checkpoint=folder / "pre" / "last.ckpt")
     return folder
 
 
@@ -219,14 +219,14 @@ def test_counts_of_processes(settings, digits, checkpoint, tmp_path, name):
 def test_a_training_that_diverges_says_so(settings, digits, checkpoint, tmp_path):
     config = replace(settings, learning_rate=1e30, steps=10)
     with pytest.raises(FloatingPointError, match=r"epoch 1.*take a smaller learning_rate"):
-        metatrain(config, digits, tmp_path, checkpoint=checkpoint)
+        meta_train(config, digits, tmp_path, checkpoint=checkpoint)
 
 
 def test_a_validation_that_diverges_says_so(settings, digits, checkpoint, validation_archive, tmp_path):
     """One step a run: its loss is still finite, what it leads to is not."""
     config = replace(settings, learning_rate=1e30, steps=1, epochs=1, validation=ValidationConfig(epochs=1, episodes=5))
     with pytest.raises(FloatingPointError, match=r"validation after epoch 1.*take a smaller learning_rate"):
-        metatrain(config, digits, tmp_path, checkpoint=checkpoint, validation=validation_archive)
+        meta_train(config, digits, tmp_path, checkpoint=checkpoint, validation=validation_archive)
 
 
 def test_an_archive_with_one_image_too_few(settings, checkpoint, digits, tmp_path):

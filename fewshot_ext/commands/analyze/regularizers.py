@@ -23,7 +23,7 @@ def add_arguments(parser) -> None:
     variants.add_argument(
         "--drop_rate", type=float | None, default=None, help="of DropBlock, which conv4 does not have; null for none"
     )
-    variants.add_argument("--drop_block_size", type=int, default=5, help="goes with --drop_rate")
+    variants.add_argument("--drop_block_size", type=int, default=5, help="goes with --drop-rate")
     variants.add_argument("--label_smoothing", type=float | None, default=None, help="null for no such variant")
     variants.add_argument(
         "--without_augmentation", type=bool, default=True, help="a variant whose images are not augmented"

@@ -37,7 +37,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--split", metavar="NAME|FILE", help="the roles of the classes; see above")
     parser.add_argument("--size", type=int, metavar="PIXELS", help="side to resize to; needed where the sizes differ")
     parser.add_argument(
-        "--resize-mode",
+        "--resize_mode",
         type=Literal["crop", "stretch"],
         default="crop",
         help="crop: the short side becomes SIZE and the middle is cut out; stretch: both sides become SIZE",
@@ -46,7 +46,7 @@ def add_arguments(parser) -> None:
         "--mode", type=Literal["auto", "RGB", "L"], default="auto", help="auto: L (grey) where every picture is grey"
     )
     parser.add_argument(
-        "--class-depth",
+        "--class_depth",
         type=int,
         default=1,
         metavar="FOLDERS",
@@ -54,7 +54,7 @@ def add_arguments(parser) -> None:
     )
     parser.add_argument("--invert", action="store_true", help="turn dark on light into light on dark, for Omniglot")
     parser.add_argument(
-        "--jpeg-quality", type=int, metavar="1-100", help="store JPEG instead of pixels; 95 changes little"
+        "--jpeg_quality", type=int, metavar="1-100", help="store JPEG instead of pixels; 95 changes little"
     )
 
 

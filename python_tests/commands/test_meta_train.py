@@ -55,7 +55,7 @@ def test_the_record_of_a_run_repeats_it(arguments, tmp_path):
     regions = ["--local_features.name", "sampling", "--local_features.regions", "3"]
     first = [*arguments, "--epochs", "2", "--seed", "9", "--shot", "2", "--classifier.passes", "2", *regions]
     assert main([*first, "--output", str(tmp_path / "a")]) == 0
-    assert main(["metatrain", "--config", str(tmp_path / "a" / "config.yaml"), "--output", str(tmp_path / "b")]) == 0
+    assert main(["meta-train", "--config", str(tmp_path / "a" / "config.yaml"), "--output", str(tmp_path / "b")]) == 0
     assert same_weights(tmp_path / "a", tmp_path / "b")
 
 
@@ -76,7 +76,7 @@ def test_from_scratch(three_splits, tmp_path, capsys):
     assert "images: 16 regions of 4 features each (fcn)" in error
     assert json.loads((tmp_path / "run.json").read_text())["checkpoint"] == {"name": "scratch", "sha256": None}
     # The record of a run from scratch repeats it too, its backbone included.
-    again = ["metatrain", "--config", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "again")]
+    again = ["meta-train", "--config", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "again")]
     assert main(again) == 0
     assert same_weights(tmp_path, tmp_path / "again")
 

@@ -5,7 +5,7 @@ base classes of an image set, and trains the backbone through the Earth Mover's 
 the validation classes where there are some, by the same matching, and writes last.ckpt, best.ckpt, config.yaml,
 run.json and a TensorBoard log to the output folder. Whatever takes a checkpoint of pretrain takes these too.
 Published settings come by name:
-fewshot-ext metatrain --config miniimagenet_resnet12_deepemd_fcn_1shot --data mini.npz --checkpoint pre/best.ckpt
+fewshot-ext meta-train --config miniimagenet_resnet12_deepemd_fcn_1shot --data mini.npz --checkpoint pre/best.ckpt
 --output out
 """
 
@@ -34,12 +34,12 @@ SCRATCH = "scratch"
 
 def config_action() -> type:
     """What ``--config`` does here: it takes the name of a recipe beside a file."""
-    return recipe_action("metatrain")
+    return recipe_action("meta-train")
 
 
 def add_arguments(parser) -> None:
-    """Adds the options of ``metatrain`` to a jsonargparse parser."""
-    run = add_run_arguments(parser, "metatrain", seed="decides episodes, augmentation and, from scratch, weights")
+    """Adds the options of ``meta-train`` to a jsonargparse parser."""
+    run = add_run_arguments(parser, "meta-train", seed="decides episodes, augmentation and, from scratch, weights")
     run.add_argument(
         "--checkpoint",
         metavar=f"FILE|{SCRATCH}",
@@ -79,7 +79,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     def summary(results):
         return [*_start_line(results), *validation_line(run, results, "DeepEMD")]
 
-    return lambda: train("metatrain", run, record, resolved, headline=_headline(run, checkpoint), summary=summary)
+    return lambda: train("meta-train", run, record, resolved, headline=_headline(run, checkpoint), summary=summary)
 
 
 def _headline(run: "MetaTrainingRun", checkpoint: str | None) -> list[str]:
