@@ -37,7 +37,9 @@ def add_arguments(parser) -> None:
     add_run_arguments(parser, "pretrain", seed="decides weights, batches, augmentation, validation episodes")
     loss = parser.add_argument_group("loss")
     loss.add_argument("--loss", choices=list(LOSSES), default="neg-cosine", help="the last two have margin 0")
-    loss.add_argument("--margin", type=float | None, default=None, help="of neg-cosine and neg-softmax, as -0.02")
+    loss.add_argument(
+        "--margin", type=float | None, default=None, help="of neg-cosine and neg-softmax; null for -0.3 and -1"
+    )
     loss.add_argument(
         "--scale",
         type=float | None,

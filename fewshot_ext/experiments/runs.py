@@ -68,11 +68,12 @@ class SweepRun:
         Args:
             checksum: of the image set.
         """
-        config = json.loads(json.dumps(asdict(self.pretraining)))
-        for name in _WITHOUT_EFFECT:
-            del config[name]
-        config["similarity"] = self.pretraining.loss  # as version 0.1 has it, whose runs are then found
-        return {"data": checksum, "pretraining": config, "seed": self.seed, "held_out": self.held_out}
+        return {
+            "data": checksum,
+            "pretraining": _plain(self.pretraining),
+            "seed": self.seed,
+            "held_out": self.held_out,
+        }
 
     def folder(self, runs: Path, checksum: str) -> Path:
         """Where the run lives below ``runs``: named for a person to find, and by a hash of its settings.
@@ -82,10 +83,20 @@ class SweepRun:
         """
         config = self.pretraining
         settings = self.settings(checksum)
-        default = json.loads(json.dumps(asdict(PreTrainingConfig())))
-        settings["pretraining"] = without_defaults(settings["pretraining"], default)
+        settings["pretraining"] = without_defaults(settings["pretraining"], _plain(PreTrainingConfig()))
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         return runs / f"{config.loss}_margin{config.margin:+g}_seed{self.seed}_{digest[:12]}"
+
+
+def _plain(config: PreTrainingConfig) -> dict[str, Any]:
+    """What decides the weights, as version 0.1 has it, whose runs are then found."""
+    plain = json.loads(json.dumps(asdict(config)))
+    for name in _WITHOUT_EFFECT:
+        del plain[name]
+    plain["similarity"] = config.loss
+    if plain["backbone"]["pooled_blocks"] is None:
+        plain["backbone"]["pooled_blocks"] = 4
+    return plain
 
 
 @dataclass(frozen=True)

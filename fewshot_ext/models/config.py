@@ -1,6 +1,6 @@
 """Backbones by name, with typed settings."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fewshot_ext._checks import check_count, check_fraction
@@ -11,6 +11,7 @@ from fewshot_ext.models.embedding import EmbeddedBackbone
 from fewshot_ext.models.resnet import ResNet12, ResNet18
 from fewshot_ext.models.wide_resnet import WideResNet28
 
+_POOLED_BLOCKS = 4  # as published, for 84 x 84 pixels
 _RESNETS = {"resnet12": ResNet12, "resnet18": ResNet18}
 
 
@@ -21,7 +22,8 @@ class BackboneConfig:
     Args:
         name: conv4, resnet12, resnet18 or wrn28_10 (published for 84, 84, 224 and 80 pixels).
         width: channels of the first stage; null is the published number: 64, and 160 for wrn28_10.
-        pooled_blocks: conv4 alone: blocks that halve the image; 4 for 84 x 84 images, at most 3 for 8 x 8.
+        pooled_blocks: conv4 alone: blocks that halve the image; null for the published 4, or fewer where images are too
+            small for them: 3 for 8 x 8.
         drop_rate: of dropout and DropBlock in a ResNet, of dropout in wrn28_10; conv4 has neither.
         drop_block_size: side of DropBlock's blocks in a ResNet.
         drop_ramp_steps: training steps over which DropBlock's rate grows from 0.
@@ -33,7 +35,7 @@ class BackboneConfig:
 
     name: Literal["conv4", "resnet12", "resnet18", "wrn28_10"] = "conv4"
     width: int | None = None
-    pooled_blocks: int = 4
+    pooled_blocks: int | None = None
     drop_rate: float = 0.0
     drop_block_size: int = 5
     drop_ramp_steps: int = RAMP_STEPS
@@ -48,9 +50,9 @@ class BackboneConfig:
                 raise ValueError(
                     f"width must be even for resnet12, whose second stage has 2.5 times it, got {self.width}"
                 )
-        if not 0 <= self.pooled_blocks <= 4:
-            raise ValueError(f"pooled_blocks must lie in [0, 4], got {self.pooled_blocks}")
-        if self.pooled_blocks != 4 and self.name != "conv4":
+        if self.pooled_blocks is not None and not 0 <= self.pooled_blocks <= _POOLED_BLOCKS:
+            raise ValueError(f"pooled_blocks must lie in [0, {_POOLED_BLOCKS}], got {self.pooled_blocks}")
+        if self.pooled_blocks not in (None, _POOLED_BLOCKS) and self.name != "conv4":
             raise ValueError(f"pooled_blocks is an option of conv4, got {self.pooled_blocks} for {self.name}")
         check_fraction("drop_rate", self.drop_rate)
         if self.drop_rate and self.name == "conv4":
@@ -59,6 +61,18 @@ class BackboneConfig:
         check_count("drop_ramp_steps", self.drop_ramp_steps, 0)
         if self.embedding is not None:
             check_count("embedding", self.embedding, 1)
+
+
+def fitted(config: BackboneConfig, height: int, width: int) -> BackboneConfig:
+    """The same settings with a number of pooled blocks, where it was left open, that suits such images.
+
+    Example:
+        >>> fitted(BackboneConfig(), 8, 8).pooled_blocks
+        3
+    """
+    if config.name != "conv4" or config.pooled_blocks is not None:
+        return config
+    return replace(config, pooled_blocks=min(_POOLED_BLOCKS, min(height, width).bit_length() - 1))
 
 
 def build_backbone(config: BackboneConfig, in_channels: int = 3) -> Backbone:
@@ -79,7 +93,9 @@ def build_backbone(config: BackboneConfig, in_channels: int = 3) -> Backbone:
 def _build_plain(config: BackboneConfig, in_channels: int) -> Backbone:
     shape = {} if config.width is None else {"width": config.width}
     if config.name == "conv4":
-        return conv4(in_channels, **shape, pooled_blocks=config.pooled_blocks)
+        return conv4(
+            in_channels, **shape, pooled_blocks=_POOLED_BLOCKS if config.pooled_blocks is None else config.pooled_blocks
+        )
     if config.name == "wrn28_10":
         return WideResNet28(in_channels, **shape, drop_rate=config.drop_rate)
     return _RESNETS[config.name](

@@ -14,7 +14,7 @@ from fewshot_ext._formats import misfits_named, typed
 from fewshot_ext.data import AugmentationConfig, ImageInput
 from fewshot_ext.data.augmentation import resized_size
 from fewshot_ext.models.checkpoint import NETWORK_SCHEMA, read_layout, upgraded
-from fewshot_ext.models.config import BackboneConfig, build_backbone
+from fewshot_ext.models.config import BackboneConfig, build_backbone, fitted
 from fewshot_ext.models.deepemd import LocalFeaturesConfig, build_local_features
 from fewshot_ext.models.local_features import LocalFeatures
 
@@ -61,6 +61,7 @@ class NetworkConfig:
                 f"got {shape}, {self.mean} and {self.std}"
             )
         check_choice("similarity", self.similarity, "cosine", "dot")
+        object.__setattr__(self, "backbone", fitted(self.backbone, *self.input_size))
 
     @property
     def input_size(self) -> tuple[int, int]:

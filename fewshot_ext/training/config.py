@@ -28,6 +28,8 @@ _OPTIMIZERS = {
 # The four losses of the paper's table 3, each with its similarity.
 LOSSES = {"neg-cosine": "cosine", "neg-softmax": "dot", "cosine": "cosine", "softmax": "dot"}
 
+_MARGINS = {"cosine": -0.3, "dot": -1.0}
+
 
 @dataclass(frozen=True)
 class ValidationConfig:
@@ -182,7 +184,7 @@ class PreTrainingConfig:
 
         Args:
             loss: "neg-cosine", "neg-softmax", "cosine" or "softmax"; the last two are the first two with margin 0.
-            margin: needed for the first two, absent or 0 for the last two.
+            margin: the losses' own default for the first two where None, -0.3 and -1; absent or 0 for the last two.
             scale: the paper's where None: 30 for cosines, 5 for inner products and 10 for those of ResNet-12.
             settings: the other fields; nested ones may be dictionaries, as a YAML file gives them.
 
@@ -196,8 +198,7 @@ class PreTrainingConfig:
         check_choice("loss", loss, *LOSSES)
         settings = build_parts(settings, _PARTS)
         if loss.startswith("neg-"):
-            if margin is None:
-                raise ValueError(f"margin must be given for loss {loss!r}, as in margin -0.02")
+            margin = _MARGINS[LOSSES[loss]] if margin is None else margin
         elif margin:
             raise ValueError(f"margin must be 0 for loss {loss!r}, got {margin}; loss 'neg-{loss}' takes any")
         if scale is None:

@@ -1,6 +1,6 @@
 """Typed settings of metric learning: what a YAML file or the command line fills in."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from fewshot_ext._checks import check_at_least, check_choice, check_count, check_positive
@@ -79,6 +79,9 @@ class MeasurementConfig:
             check_count("ks", k, 1)
 
 
+_CLASSES_PER_BATCH = 45  # of the official code
+
+
 @dataclass(frozen=True)
 class MetricTrainingConfig:
     """An embedding of unit length trained by a metric learning loss on batches of P classes with K images each.
@@ -89,7 +92,7 @@ class MetricTrainingConfig:
     Args:
         loss: the first two have proxies, the others compare images; settings as in the official Anti-Collapse code.
         epochs: an epoch has as many batches as hold all training images.
-        classes_per_batch: P, classes a batch.
+        classes_per_batch: P, classes a batch; null for 45, or all where there are fewer.
         samples_per_class: K, images a class in a batch; at least 2 for contrastive and triplet.
         learning_rate: AdamW's rate for the backbone.
         proxy_learning_rate: the rate for the proxies, where the loss has some; they start anywhere, and must move
@@ -113,13 +116,13 @@ class MetricTrainingConfig:
         ValueError: a value out of range; the message names it.
 
     Example:
-        >>> MetricTrainingConfig("triplet", classes_per_batch=30, samples_per_class=3).batch_size
-        90
+        >>> MetricTrainingConfig("triplet", anti_collapse=AntiCollapseConfig("pair")).anti_collapse.weight
+        0.1
     """
 
     loss: Literal["proxy_anchor", "proxy_nca", "contrastive", "triplet"] = "proxy_anchor"
     epochs: int = 100
-    classes_per_batch: int = 45
+    classes_per_batch: int | None = None
     samples_per_class: int = 2
     learning_rate: float = 1e-3
     proxy_learning_rate: float = 0.02
@@ -140,8 +143,9 @@ class MetricTrainingConfig:
 
     def __post_init__(self) -> None:
         check_choice("loss", self.loss, *BASE_LOSSES)
-        check_count("classes_per_batch", self.classes_per_batch, 0)
-        if self.classes_per_batch < 2:
+        if self.classes_per_batch is not None:
+            check_count("classes_per_batch", self.classes_per_batch, 0)
+        if self.classes_per_batch in (0, 1):
             raise ValueError(
                 f"classes_per_batch must be at least 2, got {self.classes_per_batch}: a batch of one class has no "
                 "negatives"
@@ -168,10 +172,16 @@ class MetricTrainingConfig:
         check_count("checkpoint_epochs", self.checkpoint_epochs, 1)
         check_normalisation(self.image_size, self.mean, self.std)
 
-    @property
-    def batch_size(self) -> int:
-        """P x K."""
-        return self.classes_per_batch * self.samples_per_class
+    def batches_of(self, num_classes: int) -> "MetricTrainingConfig":
+        """The same settings with P, where it was left open, for so many classes.
+
+        Example:
+            >>> MetricTrainingConfig().batches_of(5).classes_per_batch
+            5
+        """
+        if self.classes_per_batch is not None:
+            return self
+        return replace(self, classes_per_batch=max(2, min(_CLASSES_PER_BATCH, num_classes)))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "MetricTrainingConfig":

@@ -156,6 +156,7 @@ class MetricTrainingRun(TrainingRun):
         on_epoch: Callable[[int, float], None] | None = None,
         progress: bool = False,
     ) -> None:
+        config = config.batches_of(seen.num_classes)
         check_batches(config, seen)
         sets = {"seen": seen, "validation": validation, "unseen": unseen}
         self.history = EmbeddingHistory(
@@ -211,10 +212,9 @@ def check_batches(config: MetricTrainingConfig, seen: ImageArchive) -> None:
     """
     sizes = seen.labels.bincount(minlength=seen.num_classes)
     classes = int((sizes > 0).sum())
-    if classes < config.classes_per_batch:
-        raise ValueError(
-            f"classes_per_batch must be at most {classes}, the classes to train on, got {config.classes_per_batch}"
-        )
+    wanted = config.batches_of(seen.num_classes).classes_per_batch
+    if classes < wanted:
+        raise ValueError(f"classes_per_batch must be at most {classes}, the classes to train on, got {wanted}")
     lone = (sizes == 1).nonzero().flatten().tolist()
     if lone:
         raise ValueError(

@@ -245,8 +245,9 @@ class TrainingRun(ABC):
         # A setting that the checkpoint is older than had its default.
         before["config"] = asdict(type(self.config)()) | before["config"]
         before["network"] = asdict(NetworkConfig.from_dict(before["network"]))
-        # A run may go on with its checkpoints further apart: the result is the same.
-        free = {"checkpoint_epochs": None}
+        # A run may go on with its checkpoints further apart: the result is the same. What describes the network is held
+        # against the network itself.
+        free = dict.fromkeys(("checkpoint_epochs", "backbone", "image_size", "mean", "std", "channels_last"))
         if self.module.can_go_on and self.config.epochs > before["config"]["epochs"]:
             free["epochs"] = self.config.epochs
         before["config"], after["config"] = before["config"] | free, after["config"] | free

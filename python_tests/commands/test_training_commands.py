@@ -152,3 +152,11 @@ main(["{name}", "--help"])
     assert titles == ["options:", "run:", *TITLES[name]]
     if name == "meta-train":
         assert "authors of DeepEMD advise against" in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize("name", ["pretrain", "metric-train"])
+def test_data_and_output_are_enough(name, tmp_path, capsys):
+    assert main([name, "--data", "digits", "--output", str(tmp_path), "--epochs", "1", "--threads", "1"]) == 0
+    printed = capsys.readouterr().err
+    assert "conv4" in printed
+    assert ("margin -0.3" if name == "pretrain" else "batches: 5 classes") in printed

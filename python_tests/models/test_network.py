@@ -122,7 +122,7 @@ def test_bad_settings_are_named(changes, message):
 
 def test_images_too_small_for_the_backbone():
     with pytest.raises(ValueError, match="at least 16 x 16, got 8 x 8"):
-        build_network(replace(CONFIG, backbone=BackboneConfig()))
+        build_network(replace(CONFIG, backbone=BackboneConfig(pooled_blocks=4)))
 
 
 def test_the_layout_of_a_later_version_is_refused(tmp_path):

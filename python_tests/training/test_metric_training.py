@@ -357,7 +357,9 @@ def test_resume_refuses_other_settings(archive, validation_archive, trained):
 
 def test_images_too_small_for_the_backbone(archive, tmp_path):
     with pytest.raises(ValueError, match="at least 16 x 16, got 8 x 8"):
-        MetricTrainingRun(replace(TINY_METRIC, backbone=BackboneConfig(embedding=4)), archive, tmp_path)
+        MetricTrainingRun(
+            replace(TINY_METRIC, backbone=BackboneConfig(embedding=4, pooled_blocks=4)), archive, tmp_path
+        )
 
 
 def test_missing_pytorch_metric_learning_names_the_pip_line(archive, tmp_path, monkeypatch):

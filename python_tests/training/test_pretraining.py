@@ -387,7 +387,6 @@ def test_losses_by_name(loss, options, similarity, margin, scale):
     ("arguments", "message"),
     [
         ({"loss": "hinge"}, "loss must be .*'neg-cosine'.*, got 'hinge'"),
-        ({"loss": "neg-cosine"}, "margin must be given for loss 'neg-cosine'"),
         ({"loss": "softmax", "margin": -0.1}, "margin must be 0 for loss 'softmax', got -0.1; loss 'neg-softmax'"),
     ],
 )
