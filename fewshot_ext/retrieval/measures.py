@@ -10,6 +10,7 @@ from torch import Tensor
 from fewshot_ext._checks import check_at_least
 from fewshot_ext._extras import require
 from fewshot_ext._precision import accumulate_dtype, full_precision, normalize
+from fewshot_ext._validation import check_choice, check_count, check_integer, check_tensor
 from fewshot_ext.retrieval.exact_search import SCORES_AT_ONCE, ExactSearch
 
 DISTANCES = ("cosine", "euclidean")
@@ -111,12 +112,12 @@ def retrieval_metrics(
     gallery_labels = labels if gallery_labels is None else gallery_labels
     neighbours = len(gallery) - (own is not None)
     _check_ks(ks, neighbours)
-    _check_choice("distance", distance, DISTANCES)
-    _check_choice("lone_queries", lone_queries, LONE_QUERIES)
+    check_choice("distance", distance, DISTANCES)
+    check_choice("lone_queries", lone_queries, LONE_QUERIES)
     if chunk_size is None:
         chunk_size = max(1, SCORES_AT_ONCE // len(gallery))
-    elif not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
-        raise ValueError(f"chunk_size: expected an integer of at least 1, got {chunk_size!r}")
+    else:
+        chunk_size = check_count("chunk_size", chunk_size, 1)
     relevant = count_relevant(labels, gallery_labels)
     if own is not None:
         relevant -= (gallery_labels[own] == labels).long()
@@ -171,7 +172,7 @@ def nearest_neighbors(
         _check_embeddings("gallery", gallery)
     gallery, own = _searched(embeddings, gallery, query_index)
     _check_ks((k,), len(gallery) - (own is not None), "k")
-    _check_choice("distance", distance, DISTANCES)
+    check_choice("distance", distance, DISTANCES)
     search = ExactSearch(embeddings, gallery, distance)
     chunks = torch.arange(len(embeddings), device=embeddings.device).split(max(1, SCORES_AT_ONCE // len(gallery)))
     return torch.cat([search.nearest(chunk, None if own is None else own[chunk], k) for chunk in chunks])
@@ -204,7 +205,7 @@ def clustering_nmi(
         1.0
     """
     _check_set("embeddings", embeddings, "labels", labels)
-    _check_choice("distance", distance, DISTANCES)
+    check_choice("distance", distance, DISTANCES)
     check_at_least("seed", seed, 0)
     require("metric", "sklearn")
     from sklearn.cluster import KMeans
@@ -215,20 +216,8 @@ def clustering_nmi(
     return float(normalized_mutual_info_score(labels.numpy(force=True), clusters))
 
 
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
-
-
-def _check_shape(name: str, value: object, shape: str, dimensions: int) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
-    if value.dim() != dimensions:
-        raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
-
-
 def _check_embeddings(name: str, embeddings: object) -> None:
-    _check_shape(name, embeddings, "[n, D]", 2)
+    check_tensor(name, embeddings, "[n, D]", 2)
     if not embeddings.is_floating_point():
         raise TypeError(f"{name}: expected a floating dtype, got {embeddings.dtype}")
     if embeddings.numel() == 0:
@@ -239,7 +228,7 @@ def _check_embeddings(name: str, embeddings: object) -> None:
 
 
 def _check_set(name: str, embeddings: object, labels_name: str, labels: object) -> None:
-    _check_shape(labels_name, labels, "[n]", 1)
+    check_tensor(labels_name, labels, "[n]", 1)
     _check_embeddings(name, embeddings)
     if labels.dtype != torch.int64:
         raise TypeError(f"{labels_name}: expected dtype torch.int64, got {labels.dtype}")
@@ -271,7 +260,7 @@ def _searched(embeddings: Tensor, gallery: Tensor | None, query_index: Tensor | 
                 "gallery out, or name the row of each query by query_index"
             )
         return gallery, None
-    _check_shape("query_index", query_index, "[Q]", 1)
+    check_tensor("query_index", query_index, "[Q]", 1)
     if query_index.dtype != torch.int64:
         raise TypeError(f"query_index: expected dtype torch.int64, got {query_index.dtype}")
     if query_index.device != embeddings.device:
@@ -306,20 +295,19 @@ def check_retrieval(
     with_itself = gallery_labels is None
     gallery_labels = labels if with_itself else gallery_labels
     _check_ks(ks, len(gallery_labels) - with_itself)
-    _check_choice("lone_queries", lone_queries, LONE_QUERIES)
+    check_choice("lone_queries", lone_queries, LONE_QUERIES)
     _counted_queries(count_relevant(labels, gallery_labels) - int(with_itself), labels, lone_queries)
 
 
 def _check_ks(ks: Sequence[int], neighbours: int, name: str = "ks") -> None:
-    if isinstance(ks, int) or not isinstance(ks, Sequence):
+    if not isinstance(ks, Sequence):
         raise TypeError(f"{name}: expected a sequence of integers, got {type(ks).__name__}")
     if neighbours < 1:
         raise ValueError(f"{name}: expected samples beside the query to search, got the query alone")
     if len(ks) == 0 or len(set(ks)) < len(ks):
         raise ValueError(f"{name}: expected at least one K, and none twice, got {list(ks)}")
     for k in ks:
-        if not isinstance(k, int) or isinstance(k, bool):
-            raise TypeError(f"{name}: expected integers, got {type(k).__name__}")
+        check_integer(name, k)
         if not 1 <= k <= neighbours:
             raise ValueError(f"{name}: expected K in [1, {neighbours}], the neighbours that each query has, got {k}")
 

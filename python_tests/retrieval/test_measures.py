@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -293,7 +294,7 @@ LABELS = torch.tensor([0, 0, 1, 1, 2, 2])
         ({"ks": (0,)}, ValueError, "got 0"),
         ({"ks": ()}, ValueError, "ks: expected at least one K"),
         ({"ks": (1, 1)}, ValueError, "ks: expected at least one K, and none twice, got [1, 1]"),
-        ({"ks": (1.0,)}, TypeError, "ks: expected integers, got float"),
+        ({"ks": (1.0,)}, TypeError, "ks: expected an integer, got float"),
         ({"ks": 1}, TypeError, "ks: expected a sequence of integers, got int"),
         (
             {"embeddings": signs(1, 0), "labels": LABELS[:1]},
@@ -302,13 +303,18 @@ LABELS = torch.tensor([0, 0, 1, 1, 2, 2])
         ),
         ({"distance": "manhattan"}, ValueError, "distance: expected one of cosine, euclidean, got 'manhattan'"),
         ({"lone_queries": "drop"}, ValueError, "lone_queries: expected one of error, exclude, miss, got 'drop'"),
-        ({"chunk_size": 0}, ValueError, "chunk_size: expected an integer of at least 1, got 0"),
+        ({"chunk_size": 0}, ValueError, "chunk_size: expected at least 1, got 0"),
     ),
 )
 def test_bad_input(change, error, message):
     with pytest.raises(error) as raised:
         retrieval_metrics(**{"embeddings": signs(6, 0), "labels": LABELS, "ks": (1,), **change})
     assert message in str(raised.value)
+
+
+def test_numbers_may_be_numpys():
+    found = retrieval_metrics(signs(6, 0), LABELS, ks=(np.int64(1), 2), chunk_size=np.int32(2))
+    assert as_list(found) == as_list(retrieval_metrics(signs(6, 0), LABELS, ks=(1, 2)))
 
 
 def test_bad_input_of_nmi(monkeypatch):

@@ -59,7 +59,7 @@ def of_gallery(query_index):
     [
         ({"k": 4}, ValueError, r"k: expected K in \[1, 3\]"),
         ({"k": 0}, ValueError, "k: expected K in"),
-        ({"k": 1.0}, TypeError, "k: expected integers"),
+        ({"k": 1.0}, TypeError, "k: expected an integer, got float"),
         ({"k": 1, "distance": "l1"}, ValueError, "distance: expected one of cosine, euclidean"),
         ({"k": 1, "gallery": torch.ones(2, 3)}, ValueError, "gallery: expected shape"),
         ({"k": 1, "gallery": torch.ones(2, 2).double()}, TypeError, "gallery: expected dtype"),
