@@ -61,7 +61,7 @@ def add_arguments(parser) -> None:
     run.add_argument("--skip_corrupt", action="store_true", help="leave out pictures that cannot be read")
     run.add_argument("--sheet_pictures", type=int, default=64, help="most pictures on the contact sheet")
     model = parser.add_argument_group("model")
-    model.add_argument("--checkpoint", default=None, type=str | None, metavar="FILE", help="of fewshot-ext pretrain")
+    model.add_argument("--checkpoint", default=None, type=str | None, metavar="FILE", help="of any training")
     model.add_argument("--backbone", default=None, type=str | None, metavar="NAME", help="in its place: a timm model")
     model.add_argument(
         "--head",

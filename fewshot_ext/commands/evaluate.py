@@ -50,7 +50,7 @@ def add_arguments(parser) -> None:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="checkpoints of fewshot-ext pretrain; differences are taken to the first",
+        help="checkpoints of any training; differences are taken to the first",
     )
     run.add_argument("--data", required=True, metavar="NAME_OR_PATH", help="images: a known name, a file or a folder")
     run.add_argument("--output", default="evaluation", metavar="FOLDER", help="where the results go")

@@ -1,9 +1,9 @@
 """Meta-train DeepEMD: classification of few-shot episodes by matching the regions of images.
 
-This is the second stage of DeepEMD. It goes on from a checkpoint of fewshot-ext pretrain, draws episodes from the
+This is the second stage of DeepEMD. It goes on from a checkpoint of pretrain or of another training, draws episodes from the
 base classes of an image set, and trains the backbone through the Earth Mover's Distance. Validates on episodes of
 the validation classes where there are some, by the same matching, and writes last.ckpt, best.ckpt, config.yaml,
-run.json and a TensorBoard log to the output folder. Whatever takes a checkpoint of pretrain takes these too.
+run.json and a TensorBoard log to the output folder. Whatever takes a checkpoint takes these too.
 Published settings come by name:
 fewshot-ext meta-train --config miniimagenet_resnet12_deepemd_fcn_1shot --data mini.npz --checkpoint pre/best.ckpt
 --output out
@@ -43,8 +43,7 @@ def add_arguments(parser) -> None:
     run.add_argument(
         "--checkpoint",
         metavar=f"FILE|{SCRATCH}",
-        help=f"of fewshot-ext pretrain, or of another training; {SCRATCH} starts from random weights, which the "
-        "authors of DeepEMD advise against",
+        help=f"of any training; {SCRATCH} starts from random weights, which the authors of DeepEMD advise against",
     )
     add_config_arguments(parser, MetaTrainingConfig)
 
@@ -57,7 +56,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         resolved: the same as YAML, to be written beside the results.
     """
     if arguments.checkpoint is None:
-        raise ValueError(f"--checkpoint must be given: a file of fewshot-ext pretrain, or {SCRATCH}")
+        raise ValueError(f"--checkpoint must be given: a file of any training, or {SCRATCH}")
     config = MetaTrainingConfig(**{field.name: arguments[field.name] for field in fields(MetaTrainingConfig)})
     checkpoint = None if arguments.checkpoint == SCRATCH else arguments.checkpoint
     if checkpoint is not None:

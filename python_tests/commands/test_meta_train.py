@@ -86,7 +86,7 @@ def test_from_scratch(three_splits, tmp_path, capsys):
     [
         (["--data", None], "--data must be given"),
         (["--output", None], "--output must be given"),
-        (["--checkpoint", None], "--checkpoint must be given: a file of fewshot-ext pretrain, or scratch"),
+        (["--checkpoint", None], "--checkpoint must be given: a file of any training, or scratch"),
         (["--checkpoint", "missing.ckpt"], "missing.ckpt"),
         (["--checkpoint", "text.ckpt"], "text.ckpt is not the checkpoint of a"),
         (["--data", "nowhere"], "there is no image set 'nowhere'"),
