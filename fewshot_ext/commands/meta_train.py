@@ -1,9 +1,9 @@
 """Meta-train DeepEMD: classification of few-shot episodes by matching the regions of images.
 
-This is the second stage of DeepEMD. It goes on from a checkpoint of pretrain or of another training, draws episodes from the
-base classes of an image set, and trains the backbone through the Earth Mover's Distance. Validates on episodes of
-the validation classes where there are some, by the same matching, and writes last.ckpt, best.ckpt, config.yaml,
-run.json and a TensorBoard log to the output folder. Whatever takes a checkpoint takes these too.
+This is the second stage of DeepEMD. It goes on from a checkpoint of pretrain or of another training, draws episodes
+from the base classes of an image set, and trains the backbone through the Earth Mover's Distance. Validates on
+episodes of the validation classes where there are some, by the same matching, and writes last.ckpt, best.ckpt,
+config.yaml, run.json and a TensorBoard log to the output folder. Whatever takes a checkpoint takes these too.
 Published settings come by name:
 fewshot-ext meta-train --config miniimagenet_resnet12_deepemd_fcn_1shot --data mini.npz --checkpoint pre/best.ckpt
 --output out
