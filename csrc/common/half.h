@@ -8,10 +8,9 @@
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#define FEWSHOT_EXT_HOST_DEVICE __host__ __device__
-#else
-#define FEWSHOT_EXT_HOST_DEVICE
 #endif
+
+#include "common/host_device.h"
 
 namespace fewshot_ext {
 

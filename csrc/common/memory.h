@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/host_device.h"
+
 namespace fewshot_ext {
 
 // Scratch memory for one call, aligned to a cache line. The calling thread keeps up to 32 MiB of it for its next call:
@@ -27,7 +29,7 @@ struct Arena {
   T* base = nullptr;
   int64_t used = 0;
 
-  T* take(int64_t count) {
+  FEWSHOT_EXT_HOST_DEVICE T* take(int64_t count) {
     constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
     T* at = base ? base + used : nullptr;
     used += (count + line - 1) / line * line;
@@ -40,7 +42,7 @@ struct ByteArena {
   Arena<unsigned char> bytes;
 
   template <class T>
-  T* take(int64_t count) {
+  FEWSHOT_EXT_HOST_DEVICE T* take(int64_t count) {
     return reinterpret_cast<T*>(bytes.take(count * static_cast<int64_t>(sizeof(T))));
   }
 };

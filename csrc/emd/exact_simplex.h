@@ -12,18 +12,33 @@
 //
 // The tree is kept by parents and lists of children: its memory grows with the number of nodes, and a pivot walks
 // through the subtree that it moves. Nodes are rows first, then columns; the arc of a node leads to its parent.
+//
+// A Machine is what solves one problem: a thread of a processor (cpu_machine.h), or the lanes of a warp (exact.cuh).
+// All its lanes call what takes one. They look for arcs together, each at its share of a row; all that changes the
+// object, of which there is one, is done by one of them.
 #pragma once
 
-#include "common/cancellation.h"
+#include "common/host_device.h"
 #include "common/memory.h"
-#include "common/simd.h"
-#include "emd/vector_min.h"
 #include "emd/wide.h"
 
 namespace fewshot_ext::FEWSHOT_EXT_ISA {
 
+// A row of costs as Machine::lowest_of_row() looks at it: beside the duals of the columns and their levels, all as
+// ExactSimplex keeps them.
+template <class Float>
+struct ExactRow {
+  const Float* cost;
+  const double* columns;
+  const int32_t* levels;
+  int64_t count, padded_count;
+  double dual, limit;  // of the row; of the costs that are no stand-ins
+  int32_t level;
+  double factor, constant;  // of the error
+};
+
 // Source has cost(row, column), infinity where the arc is forbidden, supply(row) and demand(column), as they are given.
-template <class Float, class Source>
+template <class Float, class Source, class Machine>
 class ExactSimplex {
  public:
   struct Problem {
@@ -38,50 +53,54 @@ class ExactSimplex {
     int64_t dummy_row, dummy_column;
   };
 
-  void prepare(const Source& source, const Problem& problem) {
-    source_ = &source;
-    p_ = problem;
-    nodes_ = p_.rows + p_.columns;
+  FEWSHOT_EXT_HOST_DEVICE void prepare(const Source& source, const Problem& problem, Machine& machine) {
     BitRange costs, masses;
-    for (int64_t i = 0; i < p_.rows; ++i) {
-      for (int64_t j = 0; j < p_.columns; ++j) {
+    for (int64_t i = 0; i < problem.rows; ++i) {
+      for (int64_t j = machine.lane(); j < problem.columns; j += Machine::lanes) {
         const double c = source.cost(i, j);
         if (c <= std::numeric_limits<double>::max()) costs.include(c);
       }
     }
-    for (int64_t k = 0; k < nodes_; ++k)
-      if (!is_dummy(k)) masses.include(mass(k));
-    const int64_t node_bits = bits_of_count(nodes_);
-    cost_unit_ = costs.unit();
-    const int64_t cost_bits = costs.bits() + 2 * node_bits + 4;
-    cost_words_ = words_for_bits(cost_bits);
-    // Every sum of costs is then a double.
-    sums_are_exact_ = costs.bits() + node_bits + 2 <= 53 && p_.cost_exponent == 0;
-    mass_unit_ = masses.unit();
-    perturbation_bits_ = bits_of_count(p_.rows);
-    const int64_t mass_bits = masses.bits() + node_bits;
-    total_words_ = words_for_bits(mass_bits);
-    flow_words_ = words_for_bits(2 * mass_bits + perturbation_bits_ + 2);
+    costs.lowest = machine.least(costs.lowest);
+    costs.above_highest = ~machine.least(~costs.above_highest);
+    machine.one([&] {
+      source_ = &source;
+      p_ = problem;
+      nodes_ = p_.rows + p_.columns;
+      for (int64_t k = 0; k < nodes_; ++k)
+        if (!is_dummy(k)) masses.include(mass(k));
+      set_sizes(costs, masses);
+      ByteArena sizes{};
+      lay_out(sizes);
+      ByteArena arena{{machine.memory(sizes.bytes.used)}};
+      lay_out(arena);
+      pivots_ = next_row_ = next_exact_row_ = 0;
+      load_masses();
+      std::fill(left_, left_ + nodes_ * flow_words_, Word(0));
+      for (int64_t k = 0; k < nodes_; ++k) perturbed_mass(k, left_ + k * flow_words_);
+      served_ = 0;
+    });
+  }
+
+  // What Machine::memory() is asked for at most, with numbers of this range.
+  FEWSHOT_EXT_HOST_DEVICE static int64_t most_bytes(int64_t rows, int64_t columns, int64_t stride,
+                                                    const BitRange& numbers) {
+    ExactSimplex simplex;
+    simplex.p_ = {rows, columns, nullptr, stride, 0, 0, false, -1, -1};
+    simplex.nodes_ = rows + columns;
+    simplex.set_sizes(numbers, numbers);
     ByteArena sizes{};
-    lay_out(sizes);
-    if (!memory_ || capacity_ < sizes.bytes.used) {
-      capacity_ = sizes.bytes.used;
-      memory_.emplace(static_cast<size_t>(capacity_));
-    }
-    ByteArena arena{{static_cast<unsigned char*>(memory_->data())}};
-    lay_out(arena);
-    pivots_ = next_row_ = next_exact_row_ = 0;
-    load_masses();
-    std::fill(left_, left_ + nodes_ * flow_words_, Word(0));
-    for (int64_t k = 0; k < nodes_; ++k) perturbed_mass(k, left_ + k * flow_words_);
-    served_ = 0;
+    simplex.lay_out(sizes);
+    return sizes.bytes.used;
   }
 
   // The first tree, arc by arc: each moves what it can, and uses up its row or its column. Arcs between nodes of which
   // one is used up are left out, and finish_start() adds what is missing.
-  bool is_open(int64_t node) const { return !wide_is_zero(left_ + node * flow_words_, flow_words_); }
+  FEWSHOT_EXT_HOST_DEVICE bool is_open(int64_t node) const {
+    return !wide_is_zero(left_ + node * flow_words_, flow_words_);
+  }
   // Whether the row has nothing left.
-  bool serve(int64_t i, int64_t j) {
+  FEWSHOT_EXT_HOST_DEVICE bool serve(int64_t i, int64_t j) {
     const int64_t column = p_.rows + j, words = flow_words_;
     Word *const have = left_ + i * words, *const want = left_ + column * words;
     const bool row_used_up = !wide_is_less(want, have, words);
@@ -94,7 +113,7 @@ class ExactSimplex {
     return row_used_up;
   }
 
-  void finish_start() {
+  FEWSHOT_EXT_HOST_DEVICE void finish_start() {
     for (int64_t i = 0; i < p_.rows; ++i) {
       while (is_open(i)) {
         int64_t cheapest = -1;
@@ -133,20 +152,23 @@ class ExactSimplex {
   }
 
   // Pivots until no arc has a negative reduced cost. False: gave up, or was told to.
-  bool optimise(int64_t pivot_limit, Cancellation& cancellation) {
+  FEWSHOT_EXT_HOST_DEVICE bool optimise(int64_t pivot_limit, Machine& machine) {
     for (;;) {
       int64_t i, j;
-      if (cancellation.requested()) return false;
-      if (!(p_.forbids ? find_entering<true>(i, j, cancellation) : find_entering<false>(i, j, cancellation)))
-        return !cancellation.requested();
-      if (pivots_++ >= pivot_limit) return false;
-      pivot(i, j);
+      if (machine.stopped()) return false;
+      if (!(p_.forbids ? find_entering<true>(i, j, machine) : find_entering<false>(i, j, machine)))
+        return !machine.stopped();
+      if (pivots_ >= pivot_limit) return false;
+      machine.one([&] {
+        ++pivots_;
+        pivot(i, j);
+      });
     }
   }
 
   // With the tree optimal: flows of the masses as they are, and row 0 as its root. With dummies, the dual of the
   // column's, or the row's, becomes 0.
-  void finish(bool of_dummy_column) {
+  FEWSHOT_EXT_HOST_DEVICE void finish(bool of_dummy_column) {
     reroot(0);
     int64_t count = 0, waiting = 0;
     stack_[waiting++] = 0;
@@ -167,24 +189,24 @@ class ExactSimplex {
       start_duals_at(of_dummy_column ? p_.rows + p_.dummy_column : p_.dummy_row);
   }
 
-  const int32_t* order() const { return order_; }
-  int64_t parent(int64_t node) const { return parent_[node]; }
-  int64_t pivots() const { return pivots_; }
+  FEWSHOT_EXT_HOST_DEVICE const int32_t* order() const { return order_; }
+  FEWSHOT_EXT_HOST_DEVICE int64_t parent(int64_t node) const { return parent_[node]; }
+  FEWSHOT_EXT_HOST_DEVICE int64_t pivots() const { return pivots_; }
 
   // Results, in the units of the problem. The flow on the arc of a node:
-  double flow(int64_t node) const {
+  FEWSHOT_EXT_HOST_DEVICE double flow(int64_t node) const {
     return wide_value(left_ + node * flow_words_, flow_words_).over(divisor_, mass_unit_);
   }
 
   // The cost of all flows on arcs that are not forbidden; infinity beyond the range of a double.
-  double value() {
+  FEWSHOT_EXT_HOST_DEVICE double value() {
     const int64_t words = flow_words_ + cost_words_ + 1;
     std::fill(sum_, sum_ + words, Word(0));
     for (int64_t k = 1; k < nodes_; ++k) {
       const double c = arc_cost(order_[k]);
       const Binary cost(c);
       if (cost.mantissa == 0 || c > std::numeric_limits<double>::max()) continue;
-      const int64_t zeros = __builtin_ctzll(cost.mantissa);
+      const int64_t zeros = zeros_below(cost.mantissa);
       wide_add_product(sum_, words, left_ + order_[k] * flow_words_, flow_words_, cost.mantissa >> zeros,
                        cost.exponent + zeros - cost_unit_, cost.negative);
     }
@@ -192,7 +214,7 @@ class ExactSimplex {
   }
 
   // u of a row, v of a column: with the mean of the one equal to that of the other, or 0 for a dummy.
-  double dual(int64_t node) {
+  FEWSHOT_EXT_HOST_DEVICE double dual(int64_t node) {
     const int64_t words = cost_words_ + 2;
     Word *const to = sum_, *const own = sum_ + words;
     widen(potential_ + node * cost_words_, own);
@@ -205,10 +227,23 @@ class ExactSimplex {
   }
 
  private:
-  static constexpr int lanes = Simd<double>::lanes;
   static constexpr int64_t block_rows = 16;
 
-  void lay_out(ByteArena& arena) {
+  FEWSHOT_EXT_HOST_DEVICE void set_sizes(const BitRange& costs, const BitRange& masses) {
+    const int64_t node_bits = bits_of_count(nodes_);
+    cost_unit_ = costs.unit();
+    const int64_t cost_bits = costs.bits() + 2 * node_bits + 4;
+    cost_words_ = words_for_bits(cost_bits);
+    // Every sum of costs is then a double.
+    sums_are_exact_ = costs.bits() + node_bits + 2 <= 53 && p_.cost_exponent == 0;
+    mass_unit_ = masses.unit();
+    perturbation_bits_ = bits_of_count(p_.rows);
+    const int64_t mass_bits = masses.bits() + node_bits;
+    total_words_ = words_for_bits(mass_bits);
+    flow_words_ = words_for_bits(2 * mass_bits + perturbation_bits_ + 2);
+  }
+
+  FEWSHOT_EXT_HOST_DEVICE void lay_out(ByteArena& arena) {
     parent_ = arena.template take<int32_t>(nodes_);
     first_child_ = arena.template take<int32_t>(nodes_);
     next_sibling_ = arena.template take<int32_t>(nodes_);
@@ -223,7 +258,7 @@ class ExactSimplex {
     left_ = arena.template take<Word>(nodes_ * flow_words_);
     supply_total_ = arena.template take<Word>(total_words_);
     demand_total_ = arena.template take<Word>(total_words_);
-    change_ = arena.template take<Word>(cost_words_);
+    change_ = arena.template take<Word>(Machine::lanes * cost_words_);
     moved_ = arena.template take<Word>(flow_words_);
     means_ = arena.template take<Word>(cost_words_ + 2);
     sum_ = arena.template take<Word>(2 * (cost_words_ + 2) + flow_words_);
@@ -231,12 +266,14 @@ class ExactSimplex {
 
   // Masses, in units of 2^mass_unit_.
 
-  bool is_dummy(int64_t node) const {
+  FEWSHOT_EXT_HOST_DEVICE bool is_dummy(int64_t node) const {
     return p_.dummy_row >= 0 && (node == p_.dummy_row || node == p_.rows + p_.dummy_column);
   }
-  double mass(int64_t node) const { return node < p_.rows ? source_->supply(node) : source_->demand(node - p_.rows); }
+  FEWSHOT_EXT_HOST_DEVICE double mass(int64_t node) const {
+    return node < p_.rows ? source_->supply(node) : source_->demand(node - p_.rows);
+  }
 
-  void load_masses() {
+  FEWSHOT_EXT_HOST_DEVICE void load_masses() {
     const int64_t words = total_words_;
     std::fill(supply_total_, supply_total_ + words, Word(0));
     std::fill(demand_total_, demand_total_ + words, Word(0));
@@ -248,7 +285,7 @@ class ExactSimplex {
   }
 
   // to = the mass of a node, which is that of a balanced problem times the divisor.
-  void plain_mass(int64_t node, Word* to) const {
+  FEWSHOT_EXT_HOST_DEVICE void plain_mass(int64_t node, Word* to) const {
     std::fill(to, to + flow_words_, Word(0));
     const bool row = node < p_.rows;
     if (is_dummy(node)) {
@@ -258,7 +295,7 @@ class ExactSimplex {
       if (wide_is_negative(to, flow_words_)) std::fill(to, to + flow_words_, Word(0));
     } else if (scaled_) {
       const Binary own(mass(node));
-      const int64_t zeros = __builtin_ctzll(own.mantissa);
+      const int64_t zeros = zeros_below(own.mantissa);
       wide_add_product(to, flow_words_, row ? demand_total_ : supply_total_, total_words_, own.mantissa >> zeros,
                        own.exponent + zeros - mass_unit_, false);
     } else {
@@ -268,7 +305,7 @@ class ExactSimplex {
 
   // Rows get one unit more of a finer grid, at the expense of one column, as in TransportSimplex. A dummy column, which
   // may have no other mass, is that one.
-  void perturbed_mass(int64_t node, Word* to) {
+  FEWSHOT_EXT_HOST_DEVICE void perturbed_mass(int64_t node, Word* to) {
     plain_mass(node, moved_);
     const Word one = 1;
     wide_add_product(to, flow_words_, moved_, flow_words_, one, perturbation_bits_, false);
@@ -279,21 +316,23 @@ class ExactSimplex {
 
   // Costs.
 
-  double stored(int64_t i, int64_t j) const { return p_.cost[i * p_.stride + j]; }
-  double arc_cost(int64_t node) const {
+  FEWSHOT_EXT_HOST_DEVICE double stored(int64_t i, int64_t j) const { return p_.cost[i * p_.stride + j]; }
+  FEWSHOT_EXT_HOST_DEVICE double arc_cost(int64_t node) const {
     const int64_t parent = parent_[node];
     return node < p_.rows ? source_->cost(node, parent - p_.rows) : source_->cost(parent, node - p_.rows);
   }
-  bool is_tree_arc(int64_t i, int64_t j) const { return parent_[i] == p_.rows + j || parent_[p_.rows + j] == i; }
+  FEWSHOT_EXT_HOST_DEVICE bool is_tree_arc(int64_t i, int64_t j) const {
+    return parent_[i] == p_.rows + j || parent_[p_.rows + j] == i;
+  }
 
   // The potential of a node in double: u of rows, -v of columns, in the units of `cost`.
-  void approximate(int64_t node) {
+  FEWSHOT_EXT_HOST_DEVICE void approximate(int64_t node) {
     approximate_[node] =
         wide_value(potential_ + node * cost_words_, cost_words_).times_power(cost_unit_ + p_.cost_exponent);
   }
 
   // The reduced cost of an arc that is not forbidden, apart from its level.
-  void reduced_cost(int64_t i, int64_t j, Word* to) const {
+  FEWSHOT_EXT_HOST_DEVICE void reduced_cost(int64_t i, int64_t j, Word* to) const {
     const Word *const row = potential_ + i * cost_words_, *const column = potential_ + (p_.rows + j) * cost_words_;
     std::copy(column, column + cost_words_, to);
     wide_subtract(to, row, cost_words_);
@@ -301,63 +340,41 @@ class ExactSimplex {
     if (c <= std::numeric_limits<double>::max()) wide_add_double(to, cost_words_, c, cost_unit_);
   }
 
-  int64_t level_of(int64_t i, int64_t j) const { return (stored(i, j) > p_.largest) - level_[i] + level_[p_.rows + j]; }
+  FEWSHOT_EXT_HOST_DEVICE int64_t level_of(int64_t i, int64_t j) const {
+    return (stored(i, j) > p_.largest) - level_[i] + level_[p_.rows + j];
+  }
 
   // What rounding can make of a reduced cost, relative to the magnitudes that it comes from: potentials are rounded
   // once, and there are two sums. What scaling costs by a power of two cut off is less than `cut_off`.
-  double rounding() const { return sums_are_exact_ ? 0 : 0x1p-51; }
-  double cut_off() const { return p_.cost_exponent == 0 ? 0 : 4 * double(std::numeric_limits<Float>::denorm_min()); }
+  FEWSHOT_EXT_HOST_DEVICE double rounding() const { return sums_are_exact_ ? 0 : 0x1p-51; }
+  FEWSHOT_EXT_HOST_DEVICE double cut_off() const {
+    return p_.cost_exponent == 0 ? 0 : 4 * double(std::numeric_limits<Float>::denorm_min());
+  }
 
   struct Estimate {
     double value, error;
   };
-  Estimate estimate(int64_t i, int64_t j) const {
+  FEWSHOT_EXT_HOST_DEVICE Estimate estimate(int64_t i, int64_t j) const {
     const double u = approximate_[i], v = approximate_[p_.rows + j];
     const double given = stored(i, j), c = p_.forbids && given > p_.largest ? 0 : given;
     return {(c - u) + v, rounding() * (std::abs(c) + std::abs(u) + std::abs(v)) + cut_off()};
   }
 
-  // The lowest of what the reduced costs of a row are at most; below 0 where an arc of the row is sure to be worth a
-  // pivot.
-  template <bool forbids>
-  double lowest_of_row(int64_t i) const {
-    using V = Vector<double>;
-    const double u = approximate_[i], factor = rounding(), constant = cut_off();
-    const double size = std::abs(u), limit = p_.largest;
-    const Float* const row = p_.cost + i * p_.stride;
-    const double* const columns = approximate_ + p_.rows;
-    const int32_t* const levels = level_ + p_.rows;
-    const int32_t own_level = level_[i];
-    V lowest = splat(std::numeric_limits<double>::infinity());
-    for (int64_t j = 0; j < p_.stride; j += lanes) {
-      typedef Float Narrow __attribute__((vector_size(lanes * sizeof(Float))));
-      Narrow narrow;
-      std::memcpy(&narrow, row + j, sizeof(narrow));
-      V c = __builtin_convertvector(narrow, V);
-      const V v = load(columns + j);
-      if constexpr (forbids) {
-        typedef int32_t Levels __attribute__((vector_size(lanes * sizeof(int32_t))));
-        Levels at;
-        std::memcpy(&at, levels + j, sizeof(at));
-        const auto banned = c > limit;
-        V level = __builtin_convertvector(at, V) - double(own_level);
-        level = banned ? level + 1.0 : level;
-        c = banned ? V{} : c;
-        const V r = (c - u) + v, error = factor * ((c < 0 ? -c : c) + size + (v < 0 ? -v : v)) + constant;
-        const V high = r + error;
-        lowest = smaller<double>(level < 0 ? splat(-std::numeric_limits<double>::max())
-                                           : (level > 0 ? splat(std::numeric_limits<double>::max()) : high),
-                                 lowest);
-      } else {
-        const V r = (c - u) + v, error = factor * ((c < 0 ? -c : c) + size + (v < 0 ? -v : v)) + constant;
-        lowest = smaller<double>(r + error, lowest);
-      }
-    }
-    return horizontal_min<double>(lowest);
+  FEWSHOT_EXT_HOST_DEVICE ExactRow<Float> row(int64_t i) const {
+    return {p_.cost + i * p_.stride,
+            approximate_ + p_.rows,
+            level_ + p_.rows,
+            p_.columns,
+            p_.stride,
+            approximate_[i],
+            p_.largest,
+            level_[i],
+            rounding(),
+            cut_off()};
   }
 
   // The arc of a row that lowers the cost most, of those that are sure to.
-  int64_t best_of_row(int64_t i) const {
+  FEWSHOT_EXT_HOST_DEVICE int64_t best_of_row(int64_t i) const {
     int64_t best = -1, best_level = 0;
     double lowest = 0;
     for (int64_t j = 0; j < p_.columns; ++j) {
@@ -374,55 +391,57 @@ class ExactSimplex {
   }
 
   template <bool forbids>
-  bool find_entering(int64_t& i, int64_t& j, Cancellation& cancellation) {
+  FEWSHOT_EXT_HOST_DEVICE bool find_entering(int64_t& i, int64_t& j, Machine& machine) {
     for (int64_t scanned = 0; scanned < p_.rows;) {
       const int64_t first = next_row_, end = std::min(first + block_rows, p_.rows);
       double lowest = 0;
       i = -1;
-      for (int64_t row = first; row < end; ++row) {
-        const double of_row = lowest_of_row<forbids>(row);
+      for (int64_t k = first; k < end; ++k) {
+        const double of_row = machine.template lowest_of_row<forbids>(row(k));
         if (!(of_row < lowest)) continue;
         lowest = of_row;
-        i = row;
+        i = k;
       }
       scanned += end - first;
-      next_row_ = end == p_.rows ? 0 : end;
-      if (cancellation.requested()) return false;
+      machine.one([&] { next_row_ = end == p_.rows ? 0 : end; });
+      if (machine.stopped()) return false;
       if (i < 0) continue;
       j = best_of_row(i);
-      return true;
+      if (j >= 0) return true;
     }
     if (sums_are_exact_) return false;
     // Where the sign is in doubt.
     for (int64_t scanned = 0; scanned < p_.rows; ++scanned) {
       i = next_exact_row_;
-      if (cancellation.requested()) return false;
-      if (find_exactly(i, j)) return true;
-      next_exact_row_ = i + 1 == p_.rows ? 0 : i + 1;
+      if (machine.stopped()) return false;
+      if (find_exactly(i, j, machine)) return true;
+      machine.one([&] { next_exact_row_ = i + 1 == p_.rows ? 0 : i + 1; });
     }
     return false;
   }
 
-  bool find_exactly(int64_t i, int64_t& j) {
+  FEWSHOT_EXT_HOST_DEVICE bool find_exactly(int64_t i, int64_t& j, Machine& machine) {
+    Word* const change = change_ + machine.lane() * cost_words_;
     Scaled lowest{0, 0};
     j = -1;
-    for (int64_t column = 0; column < p_.columns; ++column) {
+    for (int64_t column = machine.lane(); column < p_.columns; column += Machine::lanes) {
       if (p_.forbids && level_of(i, column) != 0) continue;
       const Estimate r = estimate(i, column);
       if (r.value > r.error || is_tree_arc(i, column)) continue;
-      reduced_cost(i, column, change_);
-      if (!wide_is_negative(change_, cost_words_)) continue;
-      const Scaled found = wide_value(change_, cost_words_);
-      if (j >= 0 && !(found.times_power(-lowest.exponent) < lowest.mantissa)) continue;
+      reduced_cost(i, column, change);
+      if (!wide_is_negative(change, cost_words_)) continue;
+      const Scaled found = wide_value(change, cost_words_);
+      if (j >= 0 && !is_lower(found, lowest)) continue;
       lowest = found;
       j = column;
     }
+    machine.agree(lowest, j);
     return j >= 0;
   }
 
   // The tree.
 
-  void attach(int64_t node, int64_t parent) {
+  FEWSHOT_EXT_HOST_DEVICE void attach(int64_t node, int64_t parent) {
     const int32_t next = first_child_[parent];
     parent_[node] = static_cast<int32_t>(parent);
     last_sibling_[node] = -1;
@@ -431,7 +450,7 @@ class ExactSimplex {
     first_child_[parent] = static_cast<int32_t>(node);
   }
 
-  void detach(int64_t node) {
+  FEWSHOT_EXT_HOST_DEVICE void detach(int64_t node) {
     const int32_t last = last_sibling_[node], next = next_sibling_[node];
     if (last >= 0)
       next_sibling_[last] = next;
@@ -442,7 +461,7 @@ class ExactSimplex {
 
   // The links from `node` up to `last` lead to `node` afterwards, whose own leads to `parent` and carries what moved_
   // holds.
-  void turn_links(int64_t node, int64_t last, int64_t parent) {
+  FEWSHOT_EXT_HOST_DEVICE void turn_links(int64_t node, int64_t last, int64_t parent) {
     for (;;) {
       const int64_t above = parent_[node];
       if (above >= 0) detach(node);
@@ -457,14 +476,14 @@ class ExactSimplex {
     }
   }
 
-  void reroot(int64_t node) {
+  FEWSHOT_EXT_HOST_DEVICE void reroot(int64_t node) {
     turn_links(node, root_, -1);
     root_ = node;
   }
 
   // Calls visit(node, falls) for the arcs of the cycle that (i, j) closes, and whether their flow falls.
   template <class Visit>
-  void each_of_cycle(int64_t i, int64_t j, const Visit& visit) {
+  FEWSHOT_EXT_HOST_DEVICE void each_of_cycle(int64_t i, int64_t j, const Visit& visit) {
     int64_t from = i, to = p_.rows + j;
     while (from != to) {
       int64_t& lower = depth_[from] >= depth_[to] ? from : to;
@@ -474,7 +493,7 @@ class ExactSimplex {
     }
   }
 
-  void pivot(int64_t i, int64_t j) {
+  FEWSHOT_EXT_HOST_DEVICE void pivot(int64_t i, int64_t j) {
     int64_t leaving = -1;
     bool row_moves = false;
     each_of_cycle(i, j, [&](int64_t node, bool falls, bool on_row_side) {
@@ -500,7 +519,7 @@ class ExactSimplex {
   }
 
   // Potentials of the nodes below `top` rise by change_ and `level`, or fall.
-  void shift_subtree(int64_t top, bool rise, int32_t level) {
+  FEWSHOT_EXT_HOST_DEVICE void shift_subtree(int64_t top, bool rise, int32_t level) {
     int64_t waiting = 0;
     stack_[waiting++] = static_cast<int32_t>(top);
     while (waiting > 0) {
@@ -521,7 +540,7 @@ class ExactSimplex {
 
   // Where forbidden arcs tie the tree together, their cost becomes a number: one so large that no arc that is allowed
   // has a negative reduced cost.
-  void unite_levels() {
+  FEWSHOT_EXT_HOST_DEVICE void unite_levels() {
     bool any = false;
     for (int64_t k = 0; k < nodes_; ++k) any |= level_[k] != level_[0];
     if (!any) return;
@@ -546,15 +565,15 @@ class ExactSimplex {
         wide_subtract(potential_ + k * words, change_, words);
     }
   }
-  Word* moved_cost() { return means_; }  // free until the means are found
+  FEWSHOT_EXT_HOST_DEVICE Word* moved_cost() { return means_; }  // free until the means are found
 
-  void widen(const Word* x, Word* to) const {
+  FEWSHOT_EXT_HOST_DEVICE void widen(const Word* x, Word* to) const {
     std::copy(x, x + cost_words_, to);
     std::fill_n(to + cost_words_, 2, wide_is_negative(x, cost_words_) ? ~Word(0) : 0);
   }
 
   // means_ = 2 rows columns times the potential of a node.
-  void start_duals_at(int64_t node) {
+  FEWSHOT_EXT_HOST_DEVICE void start_duals_at(int64_t node) {
     const int64_t words = cost_words_ + 2;
     widen(potential_ + node * cost_words_, means_);
     wide_multiply(sum_, means_, words, Word(2));
@@ -563,7 +582,7 @@ class ExactSimplex {
 
   // means_ = columns * sum of rows' potentials + rows * sum of columns': what all potentials exceed, times
   // 2 rows columns, for u and v of one mean.
-  void find_means() {
+  FEWSHOT_EXT_HOST_DEVICE void find_means() {
     const int64_t words = cost_words_ + 2;
     Word *const sum = sum_, *const one = sum_ + words;
     std::fill(means_, means_ + words, Word(0));
@@ -584,9 +603,7 @@ class ExactSimplex {
   int64_t cost_unit_, mass_unit_;  // exponents of what 1 stands for
   int64_t cost_words_, flow_words_, total_words_, perturbation_bits_;
   bool sums_are_exact_, scaled_;
-  Scaled divisor_;  // of flows
-  std::optional<Workspace> memory_;
-  int64_t capacity_ = 0;
+  Scaled divisor_;                                                           // of flows
   int32_t *parent_, *first_child_, *next_sibling_, *last_sibling_, *depth_;  // [nodes]
   int32_t* order_;       // [nodes]: parents first; while it is started, children
   int32_t* stack_;       // [nodes]
