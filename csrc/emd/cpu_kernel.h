@@ -211,7 +211,8 @@ class EmdSolver : private ExactSolver<Storage, Accumulate, CpuMachine> {
       tree_flow_[k] = moved;
       basis_[k - 1] = static_cast<int32_t>(i * m_ + j);
       const Accumulate c = cost_[row * stride_ + column];
-      allowed &= !(moved > 0 && c > largest_cost_);
+      // Whether a forbidden arc has to be used is no question of rounding.
+      allowed &= !(c > largest_cost_);
       const double part = moved * (double(c) * scale);
       value += part;
       magnitude += std::abs(part);

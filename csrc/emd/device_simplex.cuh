@@ -12,6 +12,7 @@
 // Flows are integers: masses are scaled to the full width, and every supply is raised by one unit of a finer grid, at
 // the expense of one demand. With that perturbation no basic flow is ever 0, so each pivot lowers the objective
 // whatever the ties in the data, no sequence of pivots comes back to a basis, and no two arcs compete for leaving it.
+// Where there are dummies, which take what the other side has more of, the last demand is the one that pays.
 #pragma once
 
 #include <limits>
@@ -25,6 +26,23 @@ namespace fewshot_ext {
 struct Arc {
   int supplier, consumer;
 };
+
+// Bits of numbers that are not negative are in the order of the numbers; infinity and NaN come last.
+template <class T>
+__device__ __forceinline__ uint64_t magnitude_bits(T x) {
+  if constexpr (sizeof(T) == 8)
+    return bit_cast<uint64_t>(x) & 0x7fffffffffffffffull;
+  else
+    return bit_cast<uint32_t>(x) & 0x7fffffffu;
+}
+
+template <class T>
+__device__ __forceinline__ T from_magnitude_bits(uint64_t bits) {
+  if constexpr (sizeof(T) == 8)
+    return bit_cast<T>(bits);
+  else
+    return bit_cast<T>(static_cast<uint32_t>(bits));
+}
 
 // Price is what reduced costs are computed in while many arcs are looked at.
 template <class Price, class Team>
@@ -45,6 +63,8 @@ struct SimplexMemory {
   uint32_t path[words][nodes];                                             // bit s of word w: slot 32 w + s
   uint32_t cycle[words];
   int arc[nodes];
+  int64_t of_dummy;  // what a supplying dummy has
+  double largest_cost;
   int leaving;
   int supplier_moves;
   int pivots[Team::threads];  // each thread's own: held in a register it would make kernels spill
@@ -65,35 +85,61 @@ class DeviceSimplex {
   static constexpr int mass_bits = 61 - row_bits;
   static_assert(1 << row_bits >= Team::nodes);
 
-  __device__ __forceinline__ DeviceSimplex(Memory& memory, const Cost& cost, int n, int m)
-      : team(memory.team), memory_(memory), cost_(cost), n_(n), m_(m) {}
+  __device__ __forceinline__ DeviceSimplex(const Team& own_team, Memory& memory, const Cost& cost, int n, int m)
+      : team(own_team), memory_(memory), cost_(cost), n_(n), m_(m) {}
 
-  // Finds the optimal tree; false where that takes too many pivots. memory.scratch holds the masses, which add up to
-  // `supply_mass` and `demand_mass`, and is overwritten; no |cost| exceeds `largest_cost`.
-  __device__ __forceinline__ bool solve(double supply_mass, double demand_mass, Price largest_cost) {
+  // Finds the optimal tree and leaves it in memory; false where that takes too many pivots. memory.scratch holds the
+  // masses, as parts of those of their side, and is overwritten; no |cost| exceeds memory.largest_cost. `dummies`:
+  // whether the last of either side is one, whose mass is what the other side has more.
+  __device__ __forceinline__ bool solve(bool dummies) {
     // What the rounding of potentials, sums of costs along the tree, can make of a reduced cost of zero.
-    tolerance_ = (n_ + m_) * 0x1p-50 * double(largest_cost);
-    pivots_left_ = most_pivots();
-    start(supply_mass, demand_mass);
+    if constexpr (!std::is_same_v<Price, double>) tolerance_ = (n_ + m_) * 0x1p-50 * memory_.largest_cost;
+    start(dummies);
     renew_potentials();
-    if (!improve<Price>(std::is_same_v<Price, double> ? Price(tolerance_) : Price(0x1p-22) * largest_cost))
-      return false;
+    pivots_left_ = most_pivots;
+    const Price rounding = std::is_same_v<Price, double> ? (n_ + m_) * 0x1p-50 : 0x1p-22;
+    if (!improve<Price>(rounding * static_cast<Price>(memory_.largest_cost))) return false;
     // Proved in double, with potentials that carry no rounding from pivots.
-    for (int before = -1; before != pivots_left_;) {
+    int& before = memory_.pivots[team.thread()];
+    do {
       before = pivots_left_;
       renew_potentials();
       if (!improve<double>(tolerance_)) return false;
-    }
-    memory_.pivots[team.thread()] = most_pivots() - pivots_left_;
+    } while (before != pivots_left_);
+    memory_.pivots[team.thread()] = most_pivots - pivots_left_;
+    for (int s = 0; s < each; ++s) memory_.arc[team.thread() + s * Team::threads] = arc_[s];
     return true;
+  }
+
+  // The tree that solve() left. Whoever needs what it is kept in begins with a barrier.
+  __device__ __forceinline__ void take_tree() {
+    for (int s = 0; s < each; ++s) arc_[s] = memory_.arc[team.thread() + s * Team::threads];
   }
 
   // Of a solved problem.
   __device__ __forceinline__ int pivots() const { return memory_.pivots[team.thread()]; }
 
-  // The root becomes supplier 0. Ends with a barrier.
-  __device__ __forceinline__ void move_root() {
-    for (int w = team.thread(); w < words; w += Team::threads) memory_.cycle[w] = memory_.path[w][0];
+  // By how much reduced costs of the solved problem may be below 0, in units of 2^-53; no node is more than `deepest`
+  // arcs from the root.
+  __device__ __forceinline__ double dual_error(int deepest, double largest_potential) const {
+    // The tolerance, and as much again for the rounding of the reduced costs themselves: of potentials, which are
+    // rounded once, and of two sums.
+    if constexpr (std::is_same_v<Price, double>) return 8 * (largest_potential + memory_.largest_cost);
+    // The tolerance, and the sums of `deepest` costs.
+    return (8.0 * (n_ + m_) + 2.0 * deepest * deepest + 3.0 * deepest + 2) * memory_.largest_cost;
+  }
+
+  __device__ __forceinline__ Price cost(Arc arc) const { return cost_(arc.supplier, arc.consumer); }
+
+  __device__ __forceinline__ int depth(int node) const {
+    int depth = 0;
+    for (int w = 0; w < words; ++w) depth += __popc(memory_.path[w][node]);
+    return depth;
+  }
+
+  // The root becomes `node`. Ends with a barrier.
+  __device__ __forceinline__ void move_root(int node) {
+    for (int w = team.thread(); w < words; w += Team::threads) memory_.cycle[w] = memory_.path[w][node];
     team.sync();
     for (int v = team.thread(); v < Team::nodes; v += Team::threads)
       for (int w = 0; w < words; ++w) memory_.path[w][v] ^= memory_.cycle[w];
@@ -103,10 +149,11 @@ class DeviceSimplex {
   // The thread's slots that hold an arc are visited as visit(s, slot, arc), s counting the thread's own.
   template <class Visit>
   __device__ __forceinline__ void each_slot(Visit visit) const {
+    const int arcs = node_count() - 1;
 #pragma unroll
     for (int s = 0; s < each; ++s) {
       const int slot = team.thread() + s * Team::threads;
-      if (slot < n_ + m_ - 1) visit(s, slot, unpack(arc_[s]));
+      if (slot < arcs) visit(s, slot, unpack(arc_[s]));
     }
   }
 
@@ -124,7 +171,10 @@ class DeviceSimplex {
   static constexpr int group_rows = Team::warps == 1 ? warp_lanes : 4;
   static constexpr int chunk_rows = Team::warps * group_rows;  // of several warps; one looks at all rows
   static constexpr int rows_at_once = Team::warps == 1 ? 8 : group_rows;
-  __device__ __forceinline__ int most_pivots() const { return 100 * (n_ + m_) + 4 * n_ * m_; }
+  // In large teams added up anew, or comparisons with it would be kept in registers, of which there are none left.
+  __device__ __forceinline__ int node_count() const { return Team::warps > 1 ? forgotten(n_ + m_) : n_ + m_; }
+
+  static constexpr int most_pivots = 100 * Team::nodes + Team::nodes * Team::nodes;
 
   __device__ static __forceinline__ int pack(Arc arc) { return arc.supplier << 8 | arc.consumer; }
   __device__ static __forceinline__ Arc unpack(int packed) { return {packed >> 8 & 0xff, packed & 0xff}; }
@@ -157,15 +207,13 @@ class DeviceSimplex {
     return (bits & 0x80000000u ? bits : bits ^ 0x7fffffffu) | 1u;
   }
 
-  __device__ __forceinline__ void start(double supply_mass, double demand_mass) {
+  __device__ __forceinline__ void start(bool dummies) {
     team.sync();
-    for (int v = team.thread(); v < Team::nodes; v += Team::threads) {
+    for (int v = team.thread(); v < Team::nodes; v += Team::threads)
       for (int w = 0; w < words; ++w) memory_.path[w][v] = 0;
-      if (v < n_ + m_) memory_.scratch[v] /= v < n_ ? supply_mass : demand_mass;
-    }
     team.sync();
     if (team.warp() == 0) {
-      choose_first_arcs();
+      choose_first_arcs(dummies);
       __syncwarp(all_lanes);
       join_first_arcs();
     }
@@ -209,7 +257,7 @@ class DeviceSimplex {
   // relative to the mean and the lowest of their column: without that, the first rows use up the columns that are cheap
   // for everybody, and the simplex takes half as many pivots again. Each arc uses up either its row or its column, and
   // only the last one uses up both.
-  __device__ __forceinline__ void choose_first_arcs() {
+  __device__ __forceinline__ void choose_first_arcs(bool dummies) {
     constexpr int columns_each = most_columns / warp_lanes;
     const int lane = team.lane();
     int64_t demand[columns_each], difference = 0, largest = 0;
@@ -220,7 +268,7 @@ class DeviceSimplex {
       demand[s] = 0;
       if (j < m_) {
         const int64_t mass = units(n_ + j);
-        demand[s] = (mass > 1 ? mass : 1) << row_bits;
+        demand[s] = (mass > 1 ? mass : dummies && j == m_ - 1 ? 0 : 1) << row_bits;
         find_usual_cost(j);
       }
       difference -= demand[s];
@@ -228,10 +276,15 @@ class DeviceSimplex {
     }
     difference = warp_sum(difference);
     const auto top = static_cast<int64_t>(warp_max(static_cast<uint64_t>(largest)));
-    bool takes_it = lane == __ffs(__ballot_sync(all_lanes, largest == top)) - 1;
+    // Suppliers that have less than the consumers want get the rest from their dummy.
+    const int64_t of_dummy = dummies && difference < n_ ? n_ - difference : 0;
+    difference += of_dummy;
+    if (lane == 0) memory_.of_dummy = of_dummy;
+    __syncwarp(all_lanes);
+    bool takes_it = lane == (dummies ? (m_ - 1) % warp_lanes : __ffs(__ballot_sync(all_lanes, largest == top)) - 1);
 #pragma unroll
     for (int s = 0; s < columns_each; ++s) {
-      if (takes_it && demand[s] == top) {
+      if (takes_it && (dummies ? lane + s * warp_lanes == m_ - 1 : demand[s] == top)) {
         demand[s] += difference;
         takes_it = false;
       }
@@ -245,7 +298,7 @@ class DeviceSimplex {
         const int j = lane + s * warp_lanes;
         preferences[s] = demand[s] > 0 ? preference(static_cast<float>(cost_(i, j) - usual_cost(j))) : 0u;
       }
-      int64_t left = supply(i);
+      int64_t left = supply(i) + (i == n_ - 1 ? memory_.of_dummy : 0);
       while (left > 0) {
         unsigned best = 0;
         int64_t best_demand = 0;
@@ -302,15 +355,34 @@ class DeviceSimplex {
       memory_.scratch[slot] = supplier_is_child(slot, arc) ? cost : -cost;
     });
     team.sync();
-    for (int v = team.thread(); v < n_ + m_; v += Team::threads) {
-      double sum = 0;
+    uint64_t largest = 0;
+    for (int v = team.thread(), nodes = node_count(); v < nodes; v += Team::threads) {
+      double sum = 0, lost = 0;
       for (int w = 0; w < words; ++w) {
-        for (uint32_t rest = memory_.path[w][v]; rest != 0; rest &= rest - 1)
-          sum += memory_.scratch[w * warp_lanes + __ffs(static_cast<int>(rest)) - 1];
+        for (uint32_t rest = memory_.path[w][v]; rest != 0; rest &= rest - 1) {
+          const double cost = memory_.scratch[w * warp_lanes + __ffs(static_cast<int>(rest)) - 1];
+          if constexpr (std::is_same_v<Price, double>) lost += lost_in_sum(sum, cost);
+          sum += cost;
+        }
+      }
+      if constexpr (std::is_same_v<Price, double>) {
+        sum += lost;
+        const uint64_t bits = magnitude_bits(sum);
+        largest = bits > largest ? bits : largest;
       }
       set_potential(v, sum);
     }
+    // With double costs the tolerance decides about the last digits of the value, and is no larger than these
+    // potentials need.
+    if constexpr (std::is_same_v<Price, double>)
+      tolerance_ = 0x1p-51 * (from_magnitude_bits<double>(team.max(largest)) + memory_.largest_cost);
     team.sync();
+  }
+
+  // What a + b is more than the double that it is rounded to.
+  __device__ static __forceinline__ double lost_in_sum(double a, double b) {
+    const double sum = a + b, of_b = sum - a;
+    return (a - (sum - of_b)) + (b - of_b);
   }
 
   // Pivots until no arc has a reduced cost below -tolerance in the arithmetic of T. False: too many of them.
@@ -319,7 +391,8 @@ class DeviceSimplex {
     Arc entering;
     while (find_entering(tolerance, entering)) {
       if (pivots_left_ == 0) return false;
-      if (!pivot(entering)) return true;
+      // In double, that is a matter of the last bits, which is for others to decide.
+      if (!pivot(entering)) return !std::is_same_v<T, double>;
       --pivots_left_;
     }
     return true;
@@ -393,8 +466,9 @@ class DeviceSimplex {
 
   // False, and nothing changed, where the arc's reduced cost is not negative in double.
   __device__ __forceinline__ bool pivot(Arc entering) {
-    const double reduced_cost = double(cost_(entering.supplier, entering.consumer)) -
-                                (memory_.potential[entering.supplier] - memory_.potential[n_ + entering.consumer]);
+    const double reduced_cost =
+        (double(cost_(entering.supplier, entering.consumer)) - memory_.potential[entering.supplier]) +
+        memory_.potential[n_ + entering.consumer];
     bool on_supplier_side[each], changes[each], falls[each];
     uint64_t key = 0;
 #pragma unroll

@@ -23,16 +23,32 @@ struct GlobalCost {
   }
 };
 
-// A copy in shared memory.
+// A copy of those between points that have mass.
 template <class T>
-struct SharedCost {
-  const T* at;
+struct CopiedCost {
+  T* at;
   int row_stride;
 
-  __device__ __forceinline__ T operator()(int i, int j) const { return at[i * row_stride + j]; }
+  __device__ __forceinline__ T& operator()(int i, int j) const { return at[i * row_stride + j]; }
 };
 
 namespace emd_device {
+
+// No numbers, and a tree that keeps the backward pass in bounds; by `threads` of which this is one.
+template <class Storage>
+__device__ __forceinline__ void poison(const EmdProblemOf<Storage>& p, int64_t index, EmdFault fault, int thread,
+                                       int threads) {
+  constexpr Accumulate<Storage> nan = std::numeric_limits<Accumulate<Storage>>::quiet_NaN();
+  const int n = static_cast<int>(p.suppliers), m = static_cast<int>(p.consumers);
+  for (int cell = thread; cell < n * m; cell += threads) p.flow[index * n * m + cell] = nan;
+  for (int i = thread; i < n; i += threads) p.supply_dual[index * n + i] = nan;
+  for (int j = thread; j < m; j += threads) p.demand_dual[index * m + j] = nan;
+  for (int k = thread; k < n + m - 1; k += threads) p.basis[index * (n + m - 1) + k] = k < m ? k : (k - m + 1) * m;
+  if (thread == 0) {
+    p.value[index] = nan;
+    p.pivots[index] = -static_cast<int32_t>(fault);
+  }
+}
 
 // Sums over a warp, the same in every warp of a team.
 template <class Value>
@@ -42,174 +58,412 @@ __device__ __forceinline__ double sum(int count, Value value) {
   return warp_sum(total);
 }
 
-// Bits of numbers that are not negative are in the order of the numbers; infinity and NaN come last.
-template <class T>
-__device__ __forceinline__ uint64_t magnitude_bits(T x) {
-  if constexpr (sizeof(T) == 8)
-    return bit_cast<uint64_t>(x) & 0x7fffffffffffffffull;
-  else
-    return bit_cast<uint32_t>(x) & 0x7fffffffu;
-}
+template <class T, class Team>
+struct SolveMemory {
+  using Simplex = DeviceSimplex<T, Team, CopiedCost<T>>;
 
-template <class T>
-__device__ __forceinline__ T from_magnitude_bits(uint64_t bits) {
-  if constexpr (sizeof(T) == 8)
-    return bit_cast<T>(bits);
-  else
-    return bit_cast<T>(static_cast<uint32_t>(bits));
-}
-
-struct Masses {
-  double supply, demand;
-
-  __device__ __forceinline__ bool agree() const {
-    const double larger = max(supply, demand);
-    return supply > 0 && demand > 0 && larger <= std::numeric_limits<double>::max() &&
-           std::abs(supply - demand) <= emd_mass_tolerance * larger;
-  }
+  typename Simplex::Memory simplex;
+  // The points that are in the problem: suppliers, then consumers, by their numbers among the n + m.
+  uint16_t point[Team::nodes];
+  int rows, columns, root;
+  double largest_allowed;  // of the costs that are no stand-ins for infinity
 };
 
-// Problem `index` of a batch, solved by a team.
-template <class Storage, class Team, class Cost>
+// Problem `index` of a batch, solved by a team. Arithmetic is that of double where an honest bound of its rounding
+// proves the value; what it cannot prove is left to emd_exactly_by_warps, as what `pivots` holds then says.
+template <class Storage, class Team>
 class Solve {
   using T = Accumulate<Storage>;
+  using Cost = CopiedCost<T>;
   using Simplex = DeviceSimplex<T, Team, Cost>;
 
  public:
-  using Memory = typename Simplex::Memory;
+  using Memory = SolveMemory<T, Team>;
 
-  __device__ __forceinline__ Solve(const EmdProblemOf<Storage>& problem, int64_t index, Memory& memory,
-                                   const Cost& cost)
-      : p_(problem),
+  // `copy`: room for n rows of costs, of odd length where `padded`.
+  __device__ __forceinline__ Solve(const EmdProblemOf<Storage>& problem, int64_t index, Memory& memory, T* copy,
+                                   bool padded)
+      : team_(memory.simplex.team),
+        p_(problem),
         n_(static_cast<int>(problem.suppliers)),
         m_(static_cast<int>(problem.consumers)),
         index_(index),
         memory_(memory),
-        cost_(cost),
-        simplex_(memory, cost, n_, m_) {}
+        cost_{copy, 0},
+        padded_(padded) {}
 
-  // `cost_bits`: the greatest magnitude_bits among the thread's share of the costs.
-  __device__ __forceinline__ void run(uint64_t cost_bits) {
-    const bool good_masses = load_masses();
-    cost_bits = simplex_.team.max(good_masses ? cost_bits : ~uint64_t(0));
+  // The three steps, each from memory to memory; false where there is nothing left to do.
+
+  __device__ __forceinline__ bool prepare() {
+    const bool good_masses = choose_points();
+    take_points();
+    if (rows_ == 0 || columns_ == 0) return poison(good_masses ? EmdFault::no_mass : EmdFault::supply);
+    uint64_t cost_bits = copy_costs();
+    if (rows_ < n_ || columns_ < m_) cost_bits = max(cost_bits, look_at_costs());
+    cost_bits = team_.max(good_masses ? cost_bits : ~uint64_t(0));
     constexpr uint64_t infinity = sizeof(T) == 8 ? 0x7ff0000000000000ull : 0x7f800000ull;
-    const Masses masses = add_up_masses();
-    const bool solved = cost_bits < infinity && masses.agree() &&
-                        simplex_.solve(masses.supply, masses.demand, from_magnitude_bits<T>(cost_bits)) && write();
-    if (!solved) poison();
-  }
-
- private:
-  static constexpr T nan = std::numeric_limits<T>::quiet_NaN();
-
-  __device__ __forceinline__ T* flow() const { return p_.flow + index_ * n_ * m_; }
-  __device__ __forceinline__ int32_t* basis() const { return p_.basis + index_ * (n_ + m_ - 1); }
-
-  // False where one of the thread's masses is negative or not finite.
-  __device__ __forceinline__ bool load_masses() {
-    const Storage* supply = p_.supply + index_ * p_.supply_strides[0];
-    const Storage* demand = p_.demand + index_ * p_.demand_strides[0];
-    bool good = true;
-    for (int v = simplex_.team.thread(); v < n_ + m_; v += Team::threads) {
-      const double mass =
-          to_accumulate(v < n_ ? supply[v * p_.supply_strides[1]] : demand[(v - n_) * p_.demand_strides[1]]);
-      good &= mass >= 0 && mass <= std::numeric_limits<double>::max();
-      memory_.scratch[v] = mass;
+    if (cost_bits > infinity) return poison(good_masses ? EmdFault::cost : EmdFault::supply);
+    T allowed = from_magnitude_bits<T>(cost_bits), largest = allowed;
+    if (cost_bits == infinity) {
+      allowed = from_magnitude_bits<T>(team_.max(largest_allowed()));
+      largest = replace_infinity(allowed);
     }
-    simplex_.team.sync();
-    return good;
+    if (team_.thread() == 0) {
+      memory_.largest_allowed = allowed;
+      memory_.simplex.largest_cost = largest;
+    }
+    const Masses masses = load_masses();
+    if (!(masses.supply > 0 && masses.demand > 0)) return poison(EmdFault::no_mass);
+    // Beyond these, sums would overflow and ratios lose digits.
+    constexpr T most_cost = sizeof(T) == 8 ? T(0x1p1000) : T(0x1p110);
+    if (!(largest <= most_cost && masses.total >= 0x1p-900 && max(masses.supply, masses.demand) <= 0x1p1000))
+      return leave(emd_unsolved);
+    if (!p_.partial && !masses.agree()) return poison(EmdFault::unequal_mass);
+    share_masses(masses);
+    return true;
   }
 
-  __device__ __forceinline__ Masses add_up_masses() const {
-    return {sum(n_, [this](int i) { return memory_.scratch[i]; }),
-            sum(m_, [this](int j) { return memory_.scratch[n_ + j]; })};
+  __device__ __forceinline__ bool solve() {
+    take_points();
+    Simplex simplex(team_, memory_.simplex, cost_, rows_, columns_);
+    return simplex.solve(p_.partial) || leave(emd_unsolved);
   }
 
-  // False if a flow is negative by more than the rounding of the masses explains, or a dual is not finite.
-  __device__ __forceinline__ bool write() {
-    for (int cell = simplex_.team.thread(); cell < n_ * m_; cell += Team::threads) flow()[cell] = 0;
-    load_masses();
-    const Masses masses = add_up_masses();  // again, instead of registers that hold them all the while
-    simplex_.move_root();
+  // Results, if they are proved.
+  __device__ __forceinline__ bool finish() {
+    take_points();
+    Simplex simplex(team_, memory_.simplex, cost_, rows_, columns_);
+    simplex.take_tree();
+    double* const mass = memory_.simplex.scratch;
+    const Masses masses = load_masses();
+    for (int k = rows_ + team_.thread(); k < nodes(); k += Team::threads) mass[k] *= -masses.match;
+    simplex.team.sync();
 
+    // What lies below an arc passes through it. Masses come in two parts: multiples of a unit so coarse that sums of
+    // them are exact, and rests that are so small that the rounding of their sums is.
+    const double split = 0x1.8p+2 * bit_cast<double>(bit_cast<uint64_t>(masses.total) & 0x7ff0000000000000ull);
     double flows[Team::nodes_each];
-    double lowest = 0;
-    const double match = masses.supply / masses.demand;
-    simplex_.each_slot([&](int s, int slot, Arc arc) {
-      const bool supplier_is_child = simplex_.supplier_is_child(slot, arc);
-      double of_suppliers = 0, of_consumers = 0;
-      for (int i = 0; i < n_; ++i) of_suppliers += simplex_.on_path(slot, i) ? memory_.scratch[i] : 0;
-      for (int j = n_; j < n_ + m_; ++j) of_consumers += simplex_.on_path(slot, j) ? memory_.scratch[j] : 0;
-      const double surplus = of_suppliers - match * of_consumers;
-      const double moved = supplier_is_child ? surplus : -surplus;
-      lowest = moved < lowest ? moved : lowest;
-      const bool any = memory_.scratch[arc.supplier] > 0 && memory_.scratch[n_ + arc.consumer] > 0;
-      flows[s] = any && moved > 0 ? moved : 0;
-
-      const int child = supplier_is_child ? arc.supplier : n_ + arc.consumer;
-      int depth = 0;
-      for (int w = 0; w < Memory::words; ++w) depth += __popc(memory_.path[w][child]);
-      memory_.arc[slot] = depth;
+    double deficit = 0, value = 0;
+    int deepest = 0;
+    simplex.each_slot([&](int s, int slot, Arc arc) {
+      const bool supplier_is_child = simplex.supplier_is_child(slot, arc);
+      double units = 0, rests = 0;
+      for (int k = 0; k < nodes(); ++k) {
+        const double part = (mass[k] + split) - split;
+        const bool below = simplex.on_path(slot, k);
+        units += below ? part : 0;
+        rests += below ? mass[k] - part : 0;
+      }
+      const double surplus = units + rests, moved = supplier_is_child ? surplus : -surplus;
+      flows[s] = moved > 0 ? moved : 0;
+      const T cost = simplex.cost(arc);
+      // Whether a forbidden arc has to be used is no question of rounding.
+      deficit += cost > memory_.largest_allowed ? std::numeric_limits<double>::infinity() : flows[s] - moved;
+      value += flows[s] * double(cost);
+      deepest = max(deepest, simplex.depth(supplier_is_child ? arc.supplier : rows_ + arc.consumer));
     });
-    const double rounding = (n_ + m_) * (1 / double(int64_t(1) << Simplex::mass_bits) + 0x1p-52);
-    // Sums of costs that leave the range of a double would pass any comparison.
-    uint64_t deficit_bits = magnitude_bits(lowest);
-    for (int v = simplex_.team.thread(); v < n_ + m_; v += Team::threads)
-      if (!(std::abs(memory_.potential[v]) <= std::numeric_limits<double>::max())) deficit_bits = ~uint64_t(0);
-    const double deficit = from_magnitude_bits<double>(simplex_.team.max(deficit_bits));
-    simplex_.team.sync();
-    if (!(deficit <= rounding * masses.supply)) return false;
+    value = simplex.team.sum(value);
+    deficit = simplex.team.sum(deficit);
+    if (!is_proved(simplex, masses.total, value, deficit, deepest)) {
+      write_basis(simplex, 0, 0);
+      return leave(emd_unsolved - 1 - simplex.pivots());
+    }
+    if (!(std::abs(static_cast<T>(value)) <= most)) return poison(EmdFault::overflow);
 
-    simplex_.each_slot([&](int s, int slot, Arc arc) {
-      const int depth = memory_.arc[slot];
-      int position = 0;
-      for (int k = 0; k < n_ + m_ - 1; ++k) position += memory_.arc[k] < depth + (k < slot);
-      const int cell = arc.supplier * m_ + arc.consumer;
-      const double moved = flows[s];
-      basis()[position] = cell;
-      flow()[cell] = static_cast<T>(moved);
-      memory_.scratch[slot] = moved * double(cost_(arc.supplier, arc.consumer));
-    });
-    write_duals();
-    simplex_.team.sync();
-    const double value = sum(n_ + m_ - 1, [this](int slot) { return memory_.scratch[slot]; });
-    if (simplex_.team.thread() == 0) {
+    // Costs of large problems were here.
+    for (int cell = team_.thread(); cell < n_ * m_; cell += Team::threads) flow()[cell] = 0;
+    simplex.team.sync();
+    simplex.each_slot([&](int s, int, Arc arc) { flow()[cell_of(arc)] = static_cast<T>(flows[s]); });
+    find_duals(masses);
+    write_basis(simplex, memory_.root, supplier_of(0) != 0);
+    double* const dual = memory_.simplex.scratch;
+    for (int i = team_.thread(); i < n_; i += Team::threads) p_.supply_dual[index_ * n_ + i] = static_cast<T>(dual[i]);
+    for (int j = team_.thread(); j < m_; j += Team::threads)
+      p_.demand_dual[index_ * m_ + j] = static_cast<T>(dual[n_ + j]);
+    if (team_.thread() == 0) {
       p_.value[index_] = static_cast<T>(value);
-      p_.pivots[index_] = simplex_.pivots();
+      p_.pivots[index_] = simplex.pivots();
     }
     return true;
   }
 
-  __device__ __forceinline__ void write_duals() {
-    const double mean_u = sum(n_, [this](int i) { return memory_.potential[i]; }) / n_;
-    const double mean_v = -sum(m_, [this](int j) { return memory_.potential[n_ + j]; }) / m_;
-    const double shift = (mean_v - mean_u) / 2;
-    for (int i = simplex_.team.thread(); i < n_; i += Team::threads)
-      p_.supply_dual[index_ * n_ + i] = static_cast<T>(memory_.potential[i] + shift);
-    for (int j = simplex_.team.thread(); j < m_; j += Team::threads)
-      p_.demand_dual[index_ * m_ + j] = static_cast<T>(-memory_.potential[n_ + j] - shift);
+ private:
+  static constexpr T nan = std::numeric_limits<T>::quiet_NaN();
+  static constexpr T most = std::numeric_limits<T>::max();
+  // Up to which error of the value, relative to the value, arithmetic in double will do: that of the CPU.
+  static constexpr double accuracy = sizeof(T) == 4 ? 0x1p-30 : 0x1p-40;
+
+  struct Masses {
+    double supply, demand, total, match;
+
+    __device__ __forceinline__ bool agree() const {
+      return std::abs(supply - demand) <= emd_mass_tolerance * max(supply, demand);
+    }
+  };
+
+  __device__ __forceinline__ void take_points() {
+    rows_ = memory_.rows;
+    columns_ = memory_.columns;
+    cost_.row_stride = padded_ ? columns_ | 1 : columns_;
   }
 
-  // No numbers, and a tree that keeps the backward pass in bounds.
-  __device__ __forceinline__ void poison() {
-    for (int cell = simplex_.team.thread(); cell < n_ * m_; cell += Team::threads) flow()[cell] = nan;
-    for (int i = simplex_.team.thread(); i < n_; i += Team::threads) p_.supply_dual[index_ * n_ + i] = nan;
-    for (int j = simplex_.team.thread(); j < m_; j += Team::threads) p_.demand_dual[index_ * m_ + j] = nan;
-    for (int k = simplex_.team.thread(); k < n_ + m_ - 1; k += Team::threads)
-      basis()[k] = k < m_ ? k : (k - m_ + 1) * m_;
-    if (simplex_.team.thread() == 0) {
-      p_.value[index_] = nan;
-      p_.pivots[index_] = 0;
+  __device__ __forceinline__ T* flow() const { return p_.flow + index_ * n_ * m_; }
+  __device__ __forceinline__ int32_t* basis() const { return p_.basis + index_ * (n_ + m_ - 1); }
+  __device__ __forceinline__ int nodes() const { return rows_ + columns_; }
+  __device__ __forceinline__ int supplier_of(int row) const { return memory_.point[row]; }
+  __device__ __forceinline__ int consumer_of(int column) const { return memory_.point[rows_ + column] - n_; }
+
+  __device__ __forceinline__ int cell_of(Arc arc) const {
+    return supplier_of(arc.supplier) * m_ + consumer_of(arc.consumer);
+  }
+
+  __device__ __forceinline__ bool is_dummy(int v) const { return p_.partial && (v == n_ - 1 || v == n_ + m_ - 1); }
+
+  // As it is given; dummies get theirs later.
+  __device__ __forceinline__ double mass_of(int v) const {
+    if (is_dummy(v)) return 0;
+    const int64_t* strides = v < n_ ? p_.supply_strides : p_.demand_strides;
+    const Storage* from = v < n_ ? p_.supply : p_.demand;
+    return to_accumulate(from[index_ * strides[0] + (v < n_ ? v : v - n_) * strides[1]]);
+  }
+
+  // Finds the points that are in the problem. False where one of the thread's masses is negative or not finite.
+  __device__ __forceinline__ bool choose_points() {
+    bool good = true;
+    if (team_.warp() == 0) {
+      const int lane = team_.lane();
+      int rows = 0, count = 0;
+      for (int first = 0; first < n_ + m_; first += warp_lanes) {
+        const int v = first + lane;
+        const double mass = v < n_ + m_ ? mass_of(v) : 0;
+        good &= mass >= 0 && mass <= std::numeric_limits<double>::max();
+        const bool kept = v < n_ + m_ && (mass > 0 || is_dummy(v));
+        const unsigned all = __ballot_sync(all_lanes, kept);
+        if (kept) memory_.point[count + __popc(all & ((1u << lane) - 1))] = static_cast<uint16_t>(v);
+        rows += __popc(__ballot_sync(all_lanes, kept && v < n_));
+        count += __popc(all);
+      }
+      if (lane == 0) {
+        memory_.rows = rows;
+        memory_.columns = count - rows;
+      }
+    }
+    team_.sync();
+    return good;
+  }
+
+  // The masses of the points to scratch, and their sums. Ends with a barrier.
+  __device__ __forceinline__ Masses load_masses() {
+    double* const mass = memory_.simplex.scratch;
+    for (int k = team_.thread(); k < nodes(); k += Team::threads) mass[k] = mass_of(memory_.point[k]);
+    team_.sync();
+    Masses masses;
+    masses.supply = sum(rows_, [=](int i) { return mass[i]; });
+    masses.demand = sum(columns_, [=, this](int j) { return mass[rows_ + j]; });
+    masses.total = p_.partial ? max(masses.supply, masses.demand) : masses.supply;
+    masses.match = p_.partial ? 1 : masses.supply / masses.demand;
+    team_.sync();
+    if (p_.partial) {
+      if (team_.thread() == 0) {
+        mass[rows_ - 1] = masses.total - masses.supply;
+        mass[nodes() - 1] = masses.total - masses.demand;
+      }
+      team_.sync();
+    }
+    return masses;
+  }
+
+  // From masses to what the simplex takes: parts of their side's, or 0 for dummies.
+  __device__ __forceinline__ void share_masses(const Masses& masses) {
+    double* const mass = memory_.simplex.scratch;
+    for (int k = team_.thread(); k < nodes(); k += Team::threads) {
+      const bool dummy = p_.partial && (k == rows_ - 1 || k == nodes() - 1);
+      mass[k] = dummy ? 0 : mass[k] / (p_.partial ? masses.total : k < rows_ ? masses.supply : masses.demand);
     }
   }
 
+  // Calls visit(i, j) for the thread's share of rows and columns, the same at each call.
+  template <class Visit>
+  __device__ __forceinline__ void each_cell(int rows, int columns, Visit visit) const {
+    for (int j = team_.lane(); j < columns; j += warp_lanes) {
+#pragma unroll 8
+      for (int i = team_.warp(); i < rows; i += Team::warps) visit(i, j);
+    }
+  }
+
+  // In the order of magnitudes, with what is no cost beyond infinity.
+  __device__ static __forceinline__ uint64_t bits_of_cost(T cost) {
+    return cost < -most ? ~uint64_t(0) : magnitude_bits(cost);
+  }
+
+  // The greatest bits_of_cost among the thread's share of those between points that have mass.
+  __device__ __forceinline__ uint64_t copy_costs() const {
+    const GlobalCost<Storage> from(p_, index_);
+    uint64_t bits = 0;
+    each_cell(rows_, columns_, [&](int i, int j) {
+      const T cost = from(supplier_of(i), consumer_of(j));
+      cost_(i, j) = cost;
+      bits = max(bits, bits_of_cost(cost));
+    });
+    return bits;
+  }
+
+  // Whether one of all costs is none: 0, or the greatest bits.
+  __device__ __forceinline__ uint64_t look_at_costs() const {
+    const GlobalCost<Storage> from(p_, index_);
+    bool good = true;
+    each_cell(n_, m_, [&](int i, int j) { good &= from(i, j) >= -most; });
+    return good ? 0 : ~uint64_t(0);
+  }
+
+  __device__ __forceinline__ uint64_t largest_allowed() const {
+    uint64_t bits = 0;
+    each_cell(rows_, columns_, [&](int i, int j) {
+      if (cost_(i, j) <= most) bits = max(bits, magnitude_bits(cost_(i, j)));
+    });
+    return bits;
+  }
+
+  // By a cost beyond those of all arcs that are allowed, which is returned.
+  __device__ __forceinline__ T replace_infinity(T allowed) const {
+    const T stand_in = allowed > 0 ? 2 * allowed : T(1);
+    each_cell(rows_, columns_, [&](int i, int j) {
+      if (cost_(i, j) > most) cost_(i, j) = stand_in;
+    });
+    return stand_in;
+  }
+
+  // Whether the error of the value, by an honest bound, is as small as it shall be.
+  __device__ __forceinline__ bool is_proved(Simplex& simplex, double total, double value, double deficit, int deepest) {
+    double largest_potential = 0;
+    if constexpr (sizeof(T) == 8) {
+      uint64_t bits = 0;
+      for (int k = team_.thread(); k < nodes(); k += Team::threads)
+        bits = max(bits, magnitude_bits(memory_.simplex.potential[k]));
+      largest_potential = from_magnitude_bits<double>(simplex.team.max(bits));
+    } else {
+      deepest = static_cast<int>(simplex.team.max(static_cast<uint64_t>(deepest)));
+    }
+    // What rounding has done to flows, all of which add up to the total, amounts to other masses; so does what was left
+    // out below 0. Masses that differ by d in all change the optimum by at most 2 d times the largest cost. In units
+    // of 2^-53 of the total, a flow is rounded once and counts at both its ends, a demand once when it is matched, by a
+    // ratio of two sums over lanes, and in a problem with dummies these take differences of such sums. And the value is
+    // a sum of products.
+    const double price = memory_.simplex.largest_cost;
+    const double roundings = 2 * (2 * (nodes() / warp_lanes + 7) + 5) + 16;
+    const double error =
+        total * (0x1p-53 * (roundings * price + simplex.dual_error(deepest, largest_potential))) + 4 * price * deficit;
+    const double acceptable = accuracy * std::abs(value);
+    const double rounding_of_flows = nodes() * (1 / double(int64_t(1) << Simplex::mass_bits) + 0x1p-52);
+    if (!(deficit <= rounding_of_flows * total)) return false;
+    // Not where products were rounded near the smallest numbers.
+    return price == 0 || (error + 0x1p-1000 <= acceptable && acceptable <= std::numeric_limits<double>::max());
+  }
+
+  // The arcs of the tree that grows from `root`, behind `before` others.
+  __device__ __forceinline__ void write_basis(Simplex& simplex, int root, int before) {
+    int* const depth = memory_.simplex.arc;
+    simplex.move_root(root);
+    simplex.each_slot([&](int, int slot, Arc arc) {
+      depth[slot] = simplex.depth(simplex.supplier_is_child(slot, arc) ? arc.supplier : rows_ + arc.consumer);
+    });
+    simplex.team.sync();
+    simplex.each_slot([&](int, int slot, Arc arc) {
+      const int own = depth[slot];
+      int position = before;
+      for (int k = 0; k < nodes() - 1; ++k) position += depth[k] < own + (k < slot);
+      basis()[position] = cell_of(arc);
+    });
+  }
+
+  // Duals of all points in scratch, by their numbers among the n + m: the same mean for both sides, or none for the
+  // dummy that takes what is not moved. Finds memory.root. Begins and ends with a barrier.
+  __device__ __forceinline__ void find_duals(const Masses& masses) {
+    const double* const potential = memory_.simplex.potential;
+    double* const dual = memory_.simplex.scratch;
+    const double mean_u = sum(rows_, [=](int i) { return potential[i]; }) / rows_;
+    const double mean_v = -sum(columns_, [=, this](int j) { return potential[rows_ + j]; }) / columns_;
+    double shift = (mean_v - mean_u) / 2;
+    if (p_.partial) shift = masses.supply >= masses.demand ? -potential[nodes() - 1] : -potential[rows_ - 1];
+    team_.sync();
+    for (int k = team_.thread(); k < nodes(); k += Team::threads)
+      dual[memory_.point[k]] = k < rows_ ? potential[k] + shift : -potential[k] - shift;
+    if (team_.thread() == 0) memory_.root = 0;
+    team_.sync();
+    if (nodes() == n_ + m_) return;
+    attach<true>();
+    team_.sync();
+    attach<false>();
+    team_.sync();
+  }
+
+  // Duals of suppliers, or consumers, without mass: those of the arcs that are cheapest at the duals of the others.
+  // These arcs stand behind all others in the basis, but for that of supplier 0, from whose other end the tree grows.
+  template <bool suppliers>
+  __device__ __forceinline__ void attach() {
+    const GlobalCost<Storage> cost(p_, index_);
+    double* const dual = memory_.simplex.scratch;
+    for (int v = (suppliers ? 0 : n_) + team_.warp(); v < (suppliers ? n_ : n_ + m_); v += Team::warps) {
+      int before = 0;
+      bool has_mass = false;
+      for (int k = team_.lane(); k < nodes(); k += warp_lanes) {
+        before += memory_.point[k] < v;
+        has_mass |= memory_.point[k] == v;
+      }
+      if (__any_sync(all_lanes, has_mass)) continue;
+      before = warp_sum(before);
+      const int count = suppliers ? columns_ : n_;
+      double least = most;
+      int nearest = count;
+      for (int k = team_.lane(); k < count; k += warp_lanes) {
+        const double slack =
+            suppliers ? double(cost(v, consumer_of(k))) - dual[n_ + consumer_of(k)] : double(cost(k, v - n_)) - dual[k];
+        if (!(slack < least)) continue;
+        least = slack;
+        nearest = k;
+      }
+      const double least_of_all = warp_reduce(least, [](double a, double b) { return a < b ? a : b; });
+      nearest = warp_reduce(least == least_of_all ? nearest : count, [](int a, int b) { return a < b ? a : b; });
+      // No arc is allowed.
+      if (nearest == count) nearest = suppliers ? 0 : supplier_of(0);
+      if (team_.lane() != 0) continue;
+      dual[v] = max(least_of_all, -double(most));
+      // Those before it that have no mass are v - before.
+      const int position = v == 0 ? 0 : nodes() - 1 + v - before;
+      basis()[position] = -1 - (suppliers ? v * m_ + consumer_of(nearest) : nearest * m_ + v - n_);
+      if (v == 0) memory_.root = rows_ + nearest;
+    }
+  }
+
+  __device__ __forceinline__ bool leave(int32_t state) {
+    if (team_.thread() == 0) p_.pivots[index_] = state;
+    return false;
+  }
+
+  // No numbers, and a tree that keeps the backward pass in bounds.
+  __device__ __forceinline__ bool poison(EmdFault fault) {
+    emd_device::poison<Storage>(p_, index_, fault, team_.thread(), Team::threads);
+    return false;
+  }
+
+  Team team_;
   const EmdProblemOf<Storage>& p_;
   const int n_, m_;
+  int rows_ = 0, columns_ = 0;
   const int64_t index_;
   Memory& memory_;
-  const Cost cost_;
-  Simplex simplex_;
+  Cost cost_;
+  const bool padded_;
 };
+
+// Runs the steps of what begin() returns, anew for each: the compiler, which is not told that all are taken, cannot
+// keep in registers through the simplex, which needs them, what it computed for the step before.
+template <class Begin>
+__device__ __forceinline__ void in_steps(Begin begin) {
+  if (forgotten(true) && !begin().prepare()) return;
+  if (forgotten(true) && !begin().solve()) return;
+  if (forgotten(true)) begin().finish();
+}
 
 }  // namespace emd_device
 
@@ -217,10 +471,8 @@ struct EmdWarps {
   using Team = fewshot_ext::Team<warp_lanes, 64>;
   static constexpr int warps = 4, threads = warps * warp_lanes;
   static constexpr int blocks_of_processor = 8;  // 64 registers a thread
+  // Rows have an odd length, so that neither rows nor columns meet in a bank.
   static constexpr int most_cells = Team::nodes / 2 * (Team::nodes / 2 + 1);
-
-  // Odd, so that neither rows nor columns meet in a bank.
-  __host__ __device__ static constexpr int row_stride(int m) { return m | 1; }
 
   static bool take(int64_t n, int64_t m) { return n + m <= Team::nodes; }
 };
@@ -230,32 +482,19 @@ template <class Storage>
 __global__ void __launch_bounds__(EmdWarps::threads, EmdWarps::blocks_of_processor)
     emd_by_warps(const __grid_constant__ EmdProblemOf<Storage> p) {
   using T = Accumulate<Storage>;
-  using Solve = emd_device::Solve<Storage, EmdWarps::Team, SharedCost<T>>;
+  using Solve = emd_device::Solve<Storage, EmdWarps::Team>;
   struct Memory {
     typename Solve::Memory solve;
     T cost[EmdWarps::most_cells];
   };
   FEWSHOT_EXT_SHARED(Memory, memory, [EmdWarps::warps]);
 
-  const int warp = static_cast<int>(threadIdx.x) / warp_lanes, lane = static_cast<int>(threadIdx.x) % warp_lanes;
-  const int64_t index = int64_t(blockIdx.x) * EmdWarps::warps + warp;
-  if (index >= p.batch) return;
-
-  Memory& own = memory[warp];
-  const int n = static_cast<int>(p.suppliers), m = static_cast<int>(p.consumers);
-  const int row_stride = EmdWarps::row_stride(m);
-  const GlobalCost<Storage> from(p, index);
-  uint64_t bits = 0;
-  for (int j = lane; j < m; j += warp_lanes) {
-#pragma unroll 8
-    for (int i = 0; i < n; ++i) {
-      const T cost = from(i, j);
-      own.cost[i * row_stride + j] = cost;
-      bits = max(bits, emd_device::magnitude_bits(cost));
-    }
-  }
-  const SharedCost<T> cost{own.cost, row_stride};
-  Solve(p, index, own.solve, cost).run(bits);
+  const auto index = [] { return int64_t(blockIdx.x) * EmdWarps::warps + threadIdx.x / warp_lanes; };
+  if (index() >= p.batch) return;
+  emd_device::in_steps([&] {
+    Memory& own = memory[threadIdx.x / warp_lanes];
+    return Solve(p, index(), own.solve, own.cost, true);
+  });
 }
 
 template <int most_nodes>
@@ -271,18 +510,16 @@ struct EmdBlock {
 template <class Storage, int most_nodes>
 __global__ void __launch_bounds__(most_nodes, EmdBlock<most_nodes>::blocks_of_processor)
     emd_by_blocks(const __grid_constant__ EmdProblemOf<Storage> p) {
-  using Team = typename EmdBlock<most_nodes>::Team;
-  using Solve = emd_device::Solve<Storage, Team, GlobalCost<Storage>>;
+  using T = Accumulate<Storage>;
+  using Solve = emd_device::Solve<Storage, typename EmdBlock<most_nodes>::Team>;
   using Memory = typename Solve::Memory;
   FEWSHOT_EXT_SHARED(Memory, memory, );
 
-  const int n = static_cast<int>(p.suppliers), m = static_cast<int>(p.consumers);
-  const GlobalCost<Storage> cost(p, blockIdx.x);
-  uint64_t bits = 0;
-  for (int i = static_cast<int>(threadIdx.x) / warp_lanes; i < n; i += Team::warps)
-    for (int j = static_cast<int>(threadIdx.x) % warp_lanes; j < m; j += warp_lanes)
-      bits = max(bits, emd_device::magnitude_bits(cost(i, j)));
-  Solve(p, blockIdx.x, memory, cost).run(bits);
+  // The flow is what is written last: until then its place is that of the costs.
+  emd_device::in_steps([&] {
+    T* const copy = p.flow + int64_t(blockIdx.x) * p.suppliers * p.consumers;
+    return Solve(p, blockIdx.x, memory, copy, false);
+  });
 }
 
 }  // namespace fewshot_ext

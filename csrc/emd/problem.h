@@ -32,7 +32,8 @@ struct EmdProblem {
   // [B, n + m - 1]: the arcs i * m + j of the optimal tree, in an order in which each joins one node to the tree of
   // those before it, starting from supplier 0. An arc of a point without mass comes as -1 - (i * m + j).
   int32_t* basis = nullptr;
-  int32_t* pivots = nullptr;  // [B]: arcs that entered the first tree
+  // [B]: arcs that entered the first tree; on a GPU - fault where there is no result.
+  int32_t* pivots = nullptr;
 };
 
 enum class EmdFault : int {
@@ -47,6 +48,10 @@ enum class EmdFault : int {
   stopped,    // by the user
   not_optimal
 };
+
+// In `pivots`, between the kernels of a GPU: a problem that is left to the exact one, from which on the number falls by
+// 1 and by the pivots so far where there is a tree.
+constexpr int32_t emd_unsolved = -16;
 
 // The first problem of a batch that has no result, and why.
 struct EmdFailure {

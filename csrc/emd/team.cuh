@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/half.h"
 #include "common/reduce.cuh"
 
 namespace fewshot_ext {
@@ -12,6 +13,14 @@ __device__ __forceinline__ uint64_t warp_max(uint64_t value) {
   const unsigned top = __reduce_max_sync(all_lanes, high);
   const unsigned low = high == top ? static_cast<unsigned>(value) : 0u;
   return static_cast<uint64_t>(top) << 32 | __reduce_max_sync(all_lanes, low);
+}
+
+// The value, of which the compiler no longer knows where it is from.
+__device__ __forceinline__ int forgotten(int value) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
 }
 
 // A thread takes every `threads`-th of up to `most_nodes` nodes. A team of one warp never meets a barrier of its block,
@@ -50,6 +59,19 @@ class Team {
       if (lane() == 0) of_warp[warp()] = value;
       sync();
       value = warp_max(of_warp[lane() % warps]);
+    }
+    return value;
+  }
+
+  // Likewise the sum.
+  __device__ __forceinline__ double sum(double value) {
+    value = warp_sum(value);
+    if constexpr (warps > 1) {
+      uint64_t* of_warp = memory_.of_warp[turn_];
+      turn_ ^= 1;
+      if (lane() == 0) of_warp[warp()] = bit_cast<uint64_t>(value);
+      sync();
+      value = warp_sum<warps>(bit_cast<double>(of_warp[lane() % warps]));
     }
     return value;
   }

@@ -26,12 +26,17 @@ from fewshot_ext._validation import (
 from fewshot_ext.ops._autograd import differentiable
 from fewshot_ext.ops.emd_certificate import certificate
 
-MOST_POINTS_ON_CUDA = 256  # of csrc/emd: suppliers, and consumers, that its CUDA kernels take
+MOST_POINTS_ON_CUDA = 1024  # of csrc/emd: suppliers, and consumers, that its CUDA kernels take
 MASS_TOLERANCE = 1e-4  # of csrc/emd: by how much, relatively, the masses of supply and demand may differ
 # By how much a certificate may miss the exact conditions, relatively: some roundings of the results in float32, and in
 # float64 the solver's own, which grow with the number of points, for the largest problems that it takes.
 CERTIFICATE_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-10}
 _NO_SOLUTION = re.compile(r"(?P<what>cost: [^;]*); problem (?P<position>\d+) of the batch")  # in csrc/emd/cpu.cpp
+# What `pivots` has in place of a number where a GPU found no solution: less an EmdFault of csrc/emd.
+_FAULTS = {
+    -6: "cost: no flow avoids the forbidden arcs",
+    -7: "cost: expected a value and duals within the range of the results' dtype",
+}
 _REPORT = (
     "To report it, save the inputs: torch.save({'cost': cost, 'supply': supply, 'demand': demand}, 'emd_problem.pt')"
 )
@@ -204,8 +209,7 @@ def _check_values(cost: Tensor, supply: Tensor, demand: Tensor, batch: torch.Siz
     tensors = {"cost": cost.detach(), "supply": supply.detach(), "demand": demand.detach()}
     if cost.is_meta or any(is_traced(tensor) for tensor in tensors.values()):
         return
-    # The CUDA kernels have no forbidden arcs.
-    illegal = {"cost": ~cost.isfinite() if cost.is_cuda else ~(tensors["cost"] > -math.inf)}
+    illegal = {"cost": ~(tensors["cost"] > -math.inf)}
     illegal.update({name: ~(tensors[name].isfinite() & (tensors[name] >= 0)) for name in ("supply", "demand")})
     marginals = {name: tensors[name].double() for name in ("supply", "demand")}
     masses = {name: marginal.sum(-1) for name, marginal in marginals.items()}
@@ -225,11 +229,7 @@ def _check_values(cost: Tensor, supply: Tensor, demand: Tensor, batch: torch.Siz
     for name, entries in illegal.items():
         for place in entries[position].nonzero()[:1].tolist():
             entry = tensors[name][position][tuple(place)].item()
-            taken = "finite entries"
-            if name != "cost":
-                taken += " of at least 0"
-            elif not cost.is_cuda:
-                taken += " or inf"
+            taken = "finite entries or inf" if name == "cost" else "finite entries of at least 0"
             raise ValueError(f"{name}: expected {taken}, got {entry} at {place} {where}")
     for name in masses:
         if mass[name] == 0:
@@ -246,6 +246,19 @@ def _name_problem(error: RuntimeError, batch: torch.Size) -> None:
     if said:
         index = tuple(int(part) for part in torch.unravel_index(torch.tensor(int(said["position"])), batch))
         raise ValueError(f"{said['what']}, at batch index {index}") from None
+
+
+def _check_faults(pivots: Tensor, batch: torch.Size) -> None:
+    """Raises for the first problem without a solution that a GPU could not tell; waits for the device. Looks at nothing
+    while tracing."""
+    if pivots.is_meta or is_traced(pivots):
+        return
+    codes = pivots.flatten()
+    if (codes < 0).any():
+        position, index = _batch_index(codes < 0, batch)
+        what = _FAULTS.get(int(codes[position]))
+        if what:
+            raise ValueError(f"{what}, at batch index {index}")
 
 
 def _check_certificate(cost: Tensor, supply: Tensor, demand: Tensor, result: EMD, batch: torch.Size) -> None:
@@ -370,13 +383,13 @@ def emd(
     Equation 1 of Zhang et al., "DeepEMD: Few-Shot Image Classification with Differentiable Earth Mover's Distance and
     Structured Classifiers", CVPR 2020, with costs C, supply a and demand b. Every problem is solved exactly, by the
     transportation simplex method, to an optimal vertex and the duals u, v that prove it: :math:`C_{ij} \ge u_i + v_j`,
-    with equality wherever the vertex lets mass flow. The costs take any sign and need not be a metric. On the CPU the
+    with equality wherever the vertex lets mass flow. The costs take any sign and need not be a metric. The
     value is that of the optimum of the numbers as they are given, to 1e-12 of itself (in float32 to its rounding), over
     the whole range of the dtype: a problem whose costs or masses differ too much for arithmetic in float64 is finished
-    in integers. On a GPU the error is relative to the largest cost times the mass.
+    in integers. On a GPU that takes far longer than the rest, and so do problems of more than 256 points on a side.
 
     A cost of ``inf`` forbids its arc: no mass flows there. Where the masses on both sides of what is allowed miss each
-    other by no more than roundings of the inputs do, that much stays where it is. A GPU refuses infinite costs.
+    other by no more than roundings of the inputs do, that much stays where it is.
 
     Args:
         cost: ``[..., n, m]``, n and m at least 1; float32, float64, bfloat16 or float16. Half types are solved as
@@ -388,9 +401,9 @@ def emd(
         normalize: scale supply and demand to sum 1 first, which is differentiated too.
         partial: let the sums differ, by as much as they may, and move the smaller one at the least cost: the masses of
             the other side are then upper bounds.
-        check: look at the values on every device, and judge every solution by its certificate in float64. Bad values
-            raise on the CPU anyway; on a GPU, where a look would make the host wait, all results of a bad problem are
-            NaN unless this is set. Compiled code and vmap ignore it.
+        check: look at the values on every device, and judge every solution by its certificate in float64. Bad values,
+            and problems without a solution, raise on the CPU anyway; on a GPU, where a look would make the host wait,
+            all results of such a problem are NaN unless this is set. Compiled code and vmap ignore it.
 
     The batch dimensions ``...`` are any and broadcast against each other. On the CPU each thread keeps a copy of one
     problem's costs, and beside it what grows with n + m, and (n + m)^2 bits where those are at most 32 MiB. Ctrl-C ends
@@ -454,7 +467,7 @@ def emd(
     if partial:
         problem = _with_dummies(**problem)
     try:
-        value, flow, supply_dual, demand_dual, *_ = _call_emd(*problem.values(), partial)
+        value, flow, supply_dual, demand_dual, _, pivots = _call_emd(*problem.values(), partial)
     except RuntimeError as error:
         # On the CPU the kernel looks at every value before it does anything: a look from here first costs more.
         if cost.device.type == "cpu":
@@ -463,6 +476,7 @@ def emd(
         raise
     result = EMD(value, flow, supply_dual, demand_dual)
     if check:
+        _check_faults(pivots, batch)
         solution = EMD(**_in_one_row(batch, **result._asdict()))
         _check_certificate(**_in_one_row(batch, **problem), result=solution, batch=batch)
     return _without_dummies(result, problem) if partial else result

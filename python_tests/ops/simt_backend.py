@@ -206,7 +206,8 @@ def emd(cost: Tensor, supply: Tensor, demand: Tensor, partial: bool = False) -> 
     inputs = {"cost": cost, "supply": supply, "demand": demand}
     if batch:
         with _one_at_a_time:
-            kernels().emd(DTYPES.index(cost.dtype), _sizes(cost) | _described(inputs) | _described(results))
+            fields = _sizes(cost) | {"partial": partial} | _described(inputs) | _described(results)
+            kernels().emd(DTYPES.index(cost.dtype), fields)
     return tuple(results.values())
 
 

@@ -18,6 +18,7 @@ void emd_of(const py::dict& fields) {
   problem.batch = fields["batch"].cast<int64_t>();
   problem.suppliers = fields["suppliers"].cast<int64_t>();
   problem.consumers = fields["consumers"].cast<int64_t>();
+  problem.partial = fields["partial"].cast<bool>();
   problem.cost = pointer<const Storage>(fields, "cost");
   problem.supply = pointer<const Storage>(fields, "supply");
   problem.demand = pointer<const Storage>(fields, "demand");

@@ -141,10 +141,10 @@ def test_every_kernel_has_run():
         with backend.activate():  # with several chunks of samples and of classes
             loss = margin_cosine_loss(**draw(70, 70, 20, dtype=torch.float32).with_grad(NAMES).tensors)
             (2 * loss).backward()
-            for size in (3, 40):  # by a warp, by a block
-                masses = torch.ones(1, size)
-                *_, basis, _ = torch.ops.fewshot_ext.emd(torch.rand(1, size, size), masses, masses)
-            torch.ops.fewshot_ext.emd_flow_backward(torch.ones(1, size, size), basis)
+            for n, m in ((3, 3), (40, 40), (2, 300)):  # by a warp, by a block, without a look at it in double
+                masses = torch.full((1, n), 1 / n), torch.full((1, m), 1 / m)
+                *_, basis, _ = torch.ops.fewshot_ext.emd(torch.rand(1, n, m), *masses)
+                torch.ops.fewshot_ext.emd_flow_backward(torch.ones(1, n, m), basis)
             features, target = torch.rand(1, 4, 3), torch.arange(4)[None] % 2
             finetune_episodes(features, target, features, steps=1)
     launched = {name.rpartition("::")[2] for name in (name.partition("<")[0] for name in kernels().launches())}

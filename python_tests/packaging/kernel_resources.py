@@ -16,7 +16,9 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 # Name without template arguments -> why it may leave its registers.
-ALLOWED: dict[str, str] = {}
+ALLOWED: dict[str, str] = {
+    "emd_exactly_by_warps": "integers of any width, in memory by their nature; a kernel for what no other could prove",
+}
 
 ENTRY = re.compile(r"ptxas info\s*: Compiling entry function '\w+' for '(\w+)'")
 FUNCTION = re.compile(r"ptxas info\s*: Function properties for (\w+)")
