@@ -437,6 +437,7 @@ class DeviceSimplex {
       for (int j = team.lane(); j < m_; j += warp_lanes) {
         T lowest = std::numeric_limits<T>::infinity();
         int i = first;
+#pragma unroll 1
         for (; i + rows_at_once <= end; i += rows_at_once)
           lowest = min(lowest, lowest_of_rows<rows_at_once, true>(price, i, end, j));
 #pragma unroll 1

@@ -110,7 +110,8 @@ class Solver : private ExactSolver<Storage, Accumulate<Storage>, Warp> {
     EmdFault found = fault_;
     if (found == EmdFault::none) found = Base::solve_exactly(warp, [&] { start(state); });
     warp.one([&] { fault_ = found == EmdFault::none && !Base::write() ? EmdFault::overflow : found; });
-    if (fault_ != EmdFault::none) emd_device::poison<Storage>(problem_, index, fault_, warp.lane(), warp_lanes);
+    if (fault_ != EmdFault::none)
+      emd_device::poison<Storage>(problem_, index, -static_cast<int32_t>(fault_), warp.lane(), warp_lanes);
   }
 
  private:

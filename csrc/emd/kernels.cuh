@@ -36,7 +36,7 @@ namespace emd_device {
 
 // No numbers, and a tree that keeps the backward pass in bounds; by `threads` of which this is one.
 template <class Storage>
-__device__ __forceinline__ void poison(const EmdProblemOf<Storage>& p, int64_t index, EmdFault fault, int thread,
+__device__ __forceinline__ void poison(const EmdProblemOf<Storage>& p, int64_t index, int32_t state, int thread,
                                        int threads) {
   constexpr Accumulate<Storage> nan = std::numeric_limits<Accumulate<Storage>>::quiet_NaN();
   const int n = static_cast<int>(p.suppliers), m = static_cast<int>(p.consumers);
@@ -46,7 +46,7 @@ __device__ __forceinline__ void poison(const EmdProblemOf<Storage>& p, int64_t i
   for (int k = thread; k < n + m - 1; k += threads) p.basis[index * (n + m - 1) + k] = k < m ? k : (k - m + 1) * m;
   if (thread == 0) {
     p.value[index] = nan;
-    p.pivots[index] = -static_cast<int32_t>(fault);
+    p.pivots[index] = state;
   }
 }
 
@@ -54,6 +54,7 @@ __device__ __forceinline__ void poison(const EmdProblemOf<Storage>& p, int64_t i
 template <class Value>
 __device__ __forceinline__ double sum(int count, Value value) {
   double total = 0;
+#pragma unroll 1
   for (int k = static_cast<int>(threadIdx.x) % warp_lanes; k < count; k += warp_lanes) total += value(k);
   return warp_sum(total);
 }
@@ -92,17 +93,17 @@ class Solve {
         cost_{copy, 0},
         padded_(padded) {}
 
-  // The three steps, each from memory to memory; false where there is nothing left to do.
+  // The three steps, each from memory to memory. Negative: what give_up() takes.
 
-  __device__ __forceinline__ bool prepare() {
+  __device__ __forceinline__ int32_t prepare() {
     const bool good_masses = choose_points();
     take_points();
-    if (rows_ == 0 || columns_ == 0) return poison(good_masses ? EmdFault::no_mass : EmdFault::supply);
+    if (rows_ == 0 || columns_ == 0) return fault(good_masses ? EmdFault::no_mass : EmdFault::supply);
     uint64_t cost_bits = copy_costs();
     if (rows_ < n_ || columns_ < m_) cost_bits = max(cost_bits, look_at_costs());
     cost_bits = team_.max(good_masses ? cost_bits : ~uint64_t(0));
     constexpr uint64_t infinity = sizeof(T) == 8 ? 0x7ff0000000000000ull : 0x7f800000ull;
-    if (cost_bits > infinity) return poison(good_masses ? EmdFault::cost : EmdFault::supply);
+    if (cost_bits > infinity) return fault(good_masses ? EmdFault::cost : EmdFault::supply);
     T allowed = from_magnitude_bits<T>(cost_bits), largest = allowed;
     if (cost_bits == infinity) {
       allowed = from_magnitude_bits<T>(team_.max(largest_allowed()));
@@ -113,24 +114,24 @@ class Solve {
       memory_.simplex.largest_cost = largest;
     }
     const Masses masses = load_masses();
-    if (!(masses.supply > 0 && masses.demand > 0)) return poison(EmdFault::no_mass);
+    if (!(masses.supply > 0 && masses.demand > 0)) return fault(EmdFault::no_mass);
     // Beyond these, sums would overflow and ratios lose digits.
     constexpr T most_cost = sizeof(T) == 8 ? T(0x1p1000) : T(0x1p110);
     if (!(largest <= most_cost && masses.total >= 0x1p-900 && max(masses.supply, masses.demand) <= 0x1p1000))
-      return leave(emd_unsolved);
-    if (!p_.partial && !masses.agree()) return poison(EmdFault::unequal_mass);
+      return emd_unsolved;
+    if (!p_.partial && !masses.agree()) return fault(EmdFault::unequal_mass);
     share_masses(masses);
-    return true;
+    return 0;
   }
 
-  __device__ __forceinline__ bool solve() {
+  __device__ __forceinline__ int32_t solve() {
     take_points();
     Simplex simplex(team_, memory_.simplex, cost_, rows_, columns_);
-    return simplex.solve(p_.partial) || leave(emd_unsolved);
+    return simplex.solve(p_.partial) ? 0 : emd_unsolved;
   }
 
   // Results, if they are proved.
-  __device__ __forceinline__ bool finish() {
+  __device__ __forceinline__ int32_t finish() {
     take_points();
     Simplex simplex(team_, memory_.simplex, cost_, rows_, columns_);
     simplex.take_tree();
@@ -164,18 +165,17 @@ class Solve {
     });
     value = simplex.team.sum(value);
     deficit = simplex.team.sum(deficit);
-    if (!is_proved(simplex, masses.total, value, deficit, deepest)) {
-      write_basis(simplex, 0, 0);
-      return leave(emd_unsolved - 1 - simplex.pivots());
+    const bool proved = is_proved(simplex, masses.total, value, deficit, deepest);
+    if (proved) {
+      if (!(std::abs(static_cast<T>(value)) <= most)) return fault(EmdFault::overflow);
+      // Costs of large problems were here.
+      for (int cell = team_.thread(); cell < n_ * m_; cell += Team::threads) flow()[cell] = 0;
+      simplex.team.sync();
+      simplex.each_slot([&](int s, int, Arc arc) { flow()[cell_of(arc)] = static_cast<T>(flows[s]); });
+      find_duals(masses);
     }
-    if (!(std::abs(static_cast<T>(value)) <= most)) return poison(EmdFault::overflow);
-
-    // Costs of large problems were here.
-    for (int cell = team_.thread(); cell < n_ * m_; cell += Team::threads) flow()[cell] = 0;
-    simplex.team.sync();
-    simplex.each_slot([&](int s, int, Arc arc) { flow()[cell_of(arc)] = static_cast<T>(flows[s]); });
-    find_duals(masses);
-    write_basis(simplex, memory_.root, supplier_of(0) != 0);
+    write_basis(simplex, proved ? memory_.root : 0, proved && supplier_of(0) != 0);
+    if (!proved) return emd_unsolved - 1 - simplex.pivots();
     double* const dual = memory_.simplex.scratch;
     for (int i = team_.thread(); i < n_; i += Team::threads) p_.supply_dual[index_ * n_ + i] = static_cast<T>(dual[i]);
     for (int j = team_.thread(); j < m_; j += Team::threads)
@@ -184,7 +184,13 @@ class Solve {
       p_.value[index_] = static_cast<T>(value);
       p_.pivots[index_] = simplex.pivots();
     }
-    return true;
+    return 0;
+  }
+
+  // Without a result, or for emd_exactly_by_warps.
+  __device__ __forceinline__ void give_up(int32_t state) {
+    if (state > emd_unsolved) return poison<Storage>(p_, index_, state, team_.thread(), Team::threads);
+    if (team_.thread() == 0) p_.pivots[index_] = state;
   }
 
  private:
@@ -283,10 +289,11 @@ class Solve {
   }
 
   // Calls visit(i, j) for the thread's share of rows and columns, the same at each call.
-  template <class Visit>
+  template <int at_once, class Visit>
   __device__ __forceinline__ void each_cell(int rows, int columns, Visit visit) const {
+#pragma unroll 1
     for (int j = team_.lane(); j < columns; j += warp_lanes) {
-#pragma unroll 8
+#pragma unroll at_once
       for (int i = team_.warp(); i < rows; i += Team::warps) visit(i, j);
     }
   }
@@ -300,7 +307,7 @@ class Solve {
   __device__ __forceinline__ uint64_t copy_costs() const {
     const GlobalCost<Storage> from(p_, index_);
     uint64_t bits = 0;
-    each_cell(rows_, columns_, [&](int i, int j) {
+    each_cell<8>(rows_, columns_, [&](int i, int j) {
       const T cost = from(supplier_of(i), consumer_of(j));
       cost_(i, j) = cost;
       bits = max(bits, bits_of_cost(cost));
@@ -312,13 +319,13 @@ class Solve {
   __device__ __forceinline__ uint64_t look_at_costs() const {
     const GlobalCost<Storage> from(p_, index_);
     bool good = true;
-    each_cell(n_, m_, [&](int i, int j) { good &= from(i, j) >= -most; });
+    each_cell<1>(n_, m_, [&](int i, int j) { good &= from(i, j) >= -most; });
     return good ? 0 : ~uint64_t(0);
   }
 
   __device__ __forceinline__ uint64_t largest_allowed() const {
     uint64_t bits = 0;
-    each_cell(rows_, columns_, [&](int i, int j) {
+    each_cell<1>(rows_, columns_, [&](int i, int j) {
       if (cost_(i, j) <= most) bits = max(bits, magnitude_bits(cost_(i, j)));
     });
     return bits;
@@ -327,7 +334,7 @@ class Solve {
   // By a cost beyond those of all arcs that are allowed, which is returned.
   __device__ __forceinline__ T replace_infinity(T allowed) const {
     const T stand_in = allowed > 0 ? 2 * allowed : T(1);
-    each_cell(rows_, columns_, [&](int i, int j) {
+    each_cell<1>(rows_, columns_, [&](int i, int j) {
       if (cost_(i, j) > most) cost_(i, j) = stand_in;
     });
     return stand_in;
@@ -435,16 +442,7 @@ class Solve {
     }
   }
 
-  __device__ __forceinline__ bool leave(int32_t state) {
-    if (team_.thread() == 0) p_.pivots[index_] = state;
-    return false;
-  }
-
-  // No numbers, and a tree that keeps the backward pass in bounds.
-  __device__ __forceinline__ bool poison(EmdFault fault) {
-    emd_device::poison<Storage>(p_, index_, fault, team_.thread(), Team::threads);
-    return false;
-  }
+  __device__ static __forceinline__ int32_t fault(EmdFault fault) { return -static_cast<int32_t>(fault); }
 
   Team team_;
   const EmdProblemOf<Storage>& p_;
@@ -460,9 +458,11 @@ class Solve {
 // keep in registers through the simplex, which needs them, what it computed for the step before.
 template <class Begin>
 __device__ __forceinline__ void in_steps(Begin begin) {
-  if (forgotten(true) && !begin().prepare()) return;
-  if (forgotten(true) && !begin().solve()) return;
-  if (forgotten(true)) begin().finish();
+  int32_t state = 0;
+  if (forgotten(true)) state = begin().prepare();
+  if (forgotten(state == 0)) state = begin().solve();
+  if (forgotten(state == 0)) state = begin().finish();
+  if (state < 0) begin().give_up(state);
 }
 
 }  // namespace emd_device
