@@ -373,21 +373,26 @@ class ExactSimplex {
             cut_off()};
   }
 
-  // The arc of a row that lowers the cost most, of those that are sure to.
-  FEWSHOT_EXT_HOST_DEVICE int64_t best_of_row(int64_t i) const {
+  // The arc of a row that lowers the cost most, of those that are sure to, or -1.
+  FEWSHOT_EXT_HOST_DEVICE int64_t best_of_row(int64_t i, Machine& machine) const {
     int64_t best = -1, best_level = 0;
     double lowest = 0;
-    for (int64_t j = 0; j < p_.columns; ++j) {
+    for (int64_t j = machine.lane(); j < p_.columns; j += Machine::lanes) {
       const int64_t level = p_.forbids ? level_of(i, j) : 0;
       if (level > best_level) continue;
       const Estimate r = estimate(i, j);
-      if (level == best_level && !(r.value < lowest)) continue;
+      if (level == best_level && best >= 0 && !(r.value < lowest)) continue;
       if (level == 0 && !(r.value + r.error < 0)) continue;
       best = j;
       best_level = level;
       lowest = r.value;
     }
-    return best;
+    const int64_t level = machine.least(best_level);
+    bool mine = best >= 0 && best_level == level;
+    const double value = machine.least(mine ? lowest : std::numeric_limits<double>::infinity());
+    mine &= lowest == value;
+    best = machine.least(mine ? best : p_.columns);
+    return best < p_.columns ? best : -1;
   }
 
   template <bool forbids>
@@ -406,7 +411,7 @@ class ExactSimplex {
       machine.one([&] { next_row_ = end == p_.rows ? 0 : end; });
       if (machine.stopped()) return false;
       if (i < 0) continue;
-      j = best_of_row(i);
+      j = best_of_row(i, machine);
       if (j >= 0) return true;
     }
     if (sums_are_exact_) return false;

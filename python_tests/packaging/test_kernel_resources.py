@@ -42,6 +42,12 @@ LOG = """\
 Kernel = kernel_resources.Kernel
 
 
+@pytest.fixture(autouse=True)
+def nothing_allowed(monkeypatch):
+    """The log has none of the package's kernels."""
+    monkeypatch.setattr(kernel_resources, "ALLOWED", {})
+
+
 def main(log, tmp_path):
     path = tmp_path / "build.log"
     path.write_text(log)
