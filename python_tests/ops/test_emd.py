@@ -276,7 +276,8 @@ def test_certificate_notices(corruption):
 def test_check_raises_for_a_wrong_solution(corruption, monkeypatch):
     problem, result = _solution()
     wrong = [part.unflatten(0, (2, 2)) for part in CORRUPTIONS[corruption](problem, result)]
-    monkeypatch.setattr(sys.modules["fewshot_ext.ops.emd"], "_call_emd", lambda *tensors: (*wrong, None, torch.zeros(2, 2)))
+    found = *wrong, None, torch.zeros(2, 2)
+    monkeypatch.setattr(sys.modules["fewshot_ext.ops.emd"], "_call_emd", lambda *tensors: found)
     first = (0, 0) if corruption == "feasible but not optimal" else (1, 0)
     batches = [tensor.unflatten(0, (2, 2)) for tensor in problem]
     fewshot_ext.emd(*batches)
