@@ -10,7 +10,7 @@
 #include <utility>
 
 #include "common/reduce.cuh"
-#include "emd/kernels.cuh"
+#include "emd/device_solve.cuh"
 
 #define FEWSHOT_EXT_ISA gpu
 #include "emd/exact_solver.h"
