@@ -439,7 +439,7 @@ def emd(
         >>> import torch, fewshot_ext
         >>> x = torch.tensor([[0.0, 0.0], [4.0, 1.0]], requires_grad=True)
         >>> y = torch.tensor([[3.0, 4.0], [4.0, 3.0], [7.0, 5.0]])
-        >>> distance = fewshot_ext.emd(torch.cdist(x, y), demand=torch.tensor([0.5, 0.25, 0.25]))
+        >>> distance = fewshot_ext.emd((x[:, None] - y).norm(dim=-1), demand=torch.tensor([0.5, 0.25, 0.25]))
         >>> distance.value.item()
         4.25
         >>> distance.flow.tolist()
