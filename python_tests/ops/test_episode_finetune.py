@@ -109,6 +109,13 @@ def test_zero_classifiers_start_as_normalize_has_them():
         torch.testing.assert_close(fewshot_ext.finetune_episodes(**arguments), loop(**arguments))
 
 
+def test_the_old_name_of_the_inner_product_is_taken_with_a_warning():
+    arguments = draw(2, 3, 6, 4, 16, 2).arguments()
+    with pytest.warns(DeprecationWarning, match="similarity: expected cosine or dot, got 'softmax', which means dot"):
+        found = fewshot_ext.finetune_episodes(**{**arguments, "similarity": "softmax"})
+    assert torch.equal(found, fewshot_ext.finetune_episodes(**{**arguments, "similarity": "dot"}))
+
+
 @FORMS
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
 def test_long_steps_along_short_classifiers(form, dtype, monkeypatch):

@@ -65,7 +65,7 @@ def test_ranks_that_differ_in_a_setting(two_ranks, name, first, second):
         ({"scale": 0}, ValueError, "scale: expected a number above 0, got 0"),
         ({"label_smoothing": 2}, ValueError, "label_smoothing: expected a number in [0.0, 1.0], got 2"),
         ({"ignore_index": 0.5}, TypeError, "ignore_index: expected an integer, got float"),
-        ({"similarity": "dot"}, ValueError, "similarity: expected one of cosine, softmax, got 'dot'"),
+        ({"similarity": "l2"}, ValueError, "similarity: expected one of cosine, dot, got 'l2'"),
         ({"reduction": "max"}, ValueError, "reduction: expected one of none, mean, sum, got 'max'"),
         ({"sample_rate": 0.0}, ValueError, "sample_rate: expected a number above 0, got 0.0"),
         ({"sample_rate": 1.5}, ValueError, "sample_rate: expected a number in [0.0, 1.0], got 1.5"),
