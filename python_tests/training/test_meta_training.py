@@ -269,6 +269,15 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path, monkeypatch, weights
     assert torch.equal(weights(resumed), weights(unbroken))
 
 
+# 21
+def test_a_run_goes_on_for_more_epochs(settings, digits, tmp_path, weights):
+    one, two = (replace(settings, epochs=epochs) for epochs in (1, 2))
+    options = {"checkpoint": None, "seed": 1}
+    meta_train(one, digits, tmp_path / "longer", **options)
+    longer = meta_train(two, digits, tmp_path / "longer", **options, resume=True)
+    assert torch.equal(weights(longer), weights(meta_train(two, digits, tmp_path / "unbroken", **options)))
+
+
 def test_a_resumed_run_keeps_what_validation_found(settings, digits, validation_archive, tmp_path):
     def interrupt(epoch, loss):
         if epoch == 3:
