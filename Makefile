@@ -17,7 +17,7 @@ CUDA_TOOLKIT_FOLDER ?= .cuda-toolkit
 PYTEST_ARGS ?=
 PROCESSES ?= auto
 REPORT_ARGS ?=
-DEMO_ARGS ?= --output demo_output
+DEMO_ARGS ?= --output demo_output --resume
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check

@@ -26,8 +26,10 @@ def test_demo_prints_one_table_and_writes_its_files(tmp_path, capsys):
     assert printed.out.count("-way accuracy (%)") == 1
     assert "    -0.3 " in printed.out
     assert "novel classes, 5-shot: margin" in printed.out
-    # Not a terminal: one line a backbone, no bars, none of Lightning's notices.
-    assert [line.split(":")[0] for line in printed.err.splitlines()] == [
+    # Not a terminal: what is to come, one line a backbone, no bars, none of Lightning's notices.
+    first, *lines = printed.err.splitlines()
+    assert first == f"2 trainings, 0 of them done, into {output}"
+    assert [line.split(":")[0] for line in lines] == [
         "run 0, margin -0.3",
         "run 0, margin +0",
     ]
@@ -53,7 +55,8 @@ def test_ctrl_c_leaves_results_that_resume_completes(tmp_path):
     command = [sys.executable, "-m", "fewshot_ext.cli", "demo", *TINY, "--output", str(output)]
     command += ["--margins", "-0.3", "0", "0.3", "--episodes", "100"]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    # The first line on stderr says that a margin is finished; the second margin is then under way.
+    # The second line on stderr says that a margin is finished; the second margin is then under way.
+    assert first.stderr.readline().startswith("3 trainings, 0 of them done")
     assert first.stderr.readline().startswith("run 0, margin -0.3")
     first.send_signal(signal.SIGINT)
     out, err = first.communicate(timeout=60)

@@ -109,6 +109,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
 
 def _run(sweep: MarginSweep, output: Path, resolved: str) -> int:
     replace_text(output / "config.yaml", resolved)
+    print(f"{len(sweep)} trainings, {len(sweep.results.finished)} of them done, into {output}", file=sys.stderr)
     try:
         sweep.run()
         exit_code = 0

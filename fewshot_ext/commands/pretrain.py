@@ -69,7 +69,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     parameters = sum(parameter.numel() for parameter in run.module.backbone.parameters())
     headline = [
         f"backbone: {config.backbone.name}, {parameters:,} parameters, {run.module.network.out_features:,} features",
-        f"loss: {config.loss}, margin {config.margin:g}, scale {config.scale:g}",
+        f"loss: {arguments.loss}, margin {config.margin:g}, scale {config.scale:g}",
     ]
 
     def summary(results):

@@ -53,7 +53,7 @@ def add_run_arguments(parser, command: str, *, seed: str, processes: bool = True
     parser.epilog = FOLDER_RULE
     parser.add_argument("--list_recipes", action=_list_recipes_action(command), help="print all recipes and exit")
     run = parser.add_argument_group("run")
-    run.add_argument("--data", metavar="NAME|FILE", help="image set: a known name, such as miniimagenet32, or a file")
+    run.add_argument("--data", metavar="NAME|PATH", help="image set: digits or another known name, a file, a folder")
     run.add_argument("--output", metavar="FOLDER", help="where checkpoints, logs and records go")
     run.add_argument(
         "--resume",

@@ -36,7 +36,7 @@ def add_run_arguments(parser, data: str | None = None) -> None:
     parser.epilog = FOLDER_RULE
     run = parser.add_argument_group("run")
     run.add_argument(
-        "--data", default=data, metavar="NAME|FILE", help="image set: a known name, such as miniimagenet32, or a file"
+        "--data", default=data, metavar="NAME|FILE", help="image set: digits or another known name, a file or a folder"
     )
     run.add_argument("--output", metavar="FOLDER", help="where numbers, pictures and checkpoints go")
     run.add_argument(

@@ -45,7 +45,11 @@ def add_arguments(parser) -> None:
     run = parser.add_argument_group("run")
     run.add_argument("--checkpoint", type=str | None, default=None, metavar="FILE", help="of any training")
     run.add_argument(
-        "--data", type=str | None, default=None, metavar="NAME|FILE", help="image set that pairs are drawn from"
+        "--data",
+        type=str | None,
+        default=None,
+        metavar="NAME|FILE",
+        help="image set to draw pairs from: digits, a file, a folder",
     )
     run.add_argument(
         "--query", type=str | None, default=None, metavar="PATH", help="in place of --data: a picture, or a folder"
