@@ -142,7 +142,8 @@ class FineTuning(FineTuningConfig, Head):
 
     Example:
         >>> support, target = torch.eye(2).unsqueeze(0), torch.tensor([[0, 1]])
-        >>> FineTuning(lr=0.5)(support, target, support, way=2).argmax(-1)
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> FineTuning(lr=0.5)(support, target, support, way=2, generator=generator).argmax(-1)
         tensor([[0, 1]])
     """
 

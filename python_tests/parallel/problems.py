@@ -8,7 +8,7 @@ from torch import Tensor
 import fewshot_ext
 from fewshot_ext.parallel import ClassParallelMarginLoss
 
-LOSSES = {"cosine": fewshot_ext.margin_cosine_loss, "softmax": fewshot_ext.margin_softmax_loss}
+LOSSES = {"cosine": fewshot_ext.margin_cosine_loss, "dot": fewshot_ext.margin_softmax_loss}
 BATCHES = {1: ((8,),), 2: ((4, 4), (3, 5), (0, 7)), 4: ((2, 2, 2, 2), (3, 0, 5, 1))}  # even ones first
 
 
