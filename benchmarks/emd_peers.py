@@ -39,16 +39,22 @@ def pot_batch(cost: Tensor, supply: Tensor, demand: Tensor) -> Tensor:
     and is further from it after its thousand."""
     import ot
 
-    mass = supply.sum(-1, keepdim=True)
-    shares = {"a": supply / mass, "b": demand / demand.sum(-1, keepdim=True)}
-    return ot.solve_batch(cost, reg=SINKHORN_REG, **shares).value_linear * mass.squeeze(-1)
+    mass, shares = _shares(supply, demand)
+    return ot.solve_batch(cost, reg=SINKHORN_REG, **shares).value_linear * mass
 
 
 def torchmatch_batch(cost: Tensor, supply: Tensor, demand: Tensor) -> Tensor:
+    """In float64: float32 masses, which never have quite the same sum, make it raise."""
     from torchmatch.transport import matrix
 
-    flow = matrix.solve(cost, backend="exact_emd", a=supply, b=demand)
-    return (flow * cost).sum((-2, -1))
+    mass, shares = _shares(supply, demand)
+    return (matrix.solve(cost, backend="exact_emd", **shares) * cost).sum((-2, -1)) * mass
+
+
+def _shares(supply: Tensor, demand: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mass [B], and both sides as shares of it."""
+    mass = supply.sum(-1, keepdim=True)
+    return mass.squeeze(-1), {"a": supply / mass, "b": demand / demand.sum(-1, keepdim=True)}
 
 
 def scipy_assignment(cost: ndarray, supply: ndarray, demand: ndarray) -> float:
