@@ -2,13 +2,13 @@
 
     python benchmarks/bench_emd.py
 
-A batch is one episode, 375 problems in float32, as networks make them. torchmatch takes them so, the others get them in
-float64, their own type. The first values of every contender are compared with those of HiGHS, and an error stands
-beside the time where it is no rounding: Sinkhorn's iterations approach the optimum, and some versions of OpenCV end
-after 500 pivots, optimal or not. Contenders take turns; where one is slow a call of it solves fewer problems. Figures
-are microseconds a problem; pivots are those of fewshot_ext, on average. Equal masses are a problem of assignment, which
-SciPy solves; of partial problems, whose masses differ, POT has a solver of its own. A second table has batches from 1
-to 100,000, and a plot the growth of the times with the number of points.
+A batch is one episode, 375 problems in float32, as networks make them. The others get them in float64. The first values
+of every contender are compared with those of HiGHS, and an error stands beside the time where it is no rounding:
+Sinkhorn's iterations approach the optimum, and some versions of OpenCV end after 500 pivots, optimal or not. Contenders
+take turns; where one is slow a call of it solves fewer problems. Figures are microseconds a problem; pivots are those
+of fewshot_ext, on average. Equal masses are a problem of assignment, which SciPy solves; of partial problems, whose
+masses differ, POT has a solver of its own. A second table has batches from 1 to 100,000, and a plot the growth of the
+times with the number of points.
 """
 
 import time
@@ -109,9 +109,7 @@ class Batch:
             finally:
                 torch.set_num_threads(threads)
 
-        tensors = [
-            tensor.to(torch.float32 if peer.module == "torchmatch" else torch.float64) for tensor in self.tensors
-        ]
+        tensors = [tensor.double() for tensor in self.tensors]
         problems = affordable(partial(call, 1), self.problems, seconds)
         return Contender(problems, partial(call, problems))
 
