@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import os
 import signal
 import subprocess
 import sys
@@ -42,6 +43,8 @@ def test_the_second_is_refused_until_the_first_is_killed(command, lock, resume, 
         while first.poll() is None and not list(output.rglob("last.ckpt")):
             time.sleep(0.01)
         first.send_signal(signal.SIGSTOP)
+        # The signal stops one thread after another; TensorBoard's writes to the folder.
+        os.waitid(os.P_PID, first.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         before = contents(output)
         for options in ([], resume):
             assert main([*command, *options]) == 2
