@@ -5,7 +5,7 @@ import types
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
@@ -81,16 +81,33 @@ def _check_tensor(value: Tensor, name: str) -> None:
 def typed(cls: type[Settings], values: Mapping[str, Any]) -> Settings:
     """The dataclass ``cls`` with ``values``, each of which has the type that its field is declared with.
 
+    Settings within settings may be dictionaries and tuples lists, as YAML and checkpoints have them.
+
     Raises:
         ValueError: a setting that there is not, or a value of another type.
     """
-    hints = _hints(cls)
+    hints, values = _hints(cls), nested(cls, values)
     for name, value in values.items():
         if name not in hints:
             raise ValueError(f"there is no setting {name!r} of {cls.__name__}")
         if not _is_a(value, hints[name]):
             raise ValueError(f"{name} of {cls.__name__}: expected {_hint_name(hints[name])}, got {_kind(value)}")
     return cls(**values)
+
+
+def nested(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` for the dataclass ``cls``: dictionaries made the dataclasses that it declares, and lists tuples."""
+
+    def build(value: Any, hint: Any) -> Any:
+        taken = (hint, *get_args(hint))  # both parts of "Settings | None"
+        inner = next((part for part in taken if is_dataclass(part)), None)
+        if isinstance(value, dict) and inner is not None:
+            return typed(inner, value)
+        takes_tuple = any(get_origin(part) is tuple for part in taken)
+        return tuple(value) if isinstance(value, list) and takes_tuple else value
+
+    hints = _hints(cls)
+    return {name: build(value, hints.get(name)) for name, value in values.items()}
 
 
 @cache

@@ -142,13 +142,26 @@ def _refuse_yaml_aliases() -> None:
 
 @cache
 def _parser_class() -> type:
-    """Jsonargparse's parser with hyphens in the help."""
+    """Jsonargparse's parser, whose help has hyphens in options, paragraphs, and no Python types or reST."""
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
     class Formatter(DefaultHelpFormatter):
         def _format_action_invocation(self, action):
             text = super()._format_action_invocation(action)
             return re.sub(r"--[\w.]+", lambda option: option[0].replace("_", "-"), text)
+
+        def _expand_help(self, action):
+            text = super()._expand_help(action).replace("``", "")
+            text = re.sub(r"type: Literal\[.*?\], ", "", text)  # the choices stand beside the option
+            text = text.replace("Optional[tuple[float, ...]]", "[float, ...] | null")
+            return re.sub(r"\.? \((type|default): ", r" (\1: ", text)
+
+        def _fill_text(self, text, width, indent):
+            paragraphs = text.strip().split("\n\n")
+            fill = super()._fill_text
+            return "\n\n".join(
+                part if part.startswith("    ") else fill(part, width, indent) for part in paragraphs
+            )  # commands are indented, and stay as they are
 
     class Parser(ArgumentParser):
         def __init__(self, *args, **settings):

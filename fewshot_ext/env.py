@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import platform
 import re
+import sys
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def installed_version(distribution: str) -> str | None:
 
 
 def declared_extras(requirements: list[str]) -> dict[str, list[str]]:
-    """Distribution names per extra, from the requirements in a package's metadata.
+    """Distribution names per extra, from the requirements in a package's metadata that this Python meets.
 
     >>> declared_extras(["numpy", 'jsonargparse[signatures]>=4; extra == "train"'])
     {'train': ['jsonargparse']}
@@ -35,7 +36,8 @@ def declared_extras(requirements: list[str]) -> dict[str, list[str]]:
     extras: dict[str, list[str]] = {}
     for requirement in requirements:
         extra = re.search(r"""extra\s*==\s*["']([\w-]+)["']""", requirement)
-        if extra:
+        least = re.search(r"""python_version\s*>=\s*["'](\d+)\.(\d+)["']""", requirement)
+        if extra and (least is None or sys.version_info[:2] >= tuple(map(int, least.groups()))):
             name = re.match(r"[\w.-]+", requirement)
             extras.setdefault(extra.group(1), []).append(name.group() if name else requirement)
     return extras
@@ -83,15 +85,17 @@ def library_report(build: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
     }
 
 
-def operator_report() -> dict[str, dict[str, bool]]:
-    """Per operator and device whether the dispatcher finds a kernel; a composite one counts for all."""
+def operator_report() -> dict[str, dict[str, str]]:
+    """Per operator and device what the dispatcher finds: a kernel, torch's operators that it is made of, or none."""
+
+    def implementation(name: str, device: str) -> str:
+        if torch._C._dispatch_has_kernel_for_dispatch_key(name, device.upper()):
+            return "kernel"
+        composite = torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, device.upper())
+        return "by torch's operators" if composite else "none"
+
     names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fewshot_ext::"))
-    return {
-        name.partition("::")[2]: {
-            device: torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, device.upper()) for device in DEVICES
-        }
-        for name in names
-    }
+    return {name.partition("::")[2]: {device: implementation(name, device) for device in DEVICES} for name in names}
 
 
 def report() -> dict[str, Any]:
@@ -159,15 +163,18 @@ def render(facts: dict[str, Any]) -> str:
         rows["cuda"] = f"torch is built with CUDA {cuda['toolkit_of_torch']}, but sees no GPU"
     section("Devices", rows)
 
-    def kernels(on_device: dict[str, bool]) -> str:
-        return ", ".join(f"{device}: {'yes' if there else 'no'}" for device, there in on_device.items())
+    def on_devices(operator: dict[str, str]) -> str:
+        return ", ".join(f"{device}: {what}" for device, what in operator.items())
 
-    operators = {name: kernels(on_device) for name, on_device in facts["operators"].items()}
-    section("Kernels", operators or {"none": "no operator is registered, because _C is not loaded"})
+    operators = {name: on_devices(operator) for name, operator in facts["operators"].items()}
+    section("Operators", operators or {"none": "no operator is registered, because _C is not loaded"})
 
     def extra(entry: dict[str, Any]) -> str:
-        versions = ", ".join(f"{name} {version or 'MISSING'}" for name, version in entry["versions"].items())
-        return versions + (f"\n      {entry['install']}" if entry["install"] else "")
+        there = ", ".join(f"{name} {version}" for name, version in entry["versions"].items() if version)
+        missing = [name for name, version in entry["versions"].items() if not version]
+        if not there or not missing:
+            return there or f"not installed: {entry['install']}"
+        return f"{there}\n      without {', '.join(missing)}: {entry['install']}"
 
     section("Extras", {name: extra(entry) for name, entry in facts["extras"].items()})
     return "\n".join(lines[1:])

@@ -308,6 +308,20 @@ def test_typed_settings():
             typed(Settings, values)
 
 
+def test_settings_within_settings():
+    @dataclass(frozen=True)
+    class Outer:
+        inner: Settings = Settings()
+        other: Settings | None = None
+
+    values = {"inner": {"name": "b", "sizes": [1, 2]}, "other": {"rate": 2}}
+    assert typed(Outer, values) == Outer(Settings("b", sizes=(1, 2)), Settings(rate=2))
+    with pytest.raises(ValueError, match="there is no setting 'nam' of Settings"):
+        typed(Outer, {"inner": {"nam": "a"}})
+    with pytest.raises(ValueError, match="inner of Outer: expected Settings, got int"):
+        typed(Outer, {"inner": 3})
+
+
 def test_schema():
     check_schema({"a": [1, 2.5], "b": None, 3: 4}, {"a": [float], "b": (str, type(None)), "c?": int})
     for value, schema, message in (

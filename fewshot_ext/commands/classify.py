@@ -52,29 +52,35 @@ def add_arguments(parser) -> None:
     """Adds the options of ``classify`` to a jsonargparse parser."""
     parser.epilog = FOLDER_RULE
     run = parser.add_argument_group("run")
-    run.add_argument("--support", required=True, metavar="DIR", help="a folder of pictures for each class")
-    run.add_argument("--query", required=True, metavar="DIR", help="the pictures to classify")
-    run.add_argument("--output", default="classification", metavar="DIR", help="where the results go")
+    run.add_argument(
+        "--support", required=True, metavar="DIR", help="folder that holds a folder of pictures for each class"
+    )
+    run.add_argument("--query", required=True, metavar="DIR", help="folder of the pictures to classify")
+    run.add_argument("--output", default="classification", metavar="DIR", help="folder that the results are written to")
     run.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu or cuda")
-    run.add_argument("--threads", type=int | None, default=None, help="CPU threads; null for torch's own choice")
-    run.add_argument("--seed", type=int, default=0, help="decides the initial classifier of the head finetune")
+    run.add_argument(
+        "--threads", type=int | None, default=None, help="number of CPU threads; null leaves torch's own choice"
+    )
+    run.add_argument("--seed", type=int, default=0, help="seed of the initial classifier of the head finetune")
     run.add_argument("--skip_corrupt", action="store_true", help="leave out pictures that cannot be read")
-    run.add_argument("--sheet_pictures", type=int, default=64, help="most pictures on the contact sheet")
+    run.add_argument("--sheet_pictures", type=int, default=64, help="largest number of pictures on the contact sheet")
     model = parser.add_argument_group("model")
-    model.add_argument("--checkpoint", default=None, type=str | None, metavar="FILE", help="of any training")
-    model.add_argument("--backbone", default=None, type=str | None, metavar="NAME", help="in its place: a timm model")
+    model.add_argument("--checkpoint", default=None, type=str | None, metavar="FILE", help="checkpoint of any training")
+    model.add_argument(
+        "--backbone", default=None, type=str | None, metavar="NAME", help="timm model in place of a checkpoint"
+    )
     model.add_argument(
         "--head",
         default="finetune",
-        help="on feature vectors: finetune, protonet, protonet_cosine, matchingnet, nearest_neighbor, "
+        help="classifier. On feature vectors: finetune, protonet, protonet_cosine, matchingnet, nearest_neighbor, "
         "nearest_neighbor_euclidean or simpleshot_l2n; on regions of the pictures: deepemd, deepemd_uniform, "
         "deepemd_mean, knn, prediction_fusion, fc_dot or fc_cosine, followed by @fcn, @grid or @sampling for regions "
         "other than those below",
     )
     model.add_argument(
-        "--image_size", type=int | None, default=None, help="side to resize to; null for that of the backbone"
+        "--image_size", type=int | None, default=None, help="side to resize to; null takes the backbone's own"
     )
-    model.add_argument("--batch_size", type=int, default=256, help="images a forward pass")
+    model.add_argument("--batch_size", type=int, default=256, help="number of images in a forward pass")
     parser.add_class_arguments(LocalFeaturesConfig, "local_features")
     # Otherwise the title is a sentence of the docstring.
     parser.groups["local_features"].title = "regions, for the heads that look at them"

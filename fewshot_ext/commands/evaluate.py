@@ -52,34 +52,55 @@ def add_arguments(parser) -> None:
         metavar="FILE",
         help="checkpoints of any training; differences are taken to the first",
     )
-    run.add_argument("--data", required=True, metavar="NAME_OR_PATH", help="images: a known name, a file or a folder")
-    run.add_argument("--output", default="evaluation", metavar="FOLDER", help="where the results go")
+    run.add_argument(
+        "--data", required=True, metavar="NAME_OR_PATH", help="image set: a known name, a file or a folder"
+    )
+    run.add_argument("--output", default="evaluation", metavar="FOLDER", help="folder that the results are written to")
     run.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu or cuda")
-    run.add_argument("--threads", type=int | None, default=None, help="CPU threads; null for torch's own choice")
-    run.add_argument("--seed", type=int, default=config.seed, help="decides episodes and initial classifiers")
-    run.add_argument("--batch_size", type=int, default=config.batch_size, help="images a forward pass")
-    run.add_argument("--no_cache", action="store_true", help="neither read nor keep features in the output folder")
+    run.add_argument(
+        "--threads", type=int | None, default=None, help="number of CPU threads; null leaves torch's own choice"
+    )
+    run.add_argument(
+        "--seed", type=int, default=config.seed, help="seed of the episodes and of the initial classifiers"
+    )
+    run.add_argument("--batch_size", type=int, default=config.batch_size, help="number of images in a forward pass")
+    run.add_argument(
+        "--no_cache", action="store_true", help="do not keep features in the output folder, and do not read kept ones"
+    )
     episodes = parser.add_argument_group("episodes")
     episodes.add_argument("--split", default=config.split, help="classes to draw from: base, validation or novel")
-    episodes.add_argument("--way", type=int, default=protocol.way, help="classes an episode")
+    episodes.add_argument("--way", type=int, default=protocol.way, help="number of classes in an episode")
     episodes.add_argument(
-        "--shots", type=int, nargs="+", default=list(protocol.shots), metavar="K", help="support images a class"
+        "--shots",
+        type=int,
+        nargs="+",
+        default=list(protocol.shots),
+        metavar="K",
+        help="numbers of support images of each class",
     )
-    episodes.add_argument("--queries", type=int, default=protocol.queries, help="query images a class")
-    episodes.add_argument("--episodes", type=int, default=protocol.episodes, help="episodes for each number of shots")
+    episodes.add_argument("--queries", type=int, default=protocol.queries, help="number of query images of each class")
+    episodes.add_argument(
+        "--episodes", type=int, default=protocol.episodes, help="number of episodes for each number of shots"
+    )
     episodes.add_argument(
         "--heads",
         nargs="+",
         default=list(config.heads),
         metavar="HEAD",
-        help="classifiers, from the lists above, or deepemd_table",
+        help="classifiers from the lists above, or deepemd_table",
     )
     maps = parser.add_argument_group("memory of local features")
     maps.add_argument(
-        "--map_dtype", default=config.map_dtype, help="float32, or float16 for half the memory; scores are in float32"
+        "--map_dtype",
+        default=config.map_dtype,
+        help="type of stored features: float32, or float16 for half the memory; scores are in float32",
     )
     maps.add_argument(
-        "--map_memory", type=float, default=config.map_memory, metavar="GIB", help="most that they may take in GiB"
+        "--map_memory",
+        type=float,
+        default=config.map_memory,
+        metavar="GIB",
+        help="largest memory of local features in GiB",
     )
     # Other heads of the family differ in the weighting.
     for name, settings, skip, title in (

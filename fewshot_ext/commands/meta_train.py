@@ -5,8 +5,9 @@ from the base classes of an image set, and trains the backbone through the Earth
 episodes of the validation classes where there are some, by the same matching, and writes last.ckpt, best.ckpt,
 config.yaml, run.json and a TensorBoard log to the output folder. Whatever takes a checkpoint takes these too.
 Published settings come by name:
-fewshot-ext meta-train --config miniimagenet_resnet12_deepemd_fcn_1shot --data mini.npz --checkpoint pre/best.ckpt
---output out
+
+    fewshot-ext meta-train --config miniimagenet_resnet12_deepemd_fcn_1shot \\
+        --data mini.npz --checkpoint pre/best.ckpt --output out
 """
 
 from collections.abc import Callable
@@ -39,11 +40,11 @@ def config_action() -> type:
 
 def add_arguments(parser) -> None:
     """Adds the options of ``meta-train`` to a jsonargparse parser."""
-    run = add_run_arguments(parser, "meta-train", seed="decides episodes, augmentation and, from scratch, weights")
+    run = add_run_arguments(parser, "meta-train", seed="seed of episodes, augmentation and, from scratch, weights")
     run.add_argument(
         "--checkpoint",
         metavar=f"FILE|{SCRATCH}",
-        help=f"of any training; {SCRATCH} starts from random weights, which the authors of DeepEMD advise against",
+        help=f"checkpoint of any training; {SCRATCH} starts from random weights (DeepEMD's authors advise against it)",
     )
     add_config_arguments(parser, MetaTrainingConfig)
 

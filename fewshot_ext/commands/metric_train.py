@@ -5,7 +5,9 @@ novel classes, which it has not seen, as it goes: Recall@K, MAP@R, coding rate a
 validation classes, where the set has some, chooses best.ckpt. Writes last.ckpt, best.ckpt, history.json, history.csv,
 config.yaml, run.json and a TensorBoard log to the output folder; fewshot-ext retrieve takes the checkpoints, and so
 does whatever takes those of pretrain. Settings come by name:
-fewshot-ext metric-train --config omniglot28_conv4 --loss triplet --anti-collapse.variant pair --output out
+
+    fewshot-ext metric-train --config omniglot28_conv4 --data omniglot28 \\
+        --loss triplet --anti-collapse.variant pair --output out
 """
 
 from collections.abc import Callable, Mapping
@@ -30,7 +32,7 @@ def config_action() -> type:
 def add_arguments(parser) -> None:
     """Adds the options of ``metric-train`` to a jsonargparse parser."""
     add_run_arguments(
-        parser, "metric-train", seed="decides weights, batches, augmentation, mined negatives", processes=False
+        parser, "metric-train", seed="seed of weights, batches, augmentation and mined negatives", processes=False
     )
     add_config_arguments(parser, MetricTrainingConfig)
 

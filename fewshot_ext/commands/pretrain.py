@@ -3,7 +3,9 @@
 The first of the two stages of few-shot classification by transfer. Trains on the base classes of an image set,
 validates on episodes of its validation classes where it has some, and writes last.ckpt, best.ckpt, config.yaml,
 run.json and a TensorBoard log to the output folder. Published settings come by name:
-fewshot-ext pretrain --config miniimagenet_resnet12_neg_cosine_5shot --data mini.npz --output out
+
+    fewshot-ext pretrain --config miniimagenet_resnet12_neg_cosine_5shot --data mini.npz --output out
+
 Recipes that end in _deepemd are the first stage of DeepEMD, whose second is fewshot-ext meta-train: a plain softmax by
 SGD in steps (--optimizer sgd) in place of Adam with warm-up and cosine decay.
 """
@@ -34,17 +36,22 @@ def config_action() -> type:
 
 def add_arguments(parser) -> None:
     """Adds the options of ``pretrain`` to a jsonargparse parser."""
-    add_run_arguments(parser, "pretrain", seed="decides weights, batches, augmentation, validation episodes")
+    add_run_arguments(parser, "pretrain", seed="seed of weights, batches, augmentation and validation episodes")
     loss = parser.add_argument_group("loss")
-    loss.add_argument("--loss", choices=list(LOSSES), default="neg-cosine", help="the last two have margin 0")
     loss.add_argument(
-        "--margin", type=float | None, default=None, help="of neg-cosine and neg-softmax; null for -0.3 and -1"
+        "--loss", choices=list(LOSSES), default="neg-cosine", help="loss; cosine and softmax have margin 0"
+    )
+    loss.add_argument(
+        "--margin",
+        type=float | None,
+        default=None,
+        help="margin; null takes -0.3 for neg-cosine and -1 for neg-softmax",
     )
     loss.add_argument(
         "--scale",
         type=float | None,
         default=None,
-        help="of the similarities; null for 30 (cosine), 5 (softmax) or 10 (softmax, resnet12)",
+        help="factor of the similarities; null takes 30 (cosine), 5 (softmax) or 10 (softmax with resnet12)",
     )
     add_config_arguments(parser, PreTrainingConfig, skip=_LOSS_FIELDS)
 

@@ -71,53 +71,72 @@ def add_arguments(parser) -> None:
     parser.epilog = FOLDER_RULE
     run = parser.add_argument_group("run")
     run.add_argument(
-        "--checkpoint", required=True, metavar="FILE", help="of fewshot-ext metric-train, or of another training"
+        "--checkpoint", required=True, metavar="FILE", help="checkpoint of metric-train or of another training"
     )
-    run.add_argument("--output", default="retrieval", metavar="FOLDER", help="where the results go")
+    run.add_argument("--output", default="retrieval", metavar="FOLDER", help="folder that the results are written to")
     run.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu or cuda")
-    run.add_argument("--threads", type=int | None, default=None, help="CPU threads; null for torch's own choice")
-    run.add_argument("--batch_size", type=int, default=256, help="images a forward pass")
+    run.add_argument(
+        "--threads", type=int | None, default=None, help="number of CPU threads; null leaves torch's own choice"
+    )
+    run.add_argument("--batch_size", type=int, default=256, help="number of images in a forward pass")
     images = parser.add_argument_group("images")
     images.add_argument(
         "--data", type=str | None, default=None, metavar="NAME|FILE", help="image set: a known name, a file or a folder"
     )
     images.add_argument("--split", default="novel", help="classes of the set to search: base, validation or novel")
     images.add_argument(
-        "--query", type=str | None, default=None, metavar="DIR", help="in place of --data: a folder for each class"
+        "--query",
+        type=str | None,
+        default=None,
+        metavar="DIR",
+        help="folder with a folder for each class, in place of --data",
     )
     images.add_argument(
-        "--gallery", type=str | None, default=None, metavar="DIR", help="what is searched; null for the queries"
+        "--gallery",
+        type=str | None,
+        default=None,
+        metavar="DIR",
+        help="folder that is searched; null takes the queries",
     )
     measures = parser.add_argument_group("measures")
-    measures.add_argument("--ks", type=int, nargs="+", default=[1, 2, 4, 8], metavar="K", help="the K of Recall@K")
-    measures.add_argument("--distance", default="cosine", help="cosine or euclidean")
+    measures.add_argument("--ks", type=int, nargs="+", default=[1, 2, 4, 8], metavar="K", help="numbers K of Recall@K")
+    measures.add_argument("--distance", default="cosine", help="distance of embeddings: cosine or euclidean")
     measures.add_argument(
         "--lone_queries",
         default="error",
-        help="queries whose class has no other image: error, exclude (leave them out) or miss (count them as wrong)",
+        help="what to do with queries whose class has no other image: error, exclude (leave them out) or miss (count "
+        "as wrong)",
     )
     measures.add_argument("--no_nmi", action="store_true", help="leave out the clustering, which takes the longest")
-    measures.add_argument("--seed", type=int, default=0, help="decides the clustering, and the queries of the picture")
+    measures.add_argument(
+        "--seed", type=int, default=0, help="seed of the clustering and of the queries in the picture"
+    )
     second = parser.add_argument_group("second stage")
     second.add_argument(
         "--rerank",
         type=int | None,
         default=None,
         metavar="N",
-        help="put the N nearest in the order of the EMD between their regions; null for one stage",
+        help="put the N nearest in the order of the EMD between their regions; null does not",
     )
     second.add_argument(
-        "--weighting", default="cross_reference", help="of the regions: cross_reference (the paper's) or uniform"
+        "--weighting",
+        default="cross_reference",
+        help="weights of the regions: cross_reference (the paper's) or uniform",
     )
     second.add_argument(
-        "--map_dtype", default="float32", help="float32, or float16 for half the memory; distances are in float32"
+        "--map_dtype",
+        default="float32",
+        help="type of stored features: float32, or float16 for half the memory; distances are in float32",
     )
     second.add_argument(
-        "--map_memory", type=float, default=4.0, metavar="GIB", help="most that local features may take in GiB"
+        "--map_memory", type=float, default=4.0, metavar="GIB", help="largest memory of local features in GiB"
     )
     picture = parser.add_argument_group("neighbours")
-    picture.add_argument("--neighbors", type=int, default=8, help="neighbours a query in neighbors.csv and .png")
-    picture.add_argument("--rows", type=int, default=10, help="queries in the picture")
+    picture.add_argument(
+        "--neighbors", type=int, default=8, help="number of neighbors of each query in neighbors.csv and .png"
+    )
+    picture.add_argument("--rows", type=int, default=10, help="number of queries in the picture")
     parser.add_class_arguments(LocalFeaturesConfig, "local_features")
     # Otherwise the title is a sentence of the docstring.
     parser.groups["local_features"].title = "regions, for --rerank"

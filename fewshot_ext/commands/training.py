@@ -53,22 +53,27 @@ def add_run_arguments(parser, command: str, *, seed: str, processes: bool = True
     parser.epilog = FOLDER_RULE
     parser.add_argument("--list_recipes", action=_list_recipes_action(command), help="print all recipes and exit")
     run = parser.add_argument_group("run")
-    run.add_argument("--data", metavar="NAME|PATH", help="image set: digits or another known name, a file, a folder")
-    run.add_argument("--output", metavar="FOLDER", help="where checkpoints, logs and records go")
+    run.add_argument("--data", metavar="NAME|PATH", help="image set: digits or another known name, a file or a folder")
+    run.add_argument("--output", metavar="FOLDER", help="folder that checkpoints, logs and records are written to")
     run.add_argument(
         "--resume",
         action="store_true",
-        help="go on from last.ckpt in the output folder, with the same settings or more epochs; not more of them where "
-        "they decide the learning rates, as Adam's do in pretrain",
+        help="go on from last.ckpt in the output folder. The settings must be the same; there may be more epochs, "
+        "except in pretrain with Adam, where their number decides the learning rates",
     )
     run.add_argument("--seed", type=int, default=0, help=seed)
     run.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu or cuda")
     if processes:
         run.add_argument(
-            "--devices", type=int, default=1, help="processes on this machine, one a GPU, sharing every step"
+            "--devices",
+            type=int,
+            default=1,
+            help="number of processes on this machine, one for each GPU, that share every step",
         )
-        run.add_argument("--num_nodes", type=int, default=1, help="machines; start the command on each by torchrun")
-    run.add_argument("--threads", type=int, default=None, help="CPU threads; null for torch's own choice")
+        run.add_argument(
+            "--num_nodes", type=int, default=1, help="number of machines; start the command on each by torchrun"
+        )
+    run.add_argument("--threads", type=int, default=None, help="number of CPU threads; null leaves torch's own choice")
     return run
 
 

@@ -20,14 +20,13 @@ class AugmentationConfig:
     """What happens to training images; zero everywhere (the default) means nothing at all.
 
     Args:
-        crop_scale: smallest share of the image's area that a random resized crop keeps, in (0, 1); 0 for no
-            crop.
+        crop_scale: smallest share of the image's area that a random resized crop keeps, in (0, 1); 0 does not crop.
         rotation: largest rotation in degrees, to either side.
         translation: largest shift, as a share of the image's side.
         zoom: largest change of size, as a share: 0.1 draws the factor from [0.9, 1.1].
         color_jitter: largest change of brightness, contrast and saturation, as a share (the paper: 0.4).
-        horizontal_flip: mirror half of the images. Never for digits or letters, where the mirror image is
-            another sign or none.
+        horizontal_flip: mirror half of the images. Never do so with digits or letters, whose mirror images are other
+            signs or none.
 
     Raises:
         ValueError: a value out of range.

@@ -21,13 +21,13 @@ class BackboneConfig:
 
     Args:
         name: conv4, resnet12, resnet18 or wrn28_10 (published for 84, 84, 224 and 80 pixels).
-        width: channels of the first stage; null is the published number: 64, and 160 for wrn28_10.
-        pooled_blocks: conv4 alone: blocks that halve the image; null for the published 4, or fewer where images are too
-            small for them: 3 for 8 x 8.
-        drop_rate: of dropout and DropBlock in a ResNet, of dropout in wrn28_10; conv4 has neither.
+        width: number of channels in the first stage; null takes the published number: 64, and 160 for wrn28_10.
+        pooled_blocks: number of blocks that halve the image (conv4 only); null takes the published 4, or fewer where
+            images are too small for them: 3 for 8 x 8.
+        drop_rate: rate of dropout and DropBlock in a ResNet, or of dropout in wrn28_10; conv4 has neither.
         drop_block_size: side of DropBlock's blocks in a ResNet.
-        drop_ramp_steps: training steps over which DropBlock's rate grows from 0.
-        embedding: dimensions that a linear layer projects the features to; null for no such layer.
+        drop_ramp_steps: number of training steps in which DropBlock's rate grows from 0.
+        embedding: number of dimensions that a linear layer projects the features to; null adds no such layer.
 
     Raises:
         ValueError: a value out of range, or an option that the backbone does not have.

@@ -22,13 +22,13 @@ class LocalFeaturesConfig:
     """Which regions an image is described by; the defaults are the official ones.
 
     Args:
-        name: fcn (positions of the feature map), grid (crops on grids) or sampling (random crops).
-        pyramid: fcn alone: sides of coarser grids beside the map, such as [2,3].
-        grids: grid alone: sides of the grids.
-        ratio: grid alone: side of a region in evaluation, in sides of a cell.
-        regions: sampling alone: crops an image.
-        horizontal_flip: grid and sampling: mirror half of the crops. Never for digits or letters.
-        seed: sampling alone: decides the crops in evaluation.
+        name: kind of regions: fcn (positions of the feature map), grid (crops on grids) or sampling (random crops).
+        pyramid: sides of coarser grids beside the map, such as [2,3] (fcn only).
+        grids: sides of the grids (grid only).
+        ratio: side of a region in evaluation, in sides of a cell (grid only).
+        regions: number of crops of each image (sampling only).
+        horizontal_flip: mirror half of the crops (grid and sampling only). Never do so with digits or letters.
+        seed: seed of the crops in evaluation (sampling only).
 
     Raises:
         ValueError: an unknown name, or a value out of range.

@@ -71,8 +71,7 @@ class NetworkConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "NetworkConfig":
         """Rebuilds a config from ``dataclasses.asdict``, as a checkpoint keeps it."""
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        return typed(cls, {**values, "backbone": typed(BackboneConfig, values["backbone"])})
+        return typed(cls, values)
 
 
 class Network(nn.Module):

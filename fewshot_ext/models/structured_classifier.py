@@ -36,13 +36,14 @@ class StructuredClassifierConfig:
     classes.
 
     Args:
-        passes: over the support set; 0 leaves the means of the support maps as they are.
-        batch_size: support images a step.
+        passes: number of passes over the support set; 0 leaves the means of the support maps as they are.
+        batch_size: number of support images in a step.
         lr: learning rate: 0.1 in the official training, 100 in the official evaluation.
-        momentum: of SGD.
-        dampening: of SGD.
+        momentum: momentum of SGD.
+        dampening: dampening of SGD.
         detach_weights: hold the weights of the regions fixed in the gradient, as the official implementation does in
-            every evaluation. Where False, prototypes also move to be weighted otherwise, as the paper's equations say.
+            every evaluation. Otherwise the prototypes also move to be weighted differently, as the paper's equations
+            say.
 
     Raises:
         TypeError: a value of another type; the message names it.

@@ -1,6 +1,5 @@
 """Typed settings of pre-training: what a YAML file or the command line fills in."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -12,12 +11,10 @@ from fewshot_ext._checks import (
     check_fraction,
     check_positive,
 )
-from fewshot_ext._formats import typed
+from fewshot_ext._formats import nested, typed
 from fewshot_ext._validation import check_similarity
 from fewshot_ext.data.augmentation import AugmentationConfig
 from fewshot_ext.models import BackboneConfig
-
-PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "64-true")
 
 # Settings that one optimiser alone has.
 _OPTIMIZERS = {
@@ -40,11 +37,11 @@ class ValidationConfig:
     fine-tuned classifier does.
 
     Args:
-        epochs: epochs between two validations; the last epoch is always validated.
-        episodes: how many, the same at every validation.
-        way: classes an episode.
-        shot: support images a class.
-        queries: query images a class.
+        epochs: number of epochs between two validations; the last epoch is always validated.
+        episodes: number of episodes, the same ones at every validation.
+        way: number of classes in an episode.
+        shot: number of support images of each class.
+        queries: number of query images of each class.
 
     Raises:
         ValueError: a value out of range; the message names it.
@@ -61,11 +58,47 @@ class ValidationConfig:
             check_count(name, getattr(self, name), least)
 
 
-_PARTS = {"backbone": BackboneConfig, "augmentation": AugmentationConfig, "validation": ValidationConfig}
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Settings that every training has.
+
+    Args:
+        precision: arithmetic of the network, by Lightning's name; losses and matching are in float32 or better.
+        channels_last: keep feature maps in the channels-last layout, in which most convolutions are faster.
+        checkpoint_epochs: number of epochs between two checkpoints; an interrupted run resumes from the last of them.
+        image_size: side of the square images that the backbone sees; null takes the size of the stored images.
+        mean: mean of each channel for pixels in [0, 1]; null takes that of the training images.
+        std: standard deviation of each channel; null takes that of the training images.
+        augmentation: see ``AugmentationConfig``.
+    """
+
+    precision: Literal["32-true", "16-mixed", "bf16-mixed", "64-true"] = "32-true"
+    channels_last: bool = False
+    checkpoint_epochs: int = 1
+    image_size: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+
+    def __post_init__(self) -> None:
+        check_choice("precision", self.precision, "32-true", "16-mixed", "bf16-mixed", "64-true")
+        check_count("checkpoint_epochs", self.checkpoint_epochs, 1)
+        if self.image_size is not None:
+            check_count("image_size", self.image_size, 1)
+        if (self.mean is None) != (self.std is None):
+            raise ValueError(f"mean and std must both be given or both be null, got {self.mean} and {self.std}")
+        for name, values, check in (("mean", self.mean, check_finite), ("std", self.std, check_positive)):
+            for value in values or ():
+                check(name, value)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TrainingConfig":
+        """Rebuilds a config from ``dataclasses.asdict``, as a checkpoint keeps it, or from a YAML file."""
+        return typed(cls, values)
 
 
 @dataclass(frozen=True)
-class PreTrainingConfig:
+class PreTrainingConfig(TrainingConfig):
     """Pre-training on base classes with a signed-margin softmax (paper eq. 1, 7, 8).
 
     The defaults are the paper's recipe for Neg-Cosine on CUB. Those of sgd are of the pre-training of DeepEMD, whose
@@ -76,28 +109,21 @@ class PreTrainingConfig:
         margin: subtracted from the similarity with the true class; negative loosens, positive tightens.
         scale: multiplies the similarities before the softmax (the paper: 30 for cosine, 5 for the inner
             product).
-        label_smoothing: share of the target spread over all classes.
-        epochs: passes over the base images.
-        batch_size: images a step, over all devices.
-        optimizer: adam, with linear warm-up and cosine decay, or sgd, whose rate falls in steps.
-        learning_rate: Adam's at the end of the warm-up; SGD's in the first epochs.
-        minimum_learning_rate: adam alone: the rate that the cosine decay ends at.
-        warmup: adam alone: share of the steps spent in the linear warm-up (the paper: 50 of 200 epochs, 100 of 400).
-        warmup_multiplier: adam alone: how many times smaller than ``learning_rate`` the first rate is.
-        momentum: sgd alone: of the gradients.
-        nesterov: sgd alone: Nesterov's momentum.
-        decay: sgd alone: what the rate is multiplied by every ``decay_epochs`` epochs.
-        decay_epochs: sgd alone: epochs between two decays.
-        weight_decay: L2 penalty that the optimiser adds to the gradient.
-        precision: Lightning's name of the arithmetic, as "32-true" or "bf16-mixed".
-        channels_last: keep feature maps in the channels-last layout, which most convolutions are faster in.
+        label_smoothing: share of the target that is spread over all classes.
+        epochs: number of passes over the base images.
+        batch_size: number of images in a step, over all devices.
+        optimizer: adam (linear warm-up, then cosine decay) or sgd (the learning rate falls in steps).
+        learning_rate: learning rate at the end of Adam's warm-up, or in SGD's first epochs.
+        minimum_learning_rate: learning rate at the end of the cosine decay (adam only).
+        warmup: share of the steps in the linear warm-up (adam only; the paper: 50 of 200 epochs, 100 of 400).
+        warmup_multiplier: how many times smaller the first learning rate is than that after the warm-up (adam only).
+        momentum: momentum (sgd only).
+        nesterov: use Nesterov's momentum (sgd only).
+        decay: factor that the learning rate is multiplied by at each decay (sgd only).
+        decay_epochs: number of epochs between two decays (sgd only).
+        weight_decay: factor of the L2 penalty that the optimizer adds to the gradient.
         compile: compile the backbone by torch.compile; the first steps then take minutes.
-        checkpoint_epochs: epochs between two checkpoints; a broken run resumes at the last of them.
-        image_size: side of the square images that the backbone sees; null for the size of the archive's.
-        mean: of each channel, for pixels in [0, 1]; null for that of the training images.
-        std: likewise the standard deviation.
         backbone: see ``BackboneConfig``.
-        augmentation: see ``AugmentationConfig``.
         validation: see ``ValidationConfig``.
 
     Raises:
@@ -129,20 +155,13 @@ class PreTrainingConfig:
     decay: float = 0.2
     decay_epochs: int = 30
     weight_decay: float = 0.0
-    precision: Literal["32-true", "16-mixed", "bf16-mixed", "64-true"] = "32-true"
-    channels_last: bool = False
     compile: bool = False
-    checkpoint_epochs: int = 1
-    image_size: int | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "similarity", check_similarity(self.similarity))
-        check_choice("precision", self.precision, *PRECISIONS)
         check_finite("margin", self.margin)
         check_positive("scale", self.scale)
         check_fraction("label_smoothing", self.label_smoothing)
@@ -157,8 +176,6 @@ class PreTrainingConfig:
         check_count("decay_epochs", self.decay_epochs, 1)
         self._check_optimizer()
         check_at_least("weight_decay", self.weight_decay, 0)
-        check_count("checkpoint_epochs", self.checkpoint_epochs, 1)
-        check_normalisation(self.image_size, self.mean, self.std)
 
     def _check_optimizer(self) -> None:
         check_choice("optimizer", self.optimizer, *_OPTIMIZERS)
@@ -196,7 +213,7 @@ class PreTrainingConfig:
             5.0
         """
         check_choice("loss", loss, *LOSSES)
-        settings = build_parts(settings, _PARTS)
+        settings = nested(cls, settings)
         if loss.startswith("neg-"):
             margin = _MARGINS[LOSSES[loss]] if margin is None else margin
         elif margin:
@@ -211,28 +228,4 @@ class PreTrainingConfig:
         """Rebuilds a config from ``dataclasses.asdict``, as a checkpoint keeps it, of version 0.1 too."""
         if values.get("similarity") == "softmax":
             values = {**values, "similarity": "dot"}
-        return typed(cls, build_parts(values, _PARTS))
-
-
-def build_parts(values: Mapping[str, Any], parts: Mapping[str, type]) -> dict[str, Any]:
-    """Settings as YAML or a checkpoint has them, with nested dictionaries made ``parts`` and lists made tuples."""
-
-    def build(name: str, value: Any) -> Any:
-        if isinstance(value, dict):
-            if name not in parts:
-                raise ValueError(f"{name} must not be a mapping")
-            return typed(parts[name], build_parts(value, {}))
-        return tuple(value) if isinstance(value, list) else value
-
-    return {name: build(name, value) for name, value in values.items()}
-
-
-def check_normalisation(image_size: int | None, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> None:
-    """Raises ValueError unless these settings of the network's input, each of which may be None, go together."""
-    if image_size is not None:
-        check_count("image_size", image_size, 1)
-    if (mean is None) != (std is None):
-        raise ValueError(f"mean and std must both be given or both be null, got {mean} and {std}")
-    for name, values, check in (("mean", mean, check_finite), ("std", std, check_positive)):
-        for value in values or ():
-            check(name, value)
+        return super().from_dict(values)

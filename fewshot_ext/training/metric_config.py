@@ -1,15 +1,13 @@
 """Typed settings of metric learning: what a YAML file or the command line fills in."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 from fewshot_ext._checks import check_at_least, check_choice, check_count, check_positive
-from fewshot_ext._formats import typed
-from fewshot_ext.data.augmentation import AugmentationConfig
 from fewshot_ext.losses.anti_collapse import CONVENTIONS, VARIANTS
 from fewshot_ext.losses.base_losses import BASE_LOSSES, PROXY_LOSSES
 from fewshot_ext.models import BackboneConfig
-from fewshot_ext.training.config import PRECISIONS, build_parts, check_normalisation
+from fewshot_ext.training.config import TrainingConfig
 
 NO_ANTI_COLLAPSE = "none"
 
@@ -19,11 +17,11 @@ class AntiCollapseConfig:
     """The term of Jiang et al. (2024) that keeps embeddings from collapsing: loss = base_weight base + weight penalty.
 
     Args:
-        variant: what is spread: "pair" the embeddings of the batch, "batch_proxy" the proxies of its classes,
-            "all_proxy" those of all classes; "none" leaves the base loss alone.
-        convention: formula of the penalty: "paper" is -gamma2 R, "official" is exp(-gamma2 R), as the authors' code.
-        weight: of the penalty (nu), at least 0.
-        base_weight: of the base loss, at least 0 (the official code: 0.0035 to 0.01, with weight 1).
+        variant: what is spread: the embeddings of the batch (pair), the proxies of its classes (batch_proxy), the
+            proxies of all classes (all_proxy) or nothing (none), which leaves the base loss as it is.
+        convention: formula of the penalty: -gamma2 R (paper) or exp(-gamma2 R) (official, as in the authors' code).
+        weight: weight of the penalty (nu), at least 0.
+        base_weight: weight of the base loss, at least 0 (the official code: 0.0035 to 0.01, with weight 1).
         eps: distortion of the coding rate.
         gamma1: factor of the coding rate's alpha.
         gamma2: factor of the coding rate.
@@ -54,10 +52,10 @@ class MeasurementConfig:
     """What is measured while the training runs: retrieval, coding rate and spectrum of the embeddings.
 
     Args:
-        epochs: epochs between two measurements; the last epoch is always measured.
-        ks: the K of Recall@K.
-        seen_images: most training images that are measured, drawn evenly from the classes; all images of validation
-            and unseen classes are.
+        epochs: number of epochs between two measurements; the last epoch is always measured.
+        ks: numbers K of Recall@K.
+        seen_images: largest number of training images to measure, drawn evenly from the classes. All images of
+            validation and unseen classes are measured.
         eps: distortion of the coding rate that is measured.
 
     Raises:
@@ -83,33 +81,28 @@ _CLASSES_PER_BATCH = 45  # of the official code
 
 
 @dataclass(frozen=True)
-class MetricTrainingConfig:
+class MetricTrainingConfig(TrainingConfig):
     """An embedding of unit length trained by a metric learning loss on batches of P classes with K images each.
 
     Batches, losses and weight decay are those of the official Anti-Collapse code; its rates are for a ResNet-50 that
     knows ImageNet (learning_rate 1e-5, proxy_learning_rate 0.02), the default here for a network that starts afresh.
 
     Args:
-        loss: the first two have proxies, the others compare images; settings as in the official Anti-Collapse code.
-        epochs: an epoch has as many batches as hold all training images.
-        classes_per_batch: P, classes a batch; null for 45, or all where there are fewer.
-        samples_per_class: K, images a class in a batch; at least 2 for contrastive and triplet.
-        learning_rate: AdamW's rate for the backbone.
-        proxy_learning_rate: the rate for the proxies, where the loss has some; they start anywhere, and must move
-            faster than the backbone. They have no weight decay.
-        milestones: epochs after which both rates fall.
-        decay_factor: of both rates at each of the milestones.
-        weight_decay: of AdamW, for the backbone.
-        precision: Lightning's name of the arithmetic, as "32-true" or "bf16-mixed"; the loss is always in full.
-        channels_last: keep feature maps in the channels-last layout, which most convolutions are faster in.
+        loss: loss with the settings of the official Anti-Collapse code. proxy_anchor and proxy_nca compare images with
+            proxies of the classes, contrastive and triplet compare images with each other.
+        epochs: number of epochs; an epoch has as many batches as hold all training images.
+        classes_per_batch: number of classes in a batch (P); null takes 45, or all where there are fewer.
+        samples_per_class: number of images of each class in a batch (K); at least 2 for contrastive and triplet.
+        learning_rate: learning rate of AdamW for the backbone.
+        proxy_learning_rate: learning rate of the proxies, if the loss has any. They start anywhere and must move faster
+            than the backbone. They have no weight decay.
+        milestones: epochs after which both learning rates fall.
+        decay_factor: factor that both learning rates are multiplied by at each milestone.
+        weight_decay: weight decay of AdamW for the backbone.
         compile: compile the backbone by torch.compile; the first steps then take minutes.
-        checkpoint_epochs: epochs between two checkpoints; a broken run resumes at the last of them.
-        image_size: side of the square images that the backbone sees; null for the size of the archive's.
-        mean: of each channel, for pixels in [0, 1]; null for that of the training images.
-        std: likewise the standard deviation.
         anti_collapse: see ``AntiCollapseConfig``.
-        backbone: see ``BackboneConfig``; ``embedding`` is D, and null leaves the features as they are.
-        augmentation: see ``AugmentationConfig``.
+        backbone: see ``BackboneConfig``; its ``embedding`` is the number of dimensions that are compared, and null
+            leaves the features as they are.
         measurement: see ``MeasurementConfig``.
 
     Raises:
@@ -129,19 +122,13 @@ class MetricTrainingConfig:
     milestones: tuple[int, ...] = ()
     decay_factor: float = 0.5
     weight_decay: float = 4e-4
-    precision: Literal["32-true", "16-mixed", "bf16-mixed", "64-true"] = "32-true"
-    channels_last: bool = False
     compile: bool = False
-    checkpoint_epochs: int = 1
-    image_size: int | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
     anti_collapse: AntiCollapseConfig = field(default_factory=AntiCollapseConfig)
     backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig(embedding=64))
-    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     measurement: MeasurementConfig = field(default_factory=MeasurementConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("loss", self.loss, *BASE_LOSSES)
         if self.classes_per_batch is not None:
             check_count("classes_per_batch", self.classes_per_batch, 0)
@@ -165,12 +152,9 @@ class MetricTrainingConfig:
         check_positive("decay_factor", self.decay_factor)
         for epoch in self.milestones:
             check_count("milestones", epoch, 1)
-        check_choice("precision", self.precision, *PRECISIONS)
         check_count("epochs", self.epochs, 1)
         check_positive("learning_rate", self.learning_rate)
         check_at_least("weight_decay", self.weight_decay, 0)
-        check_count("checkpoint_epochs", self.checkpoint_epochs, 1)
-        check_normalisation(self.image_size, self.mean, self.std)
 
     def batches_of(self, num_classes: int) -> "MetricTrainingConfig":
         """The same settings with P, where it was left open, for so many classes.
@@ -182,16 +166,3 @@ class MetricTrainingConfig:
         if self.classes_per_batch is not None:
             return self
         return replace(self, classes_per_batch=max(2, min(_CLASSES_PER_BATCH, num_classes)))
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "MetricTrainingConfig":
-        """Rebuilds a config from ``dataclasses.asdict``, as a checkpoint keeps it."""
-        return typed(cls, build_parts(values, _PARTS))
-
-
-_PARTS = {
-    "anti_collapse": AntiCollapseConfig,
-    "backbone": BackboneConfig,
-    "augmentation": AugmentationConfig,
-    "measurement": MeasurementConfig,
-}

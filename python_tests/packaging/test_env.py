@@ -1,8 +1,10 @@
 import json
 import os
+import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ RECORD = {
     "cuda_architectures": "8.0;9.0+PTX",
     "cuda_missing_because": None,
 }
+NEEDS = {"present": "3.10", "of-the-future": "3.99"}  # by the Python that they are for
 
 
 def run(*arguments, **settings):
@@ -38,16 +41,18 @@ def test_json_report():
     assert facts["devices"]["cpu"]["capability"] == torch.backends.cpu.get_cpu_capability()
     assert facts["operators"]
     assert all(set(on_device) == {"cpu", "cuda"} for on_device in facts["operators"].values())
-    assert any(on_device["cpu"] for on_device in facts["operators"].values())
+    assert facts["operators"]["emd"]["cpu"] == "kernel"
 
 
 def test_text_report(capsys):
     env.main([])
     told = capsys.readouterr().out
-    for title in ("Versions", "Build", "Libraries", "Devices", "Kernels", "Extras"):
+    for title in ("Versions", "Build", "Libraries", "Devices", "Operators", "Extras"):
         assert f"\n{title}\n" in f"\n{told}"
     assert f"torch        {torch.__version__}" in told
-    assert "cpu: yes" in told
+    assert re.search(r"^  margin_softmax +cpu: kernel, cuda: ", told, re.MULTILINE)
+    # Made of torch's operators: a kernel on no device, and yet on all.
+    assert re.search(r"^  coding_rate +cpu: by torch's operators, cuda: by torch's operators$", told, re.MULTILINE)
 
 
 def test_unknown_option_gets_a_usage_error(capsys):
@@ -61,7 +66,15 @@ def test_missing_extra_comes_with_its_pip_line(monkeypatch):
     assert env.extras_report() == {
         "train": {"versions": {"no-such-thing": None}, "install": "pip install 'fewshot_ext[train]'"}
     }
-    assert "no-such-thing MISSING\n      pip install 'fewshot_ext[train]'" in env.render(env.report())
+    assert "train  not installed: pip install 'fewshot_ext[train]'" in env.render(env.report())
+    requirements = ['numpy; extra == "train"', 'no-such-thing; extra == "train"']
+    monkeypatch.setattr(env.importlib.metadata, "requires", lambda name: requirements)
+    assert f"numpy {np.__version__}\n      without no-such-thing: pip install" in env.render(env.report())
+
+
+def test_what_another_python_needs_is_not_missing():
+    requirements = [f'{name}; python_version >= "{version}" and extra == "a"' for name, version in NEEDS.items()]
+    assert env.declared_extras(requirements) == {"a": ["present"]}
 
 
 def test_missing_cuda_library_comes_with_the_reason_from_the_build(monkeypatch):

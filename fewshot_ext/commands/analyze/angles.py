@@ -27,7 +27,7 @@ def add_arguments(parser) -> None:
         metavar="M",
         help="margins of the cosine softmax",
     )
-    sweep.add_argument("--bins", type=int, default=AngleMeasurement().bins, help="parts of the circle")
+    sweep.add_argument("--bins", type=int, default=AngleMeasurement().bins, help="number of parts of the circle")
     common.add_training_arguments(parser, seeds=(0,))
 
 

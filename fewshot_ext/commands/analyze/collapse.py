@@ -25,29 +25,35 @@ def add_arguments(parser) -> None:
     common.add_run_arguments(parser)
     sweep = parser.add_argument_group("sweep")
     sweep.add_argument(
-        "--losses", nargs="+", default=["triplet", "proxy_anchor"], metavar="LOSS", help=", ".join(BASE_LOSSES)
+        "--losses",
+        nargs="+",
+        default=["triplet", "proxy_anchor"],
+        metavar="LOSS",
+        help=f"losses: {', '.join(BASE_LOSSES)}",
     )
     weights = {"type": float, "metavar": "W"}
     sweep.add_argument(
         "--pair_weights",
         nargs="+",
         default=[0.1],
-        help="of the term for contrastive and triplet, where it spreads embeddings; each loss also goes without",
+        help="weights of the term for contrastive and triplet, where it spreads embeddings; 0 is always added",
         **weights,
     )
     sweep.add_argument(
         "--proxy_weights",
         nargs="+",
         default=[1.0],
-        help="of the term for losses with proxies, where it spreads proxies; each loss also goes without",
+        help="weights of the term for losses with proxies, where it spreads proxies; 0 is always added",
         **weights,
     )
-    sweep.add_argument("--proxy_variant", default="batch_proxy", help="which proxies: batch_proxy or all_proxy")
+    sweep.add_argument(
+        "--proxy_variant", default="batch_proxy", help="proxies that the term spreads: batch_proxy or all_proxy"
+    )
     sweep.add_argument(
         "--proxy_pair_weights",
         nargs="*",
         default=[],
-        help="further arms of losses with proxies, where the term spreads embeddings",
+        help="weights of the term for losses with proxies, where it spreads embeddings instead",
         **weights,
     )
     common.add_training_arguments(parser, seeds=(0, 1, 2), command="metric-train")

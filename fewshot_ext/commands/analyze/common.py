@@ -38,13 +38,13 @@ def add_run_arguments(parser, data: str | None = None) -> None:
     run.add_argument(
         "--data", default=data, metavar="NAME|FILE", help="image set: digits or another known name, a file or a folder"
     )
-    run.add_argument("--output", metavar="FOLDER", help="where numbers, pictures and checkpoints go")
+    run.add_argument("--output", metavar="FOLDER", help="folder that numbers, pictures and checkpoints are written to")
     run.add_argument(
         "--runs",
         type=str | None,
         default=None,
         metavar="FOLDER",
-        help="where trained backbones are kept and looked for; null for runs/ in the output folder",
+        help="folder that trained backbones are kept in and looked for; null takes runs/ in the output folder",
     )
     _add_machine_arguments(run)
 
@@ -54,21 +54,32 @@ def add_sweep_arguments(parser, losses: Sequence[str] = ("cosine",)) -> None:
     run = parser.add_argument_group("run")
     run.add_argument("--sweep", metavar="FOLDER", help="output folder of fewshot-ext analyze margins")
     run.add_argument(
-        "--output", type=str | None, default=None, metavar="FOLDER", help="null for the folder of the sweep"
+        "--output",
+        type=str | None,
+        default=None,
+        metavar="FOLDER",
+        help="folder that the results are written to; null takes the folder of the sweep",
     )
     _add_machine_arguments(run)
     chosen = parser.add_argument_group("runs of the sweep to look at")
-    chosen.add_argument("--losses", nargs="+", default=list(losses), metavar="LOSS", help="cosine, softmax")
+    chosen.add_argument("--losses", nargs="+", default=list(losses), metavar="LOSS", help="losses: cosine, softmax")
     chosen.add_argument(
-        "--margins", type=float, nargs="*", default=[], metavar="M", help="pre-training margins; all by default"
+        "--margins",
+        type=float,
+        nargs="*",
+        default=[],
+        metavar="M",
+        help="pre-training margins; takes all if none is given",
     )
-    chosen.add_argument("--seeds", type=int, nargs="*", default=[], metavar="S", help="all by default")
+    chosen.add_argument(
+        "--seeds", type=int, nargs="*", default=[], metavar="S", help="seeds; takes all if none is given"
+    )
 
 
 def _add_machine_arguments(group) -> None:
     group.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu or cuda")
-    group.add_argument("--jobs", type=int, default=1, help="processes that the runs are spread over")
-    group.add_argument("--threads", type=int, default=1, help="CPU threads of each process")
+    group.add_argument("--jobs", type=int, default=1, help="number of processes that the runs are spread over")
+    group.add_argument("--threads", type=int, default=1, help="number of CPU threads of each process")
 
 
 def add_training_arguments(parser, seeds: Sequence[int] = (0, 1), command: str = "pretrain") -> None:
@@ -87,20 +98,23 @@ def add_training_arguments(parser, seeds: Sequence[int] = (0, 1), command: str =
         help=f"settings by name (fewshot-ext {command} --list-recipes); null for DATA{_DEFAULT_RECIPE[command]} where "
         "there is one",
     )
-    training.add_argument("--epochs", type=int | None, default=None, help="null for the recipe's")
+    training.add_argument("--epochs", type=int | None, default=None, help="number of epochs; null takes the recipe's")
     training.add_argument(
         "--set",
         nargs="*",
         default=[],
         metavar="KEY=VALUE",
-        help="other settings in place of the recipe's, as weight_decay=0.0001 backbone.width=32",
+        help="settings in place of the recipe's, such as weight_decay=0.0001 backbone.width=32",
     )
     training.add_argument(
-        "--seeds", type=int, nargs="+", default=list(seeds), metavar="S", help="each repeats all runs"
+        "--seeds", type=int, nargs="+", default=list(seeds), metavar="S", help="seeds; all runs are repeated with each"
     )
     if command == "pretrain":
         training.add_argument(
-            "--held_out", type=float, default=0.2, help="share of each base class that is kept from training"
+            "--held_out",
+            type=float,
+            default=0.2,
+            help="share of the images of each base class that is kept from training",
         )
 
 
@@ -108,19 +122,21 @@ def add_protocol_arguments(parser, shots: Sequence[int] = (1, 5), *, base: bool 
     """Adds the settings of the few-shot episodes; ``base`` where some are of base classes."""
     protocol = ProtocolConfig()
     episodes = parser.add_argument_group("episodes")
-    episodes.add_argument("--way", type=int, default=protocol.way, help="classes an episode")
+    episodes.add_argument("--way", type=int, default=protocol.way, help="number of classes in an episode")
     episodes.add_argument(
-        "--shots", type=int, nargs="+", default=list(shots), metavar="K", help="support images a class"
+        "--shots", type=int, nargs="+", default=list(shots), metavar="K", help="numbers of support images of each class"
     )
-    episodes.add_argument("--queries", type=int, default=protocol.queries, help="query images a class")
+    episodes.add_argument("--queries", type=int, default=protocol.queries, help="number of query images of each class")
     if base:
         episodes.add_argument(
             "--base_queries",
             type=int | None,
             default=None,
-            help="the same for base classes, whose held-out images are fewer; null for --queries",
+            help="number of query images of each base class, which has fewer held-out images; null takes --queries",
         )
-    episodes.add_argument("--episodes", type=int, default=protocol.episodes, help="episodes for each number of shots")
+    episodes.add_argument(
+        "--episodes", type=int, default=protocol.episodes, help="number of episodes for each number of shots"
+    )
     parser.add_class_arguments(FineTuningConfig, "finetuning")
     # Otherwise the title is a sentence of the docstring.
     parser.groups["finetuning"].title = "finetuning"
@@ -129,7 +145,7 @@ def add_protocol_arguments(parser, shots: Sequence[int] = (1, 5), *, base: bool 
 def add_classes_argument(parser) -> None:
     """Adds the set of classes that an analysis is about."""
     episodes = parser.add_argument_group("classes")
-    episodes.add_argument("--classes", default="novel", help="base, validation or novel")
+    episodes.add_argument("--classes", default="novel", help="classes to look at: base, validation or novel")
 
 
 def read_accuracy(arguments, **changes: Any) -> FewShotAccuracy:

@@ -21,7 +21,7 @@ def add_arguments(parser) -> None:
         nargs="+",
         default=[-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3],
         metavar="M",
-        help="each fine-tunes every episode anew",
+        help="margins; every episode is fine-tuned with each",
     )
     common.add_classes_argument(parser)
     common.add_protocol_arguments(parser, base=False)

@@ -24,7 +24,7 @@ def add_arguments(parser) -> None:
     """Adds the options of ``analyze label_distribution`` to a jsonargparse parser."""
     common.add_sweep_arguments(parser)
     groups = parser.add_argument_group("groups")
-    groups.add_argument("--groups", type=int, default=3, help="how many groups the sorted classes are cut into")
+    groups.add_argument("--groups", type=int, default=3, help="number of groups that the sorted classes are cut into")
     common.add_protocol_arguments(parser, shots=(1,), base=False)
 
 

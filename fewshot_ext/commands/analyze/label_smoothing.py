@@ -18,8 +18,8 @@ def add_arguments(parser) -> None:
     """Adds the options of ``analyze label_smoothing`` to a jsonargparse parser."""
     common.add_run_arguments(parser)
     variants = parser.add_argument_group("variants")
-    variants.add_argument("--margin", type=float, default=-0.3, help="of the variant with a margin")
-    variants.add_argument("--label_smoothing", type=float, default=0.05, help="of the variant with label smoothing")
+    variants.add_argument("--margin", type=float, default=-0.3, help="margin of the variant with a margin")
+    variants.add_argument("--label_smoothing", type=float, default=0.05, help="label smoothing of the variant with it")
     common.add_training_arguments(parser)
     common.add_protocol_arguments(parser)
 

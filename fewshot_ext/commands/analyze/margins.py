@@ -18,7 +18,9 @@ def add_arguments(parser) -> None:
     """Adds the options of ``analyze margins`` to a jsonargparse parser."""
     common.add_run_arguments(parser)
     sweep = parser.add_argument_group("sweep")
-    sweep.add_argument("--losses", nargs="+", default=["cosine", "softmax"], metavar="LOSS", help="cosine, softmax")
+    sweep.add_argument(
+        "--losses", nargs="+", default=["cosine", "softmax"], metavar="LOSS", help="losses: cosine, softmax"
+    )
     sweep.add_argument(
         "--cosine_margins",
         type=float,
@@ -33,7 +35,7 @@ def add_arguments(parser) -> None:
         nargs="+",
         default=[-15.0, -10.0, -5.0, -2.0, -1.0, 0.0, 1.0, 2.0],
         metavar="M",
-        help="margins of the softmax",
+        help="margins of the inner-product softmax",
     )
     common.add_training_arguments(parser)
     common.add_protocol_arguments(parser)

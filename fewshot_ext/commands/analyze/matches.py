@@ -43,36 +43,49 @@ def add_arguments(parser) -> None:
     """Adds the options of ``analyze matches`` to a jsonargparse parser."""
     parser.epilog = FOLDER_RULE
     run = parser.add_argument_group("run")
-    run.add_argument("--checkpoint", type=str | None, default=None, metavar="FILE", help="of any training")
+    run.add_argument("--checkpoint", type=str | None, default=None, metavar="FILE", help="checkpoint of any training")
     run.add_argument(
         "--data",
         type=str | None,
         default=None,
         metavar="NAME|FILE",
-        help="image set to draw pairs from: digits, a file, a folder",
+        help="image set to draw pairs from: digits, a file or a folder",
     )
     run.add_argument(
-        "--query", type=str | None, default=None, metavar="PATH", help="in place of --data: a picture, or a folder"
+        "--query",
+        type=str | None,
+        default=None,
+        metavar="PATH",
+        help="picture or folder of pictures, in place of --data",
     )
     run.add_argument(
         "--support",
         type=str | None,
         default=None,
         metavar="PATH",
-        help="with --query: as many pictures, in the order of their names, or one for all",
+        help="as many pictures as --query has, in the order of their names, or one for all",
     )
-    run.add_argument("--output", type=str | None, default=None, metavar="FOLDER", help="where the results go")
+    run.add_argument(
+        "--output", type=str | None, default=None, metavar="FOLDER", help="folder that the results are written to"
+    )
     run.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu or cuda")
-    run.add_argument("--threads", type=int, default=1, help="CPU threads")
+    run.add_argument("--threads", type=int, default=1, help="number of CPU threads")
     pairs = parser.add_argument_group("pairs of a data set")
-    pairs.add_argument("--classes", default="novel", help="base, validation or novel")
-    pairs.add_argument("--same_class", type=int, default=4, metavar="N", help="pairs of one class")
-    pairs.add_argument("--other_class", type=int, default=2, metavar="N", help="pairs of two classes")
-    pairs.add_argument("--seed", type=int, default=0, help="decides the pairs")
+    pairs.add_argument("--classes", default="novel", help="classes to look at: base, validation or novel")
+    pairs.add_argument("--same_class", type=int, default=4, metavar="N", help="number of pairs of one class")
+    pairs.add_argument("--other_class", type=int, default=2, metavar="N", help="number of pairs of two classes")
+    pairs.add_argument("--seed", type=int, default=0, help="seed of the pairs")
     matching = parser.add_argument_group("matching and picture")
-    matching.add_argument("--weighting", default="cross_reference", help="of the regions: cross_reference or uniform")
-    matching.add_argument("--flows", type=int, default=5, help="strongest flows that are drawn and told for each pair")
-    matching.add_argument("--columns", type=int, default=3, help="pairs next to each other; 3 fill a page")
+    matching.add_argument(
+        "--weighting", default="cross_reference", help="weights of the regions: cross_reference or uniform"
+    )
+    matching.add_argument(
+        "--flows",
+        type=int,
+        default=5,
+        help="number of flows that are drawn and listed for each pair, the strongest ones",
+    )
+    matching.add_argument("--columns", type=int, default=3, help="number of pairs next to each other; 3 fill a page")
     parser.add_class_arguments(LocalFeaturesConfig, "local_features")
     # Otherwise the title is a sentence of the docstring.
     parser.groups["local_features"].title = "regions"

@@ -18,15 +18,28 @@ def add_arguments(parser) -> None:
     """Adds the options of ``analyze regularizers`` to a jsonargparse parser."""
     common.add_run_arguments(parser)
     variants = parser.add_argument_group("variants")
-    variants.add_argument("--margin", type=float, default=-0.1, help="of all variants but the first")
-    variants.add_argument("--weight_decay", type=float | None, default=1e-4, help="null for no such variant")
+    variants.add_argument("--margin", type=float, default=-0.1, help="margin of all variants except the first")
     variants.add_argument(
-        "--drop_rate", type=float | None, default=None, help="of DropBlock, which conv4 does not have; null for none"
+        "--weight_decay",
+        type=float | None,
+        default=1e-4,
+        help="value of the variant with it; null leaves the variant out",
     )
-    variants.add_argument("--drop_block_size", type=int, default=5, help="goes with --drop-rate")
-    variants.add_argument("--label_smoothing", type=float | None, default=None, help="null for no such variant")
     variants.add_argument(
-        "--without_augmentation", type=bool, default=True, help="a variant whose images are not augmented"
+        "--drop_rate",
+        type=float | None,
+        default=None,
+        help="rate of DropBlock, which conv4 does not have; null leaves the variant out",
+    )
+    variants.add_argument("--drop_block_size", type=int, default=5, help="side of the blocks that --drop-rate drops")
+    variants.add_argument(
+        "--label_smoothing",
+        type=float | None,
+        default=None,
+        help="value of the variant with it; null leaves the variant out",
+    )
+    variants.add_argument(
+        "--without_augmentation", type=bool, default=True, help="whether there is a variant without augmentation"
     )
     common.add_training_arguments(parser)
     common.add_protocol_arguments(parser)

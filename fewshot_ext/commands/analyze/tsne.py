@@ -20,9 +20,11 @@ def add_arguments(parser) -> None:
     common.add_sweep_arguments(parser)
     picture = parser.add_argument_group("picture")
     defaults = Embedding()
-    picture.add_argument("--num_classes", type=int, default=defaults.num_classes, help="classes drawn in each picture")
-    picture.add_argument("--images", type=int, default=defaults.images, help="images of each class, at most")
-    picture.add_argument("--perplexity", type=float, default=defaults.perplexity, help="of t-SNE")
+    picture.add_argument(
+        "--num_classes", type=int, default=defaults.num_classes, help="number of classes in each picture"
+    )
+    picture.add_argument("--images", type=int, default=defaults.images, help="largest number of images of each class")
+    picture.add_argument("--perplexity", type=float, default=defaults.perplexity, help="perplexity of t-SNE")
     common.add_protocol_arguments(parser, shots=(1,))
 
 

@@ -18,8 +18,8 @@ SUMMARY = "download a public image set and unpack it"
 
 def add_arguments(parser) -> None:
     """Adds the options of ``data download`` to a jsonargparse parser."""
-    parser.add_argument("name", metavar="NAME", help="omniglot (16 MB), cifar100 (169 MB) or cub (1.2 GB)")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="where it goes")
+    parser.add_argument("name", metavar="NAME", help="image set: omniglot (16 MB), cifar100 (169 MB) or cub (1.2 GB)")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder that it is written to")
 
 
 def prepare(arguments, resolved: str) -> Callable[[], int]:

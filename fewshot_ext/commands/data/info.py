@@ -24,7 +24,7 @@ SUMMARY = "show what an image set holds and check that it is whole"
 def add_arguments(parser) -> None:
     """Adds the options of ``data info`` to a jsonargparse parser."""
     parser.epilog = FOLDER_RULE
-    parser.add_argument("data", metavar="FILE", help="an archive, a folder of pictures, or the name of a known set")
+    parser.add_argument("data", metavar="FILE", help="image set: an archive, a folder of pictures or a known name")
     parser.add_argument("--preview", metavar="FILE.png", help="also write a picture of up to 64 classes")
 
 

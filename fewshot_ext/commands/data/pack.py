@@ -32,29 +32,39 @@ SUMMARY = "pack a folder of pictures into one archive"
 def add_arguments(parser) -> None:
     """Adds the options of ``data pack`` to a jsonargparse parser."""
     parser.epilog = FOLDER_RULE
-    parser.add_argument("--source", required=True, metavar="FOLDER", help="where the pictures are")
-    parser.add_argument("--output", required=True, metavar="FILE.npz", help="the archive to write")
-    parser.add_argument("--split", metavar="NAME|FILE", help="the roles of the classes; see above")
-    parser.add_argument("--size", type=int, metavar="PIXELS", help="side to resize to; needed where the sizes differ")
+    parser.add_argument("--source", required=True, metavar="FOLDER", help="folder of the pictures")
+    parser.add_argument("--output", required=True, metavar="FILE.npz", help="archive to write")
+    parser.add_argument("--split", metavar="NAME|FILE", help="roles of the classes; see above")
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="side to resize to; needed if the sizes differ")
     parser.add_argument(
         "--resize_mode",
         type=Literal["crop", "stretch"],
         default="crop",
-        help="crop: the short side becomes SIZE and the middle is cut out; stretch: both sides become SIZE",
+        help="how to resize: crop makes the short side SIZE and cuts out the middle, stretch makes both sides SIZE",
     )
     parser.add_argument(
-        "--mode", type=Literal["auto", "RGB", "L"], default="auto", help="auto: L (grey) where every picture is grey"
+        "--mode",
+        type=Literal["auto", "RGB", "L"],
+        default="auto",
+        help="channels: RGB, L (gray), or auto, which is L if every picture is gray",
     )
     parser.add_argument(
         "--class_depth",
         type=int,
         default=1,
         metavar="FOLDERS",
-        help="folders that name a class: 2 for Omniglot, whose class Greek/character01 is a folder in a folder",
+        help="number of folders that name a class: 2 for Omniglot, with classes such as Greek/character01",
     )
-    parser.add_argument("--invert", action="store_true", help="turn dark on light into light on dark, for Omniglot")
     parser.add_argument(
-        "--jpeg_quality", type=int, metavar="1-100", help="store JPEG instead of pixels; 95 changes little"
+        "--invert",
+        action="store_true",
+        help="invert the pixels, so that dark on light becomes light on dark, for Omniglot",
+    )
+    parser.add_argument(
+        "--jpeg_quality",
+        type=int,
+        metavar="1-100",
+        help="store JPEG of this quality instead of pixels; 95 changes little",
     )
 
 
