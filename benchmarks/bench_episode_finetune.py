@@ -47,7 +47,7 @@ CASES = [Case(shot, dimensions) for dimensions in (512, 640, 1600) for shot in (
 
 
 class Episodes:
-    """Features as a network leaves them, not negative, around the centres of their classes."""
+    """Features as a network leaves them, not negative, around the centers of their classes."""
 
     def __init__(self, case: Case, episodes: int = EPISODES) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -55,9 +55,9 @@ class Episodes:
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, case.dimensions, generator=generator)
 
-        centres = normal(episodes, WAY, 1)
+        centers = normal(episodes, WAY, 1)
         self.support, self.query = (
-            (centres + normal(episodes, WAY, count)).relu().flatten(1, 2) for count in (case.shot, QUERIES)
+            (centers + normal(episodes, WAY, count)).relu().flatten(1, 2) for count in (case.shot, QUERIES)
         )
         self.target = torch.arange(WAY).repeat_interleave(case.shot).expand(episodes, -1)
         seed = torch.zeros(1, dtype=torch.int64)

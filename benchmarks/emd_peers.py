@@ -117,15 +117,15 @@ def highs_partial(cost: ndarray, supply: ndarray, demand: ndarray) -> float:
     return highs(np.pad(cost, ((0, 1), (0, 0))), np.append(supply, -more), demand)
 
 
-def quadratic_layer(n: int, m: int, regularisation: float = 1e-3) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A differentiable layer: cost, supply and demand -> the flow [n, m] that also makes ``regularisation`` / 2 |F|^2
+def quadratic_layer(n: int, m: int, regularization: float = 1e-3) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A differentiable layer: cost, supply and demand -> the flow [n, m] that also makes ``regularization`` / 2 |F|^2
     small, as the solver of DeepEMD does."""
     import cvxpy
     from cvxpylayers.torch import CvxpyLayer
 
     flow = cvxpy.Variable((n, m), nonneg=True)
     cost, supply, demand = cvxpy.Parameter((n, m)), cvxpy.Parameter(n), cvxpy.Parameter(m)
-    total = cvxpy.sum(cvxpy.multiply(cost, flow)) + regularisation / 2 * cvxpy.sum_squares(flow)
+    total = cvxpy.sum(cvxpy.multiply(cost, flow)) + regularization / 2 * cvxpy.sum_squares(flow)
     constraints = [cvxpy.sum(flow, axis=1) == supply, cvxpy.sum(flow, axis=0) == demand]
     layer = CvxpyLayer(cvxpy.Problem(cvxpy.Minimize(total), constraints), [cost, supply, demand], [flow])
     return lambda *arguments: layer(*arguments)[0]

@@ -44,8 +44,8 @@ class Inputs:
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, dimensions, generator=generator, device=device)
 
-        centres = normal(episodes, WAY, 1)
-        support, query = ((centres + normal(episodes, WAY, count)).relu().flatten(1, 2) for count in (shot, QUERIES))
+        centers = normal(episodes, WAY, 1)
+        support, query = ((centers + normal(episodes, WAY, count)).relu().flatten(1, 2) for count in (shot, QUERIES))
         target = torch.arange(WAY, device=device).repeat_interleave(shot).repeat(episodes, 1)
         seed = torch.randint(2**62, (1,), generator=generator, device=device).cpu()
         weight, order = torch.ops.fewshot_ext.draw_episodes(support, seed, WAY, passes)

@@ -1,8 +1,8 @@
 """Margin softmax on a GPU, forward + backward, against its peers; run by gpu_report.py.
 
 Every contender gets features and weight that both require gradients, and leaves both gradients freshly allocated. Peers
-that take no margin are fed normalised features times the scale and normalised weights inside the timed call, since the
-operator normalises too; they are named "no margin" and compared with the reference without one.
+that take no margin are fed normalized features times the scale and normalized weights inside the timed call, since the
+operator normalizes too; they are named "no margin" and compared with the reference without one.
 """
 
 import inspect

@@ -19,7 +19,7 @@ from setuptools import __version__ as setuptools_version
 from setuptools import build_meta
 
 MINIMUM_TORCH = (2, 11)
-# The first setuptools that takes the SPDX licence expression of pyproject.toml.
+# The first setuptools that takes the SPDX license expression of pyproject.toml.
 MINIMUM_SETUPTOOLS = (77, 0)
 
 get_requires_for_build_sdist = build_meta.get_requires_for_build_sdist

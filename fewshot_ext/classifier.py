@@ -66,8 +66,8 @@ class FewShotClassifier:
 
     Images are a uint8 tensor ``[N, C, H, W]``, a float tensor of that shape in [0, 1], an array ``[N, H, W]`` or
     ``[N, H, W, C]`` of either kind, a list of picture files, or a folder. Floats are rounded to the 256 levels of
-    picture files. Files are resized so that the short side is ``image_size`` and cut to the middle square; grey is
-    turned to colour, or colour to grey, as the backbone needs. Labels may be of any hashable kind, classes may have
+    picture files. Files are resized so that the short side is ``image_size`` and cut to the middle square; gray is
+    turned to color, or color to gray, as the backbone needs. Labels may be of any hashable kind, classes may have
     any number of images, one included, and different numbers.
 
     Args:
@@ -218,7 +218,7 @@ class FewShotClassifier:
         """Shares that add up to 1, ``[N, classes]`` float32 on the CPU, columns in the order of ``classes_``.
 
         They are the softmax of the head's scores times its ``scale`` (``Head.probabilities``): for "finetune" the
-        probabilities that its training maximises, for "protonet" and "matchingnet" those of their papers. None has
+        probabilities that its training maximizes, for "protonet" and "matchingnet" those of their papers. None has
         been calibrated on data: take them to rank images, not as the chance of being right.
 
         Raises:
@@ -241,7 +241,7 @@ class FewShotClassifier:
         Raises:
             As ``decision_function``.
         """
-        images, labels = _labelled(images, labels)
+        images, labels = _labeled(images, labels)
         batches = self._batches(images)
         _check_count(len(batches), labels)
         predicted = self.predict(batches)
@@ -365,7 +365,7 @@ class FewShotClassifier:
         self._fitted: tuple[Tensor, Tensor] | None = None
 
     def _learn(self, images: Any, labels, on_progress, *, keep: bool) -> "FewShotClassifier":
-        images, labels = _labelled(images, labels)
+        images, labels = _labeled(images, labels)
         batches = self._batches(images)
         _check_count(len(batches), labels)
         known = self.classes_ if keep else ()
@@ -448,7 +448,7 @@ class FewShotClassifier:
                     part.unsqueeze(0),
                     len(self.classes_),
                     base_mean=self.base_mean,
-                    # The same for every part, so that an image's scores do not depend on its neighbours.
+                    # The same for every part, so that an image's scores do not depend on its neighbors.
                     generator=torch.Generator().manual_seed(self.seed),
                 )[0]
                 for part in query.split(at_once)
@@ -456,7 +456,7 @@ class FewShotClassifier:
         )
 
 
-def _labelled(images: Any, labels: Iterable[Hashable] | None) -> tuple[Any, list[Hashable]]:
+def _labeled(images: Any, labels: Iterable[Hashable] | None) -> tuple[Any, list[Hashable]]:
     """Images and one hashable label each, numpy's and torch's numbers turned into Python's."""
     if labels is None:
         if not isinstance(images, str | Path):

@@ -60,7 +60,7 @@ def test_it_is_an_episode_of_the_head():
     torch.testing.assert_close(classifier.predict_proba(query), (5 * expected).softmax(1))
 
 
-def test_scores_do_not_depend_on_the_neighbours(monkeypatch):
+def test_scores_do_not_depend_on_the_neighbors(monkeypatch):
     query, _ = some(4, 4, start=10)
     classifier = FewShotClassifier(nn.Flatten(), batch_size=3).fit(*some(2, 2))
     whole = classifier.decision_function(query)
@@ -141,17 +141,17 @@ def test_uint8_floats_arrays_and_files_are_the_same_images(folder):
     assert tree.score(folder) == tree.score(files, labels) == 1.0
 
 
-def test_grey_and_colour_are_turned_into_what_the_backbone_takes():
-    grey = torch.randint(256, (2, 1, 4, 4), dtype=torch.uint8)
-    colour = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
+def test_gray_and_color_are_turned_into_what_the_backbone_takes():
+    gray = torch.randint(256, (2, 1, 4, 4), dtype=torch.uint8)
+    color = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
 
     def batches(images, channels):
         return next(iter(ImageBatches(images, channels=channels, image_size=None, batch_size=8)))
 
-    assert torch.equal(batches(grey, 3), grey.repeat(1, 3, 1, 1))
-    luma = (colour.double() * torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64).view(3, 1, 1)).sum(1)
-    assert (batches(colour, 1)[:, 0].double() - luma).abs().max() < 0.51
-    for images, channels in ((grey, 1), (grey, None), (colour, 3), (colour, None)):
+    assert torch.equal(batches(gray, 3), gray.repeat(1, 3, 1, 1))
+    luma = (color.double() * torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64).view(3, 1, 1)).sum(1)
+    assert (batches(color, 1)[:, 0].double() - luma).abs().max() < 0.51
+    for images, channels in ((gray, 1), (gray, None), (color, 3), (color, None)):
         assert torch.equal(batches(images, channels), images)
 
 
@@ -361,7 +361,7 @@ def test_bad_settings_are_named(arguments, error, message):
             torch.full((2, 1, 8, 8), 1.5),
             ["a", "b"],
             ValueError,
-            r"floats in \[0, 1\], not yet normalised, got 1.5 to 1.5",
+            r"floats in \[0, 1\], not yet normalized, got 1.5 to 1.5",
         ),
         (torch.full((2, 1, 8, 8), -0.1), ["a", "b"], ValueError, "got -0.1 to -0.1"),
         (torch.full((2, 1, 8, 8), float("nan")), ["a", "b"], ValueError, "got nan to nan"),

@@ -36,7 +36,7 @@ class Blocks(nn.Module):
 
 
 def textures(each, seed):
-    """Grey images: stripes that lie, stripes that stand, and neither, as many of each, with noise."""
+    """Gray images: stripes that lie, stripes that stand, and neither, as many of each, with noise."""
     ramp = torch.arange(8)
     stripes = 200 * (ramp % 2)
     patterns = torch.stack([stripes.view(8, 1).expand(8, 8), stripes.expand(8, 8), (15 * ramp).expand(8, 8)])

@@ -1,4 +1,4 @@
-// Four neighbouring elements at a time: 16-byte accesses for float, 8-byte ones for half types.
+// Four neighboring elements at a time: 16-byte accesses for float, 8-byte ones for half types.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // bfloat16 and float16 as storage. Written without branches on the common road, so that loops over them
-// vectorise; GPUs have instructions for it.
+// vectorize; GPUs have instructions for it.
 #pragma once
 
 #include <cstdint>

@@ -8,7 +8,7 @@ namespace fewshot_ext {
 constexpr int warp_lanes = 32;
 constexpr unsigned all_lanes = 0xffffffffu;
 
-// Over each group of `width` neighbouring lanes, a power of 2; every lane gets the result. The order of the operations
+// Over each group of `width` neighboring lanes, a power of 2; every lane gets the result. The order of the operations
 // does not depend on the lane, so all get the same bits.
 template <int width = warp_lanes, class T, class Operation>
 __device__ __forceinline__ T warp_reduce(T value, Operation operation) {

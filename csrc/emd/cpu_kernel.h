@@ -177,12 +177,12 @@ class EmdSolver : private ExactSolver<Storage, Accumulate, CpuMachine> {
     const int64_t limit = pivot_limit();
     scale_masses();
     if (!simplex_.begin(row_count_, column_count_, tolerance, start_, cancellation_)) return false;
-    bool optimal = simplex_.template optimise<Accumulate>(limit, cancellation_);
+    bool optimal = simplex_.template optimize<Accumulate>(limit, cancellation_);
     // Proved in double, with potentials that carry no rounding from pivots.
     for (int64_t pivots = -1; pivots != simplex_.pivots();) {
       pivots = simplex_.pivots();
       order_ = simplex_.renew_potentials();
-      if (optimal) optimal = simplex_.template optimise<double>(limit, cancellation_);
+      if (optimal) optimal = simplex_.template optimize<double>(limit, cancellation_);
     }
     for (int64_t k = 0; k < nodes; ++k) parent_[k] = simplex_.link_of(k).parent;
     pivots_ = simplex_.pivots();

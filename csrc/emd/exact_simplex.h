@@ -152,7 +152,7 @@ class ExactSimplex {
   }
 
   // Pivots until no arc has a negative reduced cost. False: gave up, or was told to.
-  FEWSHOT_EXT_HOST_DEVICE bool optimise(int64_t pivot_limit, Machine& machine) {
+  FEWSHOT_EXT_HOST_DEVICE bool optimize(int64_t pivot_limit, Machine& machine) {
     for (;;) {
       int64_t i, j;
       if (machine.stopped()) return false;

@@ -202,7 +202,7 @@ class ExactSolver {
       start();
       exact_.finish_start();
     });
-    if (!exact_.optimise(pivot_limit(), machine)) return machine.stopped() ? EmdFault::stopped : EmdFault::not_optimal;
+    if (!exact_.optimize(pivot_limit(), machine)) return machine.stopped() ? EmdFault::stopped : EmdFault::not_optimal;
     machine.one([&] {
       exact_.finish(supply_is_more_);
       keep_solution();

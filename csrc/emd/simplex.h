@@ -101,7 +101,7 @@ class TransportSimplex {
   // Pivots until no arc of negative reduced cost is found, in the arithmetic of Price. False: gave up, or was told to
   // stop.
   template <class Price>
-  __attribute__((noinline)) bool optimise(int64_t pivot_limit, Cancellation& cancellation) {
+  __attribute__((noinline)) bool optimize(int64_t pivot_limit, Cancellation& cancellation) {
     Arc arc;
     Candidate runner_up;
     while (find_entering<Price>(arc, runner_up)) {

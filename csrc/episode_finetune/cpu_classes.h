@@ -40,9 +40,9 @@ class ClassRows {
       total += share;
       store(to + v * lanes, share);
     }
-    const Vector<T> normalised = factor / sum_in_lanes<T>(total);
+    const Vector<T> normalized = factor / sum_in_lanes<T>(total);
     for (int64_t v = 0; v < vectors(); ++v) {
-      const Vector<T> probability = load(to + v * lanes) * normalised;
+      const Vector<T> probability = load(to + v * lanes) * normalized;
       store(to + v * lanes, is_target(v, label) ? probability - factor : probability);
     }
   }

@@ -136,7 +136,7 @@ class DirectTraining {
   const FinetuneSettings settings_;
   const ClassRows<T, fixed> rows_;
   const int64_t size_, way_, stride_;
-  T* support_;             // [S, stride]: x_s, normalised for cosines
+  T* support_;             // [S, stride]: x_s, normalized for cosines
   T *weight_, *velocity_;  // [way, stride]
   T *products_, *errors_;  // [batch, width]
   T* inverse_;             // [width]: 1 / |w_c| or 1

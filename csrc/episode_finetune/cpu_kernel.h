@@ -140,7 +140,7 @@ class EpisodeWorker {
   T *support_, *query_;       // converted, or shortened
   T *first_, *shrink_;        // [way, D], [way]: first classifiers that were shortened, and their gradients' factor
   int32_t *labels_, *order_;  // [S]
-  T* weight_;                 // [way, D], trained, normalised for cosines
+  T* weight_;                 // [way, D], trained, normalized for cosines
   const T** classifiers_;     // [way]
   double* trained_;           // [D]
 };

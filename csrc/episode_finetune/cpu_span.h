@@ -1,6 +1,6 @@
 // Training in the span of the support. Included inside FEWSHOT_EXT_TARGET_BEGIN ... END; see common/isa.h.
 //
-// Every gradient is a combination of support vectors and, by weight decay and the normalisation, of the classifier
+// Every gradient is a combination of support vectors and, by weight decay and the normalization, of the classifier
 // itself: w_c = a_c w0_c + sum_s A_cs x_s all the while, and so is the velocity v_c with coefficients b_c, B_cs. A step
 // needs the products u_cs = w_c . x_s, and from p_cs = v_c . x_s and the Gram matrix of the support it also has the
 // next ones. So once the Gram matrix is known no step looks at a vector of D dimensions: with 25 vectors of 512 a step

@@ -8,7 +8,7 @@
 
 namespace fewshot_ext {
 
-// The finaliser of SplitMix64 (Steele, Lea and Flood, 2014): any change of its input changes half of its output bits.
+// The finalizer of SplitMix64 (Steele, Lea and Flood, 2014): any change of its input changes half of its output bits.
 FEWSHOT_EXT_HOST_DEVICE inline uint64_t mix_bits(uint64_t x) {
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
   x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;

@@ -16,7 +16,7 @@ struct EpisodeFinetune {
   using T = Accumulate<Storage>;
   EpisodeFinetuneProblem<Storage, T> problem;
 
-  T* trained;  // [E, way, D]: final classifiers, normalised for cosines; NaN for an episode with a bad label or order
+  T* trained;  // [E, way, D]: final classifiers, normalized for cosines; NaN for an episode with a bad label or order
   bool* finished;  // [E]: by the kernel that trains in the span; null where it does not run
   // For training on the vectors:
   T* velocity;  // [E, way, D]
@@ -68,7 +68,7 @@ __device__ __forceinline__ T warp_dot(const A* a, const B* b, int64_t dimensions
 }
 
 // (softmax(scale (similarity - margin [c = label])) - [c = label]) * factor of one sample, by `lanes` threads that are
-// neighbours: similarity(c) -> error(c, value).
+// neighbors: similarity(c) -> error(c, value).
 template <int lanes, class T, class Similarity, class Write>
 __device__ __forceinline__ void class_errors(int64_t way, int64_t label, T scale, T margin, T factor,
                                              const Similarity& similarity, const Write& write) {

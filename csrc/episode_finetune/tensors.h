@@ -64,7 +64,7 @@ inline void check(const Tensor& support, const Tensor& target, const Tensor& que
                   "support_target and order: expected int64");
 }
 
-// Kernels read rows of neighbouring elements, whatever the distance between rows.
+// Kernels read rows of neighboring elements, whatever the distance between rows.
 inline Tensor with_dense_rows(const Tensor& rows) {
   return rows.size(2) <= 1 || rows.stride(2) == 1 ? rows : torch::stable::contiguous(rows);
 }

@@ -20,7 +20,7 @@ struct InverseNorms {
   int64_t rows, dimensions;
   bool cosine, fours;
   T* inverse;           // [rows]
-  Storage* normalised;  // [rows, dimensions] or null
+  Storage* normalized;  // [rows, dimensions] or null
 };
 
 template <class Storage>
@@ -42,12 +42,12 @@ __global__ void __launch_bounds__(chunked::threads) margin_softmax_inverse_norms
   }
   const T inverse = inverse_norm(warp_sum(squares));
   if (lane == 0) p.inverse[row] = inverse;
-  if (p.normalised == nullptr) return;
+  if (p.normalized == nullptr) return;
   for (int64_t k = 4 * lane; k < p.dimensions; k += 4 * warp_lanes) {
     Four<T> values = load_four(x + k, p.dimensions - k, p.fours);
 #pragma unroll
     for (int c = 0; c < 4; ++c) values.at[c] *= inverse;
-    store_four(p.normalised + row * p.dimensions + k, values, p.dimensions - k, p.dimensions % 4 == 0);
+    store_four(p.normalized + row * p.dimensions + k, values, p.dimensions - k, p.dimensions % 4 == 0);
   }
 }
 
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(1024) margin_softmax_finish_rows(FinishRows<T>
 }
 
 // Logits -> dL/ds, as factor of the products that give the gradients. With plain vectors as the other factor it is
-// divided by |x_i| |w_j|. float16 has no range for that, so there the other factor is normalised and this one scaled.
+// divided by |x_i| |w_j|. float16 has no range for that, so there the other factor is normalized and this one scaled.
 template <class T, class Operand>
 struct SoftmaxGradient {
   Chunk<T> chunk;

@@ -12,8 +12,8 @@
 //
 // Layout: samples come in panels of `width` (two vectors). A block of classes holds its logits and its gradient G as
 // [panel][class][width]: as it stands, that is the output tile of X W^T, operand A of G W and operand A of G^T X.
-// Cosine needs no normalised copies: 1 / |w_j| and 1 / |x_i| scale the logits and G, and the projections
-// (I - xhat xhat^T) of the backward of the normalisation become one multiple of the raw row, whose factor is a sum
+// Cosine needs no normalized copies: 1 / |w_j| and 1 / |x_i| scale the logits and G, and the projections
+// (I - xhat xhat^T) of the backward of the normalization become one multiple of the raw row, whose factor is a sum
 // over G * s that pass B has at hand.
 //
 // Threads own classes. Each sums the features' gradient over its own classes, and the sums are added at the end; with
@@ -198,7 +198,7 @@ class MarginSoftmax {
     return problem_.cosine ? T(1) / std::max(std::sqrt(squares), T(norm_floor)) : T(1);
   }
 
-  // Factor of the raw row in the backward of the normalisation; a clamped norm is a constant and has none.
+  // Factor of the raw row in the backward of the normalization; a clamped norm is a constant and has none.
   T projection(T inverse) const { return problem_.cosine && inverse < T(1 / norm_floor) ? inverse * inverse : T(0); }
 
   void pack_features() {

@@ -57,7 +57,7 @@ struct PartOfRow {
     max = joined;
   }
 
-  // Adds up the parts of `width` neighbouring lanes. The first lane's result counts: where the compiler contracts to
+  // Adds up the parts of `width` neighboring lanes. The first lane's result counts: where the compiler contracts to
   // fused multiply-adds, those of the others may differ in the last bit.
   template <int width>
   __device__ __forceinline__ void add_lanes() {

@@ -90,7 +90,7 @@ class Chunked {
  public:
   using T = Accumulate<Storage>;
   static constexpr bool half = !std::is_same_v<Storage, T>;
-  static constexpr bool normalised_operands = std::is_same_v<Storage, Float16>;
+  static constexpr bool normalized_operands = std::is_same_v<Storage, Float16>;
 
   Chunked(Device& device, const MarginSoftmaxProblem& problem, const MarginSoftmaxPlan& plan)
       : device_(device), problem_(problem), rows_(Rows<T>::of(problem)) {
@@ -107,7 +107,7 @@ class Chunked {
   }
 
   void run() {
-    inverse_norms(features_, 0, problem_.samples, inverse_features_, normalised_features_);
+    inverse_norms(features_, 0, problem_.samples, inverse_features_, normalized_features_);
     for_each_chunk([this](const Chunk<T>& chunk) {
       if (chunk.first_sample == 0) inverse_norms(weight_, chunk.first_class, chunk.classes, inverse_weight_, nullptr);
       if (backward_) return;
@@ -141,17 +141,17 @@ class Chunked {
     products_ = take<T>(memory, products);
     coefficients_ = nullptr;
     operand_scale_ = nullptr;
-    normalised_features_ = normalised_weight_ = nullptr;
+    normalized_features_ = normalized_weight_ = nullptr;
     if (!gradients_) return memory.used;
 
     coefficients_ = take<GradientCoefficients<T>>(memory, samples);
     // In the accumulation type the gradient takes the place of the logits, unless these lie in its result's memory.
     gradient_ = half || kept_ ? take<Storage>(memory, products) : reinterpret_cast<Storage*>(products_);
-    if (normalised_operands) {
+    if (normalized_operands) {
       operand_scale_ = take<T>(memory, 1);
       if (problem_.cosine) {
-        normalised_features_ = take<Storage>(memory, samples * dimensions);
-        normalised_weight_ = take<Storage>(memory, chunk_classes_ * dimensions);
+        normalized_features_ = take<Storage>(memory, samples * dimensions);
+        normalized_weight_ = take<Storage>(memory, chunk_classes_ * dimensions);
       }
     }
     const bool several_samples = chunk_samples_ < samples, several_classes = chunk_classes_ < problem_.classes;
@@ -179,11 +179,11 @@ class Chunked {
     }
   }
 
-  void inverse_norms(const Vectors& vectors, int64_t first, int64_t count, T* inverse, Storage* normalised) {
+  void inverse_norms(const Vectors& vectors, int64_t first, int64_t count, T* inverse, Storage* normalized) {
     device_.template launch<margin_softmax_inverse_norms<Storage>>(
         blocks_for(count, chunked::warps), chunked::threads,
         InverseNorms<Storage>{vectors.data + first * vectors.stride, vectors.stride, count, problem_.dimensions,
-                              problem_.cosine, vectors.fours, inverse + first, normalised});
+                              problem_.cosine, vectors.fours, inverse + first, normalized});
   }
 
   Matrix<const Storage> rows_of(const Vectors& vectors, int64_t first, int64_t count) const {
@@ -223,8 +223,8 @@ class Chunked {
         Storage* result = static_cast<Storage*>(problem_.grad_weight) + chunk.first_class * dimensions;
         T* raw = half ? raw_weight_ : reinterpret_cast<T*>(result);
         const Matrix<const Storage> features =
-            normalised_features_ != nullptr
-                ? dense<const Storage>(normalised_features_ + chunk.first_sample * dimensions, chunk.samples,
+            normalized_features_ != nullptr
+                ? dense<const Storage>(normalized_features_ + chunk.first_sample * dimensions, chunk.samples,
                                        dimensions)
                 : rows_of(features_, chunk.first_sample, chunk.samples);
         multiply_into(raw, chunk.first_sample > 0, part_weight_, gradient.transposed(), features);
@@ -232,10 +232,10 @@ class Chunked {
           project(raw, weight_, chunk.first_class, chunk.classes, inverse_weight_, result);
       }
       if (problem_.grad_features != nullptr) {
-        if (normalised_weight_ != nullptr && chunk.first_sample == 0)
-          inverse_norms(weight_, chunk.first_class, chunk.classes, inverse_weight_, normalised_weight_);
-        const Matrix<const Storage> weight = normalised_weight_ != nullptr
-                                                 ? dense<const Storage>(normalised_weight_, chunk.classes, dimensions)
+        if (normalized_weight_ != nullptr && chunk.first_sample == 0)
+          inverse_norms(weight_, chunk.first_class, chunk.classes, inverse_weight_, normalized_weight_);
+        const Matrix<const Storage> weight = normalized_weight_ != nullptr
+                                                 ? dense<const Storage>(normalized_weight_, chunk.classes, dimensions)
                                                  : rows_of(weight_, chunk.first_class, chunk.classes);
         multiply_into(raw_features_ + chunk.first_sample * dimensions, chunk.first_class > 0, part_features_, gradient,
                       weight);
@@ -267,7 +267,7 @@ class Chunked {
   GradientCoefficients<T>* coefficients_;
   Storage* gradient_ = nullptr;
   T* operand_scale_;
-  Storage *normalised_features_, *normalised_weight_;
+  Storage *normalized_features_, *normalized_weight_;
   T *raw_features_ = nullptr, *part_features_ = nullptr;
   T *raw_weight_ = nullptr, *part_weight_ = nullptr;
 };

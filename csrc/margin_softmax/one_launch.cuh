@@ -48,7 +48,7 @@ struct OneLaunch {
 
 namespace one_launch {
 
-// A factor whose rows are vectors to be normalised: |x|^2 of its line adds up on the way.
+// A factor whose rows are vectors to be normalized: |x|^2 of its line adds up on the way.
 template <class Storage>
 struct LoadVectors : LoadMatrix<Storage, true> {
   using T = Accumulate<Storage>;

@@ -37,7 +37,7 @@ inline ScalarType accumulate_type(const Tensor& features) {
   return features.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Kernels read rows of neighbouring elements, whatever the distance between rows.
+// Kernels read rows of neighboring elements, whatever the distance between rows.
 inline Tensor with_dense_rows(const Tensor& matrix) {
   return matrix.size(1) <= 1 || matrix.stride(1) == 1 ? matrix : torch::stable::contiguous(matrix);
 }

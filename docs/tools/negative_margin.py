@@ -31,7 +31,7 @@ CAPTIONS = {
     "label_distribution": (
         "Fig. 4: base classes that unseen images are taken for, and the accuracy of classes sorted by it."
     ),
-    "regularizers": "Table 4: regularisers one at a time.",
+    "regularizers": "Table 4: regularizers one at a time.",
     "label_smoothing": "Table 5: label smoothing beside the margin.",
     "tsne": "Fig. 7: t-SNE of features.",
     "shots": "Fig. 8: accuracy over the number of shots.",
@@ -158,12 +158,12 @@ def proposition_findings(rows: Sequence[Row]) -> list[Finding]:
     held = sum(row["conclusion"] for row in met)
     elsewhere = sum(row["conclusion"] for row in rows) - held
     measured = (
-        f"premises met for {len(met)} of {len(rows)} pairs of neighbouring margins; the conclusion held for {held} of "
+        f"premises met for {len(met)} of {len(rows)} pairs of neighboring margins; the conclusion held for {held} of "
         f"them, and for {elsewhere} of the other {len(rows) - len(met)}"
     )
     claim = "where the premises of the proposition are met, its conclusion holds"
     verdict = NOT_SHOWN if not met or 0 < held < len(met) else SHOWN if held else CONTRADICTED
-    errors = sorted(abs(row["modelled_novel_intra"] / row["novel_intra"] - 1) for row in rows)
+    errors = sorted(abs(row["modeled_novel_intra"] / row["novel_intra"] - 1) for row in rows)
     model = "its proof's $D_{intra}(I^n) = P^s D_{intra}(I^b) + (1 - P^s) D_{inter}(I^b)$ holds"
     off = 100 * errors[len(errors) // 2]
     return [
@@ -173,7 +173,7 @@ def proposition_findings(rows: Sequence[Row]) -> list[Finding]:
 
 
 def group_findings(rows: Sequence[Row]) -> list[Finding]:
-    """Fig. 4: accuracy of class groups sorted by P^s, and which margins they favour."""
+    """Fig. 4: accuracy of class groups sorted by P^s, and which margins they favor."""
     found = []
     groups = values(rows, "group")
     for shot in values(rows, "shot"):
@@ -181,12 +181,12 @@ def group_findings(rows: Sequence[Row]) -> list[Finding]:
         margins = values(of_shot, "margin")
         if margins[0] < 0 and 0.0 in margins:
             gains = [_best_negative(select(of_shot, group=group)) for group in groups]
-            favour, oppose = (sum(sign_of(gain) == sign for _, gain in gains) for sign in (1, -1))
+            favor, oppose = (sum(sign_of(gain) == sign for _, gain in gains) for sign in (1, -1))
             measured = "best negative margin against 0, groups by rising $P^s$: " + "; ".join(
                 f"{margin:g} {gain.mean:+.2f} ± {gain.interval:.2f}" for margin, gain in gains
             )
-            observed = 1 if 2 * favour > len(groups) else -1 if 2 * oppose > len(groups) else 0
-            claim = f"most groups favour a negative margin ({shot}-shot)"
+            observed = 1 if 2 * favor > len(groups) else -1 if 2 * oppose > len(groups) else 0
+            claim = f"most groups favor a negative margin ({shot}-shot)"
             found.append(Finding("Fig. 4", claim, f"{measured} points", judge(1, observed)))
         if len(groups) > 1:
             means = [mean_accuracy(select(of_shot, group=group)) for group in (groups[0], groups[-1])]
@@ -196,7 +196,7 @@ def group_findings(rows: Sequence[Row]) -> list[Finding]:
                 f"lowest $P^s$ {means[0][0]:.2f} ± {means[0][1]:.2f} %, highest {means[1][0]:.2f} ± {means[1][1]:.2f} %"
             )
             verdict = judge(1, (1 if gap > 0 else -1) if clear else 0)
-            claim = f"classes with a smaller $P^s$ are recognised worse ({shot}-shot)"
+            claim = f"classes with a smaller $P^s$ are recognized worse ({shot}-shot)"
             found.append(Finding("Fig. 4", claim, measured, verdict))
     return found
 
@@ -207,7 +207,7 @@ def angle_findings(rows: Sequence[Row]) -> list[Finding]:
         return []
     claims = (
         ("intra", "base", -1, "clusters of base classes get thinner with the margin ($D_{intra}$ falls)"),
-        ("inter", "base", 1, "and their centres move apart ($D_{inter}$ rises)"),
+        ("inter", "base", 1, "and their centers move apart ($D_{inter}$ rises)"),
         ("peaks", "novel", 1, "novel classes break into more peaks"),
         ("ratio", "novel", -1, "novel classes become less discriminative ($\\phi$ falls)"),
     )
@@ -267,7 +267,7 @@ def finetuning_findings(rows: Sequence[Row]) -> list[Finding]:
 
 
 def regularizer_findings(rows: Sequence[Row]) -> list[Finding]:
-    """Table 4: what the margin and each further regulariser gains on novel classes."""
+    """Table 4: what the margin and each further regularizer gains on novel classes."""
     rows, found = select(rows, classes="novel"), []
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     for shot in values(rows, "shot"):

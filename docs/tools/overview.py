@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 import fewshot_ext
 
 DOCS = Path(__file__).resolve().parents[1]
-BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # of Okabe and Ito: apart for every common colour blindness
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # of Okabe and Ito: apart for every common color blindness
 
 
 def draw_margins(axis: Axes) -> None:

@@ -42,7 +42,7 @@ from fewshot_ext.models import LocalFeaturesConfig, load_network
 
 SUMMARY = "sort pictures into classes from a few examples of each"
 
-# Okabe and Ito's bluish green and vermilion, which stay apart for every common kind of colour blindness.
+# Okabe and Ito's bluish green and vermilion, which stay apart for every common kind of color blindness.
 _RIGHT, _WRONG = "#009E73", "#D55E00"
 _NAMED_AT_MOST = 3
 _READ_AT_ONCE = 64
@@ -324,9 +324,9 @@ def _record(classifier: FewShotClassifier) -> dict[str, Any]:
 
 
 def _sheet(rows: Sequence[dict[str, Any]], shown: dict[int, Tensor]):
-    colours = {True: _RIGHT, False: _WRONG, None: None}
+    colors = {True: _RIGHT, False: _WRONG, None: None}
     return contact_sheet(
         list(shown.values()),
         [f"{rows[index]['predicted']} {rows[index]['probability']:.0%}" for index in shown],
-        borders=[colours[rows[index]["correct"]] for index in shown],
+        borders=[colors[rows[index]["correct"]] for index in shown],
     )

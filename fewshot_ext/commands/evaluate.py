@@ -7,7 +7,7 @@ there too, so that a second call with other heads or episodes takes seconds.
 
 Heads on feature vectors: finetune (the official protocol: a fresh classifier trained by SGD for each episode),
 protonet and protonet_cosine (nearest class mean), matchingnet (attention over the support), nearest_neighbor and
-nearest_neighbor_euclidean, simpleshot and simpleshot_l2n (nearest mean of normalised features).
+nearest_neighbor_euclidean, simpleshot and simpleshot_l2n (nearest mean of normalized features).
 
 Heads on local features: deepemd (optimal matching of the regions; for more than one shot with the structured layer),
 deepemd_uniform (equal weights), deepemd_mean (class means in place of the structured layer), knn (nearest local

@@ -2,8 +2,8 @@
 
 Takes the unseen classes of an image set, or folders of pictures with a folder for each class: --query alone, where
 every picture is searched among the others, or --query and --gallery. Prints Recall@K, MAP@R, R-precision and NMI, and
-writes them to retrieval.json and retrieval.csv, the neighbours of every query to neighbors.csv, and a picture of
-some queries with their nearest neighbours, right and wrong ones marked, to neighbors.png.
+writes them to retrieval.json and retrieval.csv, the neighbors of every query to neighbors.csv, and a picture of
+some queries with their nearest neighbors, right and wrong ones marked, to neighbors.png.
 
 --rerank N retrieves in two stages: the N images nearest by their embeddings are put in the order of the Earth Mover's
 Distance (EMD) between their regions. Recall@K is then given before and after; neighbors.csv and neighbors.png have the
@@ -59,7 +59,7 @@ from fewshot_ext.retrieval import (
     retrieve_and_rerank,
 )
 from fewshot_ext.retrieval.measures import DISTANCES
-from fewshot_ext.retrieval.pictures import LabelledImages, common_labels, neighbor_rows, neighbor_sheet
+from fewshot_ext.retrieval.pictures import LabeledImages, common_labels, neighbor_rows, neighbor_sheet
 
 SUMMARY = "nearest images by a checkpoint's embeddings: Recall@K, MAP@R, NMI and a picture"
 FILES = ("retrieval.json", "retrieval.csv", "neighbors.csv", "neighbors.png", "config.yaml")
@@ -132,7 +132,7 @@ def add_arguments(parser) -> None:
     second.add_argument(
         "--map_memory", type=float, default=4.0, metavar="GIB", help="largest memory of local features in GiB"
     )
-    picture = parser.add_argument_group("neighbours")
+    picture = parser.add_argument_group("neighbors")
     picture.add_argument(
         "--neighbors", type=int, default=8, help="number of neighbors of each query in neighbors.csv and .png"
     )
@@ -181,23 +181,23 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     return lambda: _run(search, output, resolved)
 
 
-def _images(arguments, backbone: FrozenBackbone, device: torch.device) -> tuple[LabelledImages, LabelledImages | None]:
+def _images(arguments, backbone: FrozenBackbone, device: torch.device) -> tuple[LabeledImages, LabeledImages | None]:
     if arguments.data is not None:
         archive = load_data(arguments.data).subset(Split[arguments.split.upper()])
         backbone.try_out(archive.images[:1], arguments.data, device=device)
-        return LabelledImages.of_archive(archive), None
+        return LabeledImages.of_archive(archive), None
     if backbone.network.image_size is None:
         raise ValueError(f"checkpoint {backbone.path} takes images that are not square: pack the pictures, take --data")
     query = Path(arguments.query).expanduser()
     gallery = None if arguments.gallery is None else Path(arguments.gallery).expanduser()
     if gallery is not None and gallery.resolve() == query.resolve():
         raise ValueError("gallery is the folder of the queries, each of which would find itself: leave --gallery out")
-    queries = LabelledImages.of_folder(query)
+    queries = LabeledImages.of_folder(query)
     backbone.try_out(torch.stack(queries.pixels(backbone, [0])), str(query), device=device)
     tell_passed_over(query, queries.passed_over)
     if gallery is None:
         return queries, None
-    searched = LabelledImages.of_folder(gallery)
+    searched = LabeledImages.of_folder(gallery)
     tell_passed_over(gallery, searched.passed_over)
     return queries, searched
 
@@ -205,8 +205,8 @@ def _images(arguments, backbone: FrozenBackbone, device: torch.device) -> tuple[
 def _check_rerank(
     arguments: Namespace,
     backbone: FrozenBackbone,
-    queries: LabelledImages,
-    gallery: LabelledImages | None,
+    queries: LabeledImages,
+    gallery: LabeledImages | None,
     most: int,
     device: torch.device,
 ) -> None:
@@ -253,8 +253,8 @@ class _Search:
     def __init__(
         self,
         backbone: FrozenBackbone,
-        queries: LabelledImages,
-        gallery: LabelledImages | None,
+        queries: LabeledImages,
+        gallery: LabeledImages | None,
         labels: Sequence[Tensor],
         device: torch.device,
         arguments: Namespace,
@@ -297,7 +297,7 @@ class _Search:
             reranked = {f"recall_at_{k}_reranked": share for k, share in second.after.items()}
             yield _Found(found | reranked, second.reranked[:, : arguments.neighbors], second)
 
-    def _rerank(self, parts: Sequence[LabelledImages], embeddings: Sequence[Tensor]) -> RerankedRetrieval:
+    def _rerank(self, parts: Sequence[LabeledImages], embeddings: Sequence[Tensor]) -> RerankedRetrieval:
         arguments = self.arguments
         pairs = [value for part, label in zip(parts, self.labels, strict=True) for value in (part.images, label)]
         with _stages() as report:

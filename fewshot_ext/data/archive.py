@@ -31,7 +31,7 @@ class ImageArchive:
     dataset that fetches a whole batch at a time.
 
     Args:
-        images: ``[N, C, H, W]`` uint8, N >= 1; C is 1 (grey) or 3 (RGB).
+        images: ``[N, C, H, W]`` uint8, N >= 1; C is 1 (gray) or 3 (RGB).
         labels: ``[N]`` int64, each in ``[0, classes)``.
         class_names: one name a class, all different.
         class_split: ``[classes]`` uint8, a ``Split`` value a class.
@@ -128,7 +128,7 @@ class ImageArchive:
         """An archive from numpy arrays as image files give them.
 
         Args:
-            images: uint8, ``[N, H, W]`` (grey) or ``[N, H, W, C]``.
+            images: uint8, ``[N, H, W]`` (gray) or ``[N, H, W, C]``.
             labels: ``[N]``, any integer dtype.
             class_names: one name a class.
             class_split: ``[classes]`` integers, ``Split`` values.
@@ -249,7 +249,7 @@ class ImageArchive:
         )
 
     def subset(self, split: Split) -> "ImageArchive":
-        """The classes of one split alone, relabelled 0, 1, ... in their old order.
+        """The classes of one split alone, relabeled 0, 1, ... in their old order.
 
         Raises:
             ValueError: no class has this split.

@@ -46,7 +46,7 @@ class AugmentationConfig:
 
 
 class ImageInput(nn.Module):
-    """Scales uint8 images to [0, 1], resizes and augments them, and normalises them channel by channel.
+    """Scales uint8 images to [0, 1], resizes and augments them, and normalizes them channel by channel.
 
     It holds mean and deviation as buffers, so a checkpoint carries the preprocessing that its weights expect. All of
     it runs on whole batches, on the device that the images are on, and draws from that device's default generator:
@@ -146,7 +146,7 @@ class _CropAndFlip(nn.Module):
         return functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
     def _draw_boxes(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Half width, half height and centre of each box, ``[B, 1]``, the image reaching from -1 to 1."""
+        """Half width, half height and center of each box, ``[B, 1]``, the image reaching from -1 to 1."""
         count, _, height, width = images.shape
         draw = partial(torch.rand, device=images.device, dtype=images.dtype)
         area = draw(count, _TRIES) * (1 - self.smallest_scale) + self.smallest_scale
@@ -174,7 +174,7 @@ class _Flip(nn.Module):
 class _ColorJitter(nn.Module):
     """Random brightness, contrast and saturation, image by image, in this order and clipped after each.
 
-    That is what the closer-look code does with Pillow. Grey images have no saturation to change. The images are
+    That is what the closer-look code does with Pillow. Gray images have no saturation to change. The images are
     changed in place: they are the batch's own copy, and fresh memory takes longer than the sums.
     """
 
@@ -188,14 +188,14 @@ class _ColorJitter(nn.Module):
         factors = torch.rand(3, len(images), 1, 1, 1, device=images.device, dtype=images.dtype)
         brightness, contrast, saturation = 1 + self.strength * (2 * factors - 1)
         images = images.mul_(brightness).clamp_(0, 1)
-        mean = self._grey(images).mean((1, 2, 3), keepdim=True)
+        mean = self._gray(images).mean((1, 2, 3), keepdim=True)
         images = images.mul_(contrast).add_(mean * (1 - contrast)).clamp_(0, 1)
         if images.shape[1] == 1:
             return images
-        grey = self._grey(images).mul_(1 - saturation)
-        return images.mul_(saturation).add_(grey).clamp_(0, 1)
+        gray = self._gray(images).mul_(1 - saturation)
+        return images.mul_(saturation).add_(gray).clamp_(0, 1)
 
-    def _grey(self, images: Tensor) -> Tensor:
+    def _gray(self, images: Tensor) -> Tensor:
         if images.shape[1] == 1:
             return images
         return torch.matmul(self.luminance.to(images.dtype), images.flatten(2)).view(-1, 1, *images.shape[2:])

@@ -19,7 +19,7 @@ class ShuffledBatches(Sampler[Tensor]):
     Args:
         length: number of images.
         batch_size: images a batch. The last batch is the rest; a rest of one image is dropped, because batch
-            normalisation has no variance to offer on it.
+            normalization has no variance to offer on it.
         seed: a non-negative integer.
 
     Raises:

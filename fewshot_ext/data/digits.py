@@ -7,10 +7,10 @@ from fewshot_ext.data.archive import ImageArchive, Split
 
 
 def load_digits() -> ImageArchive:
-    """1797 handwritten digits, 8 x 8 grey pixels, with 0-4 as base classes and 5-9 as novel classes.
+    """1797 handwritten digits, 8 x 8 gray pixels, with 0-4 as base classes and 5-9 as novel classes.
 
     The images are the test part of the UCI "Optical Recognition of Handwritten Digits" set, as
-    ``sklearn.datasets.load_digits`` gives them; its 17 grey levels are spread over 0..255.
+    ``sklearn.datasets.load_digits`` gives them; its 17 gray levels are spread over 0..255.
 
     Raises:
         ImportError: scikit-learn is missing.

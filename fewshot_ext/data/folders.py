@@ -108,7 +108,7 @@ def read_folder(
             and those that a split with file lists does not list, are left out. Where all pictures lie in one folder
             a split with file lists tells their classes; for ImageNet's the file names do.
         size, resize: as in ``read_image``; without a size, all pictures must have the same.
-        mode: "RGB", "L", or None for L where every picture is grey and RGB otherwise.
+        mode: "RGB", "L", or None for L where every picture is gray and RGB otherwise.
         class_depth: folders that name a class: with 2, as Omniglot has it, ``Greek/alpha/1.png`` is of the class
             ``Greek/alpha``, and with 1 of the class ``Greek``.
         progress: show a bar with the time left on a terminal.
@@ -138,16 +138,16 @@ def read_listing(
     shape = (size, size)
     if size is None or mode is None:
         shapes = _shown(in_threads(picture_size, listing.files), len(listing.files), "looking", progress)
-        grey, first = True, None
+        gray, first = True, None
         for file, (height, width, own_mode) in zip(listing.files, shapes, strict=True):
-            grey &= own_mode == "L"
+            gray &= own_mode == "L"
             first = first or (height, width)
             if size is None and (height, width) != first:
                 raise ValueError(
                     f"{str(file)!r} is {height} x {width}, but {str(listing.files[0])!r} is {first[0]} x {first[1]}: "
                     "give a size to resize them to (fewshot-ext data pack --size)"
                 )
-        mode = mode or ("L" if grey else "RGB")
+        mode = mode or ("L" if gray else "RGB")
         shape = (size, size) if size is not None else first
     if size is None:
         stored = sum(file.stat().st_size for file in listing.files)

@@ -57,7 +57,7 @@ def read_image(path: str | Path, size: int | None = None, *, mode: str = "RGB", 
         path: a JPEG, PNG, BMP, GIF (its first frame), WebP, TIFF or PPM file; AVIF and JPEG 2000 where Pillow was
             built with them, HEIC where pillow-heif is installed.
         size: side of the square to resize to; None keeps the size.
-        mode: "RGB" or "L" (grey).
+        mode: "RGB" or "L" (gray).
         resize: "crop" brings the short side to ``size`` and cuts the middle out; "stretch" brings both sides to
             ``size``.
 
@@ -127,12 +127,12 @@ def picture_size(source: str | Path | bytes, name: str = "") -> tuple[int, int, 
         width, height = picture.size
         if picture.getexif().get(0x0112, 1) >= 5:
             width, height = height, width
-        grey = picture.mode in ("1", "L", "LA") or picture.mode.startswith("I;16")
-        return height, width, "L" if grey else "RGB"
+        gray = picture.mode in ("1", "L", "LA") or picture.mode.startswith("I;16")
+        return height, width, "L" if gray else "RGB"
 
 
 def encode_jpeg(image: np.ndarray, quality: int) -> bytes:
-    """A ``[C, H, W]`` uint8 array as JPEG, its colours at full resolution."""
+    """A ``[C, H, W]`` uint8 array as JPEG, its colors at full resolution."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -157,13 +157,13 @@ def contact_sheet(
             have, such as Chinese ones, are written as escapes.
         columns: pictures a row.
         cell: side of a cell in pixels, at least 32.
-        borders: a colour name or "#rrggbb" a picture, or None for no border.
+        borders: a color name or "#rrggbb" a picture, or None for no border.
 
     Raises:
         ImportError: Pillow is missing.
         TypeError: a picture that is no uint8 tensor.
         ValueError: no pictures, a wrong shape, another number of captions or borders than of pictures, an
-            unknown colour, columns below 1 or a cell below 32.
+            unknown color, columns below 1 or a cell below 32.
 
     Example:
         >>> images = torch.randint(256, (3, 1, 28, 28), dtype=torch.uint8)
@@ -173,7 +173,7 @@ def contact_sheet(
     _extras.require("train", "PIL")
     from PIL import Image, ImageDraw
 
-    colours = _check_sheet(images, captions, columns, cell, borders)
+    colors = _check_sheet(images, captions, columns, cell, borders)
     gap, font = max(4, cell // 12), caption_font(max(10, cell // 8))
     texts = [wrapped(drawable(caption), font, cell) for caption in captions]
     ascent, descent = font.getmetrics()
@@ -189,12 +189,12 @@ def contact_sheet(
         picture = _fitted(image, cell)
         corner = (left + (cell - picture.width) // 2, top + (cell - picture.height) // 2)
         sheet.paste(picture, corner)
-        if colours[index] is not None:
+        if colors[index] is not None:
             # Around the picture, not over it: the strokes of a letter may end at its edge.
             width = max(2, gap // 2)
             box = (corner[0] - width, corner[1] - width)
             box += (corner[0] + picture.width + width - 1, corner[1] + picture.height + width - 1)
-            draw.rectangle(box, outline=colours[index], width=width)
+            draw.rectangle(box, outline=colors[index], width=width)
         for number, line in enumerate(text.split("\n")):
             middle = left + (cell - font.getlength(line)) / 2
             draw.text((middle, top + cell + gap // 2 + number * line_height), line, fill="black", font=font)
@@ -221,11 +221,11 @@ def _check_sheet(images, captions, columns, cell, borders) -> list[tuple[int, in
     if borders is None:
         return [None] * len(images)
     if len(borders) != len(images):
-        raise ValueError(f"borders must give one colour a picture: {len(images)} pictures, {len(borders)} borders")
+        raise ValueError(f"borders must give one color a picture: {len(images)} pictures, {len(borders)} borders")
     try:
-        return [None if colour is None else ImageColor.getrgb(colour)[:3] for colour in borders]
+        return [None if color is None else ImageColor.getrgb(color)[:3] for color in borders]
     except ValueError as error:
-        raise ValueError(f"borders must be colour names, '#rrggbb' or None: {error}") from error
+        raise ValueError(f"borders must be color names, '#rrggbb' or None: {error}") from error
 
 
 def _fitted(image: Tensor, cell: int) -> "Image.Image":
@@ -312,14 +312,14 @@ def _in_mode(picture: "Image.Image", mode: str) -> "Image.Image":
     from PIL import Image
 
     if picture.mode.startswith("I;16"):
-        # Pillow's own conversion clips 16-bit grey at 255 instead of scaling it.
+        # Pillow's own conversion clips 16-bit gray at 255 instead of scaling it.
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {picture.mode!r} have no fixed range; save it with 8 or 16 bits")
     if picture.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in picture.info:
-        colours = picture.convert("RGBA")
-        white = Image.new("RGBA", colours.size, "white")
-        picture = Image.alpha_composite(white, colours)
+        colors = picture.convert("RGBA")
+        white = Image.new("RGBA", colors.size, "white")
+        picture = Image.alpha_composite(white, colors)
     return picture.convert(mode)
 
 

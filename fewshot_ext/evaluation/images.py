@@ -24,9 +24,9 @@ class ImageBatches:
 
     Args:
         images: see ``TAKEN``. Floats are rounded to the 256 levels that picture files have.
-        channels: 1 or 3; grey images are repeated, and coloured ones turned to grey. None leaves tensors as they
-            are and reads files in colour.
-        image_size: side that files are resized and centre-cropped to.
+        channels: 1 or 3; gray images are repeated, and colored ones turned to gray. None leaves tensors as they
+            are and reads files in color.
+        image_size: side that files are resized and center-cropped to.
         batch_size: images a batch.
         on_damage: called with a file that cannot be read and what is wrong with it, which is left out then; without
             it that is an error.
@@ -107,7 +107,7 @@ def _as_tensor(images: Tensor | np.ndarray) -> Tensor:
         if images.ndim == 2 or (images.ndim == 3 and images.shape[2] in (1, 3, 4)):
             raise ValueError(
                 f"images must be an array [N, H, W] or [N, H, W, C], got shape {images.shape}, which looks like one "
-                "picture: write images[None] for a set of one (and images[..., None] for grey ones so narrow)"
+                "picture: write images[None] for a set of one (and images[..., None] for gray ones so narrow)"
             )
         if images.ndim not in (3, 4):
             raise ValueError(f"images must be an array [N, H, W] or [N, H, W, C], got shape {images.shape}")
@@ -126,7 +126,7 @@ def _as_tensor(images: Tensor | np.ndarray) -> Tensor:
         low, high = images.min().item(), images.max().item()
         # Written so that NaN, which compares false with everything, is refused too.
         if not (low >= 0 and high <= 1):
-            raise ValueError(f"images must be floats in [0, 1], not yet normalised, got {low:g} to {high:g}")
+            raise ValueError(f"images must be floats in [0, 1], not yet normalized, got {low:g} to {high:g}")
     return images
 
 

@@ -1,4 +1,4 @@
-"""What the pictures of all analyses share: sizes, colours, markers, and curves with intervals over panels."""
+"""What the pictures of all analyses share: sizes, colors, markers, and curves with intervals over panels."""
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,8 +9,8 @@ from fewshot_ext import _extras
 # The width of a column in a two-column paper, in inches. Text of 7 points then prints as it is drawn.
 COLUMN = 3.4
 
-# Okabe and Ito's colours stay apart for every common kind of colour blindness; marker and line tell the curves apart
-# in grey print.
+# Okabe and Ito's colors stay apart for every common kind of color blindness; marker and line tell the curves apart
+# in gray print.
 STYLES = (
     {"color": "#0072B2", "marker": "o", "linestyle": "-"},
     {"color": "#D55E00", "marker": "s", "linestyle": "--"},
@@ -33,7 +33,7 @@ LOSS_TITLES = {"cosine": "cosine softmax", "softmax": "softmax"}
 
 
 def curve_styles(names: Iterable[Hashable]) -> dict[Hashable, dict[str, str]]:
-    """A style for each name. After the seventh the colours come again, with other markers and lines.
+    """A style for each name. After the seventh the colors come again, with other markers and lines.
 
     Example:
         >>> first, *_, eighth = curve_styles(range(8)).values()

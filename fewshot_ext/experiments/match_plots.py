@@ -21,7 +21,7 @@ from fewshot_ext.models.matching import (
     match_flows,
 )
 
-# Okabe and Ito's colours that stand out on photographs and stay apart for every common kind of colour blindness; the
+# Okabe and Ito's colors that stand out on photographs and stay apart for every common kind of color blindness; the
 # number at both ends of a line tells the flows apart without them.
 _COLORS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#D55E00", "#0072B2")
 _WIDTH = 3.4  # inches of a column
@@ -247,7 +247,7 @@ def _draw_pair(block, pair: _Drawn, weights: Sequence[Tensor], scale, flows: int
     for column, (image, weight, title) in enumerate(zip(pair.images, weights, pair.titles, strict=True)):
         axes[0, column].imshow(image.numpy(), interpolation="nearest")
         axes[0, column].set_title(title, fontsize=8 if not pair.title else 7)
-        # Colour for the weight and brightness for the picture: a layer that shines through would blur both.
+        # Color for the weight and brightness for the picture: a layer that shines through would blur both.
         brightness = 0.5 + 0.5 * image.mean(-1, keepdim=True).numpy()
         axes[1, column].imshow(scale.to_rgba(weight.numpy())[..., :3] * brightness, interpolation="nearest")
     for axis in axes.flat:
@@ -281,7 +281,7 @@ def _draw_flows(figure, axes, regions: list[Tensor], flow: Tensor, flows: int) -
     for rank, (share, *places) in reversed(list(enumerate(moved))):  # the strongest last, on top
         color = _COLORS[rank % len(_COLORS)]
         boxes = [boxes[index] for boxes, index in zip(regions, places, strict=True)]
-        centres = [((box[:2] + box[2:]) / 2 - 0.5).tolist() for box in boxes]  # pixel i is drawn around i
+        centers = [((box[:2] + box[2:]) / 2 - 0.5).tolist() for box in boxes]  # pixel i is drawn around i
         width = 0.8 + 2.2 * share / moved[0][0]
         for axis, box in zip(axes, boxes, strict=True):
             left, top, right, bottom = box.tolist()
@@ -291,23 +291,23 @@ def _draw_flows(figure, axes, regions: list[Tensor], flow: Tensor, flows: int) -
         bend = (-1) ** rank * (0.08 + 0.05 * (rank // 2))
         line = {"coordsA": "data", "coordsB": "data", "axesA": axes[0], "axesB": axes[1]}
         for under, extra in (("black", 0.8), (color, 0.0)):  # a dark edge, for light pictures
-            curve = ConnectionPatch(*centres, **line, connectionstyle=f"arc3,rad={bend}", capstyle="round")
+            curve = ConnectionPatch(*centers, **line, connectionstyle=f"arc3,rad={bend}", capstyle="round")
             curve.set(color=under, linewidth=width + extra)
             figure.add_artist(curve)
-        for axis, centre in zip(axes, centres, strict=True):
+        for axis, center in zip(axes, centers, strict=True):
             label = {"facecolor": color, "edgecolor": "black", "linewidth": 0.4, "boxstyle": "round,pad=0.15"}
             style = {"fontsize": 5.5, "ha": "center", "va": "center", "bbox": label}
             # Of the figure, as the lines are: what belongs to an axis lies below them.
-            figure.add_artist(Text(*centre, f"{100 * share:.0f}", transform=axis.transData, zorder=9, **style))
+            figure.add_artist(Text(*center, f"{100 * share:.0f}", transform=axis.transData, zorder=9, **style))
 
 
 def _heat_map(image: Tensor, regions: Tensor, weight: Tensor) -> Tensor:
     """``[H, W]``, the mean weight of the regions over each pixel, in average weights; NaN where there is none."""
     height, width = image.shape[:2]
-    centres = [torch.arange(size, dtype=regions.dtype) + 0.5 for size in (width, height)]
+    centers = [torch.arange(size, dtype=regions.dtype) + 0.5 for size in (width, height)]
     inside = [
-        (centre >= regions[:, axis, None]) & (centre < regions[:, axis + 2, None])
-        for axis, centre in enumerate(centres)
+        (center >= regions[:, axis, None]) & (center < regions[:, axis + 2, None])
+        for axis, center in enumerate(centers)
     ]
     over = torch.einsum("nh,nw->nhw", inside[1].double(), inside[0].double())
     return torch.einsum("nhw,n->hw", over, weight.double() / weight.mean()) / over.sum(0)

@@ -131,8 +131,8 @@ def measure_matches(
         views = _seen_by(module.preprocessing, images.to(device)).cpu().unflatten(0, (-1, 2))
     distances = 1 - emd_logits(maps[:, :1], maps[:, 1:], temperature=1.0, weighting=weighting).flatten()
     matches = match_flows(maps[:, 0], maps[:, 1], weighting=weighting)
-    centred = normalize(maps - maps.mean(-1, keepdim=True))
-    cosines = centred[:, 0] @ centred[:, 1].mT
+    centered = normalize(maps - maps.mean(-1, keepdim=True))
+    cosines = centered[:, 0] @ centered[:, 1].mT
     drawn, rows, flow_rows = [], [], []
     for k, (pair, distance) in enumerate(zip(pairs, distances.tolist(), strict=True)):
         flow = matches.flow[k].cpu()
@@ -232,7 +232,7 @@ def check_pairs(pairs: int) -> None:
 
 
 def _seen_by(preprocessing: nn.Module, images: Tensor) -> Tensor:
-    """The images as the backbone sees them, resized and cut, but not normalised: ``[B, C, H, W]`` in [0, 1]."""
+    """The images as the backbone sees them, resized and cut, but not normalized: ``[B, C, H, W]`` in [0, 1]."""
     pixels = preprocessing(images)
     if isinstance(preprocessing, ImageInput):
         return (pixels * preprocessing.std + preprocessing.mean).clamp(0, 1)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from fewshot_ext import _extras
 
-# Okabe and Ito's blue and vermilion stay apart for every common kind of colour blindness; line and marker
-# tell the curves apart in grey print.
+# Okabe and Ito's blue and vermilion stay apart for every common kind of color blindness; line and marker
+# tell the curves apart in gray print.
 _STYLES = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."), ("#CC79A7", "D", ":"))
 
 

@@ -47,7 +47,7 @@ class Embedding:
         ValueError: a count out of range, or a perplexity that is not positive.
 
     Reference:
-        van der Maaten and Hinton, Visualizing Data using t-SNE, JMLR 2008; features are L2-normalised, so that
+        van der Maaten and Hinton, Visualizing Data using t-SNE, JMLR 2008; features are L2-normalized, so that
         distances are those of the cosine.
     """
 

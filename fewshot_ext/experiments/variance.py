@@ -91,11 +91,11 @@ def base_similarities(checkpoint: str | Path, features: Tensor) -> tuple[Tensor,
 
 
 def check_propositions(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The proposition for every two neighbouring margins of every loss and seed.
+    """The proposition for every two neighboring margins of every loss and seed.
 
     Returns:
         One row a pair, with columns loss, seed, margin and larger_margin, those of ``PropositionCheck``, and
-        novel_intra beside modelled_novel_intra, what the proof takes it to be, at the larger margin.
+        novel_intra beside modeled_novel_intra, what the proof takes it to be, at the larger margin.
     """
     found = []
     for loss in values(rows, "loss"):
@@ -111,7 +111,7 @@ def check_propositions(rows: Sequence[Row]) -> list[dict[str, Any]]:
                         "larger_margin": larger.margin,
                         **asdict(check_proposition(smaller, larger)),
                         "novel_intra": larger.novel_intra,
-                        "modelled_novel_intra": larger.modelled_novel_intra,
+                        "modeled_novel_intra": larger.modeled_novel_intra,
                     }
                 )
     return found

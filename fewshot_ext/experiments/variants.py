@@ -1,4 +1,4 @@
-"""Variants of one training: regularisers one at a time (Table 4), label smoothing beside the margin (Table 5)."""
+"""Variants of one training: regularizers one at a time (Table 4), label smoothing beside the margin (Table 5)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -28,7 +28,7 @@ def regularizer_configs(
     label_smoothing: float | None = None,
     without_augmentation: bool = False,
 ) -> dict[str, PreTrainingConfig]:
-    """The trainings of Table 4: margin 0, the margin alone, and the margin with one more regulariser at a time.
+    """The trainings of Table 4: margin 0, the margin alone, and the margin with one more regularizer at a time.
 
     The paper adds one to the other; one at a time shows what each does by itself.
 

@@ -132,7 +132,7 @@ class LocalNearestNeighbors(MapHead):
         scale: of ``probabilities``.
 
     Raises (a call):
-        ValueError: more neighbours than a class has local features, besides those of :class:`MapHead`.
+        ValueError: more neighbors than a class has local features, besides those of :class:`MapHead`.
 
     Reference:
         Li et al., Revisiting Local Descriptor Based Image-to-Class Measure for Few-Shot Learning (DN4), CVPR 2019,

@@ -347,7 +347,7 @@ def _similarities(query: Tensor, points: Tensor, metric: Literal["cosine", "eucl
     if metric == "cosine":
         return torch.bmm(normalize(query), normalize(points).mT)
     # |q|^2 - 2 q.p + |p|^2 cancels badly far from the origin, and distances do not depend on it.
-    centre = points.mean(1, keepdim=True)
-    query, points = query - centre, points - centre
+    center = points.mean(1, keepdim=True)
+    query, points = query - center, points - center
     squares = query.square().sum(-1, keepdim=True) + points.square().sum(-1).unsqueeze(1)
     return -torch.baddbmm(squares, query, points.mT, alpha=-2).clamp_min(0)

@@ -33,7 +33,7 @@ class AntiCollapseLoss(nn.Module):
         L = w_b L_{base} + w e^{-\gamma_2 R} \quad \text{("official")}
 
     Jiang et al., "Anti-Collapse Loss for Deep Metric Learning Based on Coding Rate Metric", 2024, with the rate R of
-    :func:`fewshot_ext.coding_rate` over vectors normalised to length 1, and its factor :math:`\alpha` times
+    :func:`fewshot_ext.coding_rate` over vectors normalized to length 1, and its factor :math:`\alpha` times
     :math:`\gamma_1`:
 
     ============= ================================== ===================== ====================

@@ -94,7 +94,7 @@ def base_loss(name: str, num_classes: int, embedding_size: int) -> nn.Module:
 
     The first two own ``proxies`` ``[num_classes, embedding_size]``, which want a learning rate far above that of the
     backbone (2000 times as high in the official code). Distance-weighted negatives (Wu et al., ICCV 2017) are drawn
-    from torch's global generator. Every loss normalises the embeddings.
+    from torch's global generator. Every loss normalizes the embeddings.
 
     Embeddings are float32, float64, bfloat16 or float16. Half types are computed in float32, also under autocast; the
     loss is float64 for float64 embeddings and float32 otherwise. Gradients reach the embeddings and the proxies.

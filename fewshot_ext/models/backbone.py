@@ -59,8 +59,8 @@ def pooled_size(name: str, poolings: int, height: int, width: int) -> tuple[int,
 
 
 @torch.no_grad()
-def initialise(module: nn.Module) -> None:
-    """He's normal initialisation over the fan-out for convolutions, as all residual backbones of the field start.
+def initialize(module: nn.Module) -> None:
+    """He's normal initialization over the fan-out for convolutions, as all residual backbones of the field start.
 
     Reference:
         He et al., Delving Deep into Rectifiers, ICCV 2015.

@@ -6,7 +6,7 @@ from fewshot_ext.models.backbone import Backbone, pooled_size
 
 
 class ConvBlock(nn.Sequential):
-    """3 x 3 convolution, batch normalisation, 2 x 2 max-pooling where ``pool`` is set, ReLU."""
+    """3 x 3 convolution, batch normalization, 2 x 2 max-pooling where ``pool`` is set, ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, pool: bool) -> None:
         super().__init__(

@@ -143,7 +143,7 @@ class _Crops(LocalFeatures):
 
 
 class Grid(_Crops):
-    """The image cut into grids of several sizes; every cell, enlarged around its centre, is a region.
+    """The image cut into grids of several sizes; every cell, enlarged around its center, is a region.
 
     In training the enlargement is drawn for every image and grid, 1 + 2 U(0, 1), from torch's global generator.
 
@@ -186,7 +186,7 @@ class Grid(_Crops):
         check_at_least("ratio", ratio, 1)
 
     def draw(self, images: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-        # A cell of one pixel, not enlarged, has half a pixel on either side of its centre: rounded, no area at all.
+        # A cell of one pixel, not enlarged, has half a pixel on either side of its center: rounded, no area at all.
         if min(height, width) < 2 * max(self.grids):
             raise ValueError(
                 f"images must be at least {2 * max(self.grids)} x {2 * max(self.grids)} pixels for a grid of "
@@ -291,8 +291,8 @@ def resized_crops(images: Tensor, boxes: Tensor, mirrored: Tensor) -> Tensor:
     left, top, right, bottom = boxes.to(images.device, torch.float32).unsqueeze(-1).unbind(2)  # [B, P, 1]
 
     def positions(start: Tensor, stop: Tensor, size: int) -> Tensor:
-        centres = (torch.arange(size, device=images.device) + 0.5) / size  # [size], in sides of the box
-        return torch.clamp(start + centres * (stop - start) - 0.5, start, stop - 1)  # [B, P, size]
+        centers = (torch.arange(size, device=images.device) + 0.5) / size  # [size], in sides of the box
+        return torch.clamp(start + centers * (stop - start) - 0.5, start, stop - 1)  # [B, P, size]
 
     across, down = positions(left, right, width), positions(top, bottom, height)
     across = torch.where(mirrored.to(images.device).unsqueeze(-1), across.flip(-1), across)
@@ -367,8 +367,8 @@ def _enlarged_cells(size: int, side: int, ratio: Tensor) -> tuple[Tensor, Tensor
     """Where the cells of a line begin and end, ``[B, side]`` each, enlarged by ratios ``[B, 1]``."""
     half = (size / side * ratio).long() // 2
     cell = size // side
-    centre = cell // 2 + cell * torch.arange(side)
-    return (centre - half).clamp_min(0), (centre + half).clamp_max(size)
+    center = cell // 2 + cell * torch.arange(side)
+    return (center - half).clamp_min(0), (center + half).clamp_max(size)
 
 
 def _checked_sides(name: str, sides: Sequence[int]) -> tuple[int, ...]:

@@ -36,7 +36,7 @@ def cross_reference_weights(query: Tensor, support: Tensor) -> tuple[Tensor, Ten
 
     for the regions u of one image and v of the other, and the same the other way round; then both sides are scaled
     to a total mass of N. As in the official implementation, the features are taken as they come, before they are
-    centred; the constant is from there too.
+    centered; the constant is from there too.
 
     Args:
         query: ``[E, Q, N, C]``, N regions an image.
@@ -81,7 +81,7 @@ def emd_logits(
 
     .. math:: \text{logit} = \frac{T}{N} \sum_{ij} F_{ij} S_{ij} = \frac{T}{N} (N - \text{EMD}(1 - S, s, d))
 
-    with S the cosines of features centred over the channels, and F the flow of least cost 1 - S between weights s and d
+    with S the cosines of features centered over the channels, and F the flow of least cost 1 - S between weights s and d
     of total mass N. The two sides of the equation are equal in value, and the right one carries the whole gradient: to
     the features through the flow, and to the weights through the duals.
 
@@ -182,11 +182,11 @@ def scaled_to(weights: Tensor, mass: int) -> Tensor:
 
 def cosines(query: Tensor, support: Tensor) -> Tensor:
     """The similarities S of all pairs, ``[E, Q, P, N, M]``."""
-    centred, units = (maps - maps.mean(-1, keepdim=True) for maps in (query, support))
-    length = torch.linalg.vector_norm(centred, dim=-1).clamp_min(SMALLEST_LENGTH)
+    centered, units = (maps - maps.mean(-1, keepdim=True) for maps in (query, support))
+    length = torch.linalg.vector_norm(centered, dim=-1).clamp_min(SMALLEST_LENGTH)
     length = length.masked_fill(length.isinf(), torch.nan)  # too long for their squares: no cosine, rather than 0
     # Queries are many and long: dividing their products is cheaper than dividing them.
-    return torch.einsum("eqnc,epmc->eqpnm", centred, normalize(units)) / length[:, :, None, :, None]
+    return torch.einsum("eqnc,epmc->eqpnm", centered, normalize(units)) / length[:, :, None, :, None]
 
 
 def check_floating(**named: object) -> None:

@@ -3,12 +3,12 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewshot_ext.models.backbone import Backbone, initialise, pooled_size
+from fewshot_ext.models.backbone import Backbone, initialize, pooled_size
 from fewshot_ext.models.drop_block import RAMP_STEPS, stage_dropout
 
 
 def conv_norm(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Sequential:
-    """Convolution without bias, padded to keep the size at stride 1, and batch normalisation."""
+    """Convolution without bias, padded to keep the size at stride 1, and batch normalization."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False),
         nn.BatchNorm2d(out_channels),
@@ -83,7 +83,7 @@ class ResNet12(Backbone):
                 for stage, (i, o) in enumerate(zip(inputs, channels, strict=True))
             )
         )
-        initialise(self)
+        initialize(self)
 
     def feature_map(self, images: Tensor) -> Tensor:
         return self.stages(images)
@@ -161,7 +161,7 @@ class ResNet18(Backbone):
                     BasicBlock(inputs, channels, stride, stage_dropout(stage, drop_rate, block_size, ramp_steps))
                 )
         self.blocks = nn.Sequential(*blocks)
-        initialise(self)
+        initialize(self)
 
     def feature_map(self, images: Tensor) -> Tensor:
         return self.blocks(self.stem(images))

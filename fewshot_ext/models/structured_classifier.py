@@ -140,9 +140,9 @@ def fit_prototypes(
 
 
 class _Split(NamedTuple):
-    """Local features as u = centred + level / sqrt(C) 1: the two parts are orthogonal, so SGD on u is SGD on both."""
+    """Local features as u = centered + level / sqrt(C) 1: the two parts are orthogonal, so SGD on u is SGD on both."""
 
-    centred: Tensor  # [E, rows, C]
+    centered: Tensor  # [E, rows, C]
     level: Tensor  # [E, rows]
 
     @classmethod
@@ -151,7 +151,7 @@ class _Split(NamedTuple):
         return cls(features - mean, mean.squeeze(-1) * math.sqrt(features.shape[-1]))
 
     def whole(self) -> Tensor:
-        return self.centred + self.level.unsqueeze(-1) / math.sqrt(self.centred.shape[-1])
+        return self.centered + self.level.unsqueeze(-1) / math.sqrt(self.centered.shape[-1])
 
 
 class _Images(NamedTuple):
@@ -175,10 +175,10 @@ def _fit(
     temperature: float,
     weighting: Weighting,
 ) -> Tensor:
-    centred, level = _Split.of(support)
-    length = torch.linalg.vector_norm(centred, dim=-1).clamp_min(SMALLEST_LENGTH)
+    centered, level = _Split.of(support)
+    length = torch.linalg.vector_norm(centered, dim=-1).clamp_min(SMALLEST_LENGTH)
     truth = F.one_hot(target, way).to(support.dtype)
-    images = _Images(centred / length.unsqueeze(-1), length, level, truth)
+    images = _Images(centered / length.unsqueeze(-1), length, level, truth)
     prototypes = _Split.of(class_means(support, target, way).flatten(1, 2))  # rows: way N
     velocity = _Split(*map(torch.zeros_like, prototypes))
     rows = torch.arange(len(support), device=support.device).unsqueeze(1)
@@ -187,9 +187,9 @@ def _fit(
     for batch in (part for one_pass in order.unbind(1) for part in one_pass.split(config.batch_size, 1)):
         chosen = images.select(rows, batch)
         gradient = _gradient(chosen, prototypes, temperature, weighting, config.detach_weights)
-        velocity.centred.baddbmm_(gradient.of_units, chosen.unit.flatten(1, 2), beta=kept, alpha=taken)
-        velocity.centred.addcmul_(prototypes.centred, gradient.of_centred.unsqueeze(-1), value=taken)
-        prototypes.centred.sub_(velocity.centred, alpha=config.lr)
+        velocity.centered.baddbmm_(gradient.of_units, chosen.unit.flatten(1, 2), beta=kept, alpha=taken)
+        velocity.centered.addcmul_(prototypes.centered, gradient.of_centered.unsqueeze(-1), value=taken)
+        prototypes.centered.sub_(velocity.centered, alpha=config.lr)
         if gradient.level is not None:
             velocity.level.mul_(kept).add_(gradient.level, alpha=taken)
             prototypes.level.sub_(velocity.level, alpha=config.lr)
@@ -198,10 +198,10 @@ def _fit(
 
 
 class _Gradient(NamedTuple):
-    """Of the loss to the prototypes. To the centred part it is of_units @ units + of_centred * centred."""
+    """Of the loss to the prototypes. To the centered part it is of_units @ units + of_centered * centered."""
 
     of_units: Tensor  # [E, way N, B N]
-    of_centred: Tensor  # [E, way N]
+    of_centered: Tensor  # [E, way N]
     level: Tensor | None  # [E, way N]; None where it is zero
 
 
@@ -210,9 +210,9 @@ def _gradient(
 ) -> _Gradient:
     episodes, batch, nodes, _ = images.unit.shape
     way = images.truth.shape[-1]
-    norm = torch.linalg.vector_norm(prototypes.centred, dim=-1).clamp_min_(SMALLEST_LENGTH)
+    norm = torch.linalg.vector_norm(prototypes.centered, dim=-1).clamp_min_(SMALLEST_LENGTH)
     inverse = norm.reciprocal().view(episodes, 1, way, 1, nodes)
-    products = torch.bmm(images.unit.flatten(1, 2), prototypes.centred.mT)
+    products = torch.bmm(images.unit.flatten(1, 2), prototypes.centered.mT)
     # [E, B, way, regions of the image, regions of the prototype]
     products = products.view(episodes, batch, nodes, way, nodes).transpose(2, 3).contiguous()
     similarity = products * inverse
@@ -236,7 +236,7 @@ def _gradient(
     error = (torch.softmax(logits, -1) - images.truth) * (temperature / nodes / batch)
     flow = solved.flow.mul_(error[..., None, None])
     # d cos(q, p) / d p = (q - cos(q, p) p / |p|) / |p| for unit q.
-    of_centred = (flow * similarity).sum((1, 3)).flatten(1) / -norm.square()
+    of_centered = (flow * similarity).sum((1, 3)).flatten(1) / -norm.square()
     of_products, of_level = flow.mul_(inverse), None
     if relevances and not detach_weights:
         of_image, of_prototype = (
@@ -247,7 +247,7 @@ def _gradient(
         of_products += length.unsqueeze(-1) * of_whole
         of_level = (image_level.unsqueeze(-1) * of_whole).sum((1, 3)).flatten(1)
     of_units = of_products.permute(0, 2, 4, 1, 3).reshape(episodes, way * nodes, batch * nodes)
-    return _Gradient(of_units, of_centred, of_level)
+    return _Gradient(of_units, of_centered, of_level)
 
 
 def _through_weights(grad: Tensor, relevance: Tensor) -> Tensor:

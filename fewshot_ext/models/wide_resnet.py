@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewshot_ext._checks import check_fraction
-from fewshot_ext.models.backbone import Backbone, initialise
+from fewshot_ext.models.backbone import Backbone, initialize
 
 _STEM_CHANNELS = 16
 
@@ -14,7 +14,7 @@ def _conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1
 
 
 class WideBlock(nn.Module):
-    """Normalisation and ReLU before each of two 3 x 3 convolutions, dropout between them, beside a shortcut."""
+    """Normalization and ReLU before each of two 3 x 3 convolutions, dropout between them, beside a shortcut."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, drop_rate: float) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class WideBlock(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         activated = F.relu(self.norm1(features), inplace=True)
         residual = self.dropout(F.relu(self.norm2(self.conv1(activated)), inplace=True))
-        # A shortcut that changes the channels shares the normalisation; one that does not leaves the input as it is.
+        # A shortcut that changes the channels shares the normalization; one that does not leaves the input as it is.
         return self.conv2(residual) + (features if self.shortcut is None else self.shortcut(activated))
 
 
@@ -68,7 +68,7 @@ class WideResNet28(Backbone):
                 blocks.append(WideBlock(inputs, channels, 2 if stage and not block else 1, drop_rate))
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.BatchNorm2d(channels)
-        initialise(self)
+        initialize(self)
 
     def feature_map(self, images: Tensor) -> Tensor:
         return F.relu(self.norm(self.blocks(self.stem(images))), inplace=True)

@@ -2,7 +2,7 @@
 
 Operator contract: problems [B, n, D], each with an alpha of its own, give rates [B] and the Cholesky factors of the
 smaller of the two matrices whose determinants agree (Sylvester): I + alpha Z Z^T, n x n, and I + alpha Z^T Z, D x D.
-Factorising is torch's own linear algebra on every device. It is an operator all the same, because a graph must not
+Factorizing is torch's own linear algebra on every device. It is an operator all the same, because a graph must not
 depend on which of n and D is the smaller.
 """
 
@@ -40,7 +40,7 @@ def _coding_rate_op(embeddings: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     factor, failed = torch.linalg.cholesky_ex(_smaller_matrix(embeddings, alpha))
     factor = factor.mT.contiguous()  # torch gives it in columns
     diagonal = factor.diagonal(dim1=-2, dim2=-1)
-    # Where it fails the factorisation stops half-way, with numbers on the diagonal that look like results.
+    # Where it fails the factorization stops half-way, with numbers on the diagonal that look like results.
     diagonal.masked_fill_((failed != 0).unsqueeze(-1), math.nan)
     return diagonal.log().sum(-1), factor
 
@@ -93,10 +93,10 @@ def coding_rate(embeddings: Tensor, eps: float = 0.5, *, alpha: float | None = N
     The R of Yu et al., "Learning Diverse and Discriminative Representations via the Principle of Maximal Coding Rate
     Reduction", NeurIPS 2020, section 2.1, and of Jiang et al., "Anti-Collapse Loss for Deep Metric Learning Based on
     Coding Rate Metric", 2024. It is largest where the embeddings spread evenly over all directions, and falls as they
-    collapse onto few. Embeddings are taken as they come: normalise them first, as the papers do, where lengths must not
+    collapse onto few. Embeddings are taken as they come: normalize them first, as the papers do, where lengths must not
     count.
 
-    The determinant is that of the smaller of the D x D and the n x n matrix, by a Cholesky factorisation. It needs no
+    The determinant is that of the smaller of the D x D and the n x n matrix, by a Cholesky factorization. It needs no
     jitter: with rows of length 1 the eigenvalues lie in [1, 1 + alpha n].
 
     Args:
@@ -109,7 +109,7 @@ def coding_rate(embeddings: Tensor, eps: float = 0.5, *, alpha: float | None = N
     Returns:
         Rates in nats, ``[...]``, at least 0; float64 for float64 embeddings and float32 otherwise. A set with entries
         that are not finite has the rate and the gradient NaN, and leaves the other sets of the batch alone. So has a
-        set so long that the 1 of the identity is lost beside it in rounding and the factorisation fails: alpha times
+        set so long that the 1 of the identity is lost beside it in rounding and the factorization fails: alpha times
         the sum of its squares should stay below 1e15. The rounding of gradients is 2e-16 times that, relatively.
 
     The gradient is :math:`\alpha (I + \alpha Z Z^T)^{-1} Z` in closed form, from the factor that the value came from,

@@ -460,7 +460,7 @@ def emd(
     problem = dict(given)
     if normalize:
         problem.update({name: _normalized(given[name]) for name in ("supply", "demand")})
-    # In half types masses that were made or normalised here would be rounded apart.
+    # In half types masses that were made or normalized here would be rounded apart.
     dtypes = {tensor.dtype for tensor in problem.values()}
     if len(dtypes) > 1:
         problem = {name: tensor.to(accumulate_dtype(tensor.dtype)) for name, tensor in problem.items()}

@@ -50,7 +50,7 @@ def rate_reduction(embeddings: Tensor, labels: Tensor, eps: float = 0.5) -> Rate
         R(Z_j) = \tfrac{1}{2} \log \det \left(I + \frac{D}{n_j \epsilon^2} Z_j^T Z_j\right)
 
     Yu et al., "Learning Diverse and Discriminative Representations via the Principle of Maximal Coding Rate Reduction",
-    NeurIPS 2020, section 2: the first term is the expansion, the second the compression. Maximised over embeddings of
+    NeurIPS 2020, section 2: the first term is the expansion, the second the compression. Maximized over embeddings of
     length 1, it spreads every class over a subspace of its own, orthogonal to those of the others.
 
     Args:

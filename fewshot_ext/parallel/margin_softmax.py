@@ -45,7 +45,7 @@ class ClassParallelMarginLoss(nn.Module):
     together and the whole weight. The logits are not stored, neither those of all classes nor those of the shard.
 
     The weight is a :class:`torch.distributed.tensor.DTensor` ``[num_classes, in_features]`` in shards of
-    ceil(num_classes / ranks) classes, of which the last may be smaller or empty. Optimisers and
+    ceil(num_classes / ranks) classes, of which the last may be smaller or empty. Optimizers and
     ``torch.distributed.checkpoint`` know what to do with it, at another number of ranks too.
 
     Do not wrap this module in ``DistributedDataParallel``; only the backbone goes there. DDP takes the mean of the
@@ -84,7 +84,7 @@ class ClassParallelMarginLoss(nn.Module):
     Gradients reach features and weight; second and forward-mode derivatives raise a RuntimeError.
 
     Raises:
-        RuntimeError: ``torch.distributed`` is not initialised. A rank that dies, or does not come to a collective
+        RuntimeError: ``torch.distributed`` is not initialized. A rank that dies, or does not come to a collective
             within the group's timeout, raises on the others.
         TypeError or ValueError: as in the one-process losses, on every rank, naming the rank at fault; ranks that
             differ in a setting, or in dtype, gradients or mode at a step.
@@ -127,7 +127,7 @@ class ClassParallelMarginLoss(nn.Module):
         super().__init__()
         if not dist.is_initialized():
             raise RuntimeError(
-                "fewshot_ext.parallel: torch.distributed is not initialised; call "
+                "fewshot_ext.parallel: torch.distributed is not initialized; call "
                 "torch.distributed.init_process_group first, under torchrun"
             )
         group = dist.group.WORLD if group is None else group

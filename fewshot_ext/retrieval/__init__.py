@@ -1,4 +1,4 @@
-"""Retrieval: exact nearest neighbours and their measures, re-ranking by regions, spectrum, pictures."""
+"""Retrieval: exact nearest neighbors and their measures, re-ranking by regions, spectrum, pictures."""
 
 from fewshot_ext.retrieval.measures import (
     RetrievalMetrics,

@@ -13,7 +13,7 @@ _DIFFERENCES_AT_ONCE = 2**22
 class ExactSearch:
     """Finds the gallery's nearest of each query, in an order that depends on nothing but the two.
 
-    Matrix products in float64 give distances with a bound on their rounding. Neighbours whose order the bound leaves
+    Matrix products in float64 give distances with a bound on their rounding. Neighbors whose order the bound leaves
     open are compared again by the sums of their squared differences, which are the same whatever else is in the
     product: the number of queries at a time changes nothing, equal vectors are at equal distances, and distances
     between vectors of small integers are exact.

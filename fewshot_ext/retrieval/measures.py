@@ -1,4 +1,4 @@
-"""Retrieval: exact nearest neighbours of every query, in chunks, and the measures of metric learning over them."""
+"""Retrieval: exact nearest neighbors of every query, in chunks, and the measures of metric learning over them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -55,15 +55,15 @@ def retrieval_metrics(
     chunk_size: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> RetrievalMetrics:
-    r"""Recall@K, MAP@R and R-precision of each query's exact nearest neighbours.
+    r"""Recall@K, MAP@R and R-precision of each query's exact nearest neighbors.
 
     For a query with R others of its class in the gallery, and P(i) the share of its class among the i nearest,
 
     .. math::
         \text{MAP@R} = \frac{1}{R} \sum_{i=1}^{R} P(i) \, [\text{the } i\text{-th nearest is of the class}]
 
-    as in Musgrave et al., "A Metric Learning Reality Check", ECCV 2020. A query never counts as its own neighbour.
-    Neighbours at the same distance come in the order of the gallery.
+    as in Musgrave et al., "A Metric Learning Reality Check", ECCV 2020. A query never counts as its own neighbor.
+    Neighbors at the same distance come in the order of the gallery.
 
     Distances are compared in float64, and again by sums of squared differences where rounding leaves their order open:
     results do not depend on ``chunk_size``, on autocast or on TF32, and embeddings that have collapsed to nearly one
@@ -80,7 +80,7 @@ def retrieval_metrics(
         gallery: ``[N, D]``, dtype and device of ``embeddings``; where None the queries are the gallery, and each
             leaves itself out. To pass the queries again is an error without ``query_index``.
         gallery_labels: ``[N]`` int64, with ``gallery``.
-        ks: the K of Recall@K, each at most the number of neighbours that a query has.
+        ks: the K of Recall@K, each at most the number of neighbors that a query has.
         distance: "cosine" or "euclidean".
         lone_queries: what to do with queries of whose class the gallery holds no other, which nothing can retrieve:
             "error" raises, "exclude" leaves them out of the means, "miss" counts them as 0, as the official
@@ -110,8 +110,8 @@ def retrieval_metrics(
         _check_set("gallery", gallery, "gallery_labels", gallery_labels)
     gallery, own = _searched(embeddings, gallery, query_index)
     gallery_labels = labels if gallery_labels is None else gallery_labels
-    neighbours = len(gallery) - (own is not None)
-    _check_ks(ks, neighbours)
+    neighbors = len(gallery) - (own is not None)
+    _check_ks(ks, neighbors)
     check_choice("distance", distance, DISTANCES)
     check_choice("lone_queries", lone_queries, LONE_QUERIES)
     if chunk_size is None:
@@ -124,12 +124,12 @@ def retrieval_metrics(
     counted = _counted_queries(relevant, labels, lone_queries)
     classes = len(labels[counted].unique())
 
-    # Queries with as many relevant neighbours side by side: few chunks have to look far.
+    # Queries with as many relevant neighbors side by side: few chunks have to look far.
     counted = counted[relevant[counted].argsort(descending=True, stable=True)]
     search = ExactSearch(embeddings, gallery, distance)
     totals, done = torch.zeros(len(ks) + 2, dtype=torch.float64, device=labels.device), 0
     for chunk in counted.split(chunk_size):
-        depth = min(max(*ks, int(relevant[chunk].max())), neighbours)
+        depth = min(max(*ks, int(relevant[chunk].max())), neighbors)
         found = search.nearest(chunk, None if own is None else own[chunk], depth)
         totals += _sums(gallery_labels[found] == labels[chunk].unsqueeze(1), relevant[chunk], ks)
         done += len(chunk)
@@ -153,7 +153,7 @@ def nearest_neighbors(
 
     Args:
         embeddings, gallery, distance, query_index: as in :func:`retrieval_metrics`.
-        k: neighbours a query, at most as many as it has.
+        k: neighbors a query, at most as many as it has.
 
     Returns:
         ``[Q, k]`` int64 rows of the gallery: candidates that :func:`rerank` takes.
@@ -182,16 +182,16 @@ def nearest_neighbors(
 def clustering_nmi(
     embeddings: Tensor, labels: Tensor, *, distance: Literal["cosine", "euclidean"] = "cosine", seed: int = 0
 ) -> float:
-    """Normalised mutual information of the classes and a k-means clustering into as many clusters, in [0, 1].
+    """Normalized mutual information of the classes and a k-means clustering into as many clusters, in [0, 1].
 
-    Clusters come from scikit-learn's k-means with one k-means++ start, and the information is normalised by the mean of
+    Clusters come from scikit-learn's k-means with one k-means++ start, and the information is normalized by the mean of
     the two entropies. ``AccuracyCalculator`` of pytorch-metric-learning computes the same measure of other clusters: 20
     iterations of faiss. An iteration costs samples x classes x D operations: minutes for thousands of classes.
 
     Args:
         embeddings: ``[n, D]``, on any device; dtypes as in :func:`retrieval_metrics`.
         labels: ``[n]`` int64.
-        distance: "cosine" clusters the embeddings normalised to length 1.
+        distance: "cosine" clusters the embeddings normalized to length 1.
         seed: of the start.
 
     Raises:
@@ -299,17 +299,17 @@ def check_retrieval(
     _counted_queries(count_relevant(labels, gallery_labels) - int(with_itself), labels, lone_queries)
 
 
-def _check_ks(ks: Sequence[int], neighbours: int, name: str = "ks") -> None:
+def _check_ks(ks: Sequence[int], neighbors: int, name: str = "ks") -> None:
     if not isinstance(ks, Sequence):
         raise TypeError(f"{name}: expected a sequence of integers, got {type(ks).__name__}")
-    if neighbours < 1:
+    if neighbors < 1:
         raise ValueError(f"{name}: expected samples beside the query to search, got the query alone")
     if len(ks) == 0 or len(set(ks)) < len(ks):
         raise ValueError(f"{name}: expected at least one K, and none twice, got {list(ks)}")
     for k in ks:
         check_integer(name, k)
-        if not 1 <= k <= neighbours:
-            raise ValueError(f"{name}: expected K in [1, {neighbours}], the neighbours that each query has, got {k}")
+        if not 1 <= k <= neighbors:
+            raise ValueError(f"{name}: expected K in [1, {neighbors}], the neighbors that each query has, got {k}")
 
 
 def count_relevant(labels: Tensor, gallery_labels: Tensor) -> Tensor:
@@ -339,7 +339,7 @@ def _counted_queries(relevant: Tensor, labels: Tensor, lone_queries: str) -> Ten
 def _sums(hits: Tensor, relevant: Tensor, ks: Sequence[int]) -> Tensor:
     """Sums over queries of what each contributes to Recall@K, MAP@R and R-precision, [len(ks) + 2] in float64.
 
-    ``hits`` [queries, depth] says which neighbours, from the nearest on, are of the query's class.
+    ``hits`` [queries, depth] says which neighbors, from the nearest on, are of the query's class.
     """
     rank = torch.arange(1, hits.shape[1] + 1, device=hits.device)
     within = hits & (rank <= relevant.unsqueeze(1))

@@ -20,13 +20,13 @@ from fewshot_ext.evaluation.images import ImageBatches
 if TYPE_CHECKING:
     from PIL import Image
 
-# Okabe and Ito's bluish green and vermilion, which stay apart for every common kind of colour blindness.
+# Okabe and Ito's bluish green and vermilion, which stay apart for every common kind of color blindness.
 RIGHT, WRONG = "#009E73", "#D55E00"
 _FILES_AT_ONCE = 64
 
 
 @dataclass(frozen=True, eq=False)
-class LabelledImages:
+class LabeledImages:
     """Images and their classes.
 
     Args:
@@ -44,7 +44,7 @@ class LabelledImages:
     passed_over: tuple[str, ...] = ()
 
     @classmethod
-    def of_archive(cls, archive: ImageArchive) -> "LabelledImages":
+    def of_archive(cls, archive: ImageArchive) -> "LabeledImages":
         """All images of an archive, each named by its class and its number in it."""
         counts = [0] * archive.num_classes
         classes, names = [], []
@@ -56,7 +56,7 @@ class LabelledImages:
         return cls(archive.images, classes, names, titles, archive.passed_over)
 
     @classmethod
-    def of_folder(cls, root: str | Path) -> "LabelledImages":
+    def of_folder(cls, root: str | Path) -> "LabeledImages":
         """The pictures of a folder with a folder for each class, see ``fewshot_ext.data.read_folder``.
 
         Raises:
@@ -88,7 +88,7 @@ class LabelledImages:
         )
         return [image for batch in _batches(chosen, backbone, len(index)) for image in batch]
 
-    def in_memory(self, backbone: FrozenBackbone, on_progress: Callable[[int], Any]) -> "LabelledImages":
+    def in_memory(self, backbone: FrozenBackbone, on_progress: Callable[[int], Any]) -> "LabeledImages":
         """The same, with picture files read to a tensor as the backbone sees them.
 
         Args:
@@ -135,12 +135,12 @@ class LabelledImages:
         return embeddings
 
 
-def common_labels(*sets: LabelledImages) -> list[Tensor]:
+def common_labels(*sets: LabeledImages) -> list[Tensor]:
     """``[N]`` int64 of each set: one number a class, the same in all of them.
 
     Example:
         >>> images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
-        >>> queries, gallery = (LabelledImages(images, classes, classes) for classes in (["a", "c"], ["c", "b"]))
+        >>> queries, gallery = (LabeledImages(images, classes, classes) for classes in (["a", "c"], ["c", "b"]))
         >>> common_labels(queries, gallery)
         [tensor([0, 2]), tensor([2, 1])]
     """
@@ -149,13 +149,13 @@ def common_labels(*sets: LabelledImages) -> list[Tensor]:
 
 
 def neighbor_rows(
-    queries: LabelledImages,
-    gallery: LabelledImages,
+    queries: LabeledImages,
+    gallery: LabeledImages,
     neighbors: Tensor,
     asked: Sequence[int] | None = None,
     places: Tensor | None = None,
 ) -> list[dict[str, Any]]:
-    """One row a query and neighbour: which, of which class, and whether it is the query's.
+    """One row a query and neighbor: which, of which class, and whether it is the query's.
 
     Args:
         queries, gallery: the images.
@@ -182,15 +182,15 @@ def neighbor_rows(
 
 def neighbor_sheet(
     backbone: FrozenBackbone,
-    queries: LabelledImages,
-    gallery: LabelledImages,
+    queries: LabeledImages,
+    gallery: LabeledImages,
     neighbors: Tensor,
     asked: Sequence[int],
     *,
     places: Tensor | None = None,
     heading: str = "",
 ) -> "Image.Image":
-    """A row a query: the query first, then its neighbours, each marked right or wrong in words and by its border.
+    """A row a query: the query first, then its neighbors, each marked right or wrong in words and by its border.
 
     Args:
         backbone: as which it is seen.

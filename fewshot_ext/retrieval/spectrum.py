@@ -13,7 +13,7 @@ from fewshot_ext.ops import coding_rate
 
 @full_precision()
 def singular_spectrum(embeddings: Tensor) -> Tensor:
-    r"""Singular values of the embeddings, normalised to length 1 each, over the square root of their number.
+    r"""Singular values of the embeddings, normalized to length 1 each, over the square root of their number.
 
     The coding rate of the same embeddings follows from them:
     :math:`R = \tfrac{1}{2} \sum_i \log (1 + D \sigma_i^2 / \epsilon^2)`, with
@@ -99,7 +99,7 @@ class EmbeddingSpread:
 
 @full_precision()
 def measure_spread(embeddings: Tensor, eps: float = 0.5) -> EmbeddingSpread:
-    """How much of their space embeddings span, each normalised to length 1.
+    """How much of their space embeddings span, each normalized to length 1.
 
     Args:
         embeddings: ``[n, D]``, floating.

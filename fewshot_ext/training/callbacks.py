@@ -169,7 +169,7 @@ class Validation(BestCheckpoint):
         self.accuracy = None
         if not self.is_due(trainer):
             return
-        # Evaluation has nothing to synchronise, so one process does it and the others wait.
+        # Evaluation has nothing to synchronize, so one process does it and the others wait.
         found = self._measure(module) if trainer.is_global_zero else (0.0, 0.0)
         accuracy, interval = trainer.strategy.broadcast(found)
         module.log("validation/accuracy", accuracy)

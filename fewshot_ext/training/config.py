@@ -16,7 +16,7 @@ from fewshot_ext._validation import check_similarity
 from fewshot_ext.data.augmentation import AugmentationConfig
 from fewshot_ext.models import BackboneConfig
 
-# Settings that one optimiser alone has.
+# Settings that one optimizer alone has.
 _OPTIMIZERS = {
     "adam": ("minimum_learning_rate", "warmup", "warmup_multiplier"),
     "sgd": ("momentum", "nesterov", "decay", "decay_epochs"),
@@ -127,7 +127,7 @@ class PreTrainingConfig(TrainingConfig):
         validation: see ``ValidationConfig``.
 
     Raises:
-        ValueError: a value out of range, or a setting of the other optimiser; the message names it.
+        ValueError: a value out of range, or a setting of the other optimizer; the message names it.
 
     Reference:
         Liu et al., Negative Margin Matters: Understanding Margin in Few-shot Classification, ECCV 2020, section 3.5;

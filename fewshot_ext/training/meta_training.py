@@ -155,7 +155,7 @@ class MetaTrainingRun(TrainingRun):
         on_epoch: called with (epochs done, mean loss of the last epoch).
         progress: draw a progress bar.
 
-    Batch normalisation takes its statistics over the support and query images of one episode, as in the official
+    Batch normalization takes its statistics over the support and query images of one episode, as in the official
     implementation on one GPU.
 
     Raises:

@@ -40,7 +40,7 @@ class EmbeddingHistory(BestCheckpoint):
             r_precision, coding_rate, effective_rank, spectral_decay and spectrum; a checkpoint carries them.
 
     Raises:
-        ValueError: a class with a single image, or a K larger than the neighbours that an image has; the message
+        ValueError: a class with a single image, or a K larger than the neighbors that an image has; the message
             names the set.
     """
 

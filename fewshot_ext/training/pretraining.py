@@ -102,7 +102,7 @@ class PreTraining(ImageTraining):
         config = self.config
         if config.optimizer == "sgd":
             return sgd_in_steps(self.parameters(), config)
-        # Rates come from the schedule whole, so the optimiser's own rate is 1 and the factor is the rate.
+        # Rates come from the schedule whole, so the optimizer's own rate is 1 and the factor is the rate.
         optimizer = torch.optim.Adam(self.parameters(), lr=1.0, weight_decay=config.weight_decay)
         total_steps = int(self.trainer.estimated_stepping_batches)
         warmup_steps = round(total_steps * config.warmup)
@@ -138,7 +138,7 @@ class PreTrainingRun(TrainingRun):
         on_epoch: called with (epochs done, mean loss of the last epoch).
         progress: draw a progress bar.
 
-    On several GPUs batch normalisation takes its statistics over all of them, as one GPU would. On several CPU
+    On several GPUs batch normalization takes its statistics over all of them, as one GPU would. On several CPU
     processes, which torch offers no such layer for, each takes them over its own share of the batch.
 
     Raises:

@@ -57,9 +57,9 @@ _EXPECTED_WARNINGS = (
 
 
 class ImageTraining(pl.LightningModule):
-    """A network that is being trained; a subclass brings the loss and the optimiser.
+    """A network that is being trained; a subclass brings the loss and the optimizer.
 
-    A training step returns ``loss``, to be minimised, and of its batch ``mean_loss`` and what ``means`` names.
+    A training step returns ``loss``, to be minimized, and of its batch ``mean_loss`` and what ``means`` names.
     Learning rates are logged as their means over an epoch's steps.
 
     Args:
@@ -77,7 +77,7 @@ class ImageTraining(pl.LightningModule):
 
     stage: str  # what its checkpoints are the checkpoints of
     means: tuple[str, ...] = ("accuracy",)  # what is logged beside the loss
-    rates: tuple[str, ...] = ("learning_rate",)  # what the rates of the optimiser's groups are logged as
+    rates: tuple[str, ...] = ("learning_rate",)  # what the rates of the optimizer's groups are logged as
     can_go_on = True  # whether a run may be resumed for more epochs: not where their number decides its rates
 
     def __init__(self, config: TrainingConfig, network: NetworkConfig, seed: int, **others: Any) -> None:

@@ -18,7 +18,7 @@ def warmup_cosine(
     """Learning rate at ``step``: a linear warm-up to ``peak``, then half a cosine down to ``minimum``.
 
     Args:
-        step: optimiser steps taken so far; beyond ``total_steps`` the rate stays at ``minimum``.
+        step: optimizer steps taken so far; beyond ``total_steps`` the rate stays at ``minimum``.
         total_steps: length of the whole schedule.
         warmup_steps: length of the linear part; 0 starts at ``peak``.
         peak: rate at the end of the warm-up.

@@ -43,7 +43,7 @@ def test_results_are_loss_and_both_gradients_in_fresh_memory():
     assert given.features.grad is None and given.weight.grad is None
 
 
-def test_peers_without_margin_get_normalised_inputs_times_the_scale():
+def test_peers_without_margin_get_normalized_inputs_times_the_scale():
     given = inputs()
 
     def linear_cross_entropy(features, weight, target):

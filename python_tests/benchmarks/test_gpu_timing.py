@@ -96,12 +96,12 @@ def test_a_capture_is_warmed_up_on_another_stream(cuda):
 def test_a_capture_that_fails_has_a_name_of_its_own(cuda, monkeypatch):
     device = gpu_timing.Cuda()
 
-    def synchronises():
+    def synchronizes():
         if cuda.calls[-1] == "capture {":
             raise RuntimeError("operation not permitted when stream is capturing")
 
     with pytest.raises(gpu_timing.CaptureError, match="cannot be captured: operation not permitted"):
-        device.capture([synchronises])
+        device.capture([synchronizes])
 
 
 def test_peak_memory_is_what_a_call_adds(cuda):

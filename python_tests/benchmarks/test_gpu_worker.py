@@ -74,8 +74,8 @@ def test_a_job_that_breaks_the_device_ends_the_process(bench, exits, monkeypatch
 def test_a_failed_capture_ends_the_process_although_the_device_seems_healthy(bench, exits):
     worker = bench()
     with pytest.raises(Exited):
-        worker.survive(gpu_timing.CaptureError("cannot be captured: it synchronises"))
-    assert worker.said()[0]["reason"] == "CaptureError: cannot be captured: it synchronises"
+        worker.survive(gpu_timing.CaptureError("cannot be captured: it synchronizes"))
+    assert worker.said()[0]["reason"] == "CaptureError: cannot be captured: it synchronizes"
     worker.survive(ValueError("of no consequence"))
 
 

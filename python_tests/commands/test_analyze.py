@@ -62,7 +62,7 @@ LOOKERS = {
 
 
 @pytest.mark.parametrize("name", LOOKERS)
-def test_analyses_of_a_sweep(name, sweep, tmp_path, capsys):
+def test_analyzes_of_a_sweep(name, sweep, tmp_path, capsys):
     assert main(["analyze", name, "--sweep", str(sweep), "--output", str(tmp_path), *LOOKERS[name]]) == 0
     written = {path.name for path in tmp_path.iterdir()}
     assert {f"{name}.{suffix}" for suffix in ("json", "csv", "png", "yaml")} <= written
@@ -90,7 +90,7 @@ TRAINERS = {
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-def test_analyses_that_train(name, tmp_path, capsys):
+def test_analyzes_that_train(name, tmp_path, capsys):
     assert main(["analyze", name, *TRAINERS[name], "--output", str(tmp_path)]) == 0
     written = {path.name for path in tmp_path.iterdir()}
     assert {f"{name}.{suffix}" for suffix in ("json", "csv", "png", "yaml")} <= written

@@ -251,9 +251,9 @@ def test_the_sheet_shows_a_right_and_a_wrong_prediction(support, query, checkpoi
     assert classify(support, query, checkpoints[0], tmp_path / "out", "--head", "protonet") == 0
     marks = {row["correct"] for row in predictions(tmp_path / "out")}
     with Image.open(tmp_path / "out" / "contact_sheet.png") as sheet:
-        colours = {colour for _, colour in sheet.convert("RGB").getcolors(2**20)}
+        colors = {color for _, color in sheet.convert("RGB").getcolors(2**20)}
     assert marks == {"True", "False"}
-    assert {(0x00, 0x9E, 0x73), (0xD5, 0x5E, 0x00)} <= colours
+    assert {(0x00, 0x9E, 0x73), (0xD5, 0x5E, 0x00)} <= colors
 
 
 def test_help_needs_no_lightning_and_no_pillow(capsys, monkeypatch):

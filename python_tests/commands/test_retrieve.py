@@ -57,8 +57,8 @@ def test_the_picture_has_a_row_for_each_query(checkpoints, tmp_path):
     with Image.open(tmp_path / "neighbors.png") as picture:
         # Cells of 96 pixels with gaps of 8 between and around them.
         assert picture.width == 5 * 104 + 8
-        colours = {colour for _, colour in picture.getcolors(maxcolors=100_000)}
-    assert (0x00, 0x9E, 0x73) in colours  # right ones; with the untrained backbone of the fixture some are wrong
+        colors = {color for _, color in picture.getcolors(maxcolors=100_000)}
+    assert (0x00, 0x9E, 0x73) in colors  # right ones; with the untrained backbone of the fixture some are wrong
     assert "nmi" not in json.loads((tmp_path / "retrieval.json").read_text())["measures"]
 
 
@@ -240,9 +240,9 @@ def test_weights_that_are_no_numbers_are_found_before_any_work(checkpoints, tmp_
 
 def test_images_of_other_channels(checkpoints, tmp_path, capsys):
     digits = load_digits()
-    colour = ImageArchive(digits.images.repeat(1, 3, 1, 1), digits.labels, digits.class_names, digits.class_split)
-    colour.save(tmp_path / "colour.npz")
-    assert run(checkpoints[0], tmp_path / "out", "--data", str(tmp_path / "colour.npz")) == 2
+    color = ImageArchive(digits.images.repeat(1, 3, 1, 1), digits.labels, digits.class_names, digits.class_split)
+    color.save(tmp_path / "color.npz")
+    assert run(checkpoints[0], tmp_path / "out", "--data", str(tmp_path / "color.npz")) == 2
     error = capsys.readouterr().err
     assert "backbone last.ckpt does not take the 3x8x8 images of" in error
     assert len(error.splitlines()) == 1
@@ -252,14 +252,14 @@ def test_embeddings_that_are_no_numbers_end_the_search_by_name(checkpoints, tmp_
     def broken(*_, **__):
         raise ValueError("the embeddings of last.ckpt are not finite, the first that of 5/0")
 
-    monkeypatch.setattr(retrieve.LabelledImages, "embed", broken)
+    monkeypatch.setattr(retrieve.LabeledImages, "embed", broken)
     assert run(checkpoints[0], tmp_path, "--data", "digits") == 1
     assert "fewshot-ext retrieve: error: the embeddings of last.ckpt are not finite" in capsys.readouterr().err
 
 
 def test_embeddings_are_checked(checkpoints):
     backbone = FrozenBackbone.from_checkpoint(checkpoints[0])
-    images = retrieve.LabelledImages.of_archive(load_digits())
+    images = retrieve.LabeledImages.of_archive(load_digits())
     backbone.network.register_forward_hook(lambda module, inputs, output: output * float("inf"))
     with pytest.raises(ValueError, match=r"the embeddings of last\.ckpt are not finite, the first that of 0/0"):
         images.embed(backbone, 256, lambda count: None)
@@ -278,7 +278,7 @@ def test_ctrl_c(checkpoints, tmp_path, monkeypatch, capsys):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(retrieve.LabelledImages, "embed", interrupt)
+    monkeypatch.setattr(retrieve.LabeledImages, "embed", interrupt)
     assert run(checkpoints[0], tmp_path, "--data", "digits") == 130
     assert "interrupted before everything was measured; nothing was written" in capsys.readouterr().err
 

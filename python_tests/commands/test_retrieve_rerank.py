@@ -102,7 +102,7 @@ def test_pictures_in_folders_are_reranked(regions, with_regions, folders, tmp_pa
     assert run(with_regions, tmp_path, *arguments, *settings) == 0
     backbone = FrozenBackbone.from_checkpoint(with_regions)
     query, gallery = (
-        retrieve.LabelledImages.of_folder(folders / name).in_memory(backbone, lambda count: None)
+        retrieve.LabeledImages.of_folder(folders / name).in_memory(backbone, lambda count: None)
         for name in ("query", "gallery")
     )
     assert len(query) == 6 and gallery.images.shape == (18, 1, 8, 8)

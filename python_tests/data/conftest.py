@@ -25,7 +25,7 @@ def archive():
 
 @pytest.fixture
 def picture_tree(tmp_path):
-    """Writes pictures ``{path: (height, width)}``, each of its own flat colour, and returns the root."""
+    """Writes pictures ``{path: (height, width)}``, each of its own flat color, and returns the root."""
     root = tmp_path / "pictures"
 
     def write(sizes: dict[str, tuple[int, int]], mode: str = "RGB") -> Path:

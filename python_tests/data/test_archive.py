@@ -8,7 +8,7 @@ from fewshot_ext.data import ImageArchive, Split, load_digits
 
 
 def arrays(**changes):
-    """Arguments of a fit archive: 12 grey 4 x 4 images of three classes; ``changes`` spoil it."""
+    """Arguments of a fit archive: 12 gray 4 x 4 images of three classes; ``changes`` spoil it."""
     arguments = {
         "images": np.arange(12 * 16, dtype=np.uint8).reshape(12, 4, 4),
         "labels": np.arange(12) % 3,
@@ -18,12 +18,12 @@ def arrays(**changes):
     return {**arguments, **changes}
 
 
-def test_from_arrays_takes_grey_and_colour_images():
+def test_from_arrays_takes_gray_and_color_images():
     assert ImageArchive.from_arrays(**arrays()).images.shape == (12, 1, 4, 4)
-    colour = np.random.default_rng(0).integers(0, 256, (12, 4, 5, 3), dtype=np.uint8)
-    archive = ImageArchive.from_arrays(**arrays(images=colour))
+    color = np.random.default_rng(0).integers(0, 256, (12, 4, 5, 3), dtype=np.uint8)
+    archive = ImageArchive.from_arrays(**arrays(images=color))
     assert archive.images.shape == (12, 3, 4, 5)
-    assert archive.images[7, 2, 1, 4] == colour[7, 1, 4, 2]
+    assert archive.images[7, 2, 1, 4] == color[7, 1, 4, 2]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_digits_are_the_images_that_scikit_learn_ships():
     assert digits.subset(Split.NOVEL).class_names == ("5", "6", "7", "8", "9")
 
 
-def test_channel_statistics_normalise_the_pixels():
+def test_channel_statistics_normalize_the_pixels():
     archive = ImageArchive.from_arrays(**arrays())
     mean, std = archive.channel_statistics()
     pixels = archive.images.double() / 255

@@ -123,7 +123,7 @@ def test_encoded_images_are_decoded_in_order(tmp_path, format):
 
 
 PLAIN = encoded(*[np.full((4, 6), 40 * index, np.uint8) for index in range(4)], format="PNG")
-COLOUR = encoded(np.zeros((4, 6, 3), np.uint8), format="PNG")
+COLOR = encoded(np.zeros((4, 6, 3), np.uint8), format="PNG")
 WIDE = encoded(np.zeros((4, 7), np.uint8), format="PNG")
 
 
@@ -165,7 +165,7 @@ def enormous_png():
         (jpeg_arrays(PLAIN, offsets=np.array([0])), "'offsets' in .* must rise"),
         (jpeg_arrays(PLAIN, offsets=np.zeros(0, int)), "'offsets' in .* must rise"),
         (jpeg_arrays([*PLAIN[:2], *WIDE, PLAIN[3]]), "image 2 in .*: it is 7 x 4 L, but the first image is 6 x 4 L"),
-        (jpeg_arrays([*PLAIN[:3], *COLOUR]), "image 3 in .*: it is 6 x 4 RGB, but the first image is 6 x 4 L"),
+        (jpeg_arrays([*PLAIN[:3], *COLOR]), "image 3 in .*: it is 6 x 4 RGB, but the first image is 6 x 4 L"),
         (jpeg_arrays([*PLAIN[:1], b"no picture", *PLAIN[2:]]), "image 1 in .* is not a picture"),
         (jpeg_arrays([*PLAIN[:3], PLAIN[3][:-24]]), "cannot decode image 3 in"),
         (jpeg_arrays([PLAIN[0], enormous_png(), *PLAIN[2:]]), "image 1 in .* has too many pixels"),

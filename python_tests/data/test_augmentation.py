@@ -75,7 +75,7 @@ def test_crops_lie_inside_and_are_distributed_as_torchvisions(size):
     out = module(ramp(64, 64, 5000))
     side = size or 64
     assert out.shape == (5000, 3, side, side)
-    # The middle row and column of what comes out tell the box: colour is a linear function of place.
+    # The middle row and column of what comes out tell the box: color is a linear function of place.
     columns, rows = out[:, 0, side // 2], out[:, 1, :, side // 2]
     assert (columns.diff(dim=1) >= -1e-6).all()
     # From the second pixel to the last but one: those at the edge may reach over that of the image.
@@ -102,7 +102,7 @@ def test_a_crop_equals_the_same_box_resized():
     left, top = 18 - 6, 22 - 6
     crop = images[..., top : top + 12, left : left + 12] / 255
     expected = functional.interpolate(crop, (24, 24), mode="bilinear", align_corners=False)
-    # At the edge of a crop its neighbours in the image take part, as they do not after cutting.
+    # At the edge of a crop its neighbors in the image take part, as they do not after cutting.
     torch.testing.assert_close(module(images)[..., 1:-1, 1:-1], expected[..., 1:-1, 1:-1], atol=1e-5, rtol=0)
 
 
@@ -139,7 +139,7 @@ def pillow_jitter(image, brightness, contrast, saturation):
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
 
 
-def test_colour_jitter_is_that_of_pillow(monkeypatch):
+def test_color_jitter_is_that_of_pillow(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (6, 3, 9, 9), dtype=torch.uint8, generator=generator)
     draws = torch.rand(3, 6, 1, 1, 1, generator=generator)
@@ -150,19 +150,19 @@ def test_colour_jitter_is_that_of_pillow(monkeypatch):
     out = module(images)
     for index, image in enumerate(images):
         factors = (1 + 0.4 * (2 * draws[:, index].flatten() - 1)).tolist()
-        # Pillow rounds after each of its three steps, and the mean to a whole grey level.
+        # Pillow rounds after each of its three steps, and the mean to a whole gray level.
         torch.testing.assert_close(out[index], pillow_jitter(image, *factors), atol=5 / 255, rtol=0)
 
 
-def test_colour_jitter_leaves_grey_grey():
-    grey = torch.randint(256, (32, 1, 8, 8), dtype=torch.uint8)
+def test_color_jitter_leaves_gray_gray():
+    gray = torch.randint(256, (32, 1, 8, 8), dtype=torch.uint8)
     config = AugmentationConfig(color_jitter=0.4)
     torch.manual_seed(0)
-    one = ImageInput((0.0,), (1.0,), config)(grey)
+    one = ImageInput((0.0,), (1.0,), config)(gray)
     torch.manual_seed(0)
-    three = ImageInput(**RGB, augmentation=config)(grey.expand(-1, 3, -1, -1))
+    three = ImageInput(**RGB, augmentation=config)(gray.expand(-1, 3, -1, -1))
     torch.testing.assert_close(three, one.expand(-1, 3, -1, -1))
-    assert (one - grey / 255).abs().max() > 0.1
+    assert (one - gray / 255).abs().max() > 0.1
 
 
 EVERYTHING = AugmentationConfig(

@@ -35,12 +35,12 @@ def test_loader_hands_out_images_with_their_labels():
 
 
 @pytest.mark.parametrize(("length", "batch_size"), [(1, 4), (10, 1)])
-def test_too_little_for_batch_normalisation(length, batch_size):
+def test_too_little_for_batch_normalization(length, batch_size):
     with pytest.raises(ValueError, match="at least 2"):
         ShuffledBatches(length, batch_size, seed=0)
 
 
-def test_evaluation_input_is_normalised_and_nothing_else():
+def test_evaluation_input_is_normalized_and_nothing_else():
     images = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
     augmentation = AugmentationConfig(crop_scale=0.2, rotation=10, color_jitter=0.4, horizontal_flip=True)

@@ -60,11 +60,11 @@ def test_pack_and_info(pack, tmp_path, capsys):
     assert "borders: blue for base" in printed
     sheet = read_image(preview)
     assert sheet.shape[2] == 4 * (96 + 8) + 8
-    # Each picture is a flat colour, shown in the middle of its cell.
+    # Each picture is a flat color, shown in the middle of its cell.
     assert sheet[:, 50, 8 + 48 :: 104].T.tolist() == [[0, 0, 255], [20, 0, 235], [30, 0, 225], [40, 0, 215]]
 
 
-def test_pack_as_jpeg_inverted_grey_and_stretched(pack, tmp_path):
+def test_pack_as_jpeg_inverted_gray_and_stretched(pack, tmp_path):
     code, output = pack("--size", "16", "--jpeg-quality", "95", "--invert", "--mode", "L", "--resize-mode", "stretch")
     assert code == 0
     plain = pack("--size", "16", "--mode", "L", "--resize-mode", "stretch", output=tmp_path / "plain.npz")[1]
@@ -312,7 +312,7 @@ def test_info_of_a_pack_without_checksum(tmp_path, capsys, archive):
 def test_info_of_a_set_that_is_no_file(capsys):
     assert main(["data", "info", "digits"]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("1,797 images of 8 x 8 pixels, grey")
+    assert printed.startswith("1,797 images of 8 x 8 pixels, gray")
     assert "checksum:" not in printed
 
 

@@ -207,13 +207,13 @@ def test_sizes_must_be_equal_or_given(picture_tree):
 
 
 @pytest.mark.parametrize(("mode", "channels"), [(None, 1), ("L", 1), ("RGB", 3)])
-def test_grey_pictures_stay_grey_unless_told(picture_tree, mode, channels):
+def test_gray_pictures_stay_gray_unless_told(picture_tree, mode, channels):
     root = picture_tree({"a/1.png": SQUARE, "b/2.png": SQUARE}, mode="L")
     assert read_folder(root, mode=mode).images.shape[1] == channels
     assert read_folder(root, mode=mode, size=4).images[1].unique().tolist() == [10]
 
 
-def test_one_colour_picture_makes_the_archive_colour(picture_tree):
+def test_one_color_picture_makes_the_archive_color(picture_tree):
     root = picture_tree({"a/1.png": SQUARE}, mode="L")
     Image.new("RGB", (8, 8), "red").save(root / "a" / "2.png")
     assert read_folder(root).images[:, :, 0, 0].tolist() == [[0, 0, 0], [255, 0, 0]]

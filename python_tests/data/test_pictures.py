@@ -44,7 +44,7 @@ def test_exif_orientation_is_applied(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("picture", "grey", "colour"),
+    ("picture", "gray", "color"),
     [
         (Image.new("L", (4, 4), 100), 100, (100, 100, 100)),
         (Image.new("1", (4, 4), 1), 255, (255, 255, 255)),
@@ -55,10 +55,10 @@ def test_exif_orientation_is_applied(tmp_path):
         (Image.new("RGB", (4, 4), (255, 0, 0)).quantize(4), 76, (255, 0, 0)),
     ],
 )
-def test_modes(tmp_path, picture, grey, colour):
+def test_modes(tmp_path, picture, gray, color):
     picture.save(tmp_path / "a.png")
-    assert read_image(tmp_path / "a.png", mode="L")[:, 0, 0].tolist() == [grey]
-    assert read_image(tmp_path / "a.png")[:, 0, 0].tolist() == list(colour)
+    assert read_image(tmp_path / "a.png", mode="L")[:, 0, 0].tolist() == [gray]
+    assert read_image(tmp_path / "a.png")[:, 0, 0].tolist() == list(color)
 
 
 def test_resizing(tmp_path):
@@ -173,16 +173,16 @@ def test_heic_where_pillow_heif_is_installed(tmp_path):
 
 
 def test_contact_sheet_shows_each_picture_in_its_place():
-    colours = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=torch.uint8)
-    images = [colour.view(3, 1, 1).expand(3, 10 + 40 * index, 20) for index, colour in enumerate(colours)]
+    colors = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=torch.uint8)
+    images = [color.view(3, 1, 1).expand(3, 10 + 40 * index, 20) for index, color in enumerate(colors)]
     sheet = contact_sheet(images, ["a", "b\nc", ""], columns=2, cell=64, borders=["black", None, "#ff00ff"])
     pixels = np.array(sheet)
     gap = 5
     step_y = (sheet.height - gap) // 2
     assert sheet.width == 2 * (64 + gap) + gap
-    for index, colour in enumerate(colours.tolist()):
+    for index, color in enumerate(colors.tolist()):
         left, top = gap + index % 2 * (64 + gap), gap + index // 2 * step_y
-        assert pixels[top + 32, left + 32].tolist() == colour
+        assert pixels[top + 32, left + 32].tolist() == color
     # The first is twice as wide as high: 32 pixels of it in the middle of the cell, then its border.
     assert pixels[gap + 16, gap + 32].tolist() == [255, 0, 0]
     assert pixels[gap + 15, gap + 32].tolist() == [0, 0, 0]
@@ -191,7 +191,7 @@ def test_contact_sheet_shows_each_picture_in_its_place():
     assert pixels[step_y + gap + 66 :, gap : gap + 64].min() == 255
 
 
-def test_contact_sheet_takes_a_batch_of_grey_images_and_long_captions():
+def test_contact_sheet_takes_a_batch_of_gray_images_and_long_captions():
     images = torch.zeros(5, 1, 8, 8, dtype=torch.uint8)
     short, long = (
         contact_sheet(images, [text] * 5, cell=48) for text in ("a", "a_very_long_name_without_any_space " * 9)
@@ -257,7 +257,7 @@ GOOD = torch.zeros(3, 4, 4, dtype=torch.uint8)
         ([GOOD], {"columns": 0}, ValueError, "columns must be at least 1, got 0"),
         ([GOOD], {"cell": 31}, ValueError, "cell must be at least 32, got 31"),
         ([GOOD], {"borders": []}, ValueError, "1 pictures, 0 borders"),
-        ([GOOD], {"borders": ["reddish"]}, ValueError, "borders must be colour names.*reddish"),
+        ([GOOD], {"borders": ["reddish"]}, ValueError, "borders must be color names.*reddish"),
     ],
 )
 def test_bad_arguments_of_contact_sheet(images, changes, error, message):

@@ -107,8 +107,8 @@ def test_trends():
     assert variance_findings(variances(True)[:2]) == []
 
 
-def proposition(premises, conclusion, modelled=1.0):
-    return {"premises": premises, "conclusion": conclusion, "novel_intra": 1.0, "modelled_novel_intra": modelled}
+def proposition(premises, conclusion, modeled=1.0):
+    return {"premises": premises, "conclusion": conclusion, "novel_intra": 1.0, "modeled_novel_intra": modeled}
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def proposition(premises, conclusion, modelled=1.0):
 def test_proposition(rows, expected):
     found = proposition_findings(rows)
     assert verdicts(found) == [expected, SHOWN]
-    off = proposition_findings([proposition(True, True, modelled=1.5)])[1]
+    off = proposition_findings([proposition(True, True, modeled=1.5)])[1]
     assert off.verdict == CONTRADICTED
     assert "off by 50 %" in off.measured
 
@@ -185,7 +185,7 @@ def test_margin_of_the_fine_tuning():
     assert verdicts(finetuning_findings(rows((50, 50, 50), (70, 70, 70)))) == [NOT_SHOWN, SHOWN]
 
 
-def test_regularisers():
+def test_regularizers():
     table = {
         "margin 0": 50,
         "margin -0.1": 55,

@@ -64,11 +64,11 @@ def test_a_module_gets_pixels_in_0_to_1_or_what_the_preprocessing_makes():
     torch.testing.assert_close(plain.network(images), images.flatten(1) / 255)
     assert (plain.network.channels, plain.network.image_size, plain.sha256) == (None, None, None)
     assert plain.network.content() == {}
-    centred = FrozenBackbone.open(nn.Flatten(), lambda x: x - 100.0)
-    torch.testing.assert_close(centred.network(images), images.flatten(1) - 100.0)
-    normalised = FrozenBackbone.open(nn.Flatten(), ImageInput((0.5,) * 3, (0.25,) * 3))
-    torch.testing.assert_close(normalised.network(images), (images.flatten(1) / 255 - 0.5) / 0.25)
-    assert normalised.network.channels == 3
+    centered = FrozenBackbone.open(nn.Flatten(), lambda x: x - 100.0)
+    torch.testing.assert_close(centered.network(images), images.flatten(1) - 100.0)
+    normalized = FrozenBackbone.open(nn.Flatten(), ImageInput((0.5,) * 3, (0.25,) * 3))
+    torch.testing.assert_close(normalized.network(images), (images.flatten(1) / 255 - 0.5) / 0.25)
+    assert normalized.network.channels == 3
 
 
 def test_files_come_in_the_size_that_evaluation_cuts_the_middle_out_of(tmp_path):
@@ -123,8 +123,8 @@ def test_images_are_tried_out_with_a_message_that_names_them(checkpoints):
     image = load_digits().images[:1]
     assert backbone.try_out(image, "digits").shape == (1, 8)
     assert backbone.try_out(image, "digits", LocalFeaturesConfig("sampling", regions=3)).shape == (1, 3, 8)
-    with pytest.raises(ValueError, match="does not take the 3x8x8 images of colours"):
-        backbone.try_out(image.expand(-1, 3, -1, -1), "colours")
+    with pytest.raises(ValueError, match="does not take the 3x8x8 images of colors"):
+        backbone.try_out(image.expand(-1, 3, -1, -1), "colors")
 
 
 class TimmModel(nn.Module):

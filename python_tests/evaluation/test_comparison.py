@@ -133,7 +133,7 @@ def test_table_shows_accuracies_and_differences():
     assert "difference" not in compare(frozen("alone", Scaled())).run().table()
 
 
-def test_simpleshot_centres_on_the_base_classes(monkeypatch):
+def test_simpleshot_centers_on_the_base_classes(monkeypatch):
     module, means = Scaled(), []
     comparison = compare(frozen("pixels", module), heads=("simpleshot",))
     measure = comparison_module.episode_accuracies

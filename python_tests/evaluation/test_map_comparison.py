@@ -84,7 +84,7 @@ def test_the_table_of_the_paper_on_a_checkpoint(checkpoints):
     local_features = LocalFeaturesConfig(regions=3)
     backbone = FrozenBackbone.from_checkpoint(checkpoints[0])
     config = {"heads": heads, "local_features": local_features, "protocol": ProtocolConfig(30, shots=(5,), queries=5)}
-    # The checkpoint's map has one position alone: one shot has too few for three neighbours.
+    # The checkpoint's map has one position alone: one shot has too few for three neighbors.
     results = compare(backbone, deepemd=DeepEMDHead(), **config).run()
     assert len(results.accuracies) == len(heads)
     for row in results.accuracies:

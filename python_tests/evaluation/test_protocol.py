@@ -25,7 +25,7 @@ class Pixels(nn.Module):
 
 
 def clusters(spread):
-    """Features of six classes of 30 images around orthogonal centres."""
+    """Features of six classes of 30 images around orthogonal centers."""
     labels = torch.arange(6).repeat_interleave(30)
     noise = torch.randn(180, 16, generator=torch.Generator().manual_seed(0))
     return torch.eye(6, 16)[labels] + spread * noise, labels

@@ -224,6 +224,6 @@ def test_an_unseen_class_with_one_image(digits, tmp_path):
         CollapseSweep(metric_runs("digits", TINY, ["triplet"], [0]), lone, tmp_path)
 
 
-def test_more_arms_than_colours_are_told_apart():
+def test_more_arms_than_colors_are_told_apart():
     styles = curve_styles(Arm("pair", k + 1).title for k in range(20))
     assert len({tuple(style.values()) for style in styles.values()}) == 20

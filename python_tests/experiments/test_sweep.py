@@ -168,7 +168,7 @@ def test_a_plan_that_cannot_be_used(trained, tmp_path):
     for text, message in (
         ("{", "does not hold the plan of a sweep"),
         (json.dumps({"runs": []}), "does not hold the plan of a sweep"),
-        (json.dumps({**plan, "runs": [{**plan["runs"][0], "colour": 1}]}), "does not hold the plan of a sweep"),
+        (json.dumps({**plan, "runs": [{**plan["runs"][0], "color": 1}]}), "does not hold the plan of a sweep"),
         (json.dumps({**plan, "checksum": "0"}), "none in .* is trained"),
     ):
         (tmp_path / "sweep.json").write_text(text)

@@ -27,7 +27,7 @@ def changes(config, other):
     return {name for name in vars(config) if getattr(config, name) != getattr(other, name)}
 
 
-def test_each_regulariser_stands_alone():
+def test_each_regularizer_stands_alone():
     config = PreTrainingConfig(backbone=BackboneConfig("resnet12"), augmentation=AugmentationConfig(zoom=0.1))
     configs = regularizer_configs(
         config, -0.1, weight_decay=1e-4, drop_rate=0.1, label_smoothing=0.1, without_augmentation=True

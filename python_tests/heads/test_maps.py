@@ -173,8 +173,8 @@ def test_the_protocol_takes_maps():
     """Classes far apart in every region: all heads find them."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(6).repeat_interleave(8)
-    centres = 3 * torch.randn(6, 1, 5, generator=generator)
-    maps = centres[labels] + 0.1 * torch.randn(48, NODES, 5, generator=generator)
+    centers = 3 * torch.randn(6, 1, 5, generator=generator)
+    maps = centers[labels] + 0.1 * torch.randn(48, NODES, 5, generator=generator)
     drawn = sample_episodes(labels, 4, way=3, shot=2, queries=5, generator=generator)
     for name, head in MAP_HEADS.items():
         if name == "deepemd_uniform":

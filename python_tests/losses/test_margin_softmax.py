@@ -154,9 +154,9 @@ def test_autocast(head_class, loss):
 @HEADS
 @pytest.mark.parametrize("margin", (-0.3, 0.3))
 def test_training_separates_the_classes(head_class, loss, margin):
-    centres = 3 * torch.randn(5, 6)
+    centers = 3 * torch.randn(5, 6)
     target = torch.arange(100) % 5
-    features = centres[target] + 0.1 * torch.randn(100, 6)
+    features = centers[target] + 0.1 * torch.randn(100, 6)
     head = head_class(6, 5, margin=margin, scale=5.0)
     optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
     losses = []

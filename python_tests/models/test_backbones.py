@@ -131,7 +131,7 @@ def test_drop_block_resumes_inside_a_backbone():
 
 
 def test_resnet12_by_its_formula():
-    """One block against the plain formula, with statistics that are not those of a fresh normalisation."""
+    """One block against the plain formula, with statistics that are not those of a fresh normalization."""
     torch.manual_seed(0)
     block = ResNet12(1, 4).stages[0].double().eval()
     for module in block.modules():

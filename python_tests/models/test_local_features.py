@@ -74,10 +74,10 @@ def test_fcn_pyramid_comes_first(images):
 def official_cells(size, ratio, side):
     """The locations of the official implementation."""
     raw, enlarged = int(size / side), int(size / side * ratio)
-    centre, cells = raw // 2, []
+    center, cells = raw // 2, []
     for _ in range(side):
-        cells.append((max(0, centre - enlarged // 2), min(size, centre + enlarged // 2)))
-        centre += raw
+        cells.append((max(0, center - enlarged // 2), min(size, center + enlarged // 2)))
+        center += raw
     return cells
 
 

@@ -115,12 +115,12 @@ def test_gradcheck():
 
 
 def test_gradients_equal_a_quadratic_layer():
-    """What the official solver differentiates: a quadratic program with so little regularisation that the vertex
+    """What the official solver differentiates: a quadratic program with so little regularization that the vertex
     stays."""
     pytest.importorskip("cvxpylayers")
     query, support = maps(1, 2, 2, nodes=3, others=3)
     leaves = (query.requires_grad_(), support.requires_grad_())
-    program = quadratic_layer(3, 3, regularisation=3e-4)
+    program = quadratic_layer(3, 3, regularization=3e-4)
     logits = []
     weights = cross_reference_weights(*leaves)
     for q in range(2):

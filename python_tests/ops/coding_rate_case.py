@@ -53,7 +53,7 @@ def _problems(drawn, dtype: torch.dtype) -> Problem:
 
 
 def _bounds(problem: Problem, upstream: Sequence[Tensor], operand_error: float) -> Bounds:
-    """The Gram matrix and the factorisation are off by at most E with |E| <= (n + D) u tr M. No eigenvalue of M lies
+    """The Gram matrix and the factorization are off by at most E with |E| <= (n + D) u tr M. No eigenvalue of M lies
     below 1: the inverse is off by at most |E|, and Z M^-1 has no singular value above 1 / (2 sqrt(alpha))."""
     embeddings = problem.tensors["embeddings"].double()
     samples, dimensions = embeddings.shape[-2:]
@@ -61,7 +61,7 @@ def _bounds(problem: Problem, upstream: Sequence[Tensor], operand_error: float) 
     accumulate = torch.float64 if problem.tensors["embeddings"].dtype == torch.float64 else torch.float32
     smaller = min(samples, dimensions)
     trace = smaller + alpha * embeddings.square().sum((-2, -1))
-    # The reference factorises the D x D matrix in float64.
+    # The reference factorizes the D x D matrix in float64.
     unit = torch.finfo(accumulate).eps / 2 + 2 * torch.finfo(torch.float64).eps
     error = (samples + dimensions + 4) * unit * trace
     gradient = upstream[0].abs() * error * math.sqrt(alpha) / 2

@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 # How far products with factors in half types may be off: cuBLAS takes the softmax gradient in the type of the features.
-# float16 has no range for gradients of vectors of any length, so there the vectors are normalised and rounded too.
+# float16 has no range for gradients of vectors of any length, so there the vectors are normalized and rounded too.
 HALF_OPERANDS = {
     torch.bfloat16: torch.finfo(torch.bfloat16).eps / 2,
     torch.float16: 3 * torch.finfo(torch.float16).eps / 2,

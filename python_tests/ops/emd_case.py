@@ -215,7 +215,7 @@ emd = OperatorCase(
     differentiable=NAMES,
     problems=_problems,
     bounds=_bounds,
-    # Normalised, because numerical derivatives leave the masses equal only so.
+    # Normalized, because numerical derivatives leave the masses equal only so.
     examples=(
         planted(6, 4, 5, normalize=True),
         planted(6, 7, 3, seed=1, normalize=True, check=True),

@@ -88,7 +88,7 @@ def test_10_gradients_of_long_sets_of_low_rank(shape):
 
 
 @pytest.mark.parametrize("shape", ((3, 4), (4, 3)), ids=str)
-def test_a_failed_factorisation_is_nan_and_not_the_half_that_it_managed(shape):
+def test_a_failed_factorization_is_nan_and_not_the_half_that_it_managed(shape):
     """Beside 2^62 the 1 of the identity is lost in float64: the second pivot is 0."""
     collapsed = torch.zeros(2, *shape)
     collapsed[0] = 2.0**30

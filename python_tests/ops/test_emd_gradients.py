@@ -206,7 +206,7 @@ def test_compiled_results_are_named(dynamic):
     torch.testing.assert_close(*(torch.autograd.grad(output, problem) for output in outputs))
 
 
-def test_equals_a_quadratic_program_of_vanishing_regularisation():
+def test_equals_a_quadratic_program_of_vanishing_regularization():
     """The gradient that DeepEMD trains on, to similarities and to weights: its solver adds a small multiple of |F|^2,
     and differentiates the conditions of optimality."""
     pytest.importorskip("cvxpylayers")
@@ -218,12 +218,12 @@ def test_equals_a_quadratic_program_of_vanishing_regularisation():
         weights = [torch.rand(points, dtype=torch.float64, generator=generator).requires_grad_() for points in (n, m)]
         inputs = (similarity, *weights)
 
-        def normalised():
+        def normalized():
             return [weight / weight.sum() for weight in weights]  # noqa: B023
 
-        regular = program(1 - similarity, *normalised())
+        regular = program(1 - similarity, *normalized())
         expected = torch.autograd.grad((regular * similarity).sum(), inputs)
-        score = 1 - fewshot_ext.emd(1 - similarity, *normalised()).value
+        score = 1 - fewshot_ext.emd(1 - similarity, *normalized()).value
         torch.testing.assert_close(torch.autograd.grad(score, inputs), expected, rtol=1e-3, atol=1e-3)
 
 

@@ -224,7 +224,7 @@ def test_group_without_this_process(two_ranks):
 
 
 def test_without_a_process_group():
-    with pytest.raises(RuntimeError, match=r"torch\.distributed is not initialised; call .* under torchrun"):
+    with pytest.raises(RuntimeError, match=r"torch\.distributed is not initialized; call .* under torchrun"):
         ClassParallelMarginLoss(6, 11)
 
 

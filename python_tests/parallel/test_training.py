@@ -1,4 +1,4 @@
-"""A training run as a user would start one: torchrun, optimisers, memory."""
+"""A training run as a user would start one: torchrun, optimizers, memory."""
 
 import re
 import subprocess

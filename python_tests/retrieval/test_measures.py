@@ -23,7 +23,7 @@ def signs(count, seed):
 
 
 def by_the_definitions(queries, labels, gallery, gallery_labels, ks, with_itself):
-    """Query by query; neighbours by similarity and then by index. None for a query that nothing can retrieve."""
+    """Query by query; neighbors by similarity and then by index. None for a query that nothing can retrieve."""
     found = []
     for index, (query, label) in enumerate(zip(queries, labels.tolist(), strict=True)):
         similarity = (gallery @ query).tolist()
@@ -102,10 +102,10 @@ def test_agrees_with_pytorch_metric_learning(separate, distance):
     from sklearn.cluster import KMeans
 
     torch.manual_seed(0)
-    centres = 2 * torch.randn(20, 16)
+    centers = 2 * torch.randn(20, 16)
     labels, gallery_labels = torch.randint(20, (300,)), torch.randint(20, (400,))
-    embeddings = centres[labels] + 3 * torch.randn(300, 16)
-    gallery = centres[gallery_labels] + 3 * torch.randn(400, 16)
+    embeddings = centers[labels] + 3 * torch.randn(300, 16)
+    gallery = centers[gallery_labels] + 3 * torch.randn(400, 16)
 
     def clusters(points, count):
         points = F.normalize(points) if distance == "cosine" else points
@@ -290,7 +290,7 @@ LABELS = torch.tensor([0, 0, 1, 1, 2, 2])
             ValueError,
             "gallery_labels: expected shape [6] to fit",
         ),
-        ({"ks": (1, 6)}, ValueError, "ks: expected K in [1, 5], the neighbours that each query has, got 6"),
+        ({"ks": (1, 6)}, ValueError, "ks: expected K in [1, 5], the neighbors that each query has, got 6"),
         ({"ks": (0,)}, ValueError, "got 0"),
         ({"ks": ()}, ValueError, "ks: expected at least one K"),
         ({"ks": (1, 1)}, ValueError, "ks: expected at least one K, and none twice, got [1, 1]"),

@@ -1,4 +1,4 @@
-"""Nearest neighbours as retrieval orders them, and what retrieval refuses before there are embeddings."""
+"""Nearest neighbors as retrieval orders them, and what retrieval refuses before there are embeddings."""
 
 import math
 

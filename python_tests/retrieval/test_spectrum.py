@@ -20,7 +20,7 @@ def embeddings(count, dimensions, seed=0, dtype=torch.float64):
 
 
 @given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 1000), st.sampled_from([torch.float32, torch.float64]))
-def test_they_are_those_of_the_normalised_matrix(count, dimensions, seed, dtype):
+def test_they_are_those_of_the_normalized_matrix(count, dimensions, seed, dtype):
     points = embeddings(count, dimensions, seed, dtype)
     found = singular_spectrum(points)
     expected = torch.linalg.svdvals(F.normalize(points.double(), dim=1)) / math.sqrt(count)

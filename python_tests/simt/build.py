@@ -27,7 +27,7 @@ KERNEL_FLAGS = (
     "-Wno-unused-variable",
 )
 # The sanitizers' calls, answered by runtime/instrumentation.cpp. Loops that leave an array are to do so, and
-# not to be optimised as if they did not.
+# not to be optimized as if they did not.
 TRACKED = (
     "-O1",
     "-fsanitize=thread,bounds,alignment",

@@ -204,7 +204,7 @@ __global__ void counters(unsigned* counts) {  // [4]
   atomicMax(&counts[3], threadIdx.x);
 }
 
-// Neighbours in one word, lanes ordered in halves of a warp and in chains of them.
+// Neighbors in one word, lanes ordered in halves of a warp and in chains of them.
 __global__ void swap_bytes(const unsigned char* __restrict__ x,  // [threads]
                            unsigned char* __restrict__ y) {      // [threads]
   FEWSHOT_EXT_SHARED(unsigned char, row, [1024]);

@@ -117,7 +117,7 @@ class TestRightKernels:
         np.testing.assert_array_equal(kernels.reverse(x, seed, blocks=3), x[::-1])
         np.testing.assert_array_equal(kernels.reverse_in_warp(x, seed), x.reshape(3, 32)[:, ::-1].reshape(-1))
 
-    def test_neighbouring_bytes_and_parts_of_a_warp(self, kernels, rng, seed):
+    def test_neighboring_bytes_and_parts_of_a_warp(self, kernels, rng, seed):
         x = rng.integers(0, 255, 64, dtype=np.uint8)
         expected = 1 + x.reshape(2, 32)[:, ::-1].reshape(-1)
         np.testing.assert_array_equal(kernels.swap_bytes(x, seed), expected)
@@ -262,7 +262,7 @@ def test_barriers_are_cheap(kernels, seed):
 
 @pytest.mark.skipif(SANITIZED, reason="it runs the tests of this folder once more")
 @pytest.mark.slow
-def test_under_address_and_undefined_behaviour_sanitizers():
+def test_under_address_and_undefined_behavior_sanitizers():
     command = [
         sys.executable,
         "-m",

@@ -48,7 +48,7 @@ config = MetaTrainingConfig(
 run = MetaTrainingRun(config, base, directory, checkpoint=None, validation=novel, devices=devices)
 """
 
-# Batch normalisation takes its statistics over a process's own share on CPUs, and augmentation draws other numbers in
+# Batch normalization takes its statistics over a process's own share on CPUs, and augmentation draws other numbers in
 # each process; without the two, several processes must compute what one computes.
 TAIL = """
 for block in run.module.backbone.blocks:

@@ -65,13 +65,13 @@ def from_checkpoint(settings):
 
 @pytest.fixture(scope="module")
 def shades():
-    """Noise about a grey that tells the class, in every part of the image."""
+    """Noise about a gray that tells the class, in every part of the image."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(4).repeat_interleave(12)
-    grey = (30 + 60 * labels).view(-1, 1, 1, 1)
+    gray = (30 + 60 * labels).view(-1, 1, 1, 1)
     noise = torch.randint(-25, 26, (len(labels), 1, 8, 8), generator=generator)
     return ImageArchive(
-        images=(grey + noise).to(torch.uint8),
+        images=(gray + noise).to(torch.uint8),
         labels=labels,
         class_names=("a", "b", "c", "d"),
         class_split=torch.zeros(4, dtype=torch.uint8),
@@ -150,7 +150,7 @@ def test_detached_weights_give_another_gradient(settings, digits, tmp_path):
 
 
 def test_an_episode_has_batch_statistics_of_its_own(settings, digits, tmp_path):
-    """In training the logits of an episode are those of its own images normalised together, support and query."""
+    """In training the logits of an episode are those of its own images normalized together, support and query."""
     module = MetaTrainingRun(
         replace(settings, augmentation=AugmentationConfig()), digits, tmp_path, checkpoint=None
     ).module

@@ -85,7 +85,7 @@ def test_the_loss_of_a_step_is_that_of_the_modules(archive, tmp_path):
     embeddings = module(images)
     assert isinstance(module.criterion, AntiCollapseLoss)
     terms = module.criterion.terms(embeddings, target)
-    # Batch normalisation takes the batch's statistics, so both passes give the same.
+    # Batch normalization takes the batch's statistics, so both passes give the same.
     torch.testing.assert_close(step["loss"], terms.loss)
     torch.testing.assert_close(step["base_loss"], terms.base.detach())
     torch.testing.assert_close(step["coding_rate"], coding_rate(embeddings.detach()))

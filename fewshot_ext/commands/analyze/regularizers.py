@@ -1,7 +1,7 @@
-"""Regularisers of the pre-training one at a time: margin, weight decay, DropBlock and others (Table 4); trains.
+"""Regularizers of the pre-training one at a time: margin, weight decay, DropBlock and others (Table 4); trains.
 
-The first variant has margin 0 and no further regulariser, the second the margin alone, and each further one the margin
-and one regulariser more. Writes regularizers.json, .csv and .png, and prints the differences on the same episodes.
+The first variant has margin 0 and no further regularizer, the second the margin alone, and each further one the margin
+and one regularizer more. Writes regularizers.json, .csv and .png, and prints the differences on the same episodes.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from functools import partial
 from fewshot_ext.commands.analyze import common
 from fewshot_ext.experiments.variants import regularizer_configs, variant_runs, variants_table, write_variants
 
-SUMMARY = "regularisers one at a time (Table 4); trains"
+SUMMARY = "regularizers one at a time (Table 4); trains"
 NAME = "regularizers"
 
 

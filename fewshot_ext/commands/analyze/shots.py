@@ -1,6 +1,6 @@
 """Accuracy over the number of support images, from few to many, for a few margins (Fig. 8).
 
-Looks at the backbones of a margin sweep: does a negative margin still help where every class has hundreds of labelled
+Looks at the backbones of a margin sweep: does a negative margin still help where every class has hundreds of labeled
 images? Writes shots.json, shots.csv and shots.png, whose lower half shows the gain over margin 0 on the same episodes.
 """
 

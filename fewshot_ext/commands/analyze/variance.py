@@ -1,7 +1,7 @@
 """Inter-class variance, intra-class variance and their ratio over margins, and the proposition (eq. 2-4, Fig. 2).
 
 Looks at the backbones of a margin sweep: how far the classes lie apart (D_inter), how wide they spread (D_intra), and
-how well that lets them be told apart (phi), on base and novel classes. Then holds every two neighbouring margins
+how well that lets them be told apart (phi), on base and novel classes. Then holds every two neighboring margins
 against the proposition of section 3.4: are its premises met, does its conclusion hold? Writes variance.json, .csv and
 .png, proposition.json and .csv. Intervals are jackknife intervals over the classes.
 """
@@ -30,7 +30,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         held = sum(check["conclusion"] for check in met)
         others = sum(check["conclusion"] for check in checks) - held
         print(
-            f"proposition: premises met for {len(met)} of {len(checks)} pairs of neighbouring margins, its conclusion "
+            f"proposition: premises met for {len(met)} of {len(checks)} pairs of neighboring margins, its conclusion "
             f"held for {held} of these and for {others} of the other {len(checks) - len(met)}"
         )
         return exit_code

@@ -11,13 +11,13 @@ from fewshot_ext._files import replace_file
 from fewshot_ext.data import ImageArchive, Split, contact_sheet
 
 _SIZES_NAMED = 8
-_COLOURS = {Split.BASE: "#0072B2", Split.VALIDATION: "#E69F00", Split.NOVEL: "#D55E00"}
+_COLORS = {Split.BASE: "#0072B2", Split.VALIDATION: "#E69F00", Split.NOVEL: "#D55E00"}
 
 
 def table(archive: ImageArchive) -> str:
     """Images, size, and for each role the number of classes and of images a class."""
     count, channels, height, width = archive.images.shape
-    size = f"{count:,} images of {height} x {width} pixels, {'grey' if channels == 1 else 'RGB'}"
+    size = f"{count:,} images of {height} x {width} pixels, {'gray' if channels == 1 else 'RGB'}"
     return "\n".join([size, *_roles(archive.labels, archive.class_split)])
 
 
@@ -60,7 +60,7 @@ def write_preview(
     sheet = contact_sheet(
         [image(first[label]) for label in chosen],
         [names[label] for label in chosen],
-        borders=[_COLOURS[Split(roles[label])] for label in chosen],
+        borders=[_COLORS[Split(roles[label])] for label in chosen],
     )
     replace_file(path, lambda temporary: sheet.save(temporary))
 

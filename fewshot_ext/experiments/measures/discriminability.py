@@ -11,7 +11,7 @@ from fewshot_ext._precision import full_precision, normalize
 
 @full_precision()
 def class_centers(features: Tensor, labels: Tensor) -> Tensor:
-    """Mean of the L2-normalised features of each class.
+    """Mean of the L2-normalized features of each class.
 
     Args:
         features: ``[N, D]`` float32 or float64. A zero vector has no direction and counts as zero.
@@ -38,7 +38,7 @@ def class_centers(features: Tensor, labels: Tensor) -> Tensor:
 
 @full_precision()
 def inter_class_variance(features: Tensor, labels: Tensor) -> Tensor:
-    """D_inter: mean squared distance between the centres of two different classes.
+    """D_inter: mean squared distance between the centers of two different classes.
 
     Args:
         features, labels: as in ``class_centers``.
@@ -51,7 +51,7 @@ def inter_class_variance(features: Tensor, labels: Tensor) -> Tensor:
 
     Reference:
         Liu et al., Negative Margin Matters, ECCV 2020, eq. 3. The double sum is taken as twice the variance of the
-        centres, which is the same and needs no table of all pairs.
+        centers, which is the same and needs no table of all pairs.
 
     Example:
         >>> inter_class_variance(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]))
@@ -64,7 +64,7 @@ def inter_class_variance(features: Tensor, labels: Tensor) -> Tensor:
 
 @full_precision()
 def intra_class_variance(features: Tensor, labels: Tensor) -> Tensor:
-    """D_intra: mean squared distance of an image to the centre of its class, the mean taken class by class.
+    """D_intra: mean squared distance of an image to the center of its class, the mean taken class by class.
 
     Args:
         features, labels: as in ``class_centers``.
@@ -154,10 +154,10 @@ def measure_discriminability(features: Tensor, labels: Tensor) -> Discriminabili
     _check_classes(centers, 3)
     spread = _spread(features.double(), labels, centers)
     classes = len(centers)
-    # About their common mean the sums below stay small, whatever the centres have in common.
+    # About their common mean the sums below stay small, whatever the centers have in common.
     centers = centers - centers.mean(0)
     squares = centers.square().sum(1)
-    # Without class j the centres' mean is -c_j / (C - 1), which takes |c_j|^2 / (C - 1) off the sum of squares.
+    # Without class j the centers' mean is -c_j / (C - 1), which takes |c_j|^2 / (C - 1) off the sum of squares.
     inter = 2 * (squares.sum() - squares - squares / (classes - 1)) / (classes - 2)
     intra = (spread.sum() - spread) / (classes - 1)
     whole = (2 * squares.sum() / (classes - 1), spread.mean())
@@ -169,7 +169,7 @@ def measure_discriminability(features: Tensor, labels: Tensor) -> Discriminabili
 
 
 def _spread(features: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
-    """``[C]`` mean squared distance to the centre of the class."""
+    """``[C]`` mean squared distance to the center of the class."""
     distances = (normalize(features) - centers[labels]).square().sum(1)
     return distances.new_zeros(len(centers)).index_add(0, labels, distances) / labels.bincount()
 

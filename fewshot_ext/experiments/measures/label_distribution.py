@@ -104,7 +104,7 @@ class MarginMeasures:
         return self.novel_inter / self.base_inter
 
     @property
-    def modelled_novel_intra(self) -> float:
+    def modeled_novel_intra(self) -> float:
         """P^s D_intra(base) + (1 - P^s) D_inter(base): what the proof takes D_intra of the novel classes to be."""
         return self.same_class * self.base_intra + (1 - self.same_class) * self.base_inter
 
@@ -135,7 +135,7 @@ def check_proposition(smaller: MarginMeasures, larger: MarginMeasures) -> Propos
 
     The paper: if phi of the base classes rises with the margin, 1 / phi(m1) - 1 / phi(m2) = r (m2 - m1), and psi falls,
     psi(m1) - psi(m2) = t (m2 - m1), then P^s < t / (t (1 - 1 / phi(m1)) + r psi(m1)) makes phi of the novel classes
-    fall. Its proof puts ``modelled_novel_intra`` for D_intra of the novel classes, with one P^s for both margins; how
+    fall. Its proof puts ``modeled_novel_intra`` for D_intra of the novel classes, with one P^s for both margins; how
     far that is from what was measured decides what the premises are worth. P^s is taken as the larger of the two.
 
     Args:

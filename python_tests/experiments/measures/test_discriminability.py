@@ -13,7 +13,7 @@ from fewshot_ext.experiments.measures import (
 
 
 @st.composite
-def labelled_features(draw, least_classes=2):
+def labeled_features(draw, least_classes=2):
     """Features of random size, with a class more than once here and there."""
     classes, dimension = draw(st.integers(least_classes, 6)), draw(st.integers(1, 5))
     extra = draw(st.lists(st.integers(0, classes - 1), max_size=12))
@@ -39,7 +39,7 @@ def slow(features, labels):
     return centers, inter, intra / classes
 
 
-@given(labelled_features())
+@given(labeled_features())
 def test_equal_to_the_equations_as_they_are_written(case):
     features, labels = case
     centers, inter, intra = slow(features, labels)
@@ -50,7 +50,7 @@ def test_equal_to_the_equations_as_they_are_written(case):
         torch.testing.assert_close(discriminative_function(features, labels), inter / intra)
 
 
-@given(labelled_features(), st.floats(0.1, 10))
+@given(labeled_features(), st.floats(0.1, 10))
 def test_neither_lengths_nor_a_rotation_nor_the_order_matter(case, length):
     features, labels = case
     before = inter_class_variance(features, labels), intra_class_variance(features, labels)
@@ -61,14 +61,14 @@ def test_neither_lengths_nor_a_rotation_nor_the_order_matter(case, length):
     torch.testing.assert_close(intra_class_variance(moved, labels[order]), before[1])
 
 
-@given(labelled_features())
+@given(labeled_features())
 def test_ranges_of_unit_vectors(case):
     features, labels = case
     assert 0 <= inter_class_variance(features, labels) <= 4 + 1e-9
     assert 0 <= intra_class_variance(features, labels) <= 1 + 1e-9
 
 
-@given(labelled_features(least_classes=3))
+@given(labeled_features(least_classes=3))
 def test_intervals_are_those_of_leaving_out_each_class(case):
     features, labels = case
     found = measure_discriminability(features, labels)
@@ -76,9 +76,9 @@ def test_intervals_are_those_of_leaving_out_each_class(case):
     without = []
     for j in range(classes):
         kept = labels != j
-        relabelled = labels[kept] - (labels[kept] > j).long()
+        relabeled = labels[kept] - (labels[kept] > j).long()
         without.append(
-            (inter_class_variance(features[kept], relabelled), intra_class_variance(features[kept], relabelled))
+            (inter_class_variance(features[kept], relabeled), intra_class_variance(features[kept], relabeled))
         )
     for column, (value, interval) in enumerate(
         ((found.inter, found.inter_interval), (found.intra, found.intra_interval))

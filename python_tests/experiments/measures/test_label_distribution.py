@@ -82,15 +82,15 @@ positive = st.floats(0.05, 4)
 
 
 @st.composite
-def modelled(draw, margin):
+def modeled(draw, margin):
     """Measures whose D_intra of novel classes is what the proof takes it to be, up to one P^s for both margins."""
     return MarginMeasures(margin, draw(positive), draw(positive), draw(positive), 1.0, 0.5)
 
 
-@given(modelled(-0.3), modelled(0.2), st.floats(0.01, 0.99))
+@given(modeled(-0.3), modeled(0.2), st.floats(0.01, 0.99))
 def test_the_proposition_is_true_where_the_model_of_its_proof_is(smaller, larger, same_class):
     smaller, larger = (
-        replace(one, same_class=same_class, novel_intra=replace(one, same_class=same_class).modelled_novel_intra)
+        replace(one, same_class=same_class, novel_intra=replace(one, same_class=same_class).modeled_novel_intra)
         for one in (smaller, larger)
     )
     found = check_proposition(smaller, larger)
@@ -102,7 +102,7 @@ def test_the_proposition_is_true_where_the_model_of_its_proof_is(smaller, larger
     assert found.premises == found.conclusion
 
 
-@given(modelled(-0.3), modelled(0.2))
+@given(modeled(-0.3), modeled(0.2))
 def test_the_bound_is_the_one_before_r_and_t_are_put_in(smaller, larger):
     found = check_proposition(smaller, larger)
     one, two = smaller.inter_ratio, larger.inter_ratio

@@ -40,7 +40,7 @@ class Fiber {
 #endif
 };
 
-// Stacks side by side, each above a page that faults, so that an overflow does not spoil its neighbour.
+// Stacks side by side, each above a page that faults, so that an overflow does not spoil its neighbor.
 class Stacks {
  public:
   static constexpr size_t bytes = size_t{256} << 10;
