@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewshot_ext._checks import check_count
+from fewshot_ext._validation import check_count
 
 
 def check_support_target(support_target: Tensor, support: Tensor, way: int) -> None:
@@ -22,21 +22,21 @@ def check_support_target(support_target: Tensor, support: Tensor, way: int) -> N
     """
     if not isinstance(support_target, Tensor) or support_target.dtype != torch.int64:
         came = support_target.dtype if isinstance(support_target, Tensor) else type(support_target).__name__
-        raise TypeError(f"support_target must be an int64 tensor, got {came}")
+        raise TypeError(f"support_target: expected an int64 tensor, got {came}")
     if support_target.shape != support.shape[:2]:
-        raise ValueError(f"support_target must be {list(support.shape[:2])}, got {list(support_target.shape)}")
+        raise ValueError(f"support_target: expected {list(support.shape[:2])}, got {list(support_target.shape)}")
     if support_target.device != support.device:
         raise ValueError(
-            f"support_target must be on the device of support, {support.device}, got {support_target.device}"
+            f"support_target: expected the device of support, {support.device}, got {support_target.device}"
         )
     check_count("way", way, 2)
     if ((support_target < 0) | (support_target >= way)).any():
         low, high = support_target.min().item(), support_target.max().item()
-        raise ValueError(f"support_target must lie in [0, {way}), got {low} to {high}")
+        raise ValueError(f"support_target: expected numbers in [0, {way}), got {low} to {high}")
     missing = (F.one_hot(support_target, way).sum(1) == 0).nonzero()
     if len(missing):
         episode, label = missing[0].tolist()
-        raise ValueError(f"support_target must name every class: class {label} of episode {episode} has no image")
+        raise ValueError(f"support_target: expected every class: class {label} of episode {episode} has no image")
 
 
 def class_means(support: Tensor, support_target: Tensor, way: int) -> Tensor:

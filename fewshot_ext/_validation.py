@@ -1,4 +1,4 @@
-"""Argument checks that the operators share. Each error names the argument, what came and what is taken."""
+"""Checks of arguments and settings. Each error names the argument, what is expected and what came."""
 
 import math
 import warnings
@@ -65,9 +65,8 @@ def check_device(first_name: str, first: Tensor, **others: Tensor) -> None:
     _library.require_cuda(first.device)
 
 
-def check_number(
-    name: str, value: object, *, positive: bool = False, between: tuple[float, float] | None = None
-) -> float:
+def check_number(name: str, value: object) -> float:
+    """A finite number."""
     # Testing for float first: the abstract base class Real costs ten times as much.
     if type(value) is not float and (
         isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat, torch.SymInt))
@@ -75,14 +74,39 @@ def check_number(
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not -math.inf < value < math.inf:  # what math.isfinite says, in words that torch.compile can trace
         raise ValueError(f"{name}: expected a finite number, got {value}")
-    if positive and not value > 0:
-        raise ValueError(f"{name}: expected a number above 0, got {value}")
-    if between is not None and not between[0] <= value <= between[1]:
-        raise ValueError(f"{name}: expected a number in [{between[0]}, {between[1]}], got {value}")
     return float(value)
 
 
+def check_positive(name: str, value: object) -> float:
+    number = check_number(name, value)
+    if not number > 0:
+        raise ValueError(f"{name}: expected a number above 0, got {value}")
+    return number
+
+
+def check_at_least(name: str, value: object, least: float) -> float:
+    number = check_number(name, value)
+    if number < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+    return number
+
+
+def check_between(name: str, value: object, least: float, most: float) -> float:
+    number = check_number(name, value)
+    if not least <= number <= most:
+        raise ValueError(f"{name}: expected a number in [{least}, {most}], got {value}")
+    return number
+
+
+def check_fraction(name: str, value: object) -> float:
+    number = check_number(name, value)
+    if not 0 <= number < 1:
+        raise ValueError(f"{name}: expected a number in [0, 1), got {value}")
+    return number
+
+
 def check_integer(name: str, value: object) -> int:
+    """An integer, numpy's too, and no bool."""
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt))):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     return int(value)
@@ -95,7 +119,7 @@ def check_count(name: str, value: object, least: int) -> int:
     return value
 
 
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, *choices: str) -> None:
     if not isinstance(value, str):
         raise TypeError(f"{name}: expected one of {', '.join(choices)}, got {type(value).__name__}")
     if value not in choices:
@@ -107,7 +131,7 @@ def check_similarity(value: object) -> str:
     if isinstance(value, str) and value == "softmax":
         warnings.warn("similarity: expected cosine or dot, got 'softmax', which means dot", DeprecationWarning, 3)
         return "dot"
-    check_choice("similarity", value, SIMILARITIES)
+    check_choice("similarity", value, *SIMILARITIES)
     return value
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fewshot_ext._checks import check_count
 from fewshot_ext._files import replace_file
 from fewshot_ext._formats import check_schema, misfits_named, read_weights, typed
+from fewshot_ext._validation import check_count
 from fewshot_ext._version import __version__
 from fewshot_ext.data import Split
 from fewshot_ext.data.folders import list_folder
@@ -128,7 +128,7 @@ class FewShotClassifier:
         if image_size is not None:
             check_count("image_size", image_size, 1)
         if not isinstance(head, str | Head):
-            raise TypeError(f"head must be a name or a Head, got {type(head).__name__}")
+            raise TypeError(f"head: expected a name or a Head, got {type(head).__name__}")
         settings = HeadSettings(local_features=local_features)
         if isinstance(head, str):
             choice = choose_head(head, settings)
@@ -137,7 +137,9 @@ class FewShotClassifier:
         chosen = choice.head
         if chosen.needs_base_mean and base_mean is None:
             name = type(chosen).__name__
-            raise ValueError(f"base_mean must be given for {name}, which subtracts it; 'simpleshot_l2n' does without")
+            raise ValueError(
+                f"base_mean: expected a value for {name}, which subtracts it, got none; 'simpleshot_l2n' does without"
+            )
         self.backbone = FrozenBackbone.open(backbone, preprocessing)
         if device is not None:
             self.backbone.network.to(device)
@@ -198,7 +200,7 @@ class FewShotClassifier:
         if not self.classes_:
             raise RuntimeError("this classifier has learned nothing yet: call fit first")
         if len(self.classes_) < 2:
-            raise ValueError(f"classes must be at least two, and only {self.classes_[0]!r} is known")
+            raise ValueError(f"classes: expected at least two, and only {self.classes_[0]!r} is known")
         batches = images if isinstance(images, ImageBatches) else self._batches(images)
         support, target = self._condensed()
         scores, waiting = [], []
@@ -211,7 +213,7 @@ class FewShotClassifier:
         if waiting:
             scores.append(self._scores(torch.cat(waiting), support, target))
         if not scores:
-            raise ValueError("images must hold at least one picture that can be read")
+            raise ValueError("images: expected at least one picture that can be read")
         return torch.cat(scores).cpu()
 
     def predict_proba(self, images: Any, *, on_progress: Callable[[int], None] | None = None) -> Tensor:
@@ -265,7 +267,7 @@ class FewShotClassifier:
             _check_plain(label)
         head = type(self.head).__name__
         if not _is_ours(self.head):
-            raise TypeError(f"head must be one of {', '.join(_HEAD_TYPES)} to be saved, got {head}")
+            raise TypeError(f"head: expected one of {', '.join(_HEAD_TYPES)} to be saved, got {head}")
         content = {
             "format": _FORMAT,
             "format_version": _FORMAT_VERSION,
@@ -310,14 +312,14 @@ class FewShotClassifier:
         origin = content["backbone"]
         own = origin.keys() == {"sha256"}
         if own and backbone is None:
-            raise ValueError(f"backbone must be given: {path} was saved with a module of your own")
+            raise ValueError(f"backbone: expected the module that {path} was saved with, got none")
         if not own and (backbone is not None or preprocessing is not None):
-            raise ValueError(f"backbone and preprocessing must be left out: {path} holds its own")
+            raise ValueError(f"backbone and preprocessing: expected none, for {path} holds its own")
         misfit = f"{path} does not hold a FewShotClassifier that fits this version of fewshot_ext"
         if own:
             source = FrozenBackbone.open(backbone, preprocessing)
             if state_checksum(source.network) != origin["sha256"]:
-                raise ValueError(f"backbone must have the weights that {path} was saved with, got others")
+                raise ValueError(f"backbone: expected the weights that {path} was saved with, got others")
         else:
             with misfits_named(misfit):
                 source = rebuild_network(origin)
@@ -403,7 +405,7 @@ class FewShotClassifier:
                 raise ValueError(f"the backbone does not take images of {shape}: {error}") from error
             layout = "[B, D]" if self.local_features is None else "[B, N, C]"
             if features.dim() != len(layout.split(",")):
-                raise ValueError(f"the backbone must give features {layout}, got {list(features.shape)}")
+                raise ValueError(f"backbone: expected features {layout}, got {list(features.shape)}")
             if not features.isfinite().all():
                 raise ValueError("the backbone gives features that are not finite")
             yield features
@@ -416,7 +418,7 @@ class FewShotClassifier:
         came, learned = (" x ".join(map(str, x.shape[1:])) for x in (features, self._support))
         if came != learned:
             raise ValueError(
-                f"images must be of the size of those learned: they give {came} features, those gave {learned}"
+                f"images: expected the size of those learned: they give {came} features, those gave {learned}"
             )
 
     def _condensed(self) -> tuple[Tensor, Tensor]:
@@ -460,7 +462,9 @@ def _labeled(images: Any, labels: Iterable[Hashable] | None) -> tuple[Any, list[
     """Images and one hashable label each, numpy's and torch's numbers turned into Python's."""
     if labels is None:
         if not isinstance(images, str | Path):
-            raise ValueError("labels must be given, unless images is a folder with one folder for each class")
+            raise ValueError(
+                "labels: expected a value, unless images is a folder with one folder for each class, got none"
+            )
         listing = list_folder(images, Split.NOVEL)
         warn_passed_over(images, listing.passed_over)
         return listing.files, listing.classes
@@ -470,15 +474,15 @@ def _labeled(images: Any, labels: Iterable[Hashable] | None) -> tuple[Any, list[
         try:
             hash(label)
         except TypeError:
-            raise TypeError(f"labels must be hashable, got {label!r}") from None
+            raise TypeError(f"labels: expected hashable values, got {label!r}") from None
         if label != label:  # each NaN would be a class of its own
-            raise ValueError("labels must be equal to themselves, got NaN")
+            raise ValueError("labels: expected values that equal themselves, got NaN")
     return images, labels
 
 
 def _check_count(images: int, labels: Sequence[Hashable]) -> None:
     if len(labels) != images:
-        raise ValueError(f"labels must be one an image: {images} images, {len(labels)} labels")
+        raise ValueError(f"labels: expected one an image: {images} images, {len(labels)} labels")
 
 
 def _sorted_if_possible(labels: Iterable[Hashable]) -> list[Hashable]:
@@ -496,7 +500,7 @@ def _check_plain(label: Hashable) -> None:
             _check_plain(part)
     elif not (label is None or type(label) in (str, int, float, bool)):
         raise TypeError(
-            f"labels must be texts, numbers, booleans, None or tuples of these to be saved, got {type(label).__name__}"
+            f"labels: expected texts, numbers, booleans, None or tuples of these for a file, got {type(label).__name__}"
         )
 
 

@@ -190,7 +190,7 @@ def test_classes_and_images_can_be_added_one_after_the_other():
     images, labels = some(3, 2, 4)
     whole = FewShotClassifier(nn.Flatten(), "protonet").fit(images, labels)
     grown = FewShotClassifier(nn.Flatten(), "protonet").fit(images[:3], labels[:3])
-    with pytest.raises(ValueError, match="classes must be at least two, and only 'digit 0' is known"):
+    with pytest.raises(ValueError, match="classes: expected at least two, and only 'digit 0' is known"):
         grown.predict(images)
     grown.partial_fit(images[3:4], labels[3:4]).partial_fit(images[4:], labels[4:])
     assert grown.classes_ == whole.classes_
@@ -261,13 +261,13 @@ class TestSaveAndLoad:
         classifier.save(tmp_path / "classifier.pt")
         again = FewShotClassifier.load(tmp_path / "classifier.pt", module, preprocessing=scale)
         assert torch.equal(again.predict_proba(query), classifier.predict_proba(query))
-        with pytest.raises(ValueError, match=r"backbone must be given: .* was saved with a module of your own"):
+        with pytest.raises(ValueError, match=r"backbone: expected a value: .* was saved with a module of your own"):
             FewShotClassifier.load(tmp_path / "classifier.pt")
         for other, preprocessing in (
             (nn.Sequential(nn.Flatten(), nn.Linear(64, 8)), scale),
             (module, ImageInput((0.4,), (0.5,))),
         ):
-            with pytest.raises(ValueError, match=r"backbone must have the weights that .* was saved with"):
+            with pytest.raises(ValueError, match=r"backbone: expected the weights that .* was saved with"):
                 FewShotClassifier.load(tmp_path / "classifier.pt", other, preprocessing=preprocessing)
 
     def test_what_cannot_be_saved(self, tmp_path, checkpoints):
@@ -278,10 +278,10 @@ class TestSaveAndLoad:
         path = tmp_path / "classifier.pt"
         with pytest.raises(RuntimeError, match="learned nothing yet: call fit first"):
             FewShotClassifier(nn.Flatten()).save(path)
-        with pytest.raises(TypeError, match=r"head must be one of .* to be saved, got Other"):
+        with pytest.raises(TypeError, match=r"head: expected one of .* to be saved, got Other"):
             FewShotClassifier(nn.Flatten(), Other()).fit(images, labels).save(path)
         for label in (frozenset("a"), (1, frozenset("a"))):
-            with pytest.raises(TypeError, match=r"labels must be texts, .* to be saved, got frozenset"):
+            with pytest.raises(TypeError, match=r"labels: expected texts, .* to be saved, got frozenset"):
                 FewShotClassifier(nn.Flatten()).fit(images, ["a", label]).save(path)
         with pytest.raises(OSError, match="missing"):
             FewShotClassifier(nn.Flatten()).fit(images, labels).save(tmp_path / "missing" / "classifier.pt")
@@ -305,7 +305,7 @@ class TestSaveAndLoad:
 
     def test_a_backbone_too_many_and_a_missing_file(self, checkpoints, tmp_path):
         FewShotClassifier(checkpoints[0]).fit(*some(1, 1)).save(tmp_path / "classifier.pt")
-        with pytest.raises(ValueError, match=r"must be left out: .* holds its own"):
+        with pytest.raises(ValueError, match=r"expected left out: .* holds its own"):
             FewShotClassifier.load(tmp_path / "classifier.pt", nn.Flatten())
         with pytest.raises(FileNotFoundError):
             FewShotClassifier.load(tmp_path / "missing.pt")
@@ -319,13 +319,13 @@ class Flat(nn.Module):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"head": "svm"}, ValueError, r"head must be one of finetune, .*, got 'svm'"),
-        ({"head": 3}, TypeError, "head must be a name or a Head, got int"),
-        ({"head": "simpleshot"}, ValueError, "base_mean must be given for SimpleShot"),
-        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
-        ({"seed": -1}, ValueError, "seed must be at least 0"),
-        ({"image_size": 0}, ValueError, "image_size must be at least 1"),
-        ({"backbone": 3}, TypeError, "backbone must be a module"),
+        ({"head": "svm"}, ValueError, r"head: expected one of finetune, .*, got 'svm'"),
+        ({"head": 3}, TypeError, "head: expected a name or a Head, got int"),
+        ({"head": "simpleshot"}, ValueError, "base_mean: expected a value for SimpleShot"),
+        ({"batch_size": 0}, ValueError, "batch_size: expected at least 1"),
+        ({"seed": -1}, ValueError, "seed: expected at least 0"),
+        ({"image_size": 0}, ValueError, "image_size: expected at least 1"),
+        ({"backbone": 3}, TypeError, "backbone: expected a module"),
     ],
 )
 def test_bad_settings_are_named(arguments, error, message):
@@ -336,16 +336,16 @@ def test_bad_settings_are_named(arguments, error, message):
 @pytest.mark.parametrize(
     ("images", "labels", "error", "message"),
     [
-        (torch.zeros(2, 1, 8, 8), ["a"], ValueError, "labels must be one an image: 2 images, 1 labels"),
-        (torch.zeros(2, 1, 8, 8), None, ValueError, "labels must be given, unless images is a folder"),
-        (torch.zeros(2, 1, 8, 8), ["a", []], TypeError, r"labels must be hashable, got \[\]"),
-        (torch.zeros(0, 1, 8, 8), [], ValueError, "images must hold at least one image, got none"),
-        ([], [], ValueError, "images must hold at least one image, got none"),
+        (torch.zeros(2, 1, 8, 8), ["a"], ValueError, "labels: expected one an image: 2 images, 1 labels"),
+        (torch.zeros(2, 1, 8, 8), None, ValueError, "labels: expected a value, unless images is a folder"),
+        (torch.zeros(2, 1, 8, 8), ["a", []], TypeError, r"labels: expected hashable values, got \[\]"),
+        (torch.zeros(0, 1, 8, 8), [], ValueError, "images: expected at least one image, got none"),
+        ([], [], ValueError, "images: expected at least one image, got none"),
         (
             torch.zeros(2, 8, 8),
             ["a", "b"],
             ValueError,
-            r"images must be a tensor \[N, C, H, W\], got shape \(2, 8, 8\)",
+            r"images: expected a tensor \[N, C, H, W\], got shape \(2, 8, 8\)",
         ),
         (torch.zeros(2, 8, 8, 3), ["a", "b"], ValueError, r"or \[N, H, W, C\] arrays, got \(2, 8, 8, 3\)"),
         (torch.zeros(2, 4, 8, 8), ["a", "b"], ValueError, r"1 or 3 channels, got \(2, 4, 8, 8\)"),
@@ -365,9 +365,9 @@ def test_bad_settings_are_named(arguments, error, message):
         ),
         (torch.full((2, 1, 8, 8), -0.1), ["a", "b"], ValueError, "got -0.1 to -0.1"),
         (torch.full((2, 1, 8, 8), float("nan")), ["a", "b"], ValueError, "got nan to nan"),
-        ({"a": 1}, ["a"], TypeError, "images must be a uint8 tensor .*, got dict"),
+        ({"a": 1}, ["a"], TypeError, "images: expected a uint8 tensor .*, got dict"),
         ([torch.zeros(1, 8, 8), "x.png"], ["a", "b"], TypeError, "got a list of Tensor"),
-        (["missing.png"], ["a"], ValueError, "image_size must be given to read picture files"),
+        (["missing.png"], ["a"], ValueError, "image_size: expected a value to read picture files"),
     ],
 )
 def test_bad_images_and_labels_are_named_and_nothing_is_lost(images, labels, error, message):
@@ -401,7 +401,7 @@ def test_backbones_that_do_not_fit_are_named():
     images, labels = some(1, 1)
     with pytest.raises(ValueError, match="the backbone does not take images of 1x8x8"):
         FewShotClassifier(nn.Conv2d(3, 4, 3)).fit(images, labels)
-    with pytest.raises(ValueError, match=r"the backbone must give features \[B, D\], got \[2, 1, 8, 8\]"):
+    with pytest.raises(ValueError, match=r"backbone: expected features \[B, D\], got \[2, 1, 8, 8\]"):
         FewShotClassifier(Flat()).fit(images, labels)
     with pytest.raises(ValueError, match="features that are not finite"):
         FewShotClassifier(nn.Flatten(), preprocessing=lambda x: x * float("nan")).fit(images, labels)
@@ -410,7 +410,7 @@ def test_backbones_that_do_not_fit_are_named():
 def test_queries_of_another_size_are_named():
     classifier = FewShotClassifier(nn.Flatten()).fit(*some(1, 1))
     larger = torch.zeros(2, 1, 9, 9, dtype=torch.uint8)
-    message = "images must be of the size of those learned: they give 81 features, those gave 64"
+    message = "images: expected the size of those learned: they give 81 features, those gave 64"
     with pytest.raises(ValueError, match=message):
         classifier.predict(larger)
     with pytest.raises(ValueError, match=message):
@@ -419,7 +419,7 @@ def test_queries_of_another_size_are_named():
 
 def test_score_counts_labels_before_any_work():
     classifier = FewShotClassifier(nn.Flatten()).fit(*some(1, 1))
-    with pytest.raises(ValueError, match="labels must be one an image: 2 images, 3 labels"):
+    with pytest.raises(ValueError, match="labels: expected one an image: 2 images, 3 labels"):
         classifier.score(some(1, 1)[0], ["a", "b", "c"])
 
 
@@ -431,7 +431,7 @@ def test_nothing_learned_yet():
 def test_11_labels_that_are_not_a_number_are_no_classes():
     images = torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8)
     for labels in ([0.0, float("nan"), 0.0, float("nan")], np.array([1, np.nan, 1, 2])):
-        with pytest.raises(ValueError, match="labels must be equal to themselves, got NaN"):
+        with pytest.raises(ValueError, match="labels: expected values that equal themselves, got NaN"):
             FewShotClassifier(nn.Flatten(), head="protonet").fit(images, labels)
 
 

@@ -93,7 +93,7 @@ def test_classes_one_after_the_other():
     images, labels = some(3, 2, 4)
     whole = FewShotClassifier(Blocks(), QUICK).fit(images, labels)
     grown = FewShotClassifier(Blocks(), QUICK).fit(images[:3], labels[:3])
-    with pytest.raises(ValueError, match="classes must be at least two, and only 'digit 0' is known"):
+    with pytest.raises(ValueError, match="classes: expected at least two, and only 'digit 0' is known"):
         grown.predict(images)
     grown.partial_fit(images[3:5], labels[3:5]).partial_fit(images[5:], labels[5:])
     torch.testing.assert_close(grown.decision_function(images), whole.decision_function(images))
@@ -163,7 +163,7 @@ class Other(FineTuning):
 @pytest.mark.parametrize("head", [Other(), Pooled(Other())], ids=["plain", "pooled"])
 def test_a_head_of_ones_own_is_not_saved(head, tmp_path):
     classifier = FewShotClassifier(Blocks(), head).fit(*some(1, 1))
-    with pytest.raises(TypeError, match=r"head must be one of .*DeepEMDHead.* to be saved"):
+    with pytest.raises(TypeError, match=r"head: expected one of .*DeepEMDHead.* to be saved"):
         classifier.save(tmp_path / "classifier.pt")
     assert not list(tmp_path.iterdir())
 
@@ -178,7 +178,7 @@ class NotANumber(Blocks):
     [
         (nn.Flatten(), "deepemd", TypeError, "gives no feature maps, which matching needs: Flatten has no method"),
         (Blocks(), "finetune@fcn", ValueError, "asks for maps, but finetune takes feature vectors"),
-        (Blocks(), "deepemd@patch", ValueError, "regions after @ must be one of fcn, grid, sampling, got 'patch'"),
+        (Blocks(), "deepemd@patch", ValueError, "regions after @: expected one of fcn, grid, sampling, got 'patch'"),
     ],
 )
 def test_heads_that_do_not_fit_the_backbone_are_named(backbone, head, error, message):
@@ -190,9 +190,9 @@ def test_heads_that_do_not_fit_the_backbone_are_named(backbone, head, error, mes
     ("backbone", "head", "local_features", "message"),
     [
         (NotANumber(), "deepemd", {}, "the backbone gives features that are not finite"),
-        (Blocks(), "deepemd", {"pyramid": (5,)}, "does not take images of 1x8x8: pyramid must have sides of at most 4"),
-        (Blocks(), "deepemd@grid", {"grids": (5,)}, "images must be at least 10 x 10 pixels for a grid of 5 x 5"),
-        (Blocks(), "knn@grid", {"grids": (1,)}, "neighbors must be at most 1, .* got 3"),
+        (Blocks(), "deepemd", {"pyramid": (5,)}, "does not take images of 1x8x8: pyramid: expected sides of at most 4"),
+        (Blocks(), "deepemd@grid", {"grids": (5,)}, "images: expected at least 10 x 10 pixels for a grid of 5 x 5"),
+        (Blocks(), "knn@grid", {"grids": (1,)}, "neighbors: expected at most 1, .* got 3"),
     ],
 )
 def test_images_that_do_not_fit_are_named_and_nothing_is_learned(backbone, head, local_features, message):

@@ -188,7 +188,7 @@ class TestItem25:
     def test_images_without_pixels(self, tmp_path):
         arrays = {"images": np.zeros((2, 0, 0), np.uint8), "labels": np.zeros(2, np.uint8)}
         np.savez(tmp_path / "a.npz", **arrays, class_names=np.array(["a"]), class_split=np.zeros(1, np.uint8))
-        with pytest.raises(ValueError, match=r"a\.npz': images must have pixels"):
+        with pytest.raises(ValueError, match=r"a\.npz': images: expected pixels"):
             ImageArchive.load(tmp_path / "a.npz")
 
     def test_deep_json(self, tmp_path):
@@ -238,7 +238,7 @@ class TestItem25:
                 assert len(loaded.predict(images)) == 4
             except ValueError as error:
                 # Of a module nothing is in the file, and what it gives is known only now.
-                assert source == "module" and "images must be of the size of those learned" in str(error)
+                assert source == "module" and "images: expected the size of those learned" in str(error)
         assert refused > 40
 
     def test_saved_files_never_cause_a_download(self, checkpoints, tmp_path, monkeypatch):

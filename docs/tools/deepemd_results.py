@@ -63,7 +63,7 @@ def read(folder: Path) -> dict[str, Any]:
     named = {FILES[name]: data for name, content in found.items() if (data := data_name(content))}
     if len(set(named.values())) > 1:
         raise ValueError(
-            f"{folder} must hold results of one image set, got "
+            f"{folder}: expected results of one image set, got "
             + ", ".join(f"{data} in {file}" for file, data in named.items())
         )
     return found
@@ -103,11 +103,11 @@ def read_comparison(path: Path) -> ComparisonResults:
         raise ValueError(f"{path} holds no accuracies: the evaluation was interrupted before the first head was done")
     for row in rows:
         if not row.correct or not all(isinstance(count, int) and 0 <= count <= row.queries for count in row.correct):
-            raise ValueError(f"{path} must have counts from 0 to {row.queries} for {_arm(row)}, got {row.correct[:5]}")
+            raise ValueError(f"{path}: expected counts from 0 to {row.queries} for {_arm(row)}, got {row.correct[:5]}")
         first = next(other for other in rows if other.shot == row.shot)
         if (len(row.correct), row.queries) != (len(first.correct), first.queries):
             raise ValueError(
-                f"{path} must have the same episodes for all heads, got {_met(first)} for {_arm(first)}, "
+                f"{path}: expected the same episodes for all heads, got {_met(first)} for {_arm(first)}, "
                 f"{_met(row)} for {_arm(row)}"
             )
     _check_pairs(path, [backbone["name"] for backbone in results.backbones])
@@ -180,7 +180,7 @@ def _check_pairs(path: Path, names: list[str]) -> None:
     swapped = len(names) > 1 and any("meta" in name for name in names[::2])
     if swapped or (len(names) > 1 and len(names) % 2):
         raise ValueError(
-            f"{path} must have backbones in pairs, each before and after its meta-training "
+            f"{path}: expected backbones in pairs, each before and after its meta-training "
             f"(evaluate --checkpoint PRETRAINED META_TRAINED PRETRAINED META_TRAINED), got {', '.join(names)}"
         )
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from fewshot_ext import _extras
-from fewshot_ext._checks import check_at_least
 from fewshot_ext._files import as_text, replace_file, replace_text
 from fewshot_ext._progress import progress_bar
 from fewshot_ext._record import versions
 from fewshot_ext._threads import in_threads
+from fewshot_ext._validation import check_at_least
 from fewshot_ext.classifier import FewShotClassifier
 from fewshot_ext.commands.common import (
     print_written,
@@ -124,13 +124,13 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     """
     _extras.require("train", "PIL", "tqdm")
     if (arguments.checkpoint is None) == (arguments.backbone is None):
-        raise ValueError("either --checkpoint or --backbone must be given, and not both")
+        raise ValueError("expected either --checkpoint or --backbone, and not both")
     check_at_least("sheet_pictures", arguments.sheet_pictures, 1)
     set_threads(arguments.threads)
     examples = list_folder(arguments.support, Split.NOVEL)
     classes = examples.class_names
     if len(classes) < 2:
-        raise ValueError(f"support must hold at least two classes, and {arguments.support} holds {classes[0]!r} alone")
+        raise ValueError(f"support: expected at least two classes, and {arguments.support} holds {classes[0]!r} alone")
     found = find_pictures(arguments.query)
     query = _Pictures(
         found.files, [next((name for name in part[:-1] if name in classes), None) for part in found.parts]
@@ -145,7 +145,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         local_features=arguments.local_features,
     )
     if classifier.image_size is None:
-        raise ValueError("image_size must be given, for the backbone does not say its own")
+        raise ValueError("image_size: expected a value, for the backbone does not say its own, got none")
     output = writable_folder(arguments.output)
     hold_folder(output)
     passed_over = {"support": list(examples.passed_over), "query": list(found.passed_over)}

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from fewshot_ext._checks import check_at_least
 from fewshot_ext._files import as_text
+from fewshot_ext._validation import check_at_least
 from fewshot_ext.data import ImageArchive
 from fewshot_ext.data.named import open_images
 
@@ -20,7 +20,7 @@ def resolve_device(name: str) -> torch.device:
         ValueError: another name, or "cuda" where torch sees no GPU.
     """
     if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
+        raise ValueError(f"device: expected auto, cpu or cuda, got {name!r}")
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise ValueError(f"device cuda was asked for, but torch {torch.__version__} sees no CUDA device here")

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from fewshot_ext import _extras
-from fewshot_ext._checks import check_at_least
 from fewshot_ext._files import replace_text
+from fewshot_ext._validation import check_at_least
 from fewshot_ext.commands.common import print_written, resolve_device, writable_folder
 from fewshot_ext.commands.locks import hold_folder
 from fewshot_ext.data import AugmentationConfig, load_digits

@@ -57,7 +57,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         resolved: the same as YAML, to be written beside the results.
     """
     if arguments.checkpoint is None:
-        raise ValueError(f"--checkpoint must be given: a file of any training, or {SCRATCH}")
+        raise ValueError(f"--checkpoint: expected a file of any training, or {SCRATCH}, got none")
     config = MetaTrainingConfig(**{field.name: arguments[field.name] for field in fields(MetaTrainingConfig)})
     checkpoint = None if arguments.checkpoint == SCRATCH else arguments.checkpoint
     if checkpoint is not None:

@@ -29,11 +29,11 @@ import torch
 from torch import Tensor
 
 from fewshot_ext import _extras
-from fewshot_ext._checks import check_at_least, check_choice, check_positive
 from fewshot_ext._files import replace_file, replace_text
 from fewshot_ext._progress import progress_bar
 from fewshot_ext._random import derive_generator
 from fewshot_ext._record import versions
+from fewshot_ext._validation import check_at_least, check_choice, check_positive
 from fewshot_ext.commands.common import (
     load_data,
     print_written,
@@ -163,7 +163,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     set_threads(arguments.threads)
     device = resolve_device(arguments.device)
     if (arguments.data is None) == (arguments.query is None):
-        raise ValueError("either --data or --query must be given, and not both")
+        raise ValueError("expected either --data or --query, and not both")
     if arguments.data is not None and arguments.gallery is not None:
         raise ValueError("--gallery goes with --query; the classes of --data are searched among themselves")
     backbone = FrozenBackbone.from_checkpoint(arguments.checkpoint)
@@ -172,7 +172,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     check_retrieval(*labels, ks=(*arguments.ks,), lone_queries=arguments.lone_queries)
     most = len(queries) - 1 if gallery is None else len(gallery)
     if arguments.neighbors > most:
-        raise ValueError(f"neighbors must be at most {most}, the images that are searched, got {arguments.neighbors}")
+        raise ValueError(f"neighbors: expected at most {most}, the images that are searched, got {arguments.neighbors}")
     if arguments.rerank is not None:
         _check_rerank(arguments, backbone, queries, gallery, most, device)
     output = writable_folder(arguments.output)
@@ -212,9 +212,9 @@ def _check_rerank(
 ) -> None:
     least, reason = max((max(arguments.ks), "the largest K"), (arguments.neighbors, "neighbors"))
     if arguments.rerank < least:
-        raise ValueError(f"rerank must be at least {least}, {reason}, got {arguments.rerank}")
+        raise ValueError(f"rerank: expected at least {least}, {reason}, got {arguments.rerank}")
     if arguments.rerank > most:
-        raise ValueError(f"rerank must be at most {most}, the images that are searched, got {arguments.rerank}")
+        raise ValueError(f"rerank: expected at most {most}, the images that are searched, got {arguments.rerank}")
     image = torch.stack(queries.pixels(backbone, [0]))
     maps = backbone.try_out(image, arguments.data or arguments.query, arguments.local_features, device)
     parts = [part for part in (queries, gallery) if part is not None]

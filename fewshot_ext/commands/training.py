@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from fewshot_ext import _extras
-from fewshot_ext._checks import check_at_least
 from fewshot_ext._files import replace_text
 from fewshot_ext._record import versions
+from fewshot_ext._validation import check_at_least
 from fewshot_ext.commands.common import load_data, print_written, resolve_device, set_threads, writable_folder
 from fewshot_ext.commands.locks import hold_folder
 from fewshot_ext.data import ImageArchive, Split
@@ -109,7 +109,7 @@ def check_run(arguments) -> RunInputs:
 
     for name in ("data", "output"):
         if arguments[name] is None:
-            raise ValueError(f"--{name} must be given")
+            raise ValueError(f"--{name}: expected a value, got none")
     check_at_least("seed", arguments.seed, 0)
     processes = {name: arguments[name] for name in ("devices", "num_nodes") if name in arguments}
     for name, count in processes.items():
@@ -119,7 +119,7 @@ def check_run(arguments) -> RunInputs:
     set_threads(arguments.threads)
     device = resolve_device(arguments.device)
     if device.type == "cuda" and devices > torch.cuda.device_count():
-        raise ValueError(f"devices must be at most {torch.cuda.device_count()}, the GPUs here, got {devices}")
+        raise ValueError(f"devices: expected at most {torch.cuda.device_count()}, the GPUs here, got {devices}")
     archive = load_data(arguments.data)
     base = archive.subset(Split.BASE)
     validation, novel = (
@@ -253,7 +253,7 @@ def _check_launch(devices: int, num_nodes: int) -> None:
     world_size = os.environ.get("WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in os.environ else None
     if world_size is not None and int(world_size) != devices * num_nodes:
         raise ValueError(
-            f"devices times num_nodes must be {world_size}, the processes that torchrun started, "
+            f"devices times num_nodes: expected {world_size}, the processes that torchrun started, "
             f"got {devices} x {num_nodes}"
         )
 

@@ -75,44 +75,44 @@ class ImageArchive:
         ):
             if not isinstance(value, Tensor) or value.dtype != dtype:
                 came = value.dtype if isinstance(value, Tensor) else type(value).__name__
-                raise TypeError(f"{name} must be a {dtype} tensor, got {came}")
+                raise TypeError(f"{name}: expected a {dtype} tensor, got {came}")
             if value.dim() != rank:
-                raise ValueError(f"{name} must have {rank} dimensions, got shape {tuple(value.shape)}")
+                raise ValueError(f"{name}: expected {rank} dimensions, got shape {tuple(value.shape)}")
         if not len(self.images):
-            raise ValueError("images must hold at least one image, got none")
+            raise ValueError("images: expected at least one image, got none")
         if not self.images.numel():
-            raise ValueError(f"images must have pixels, got shape {tuple(self.images.shape)}")
+            raise ValueError(f"images: expected pixels, got shape {tuple(self.images.shape)}")
         if self.images.shape[1] not in (1, 3):
-            raise ValueError(f"images must have 1 or 3 channels ([N, C, H, W]), got shape {tuple(self.images.shape)}")
+            raise ValueError(f"images: expected 1 or 3 channels ([N, C, H, W]), got shape {tuple(self.images.shape)}")
         if len(self.labels) != len(self.images):
             raise ValueError(
-                f"labels must give one label an image: {len(self.images)} images, {len(self.labels)} labels"
+                f"labels: expected one label an image: {len(self.images)} images, {len(self.labels)} labels"
             )
         for name, value in self.image_fields.items():
             if len(value) != len(self.images):
                 raise ValueError(
-                    f"image_fields[{name!r}] must give one value an image: "
+                    f"image_fields[{name!r}]: expected one value an image: "
                     f"{len(self.images)} images, {len(value)} values"
                 )
         if len(self.class_split) != self.num_classes:
             raise ValueError(
-                f"class_split must give one value a class: {self.num_classes} classes, {len(self.class_split)} values"
+                f"class_split: expected one value a class: {self.num_classes} classes, {len(self.class_split)} values"
             )
         if self.class_words is not None and len(self.class_words) != self.num_classes:
             raise ValueError(
-                f"class_words must give one text a class: {self.num_classes} classes, {len(self.class_words)} texts"
+                f"class_words: expected one text a class: {self.num_classes} classes, {len(self.class_words)} texts"
             )
         if len(set(self.class_names)) != self.num_classes:
-            raise ValueError("class_names must all be different")
+            raise ValueError("class_names: expected all to be different")
         for name in (*self.class_names, *(self.class_words or ())):
             if not is_text(name):
-                raise ValueError(f"class_names and class_words must be text that UTF-8 can hold, got {name!r}")
+                raise ValueError(f"class_names and class_words: expected text that UTF-8 can hold, got {name!r}")
         low, high = self.labels.min().item(), self.labels.max().item()
         if low < 0 or high >= self.num_classes:
-            raise ValueError(f"labels must lie in [0, {self.num_classes}), got {low} to {high}")
+            raise ValueError(f"labels: expected numbers in [0, {self.num_classes}), got {low} to {high}")
         if self.class_split.max().item() > max(Split):
             raise ValueError(
-                f"class_split must be 0 (base), 1 (validation) or 2 (novel), got {self.class_split.max().item()}"
+                f"class_split: expected 0 (base), 1 (validation) or 2 (novel), got {self.class_split.max().item()}"
             )
 
     @classmethod
@@ -141,16 +141,16 @@ class ImageArchive:
         """
         images, labels, class_split = np.asarray(images), np.asarray(labels), np.asarray(class_split)
         if images.dtype != np.uint8:
-            raise TypeError(f"images must be a uint8 array, got {images.dtype}")
+            raise TypeError(f"images: expected a uint8 array, got {images.dtype}")
         image_fields = {name: np.asarray(value) for name, value in (image_fields or {}).items()}
         for name, value in (("labels", labels), ("class_split", class_split), *image_fields.items()):
             if not np.issubdtype(value.dtype, np.integer):
-                raise TypeError(f"{name} must be an integer array, got {value.dtype}")
+                raise TypeError(f"{name}: expected an integer array, got {value.dtype}")
         if images.ndim not in (3, 4):
-            raise ValueError(f"images must be [N, H, W] or [N, H, W, C], got shape {images.shape}")
+            raise ValueError(f"images: expected shape [N, H, W] or [N, H, W, C], got shape {images.shape}")
         if class_split.size and not 0 <= class_split.min() <= class_split.max() <= max(Split):
             raise ValueError(
-                "class_split must be 0 (base), 1 (validation) or 2 (novel), "
+                "class_split: expected 0 (base), 1 (validation) or 2 (novel), "
                 f"got {class_split.min()} to {class_split.max()}"
             )
         channels_first = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
@@ -319,7 +319,7 @@ class ImageArchive:
             ValueError: a fraction outside (0, 1), or a class so small that one of its parts would be empty.
         """
         if not 0 < fraction < 1:
-            raise ValueError(f"fraction must lie in (0, 1), got {fraction}")
+            raise ValueError(f"fraction: expected a number in (0, 1), got {fraction}")
         shuffled = torch.randperm(len(self), generator=generator)
         by_class = shuffled[self.labels[shuffled].argsort(stable=True)]
         counts = self.labels.bincount(minlength=self.num_classes)

@@ -73,7 +73,7 @@ def has_checksum(path: str | Path) -> bool:
 def write(path: str | Path, pixels: np.ndarray, arrays: Mapping[str, np.ndarray], jpeg_quality: int | None) -> None:
     """Writes pixels, uint8 ``[N, C, H, W]``, and the other arrays; see ``ImageArchive.save``."""
     if jpeg_quality is not None and not 1 <= jpeg_quality <= 100:
-        raise ValueError(f"jpeg_quality must lie in [1, 100], got {jpeg_quality}")
+        raise ValueError(f"jpeg_quality: expected a number in [1, 100], got {jpeg_quality}")
     if jpeg_quality is None:
         channels_last = pixels[:, 0] if pixels.shape[1] == 1 else pixels.transpose(0, 2, 3, 1)
         images = {"images": np.ascontiguousarray(channels_last)}
@@ -147,7 +147,7 @@ def _read_array(file: zipfile.ZipFile, member: zipfile.ZipInfo, what: str, expec
         if dtype.hasobject:
             raise _Unfit(f"{what} holds Python objects; they are pickles, which can run code, and are not read")
         if expected is not None and not expected.fits(dtype, shape):
-            raise _Unfit(f"{what} must be {expected}, got {dtype} of shape {shape}")
+            raise _Unfit(f"{what}: expected {expected}, got {dtype} of shape {shape}")
         count = int(np.prod(shape, dtype=object))
         # Numpy trusts the header and would set the memory aside first.
         if count * dtype.itemsize != member.file_size - stream.tell():
@@ -194,7 +194,7 @@ def _decode_all(data: np.ndarray, offsets: np.ndarray, name: str) -> np.ndarray:
     _extras.require("train", "PIL")
     count = len(offsets) - 1
     if count < 1 or offsets[0] != 0 or offsets[-1] != len(data) or (offsets[1:] <= offsets[:-1]).any():
-        raise ValueError(f"'offsets' in {name} must rise from 0 to the {len(data)} bytes of data")
+        raise ValueError(f"'offsets' in {name}: expected to rise from 0 to the {len(data)} bytes of data")
 
     def image(index: int):
         content = data[offsets[index] : offsets[index + 1]].tobytes()

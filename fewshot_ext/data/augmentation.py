@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fewshot_ext import _extras
-from fewshot_ext._checks import check_at_least, check_count, check_fraction, check_positive
+from fewshot_ext._validation import check_at_least, check_count, check_fraction, check_positive
 
 _TRIES = 10
 
@@ -85,7 +85,7 @@ class ImageInput(nn.Module):
         if image_size is not None:
             check_count("image_size", image_size, 1)
         if len(mean) != len(std):
-            raise ValueError(f"std must have a number a channel as mean has, {len(mean)}, got {len(std)}")
+            raise ValueError(f"std: expected a number a channel as mean has, {len(mean)}, got {len(std)}")
         for value in std:
             check_positive("std", value)
         for name, values in (("mean", mean), ("std", std)):
@@ -96,7 +96,7 @@ class ImageInput(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8:
-            raise TypeError(f"images must be a torch.uint8 tensor, got {images.dtype}")
+            raise TypeError(f"images: expected a torch.uint8 tensor, got {images.dtype}")
         channels_last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
         pixels = images.to(self.mean.dtype).div_(255)
         if self.image_size is not None and not (self.training and self.crops):

@@ -30,7 +30,7 @@ class ShuffledBatches(Sampler[Tensor]):
         if length < 2:
             raise ValueError(f"training needs at least 2 images, got {length}")
         if batch_size < 2:
-            raise ValueError(f"batch_size must be at least 2, got {batch_size}")
+            raise ValueError(f"batch_size: expected at least 2, got {batch_size}")
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.epoch = 0
 

@@ -30,12 +30,12 @@ def load_cifar100(folder: str | Path) -> ImageArchive:
     folder = Path(folder).expanduser()
     names = (folder / "fine_label_names.txt").read_text(encoding="utf-8").split()
     if len(names) != 100:
-        raise ValueError(f"{str(folder / 'fine_label_names.txt')!r} must name 100 classes, got {len(names)}")
+        raise ValueError(f"{str(folder / 'fine_label_names.txt')!r}: expected 100 classes, got {len(names)}")
     records = []
     for file, count in _FILES.items():
         size = (folder / file).stat().st_size
         if size != count * _RECORD:
-            raise ValueError(f"{str(folder / file)!r} must have {count * _RECORD} bytes ({count} images), got {size}")
+            raise ValueError(f"{str(folder / file)!r}: expected {count * _RECORD} bytes ({count} images), got {size}")
         records.append(np.fromfile(folder / file, np.uint8).reshape(count, _RECORD))
     table = np.concatenate(records)
     # A record is the superclass, the class, then a plane each of red, green and blue.

@@ -100,7 +100,7 @@ def remote_set(name: str) -> RemoteSet:
     if name in BY_HAND:
         raise ValueError(f"{name} cannot be downloaded by a program: {BY_HAND[name]}")
     if name not in REMOTE:
-        raise ValueError(f"name must be one of {', '.join(REMOTE)} (by hand: {', '.join(BY_HAND)}), got {name!r}")
+        raise ValueError(f"name: expected one of {', '.join(REMOTE)} (by hand: {', '.join(BY_HAND)}), got {name!r}")
     return REMOTE[name]
 
 

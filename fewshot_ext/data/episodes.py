@@ -56,7 +56,7 @@ def sample_episodes(
     """
     for name, value in (("episodes", episodes), ("way", way), ("shot", shot), ("queries", queries)):
         if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+            raise ValueError(f"{name}: expected at least 1, got {value}")
     present, labels = labels.unique(return_inverse=True)
     counts = labels.bincount()
     if len(present) < way:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fewshot_ext._checks import check_count
 from fewshot_ext._files import check_unpacked_size, is_text
 from fewshot_ext._threads import in_threads
+from fewshot_ext._validation import check_count
 from fewshot_ext.data.archive import ImageArchive, Split
 from fewshot_ext.data.pictures import check_reading, decode, picture_size
 from fewshot_ext.data.splits import ClassSplit, load_split, role_of

@@ -27,9 +27,9 @@ def load_mnist(path: str | Path, part: str = "train", base: Collection[int] = ra
         ValueError: another part, a base digit outside 0 to 9, or a file without these arrays.
     """
     if part not in ("train", "test"):
-        raise ValueError(f"part must be train or test, got {part!r}")
+        raise ValueError(f"part: expected train or test, got {part!r}")
     if not set(base) <= set(range(10)):
-        raise ValueError(f"base must hold digits from 0 to 9, got {list(base)}")
+        raise ValueError(f"base: expected digits from 0 to 9, got {list(base)}")
     arrays = read_arrays(path, _ARRAYS.get)
     missing = [key for key in _ARRAYS if key not in arrays]
     if missing:

@@ -84,11 +84,11 @@ def read_image(path: str | Path, size: int | None = None, *, mode: str = "RGB", 
 def check_reading(size: int | None, mode: str | None, resize: str) -> None:
     """Raises ValueError unless these are values that ``read_image`` takes; a mode of None passes."""
     if size is not None and size < 1:
-        raise ValueError(f"size must be at least 1, got {size}")
+        raise ValueError(f"size: expected at least 1, got {size}")
     if mode is not None and mode not in MODES:
-        raise ValueError(f"mode must be RGB or L, got {mode!r}")
+        raise ValueError(f"mode: expected RGB or L, got {mode!r}")
     if resize not in RESIZES:
-        raise ValueError(f"resize must be crop or stretch, got {resize!r}")
+        raise ValueError(f"resize: expected crop or stretch, got {resize!r}")
 
 
 def decode(
@@ -205,27 +205,27 @@ def _check_sheet(images, captions, columns, cell, borders) -> list[tuple[int, in
     from PIL import ImageColor
 
     if not len(images):
-        raise ValueError("images must hold at least one picture, got none")
+        raise ValueError("images: expected at least one picture, got none")
     for index, image in enumerate(images):
         if not isinstance(image, Tensor) or image.dtype != torch.uint8:
             came = image.dtype if isinstance(image, Tensor) else type(image).__name__
-            raise TypeError(f"images[{index}] must be a torch.uint8 tensor, got {came}")
+            raise TypeError(f"images[{index}]: expected a torch.uint8 tensor, got {came}")
         if image.dim() != 3 or image.shape[0] not in (1, 3) or not image.numel():
-            raise ValueError(f"images[{index}] must be [1 or 3, H, W], got shape {tuple(image.shape)}")
+            raise ValueError(f"images[{index}]: expected shape [1 or 3, H, W], got shape {tuple(image.shape)}")
     if len(captions) != len(images):
-        raise ValueError(f"captions must give one text a picture: {len(images)} pictures, {len(captions)} captions")
+        raise ValueError(f"captions: expected one text a picture: {len(images)} pictures, {len(captions)} captions")
     if columns < 1:
-        raise ValueError(f"columns must be at least 1, got {columns}")
+        raise ValueError(f"columns: expected at least 1, got {columns}")
     if cell < 32:
-        raise ValueError(f"cell must be at least 32, got {cell}")
+        raise ValueError(f"cell: expected at least 32, got {cell}")
     if borders is None:
         return [None] * len(images)
     if len(borders) != len(images):
-        raise ValueError(f"borders must give one color a picture: {len(images)} pictures, {len(borders)} borders")
+        raise ValueError(f"borders: expected one color a picture: {len(images)} pictures, {len(borders)} borders")
     try:
         return [None if color is None else ImageColor.getrgb(color)[:3] for color in borders]
     except ValueError as error:
-        raise ValueError(f"borders must be color names, '#rrggbb' or None: {error}") from error
+        raise ValueError(f"borders: expected color names, '#rrggbb' or None: {error}") from error
 
 
 def _fitted(image: Tensor, cell: int) -> "Image.Image":

@@ -42,14 +42,14 @@ class PKBatches(Sampler[Tensor]):
     def __init__(self, labels: Tensor, classes: int, samples: int, seed: int, *, batches: int | None = None) -> None:
         if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
             found = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-            raise TypeError(f"labels must be a tensor of torch.int64, got {found}")
+            raise TypeError(f"labels: expected a tensor of torch.int64, got {found}")
         if labels.dim() != 1 or labels.device.type != "cpu":
-            raise ValueError(f"labels must be [N] on the CPU, got {list(labels.shape)} on {labels.device}")
+            raise ValueError(f"labels: expected shape [N] on the CPU, got {list(labels.shape)} on {labels.device}")
         if batches is None:
             batches = max(1, len(labels) // max(1, classes * samples))
         for name, value in (("classes", classes), ("samples", samples), ("batches", batches)):
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise ValueError(f"{name}: expected at least 1, got {value}")
         sizes = labels.unique(return_counts=True)[1].tolist()
         if len(sizes) < classes:
             raise ValueError(f"classes {classes} asks for more than there are: {len(sizes)}")

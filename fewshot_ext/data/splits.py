@@ -177,7 +177,7 @@ def _files_of_folder(folder: Path) -> list[tuple[Path, Split | None]]:
     if len(groups) != 1:
         found = f"{', '.join(groups)}; name one of the files" if groups else "none"
         raise ValueError(
-            f"{str(folder)!r} must hold one set of split files such as train, val and test.csv; got {found}"
+            f"{str(folder)!r}: expected one set of split files such as train, val and test.csv; got {found}"
         )
     return next(iter(groups.values()))
 
@@ -206,7 +206,9 @@ def _add_file(draft: _Draft, path: Path, role: Split | None) -> None:
                 )
             draft.add((_ROTATION.sub("", line.strip()) for line in text.splitlines() if line.strip()), role)
         else:
-            raise ValueError(f"split file {str(path)!r} must end in {', '.join(_SUFFIXES)} or one of these and .gz")
+            raise ValueError(
+                f"split file {str(path)!r}: expected a name that ends in {', '.join(_SUFFIXES)} or one of these and .gz"
+            )
     except (
         json.JSONDecodeError,
         UnicodeDecodeError,
@@ -225,7 +227,7 @@ def _add_csv(draft: _Draft, text: str, role: Split | None, path: str) -> None:
     needed = {"filename", "label"} if role is not None else {"filename", "label", "split"}
     if not needed <= set(columns):
         raise ValueError(
-            f"split file {path!r} must have the columns {', '.join(sorted(needed))}, got {', '.join(sorted(columns))}"
+            f"split file {path!r}: expected the columns {', '.join(sorted(needed))}, got {', '.join(sorted(columns))}"
         )
     for cells in filter(None, table):
         row = dict(zip_longest(columns, (cell.strip() for cell in cells[: len(columns)]), fillvalue=""))
@@ -244,7 +246,7 @@ def _add_json(draft: _Draft, content: Any, role: Split | None, path: str) -> Non
             else {}
         )
         if not lists:
-            raise ValueError(f'split file {path!r} must be a JSON object such as {{"train": [...], "test": [...]}}')
+            raise ValueError(f'split file {path!r}: expected a JSON object such as {{"train": [...], "test": [...]}}')
         odd = [name for name, value in content.items() if name not in lists and isinstance(value, list)]
         if odd:
             raise ValueError(f"split file {path!r} has classes under {odd[0]!r}, no role such as train or test")
@@ -261,9 +263,11 @@ def _add_image_lists(draft: _Draft, content: dict, role: Split, path: str) -> No
     names, labels = content["label_names"], content.get("image_labels")
     images = content.get("image_names")
     if not (_is_list_of(names, str) and _is_list_of(labels, int) and _is_list_of(images, str)):
-        raise ValueError(f"split file {path!r} must have lists label_names, image_labels and image_names")
+        raise ValueError(f"split file {path!r}: expected lists label_names, image_labels and image_names")
     if len(labels) != len(images) or not all(0 <= label < len(names) for label in labels):
-        raise ValueError(f"split file {path!r}: image_labels must give a number below {len(names)} for each image")
+        raise ValueError(
+            f"split file {path!r}: expected image_labels to give a number below {len(names)} for each image"
+        )
     draft.add((names[label] for label in dict.fromkeys(labels)), role)
     for image, label in zip(images, labels, strict=True):
         # The paths are those of the machine that wrote the file; the class's folder and the file's name last.
@@ -272,10 +276,10 @@ def _add_image_lists(draft: _Draft, content: dict, role: Split, path: str) -> No
 
 def _class_names(value: Any, path: str) -> list[str]:
     if not isinstance(value, list):
-        raise ValueError(f"split file {path!r} must hold a list of classes, got {type(value).__name__}")
+        raise ValueError(f"split file {path!r}: expected a list of classes, got {type(value).__name__}")
     names = [entry[-1] if isinstance(entry, list) and entry else entry for entry in value]
     if not _is_list_of(names, str):
-        raise ValueError(f"split file {path!r} must hold a list of class names or of [superclass, class]")
+        raise ValueError(f"split file {path!r}: expected a list of class names or of [superclass, class]")
     return names
 
 

@@ -109,7 +109,7 @@ class FrozenBackbone:
                 f"backbone {self.name} does not take the {shape} images of {data_name}: {error}"
             ) from error
         if features.dim() != len(layout.split(",")):
-            raise ValueError(f"backbone {self.name} must give {kind}features {layout}, got {list(features.shape)}")
+            raise ValueError(f"backbone {self.name}: expected {kind}features {layout}, got {list(features.shape)}")
         if not features.isfinite().all():
             raise ValueError(f"backbone {self.name} gives features that are not finite: its training has diverged")
         return features

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from fewshot_ext import _extras
-from fewshot_ext._checks import check_choice, check_count, check_positive
 from fewshot_ext._progress import StagedProgress
 from fewshot_ext._random import derive_generator, derive_seed
 from fewshot_ext._record import versions
+from fewshot_ext._validation import check_choice, check_count, check_positive
 from fewshot_ext.data import Episodes, ImageArchive, Split, sample_episodes
 from fewshot_ext.evaluation.backbones import FrozenBackbone
 from fewshot_ext.evaluation.features import FeatureCache
@@ -75,7 +75,7 @@ class ComparisonConfig:
 
     def __post_init__(self) -> None:
         if not self.heads or len(set(self.heads)) < len(self.heads):
-            raise ValueError(f"heads must name at least one head, and none twice, got {list(self.heads)}")
+            raise ValueError(f"heads: expected at least one head, and none twice, got {list(self.heads)}")
         for head in self.heads:
             self.choose(head)
         check_choice("split", self.split, "base", "validation", "novel")
@@ -141,7 +141,7 @@ class Comparison:
         self.cache = cache or FeatureCache(None)
         names = [backbone.name for backbone in self.backbones]
         if not names or len(set(names)) < len(names):
-            raise ValueError(f"backbones must be at least one, with names all different, got {names}")
+            raise ValueError(f"backbones: expected at least one, with names all different, got {names}")
         self.images = archive.subset(Split[config.split.upper()])
         self.episodes = {shot: self._sample(shot, data_name) for shot in config.protocol.shots}
         self.base_images = self._base_images(archive, data_name)

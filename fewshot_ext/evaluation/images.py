@@ -58,9 +58,9 @@ class ImageBatches:
         elif isinstance(images, Sequence) and all(isinstance(image, str | Path) for image in images):
             self.images = [Path(image).expanduser() for image in images]
         else:
-            raise TypeError(f"images must be {TAKEN}, got {_kind(images)}")
+            raise TypeError(f"images: expected {TAKEN}, got {_kind(images)}")
         if not len(self.images):
-            raise ValueError("images must hold at least one image, got none")
+            raise ValueError("images: expected at least one image, got none")
         if not isinstance(self.images, Tensor):
             self._check_files()
 
@@ -89,7 +89,9 @@ class ImageBatches:
 
     def _check_files(self) -> None:
         if self.image_size is None:
-            raise ValueError("image_size must be given to read picture files for a backbone that does not say its own")
+            raise ValueError(
+                "image_size: expected a value to read picture files for a backbone that does not say its own, got none"
+            )
         for path in self.images:
             if not path.is_file():
                 raise FileNotFoundError(f"images: {str(path)!r} is not a file")
@@ -103,30 +105,30 @@ def _as_tensor(images: Tensor | np.ndarray) -> Tensor:
     """``[N, C, H, W]``, uint8 or floats in [0, 1], sharing the memory of ``images``."""
     if isinstance(images, np.ndarray):
         if images.dtype != np.uint8 and images.dtype.kind != "f":
-            raise TypeError(f"images must be uint8 or floats in [0, 1], got an array of {images.dtype}")
+            raise TypeError(f"images: expected uint8 or floats in [0, 1], got an array of {images.dtype}")
         if images.ndim == 2 or (images.ndim == 3 and images.shape[2] in (1, 3, 4)):
             raise ValueError(
-                f"images must be an array [N, H, W] or [N, H, W, C], got shape {images.shape}, which looks like one "
+                f"images: expected an array [N, H, W] or [N, H, W, C], got shape {images.shape}, which looks like one "
                 "picture: write images[None] for a set of one (and images[..., None] for gray ones so narrow)"
             )
         if images.ndim not in (3, 4):
-            raise ValueError(f"images must be an array [N, H, W] or [N, H, W, C], got shape {images.shape}")
+            raise ValueError(f"images: expected an array [N, H, W] or [N, H, W, C], got shape {images.shape}")
         # torch warns about arrays that nobody may write to, such as those that Pillow gives.
         images = torch.from_numpy(np.require(images, requirements=["C", "W"]))
         images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2)
     if images.dtype != torch.uint8 and not images.is_floating_point():
-        raise TypeError(f"images must be uint8 or floats in [0, 1], got a tensor of {images.dtype}")
+        raise TypeError(f"images: expected uint8 or floats in [0, 1], got a tensor of {images.dtype}")
     if images.dim() != 4:
         one = ": write images[None] for a set of one" if images.dim() == 3 else ""
-        raise ValueError(f"images must be a tensor [N, C, H, W], got shape {tuple(images.shape)}{one}")
+        raise ValueError(f"images: expected a tensor [N, C, H, W], got shape {tuple(images.shape)}{one}")
     if images.shape[1] not in (1, 3):
         order = "[N, H, W, C] arrays" if images.shape[3] in (1, 3) else "1 or 3 channels"
-        raise ValueError(f"images must be [N, C, H, W] tensors or {order}, got {tuple(images.shape)} as [N, C, H, W]")
+        raise ValueError(f"images: expected [N, C, H, W] tensors or {order}, got {tuple(images.shape)} as [N, C, H, W]")
     if images.is_floating_point() and images.numel():
         low, high = images.min().item(), images.max().item()
         # Written so that NaN, which compares false with everything, is refused too.
         if not (low >= 0 and high <= 1):
-            raise ValueError(f"images must be floats in [0, 1], not yet normalized, got {low:g} to {high:g}")
+            raise ValueError(f"images: expected floats in [0, 1], not yet normalized, got {low:g} to {high:g}")
     return images
 
 

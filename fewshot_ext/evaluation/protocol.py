@@ -8,7 +8,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from fewshot_ext._checks import check_count
+from fewshot_ext._validation import check_count
 from fewshot_ext.data import Episodes
 from fewshot_ext.heads.vectors import HEADS, Head
 from fewshot_ext.models.matching import check_finite_maps
@@ -44,7 +44,7 @@ class ProtocolConfig:
         check_count("way", self.way, 2)
         check_count("queries", self.queries, 1)
         if not self.shots or len(set(self.shots)) < len(self.shots):
-            raise ValueError(f"shots must name at least one number of shots, and none twice, got {list(self.shots)}")
+            raise ValueError(f"shots: expected at least one number of shots, and none twice, got {list(self.shots)}")
         for shot in self.shots:
             check_count("shots", shot, 1)
 
@@ -119,7 +119,7 @@ def episode_accuracies(
     """
     if features.dim() != 2 + head.takes_maps:
         taken = "maps [N, P, D]" if head.takes_maps else "vectors [N, D]"
-        raise ValueError(f"features must be {taken} for {type(head).__name__}, got {list(features.shape)}")
+        raise ValueError(f"features: expected {taken} for {type(head).__name__}, got {list(features.shape)}")
     check_finite_maps(features=features)
     generator = torch.Generator().manual_seed(seed)
     _, way, shot = episodes.support.shape
@@ -173,8 +173,9 @@ def check_map_memory(
         beside = f" and {pixels / 2**30:.2f} GiB of pictures" if pixels else ""
         smaller = ", keep them in map_dtype float16" if dtype == torch.float32 else ""
         raise ValueError(
-            f"map_memory must be at least {math.ceil(100 * size) / 100} GiB for {purpose}, with {regions} x {channels} "
-            f"numbers for each of {images} images{beside}, got {map_memory:g}; raise it{smaller} or take fewer regions"
+            f"map_memory: expected at least {math.ceil(100 * size) / 100} GiB for {purpose}, with {regions} x "
+            f"{channels} numbers for each of {images} images{beside}, got {map_memory:g}; raise it{smaller} or take "
+            "fewer regions"
         )
 
 

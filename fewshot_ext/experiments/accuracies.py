@@ -61,6 +61,6 @@ def difference(rows: Sequence[Row], others: Sequence[Row]) -> Difference:
     ours, theirs = ({row["seed"]: per_episode(row) for row in side} for side in (rows, others))
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
-        raise ValueError("rows and others must share a seed, got none")
+        raise ValueError("rows and others: expected a shared seed, got none")
     paired = [ours[seed] - theirs[seed] for seed in seeds]
     return Difference(*mean_and_interval(torch.cat(paired)), tuple(part.mean().item() for part in paired))

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from fewshot_ext._checks import check_count
 from fewshot_ext._files import replace_file
+from fewshot_ext._validation import check_count
 from fewshot_ext.data.fonts import figure_text
 from fewshot_ext.experiments.accuracies import Row, select, values
 from fewshot_ext.experiments.figures import COLUMN, STYLES, figure
@@ -54,7 +54,7 @@ class AngleMeasurement:
     def check(self, run: SweepRun, images: SweepImages) -> None:
         if run.pretraining.backbone.embedding != 2:
             raise ValueError(
-                f"backbone.embedding must be 2 for directions in a plane, got {run.pretraining.backbone.embedding}"
+                f"backbone.embedding: expected 2 for directions in a plane, got {run.pretraining.backbone.embedding}"
             )
         for classes in _CLASSES:
             if images.test[classes].num_classes < 3:
@@ -70,7 +70,7 @@ class AngleMeasurement:
             archive = trained.images.test[classes]
             features = trained.features(backbone, archive).cpu()
             if features.shape[1] != 2:
-                raise ValueError(f"features must be two-dimensional for their directions, got {features.shape[1]}")
+                raise ValueError(f"features: expected two dimensions for their directions, got {features.shape[1]}")
             whole = measure_discriminability(features, archive.labels)
             for label, name in enumerate(archive.class_names):
                 own = features[archive.labels == label]

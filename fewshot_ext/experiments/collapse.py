@@ -73,7 +73,9 @@ class CollapseSweep(TaskSweep):
 
         sets, config = class_sets(archive), runs[0].training
         if 1 not in config.measurement.ks:
-            raise ValueError(f"measurement.ks must have 1, which the table shows, got {list(config.measurement.ks)}")
+            raise ValueError(
+                f"measurement.ks: expected 1 among them, which the table shows, got {list(config.measurement.ks)}"
+            )
         channels, *size = archive.images.shape[1:]
         with torch.device("meta"):
             build_backbone(config.backbone, channels).feature_size(*size)

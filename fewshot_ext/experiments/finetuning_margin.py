@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fewshot_ext._checks import check_finite
 from fewshot_ext._files import replace_file
+from fewshot_ext._validation import check_number
 from fewshot_ext.experiments.accuracies import Row, mean_accuracy, select, values
 from fewshot_ext.experiments.figures import CLASS_TITLES, draw_curves, figure
 from fewshot_ext.experiments.measurements import FewShotAccuracy, TrainedRun
@@ -39,9 +39,9 @@ class FineTuningMargins:
 
     def __post_init__(self) -> None:
         if not self.margins or len(set(self.margins)) < len(self.margins):
-            raise ValueError(f"margins must name at least one margin, and none twice, got {list(self.margins)}")
+            raise ValueError(f"margins: expected at least one margin, and none twice, got {list(self.margins)}")
         for margin in self.margins:
-            check_finite("margins", margin)
+            check_number("margins", margin)
 
     def settings(self) -> dict[str, Any]:
         return {"margins": list(self.margins), "accuracy": self.accuracy.settings()}

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from fewshot_ext._checks import check_count
 from fewshot_ext._files import replace_file
+from fewshot_ext._validation import check_count
 from fewshot_ext.experiments.accuracies import Row, mean_accuracy, select, values
 from fewshot_ext.experiments.figures import draw_curves, figure, shared_legend
 from fewshot_ext.experiments.measurements import FewShotAccuracy, TrainedRun

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from fewshot_ext import _extras
-from fewshot_ext._checks import check_count, check_finite
 from fewshot_ext._progress import StagedProgress
 from fewshot_ext._random import derive_generator, derive_seed
 from fewshot_ext._record import check_same_settings, versions
+from fewshot_ext._validation import check_count, check_number
 from fewshot_ext.data import Episodes, ImageArchive, Split, sample_episodes
 from fewshot_ext.evaluation import ProtocolConfig, episode_accuracies, extract_features
 from fewshot_ext.experiments.results import CLASSES, Accuracy, SweepResults
@@ -52,11 +52,11 @@ class MarginSweepConfig:
 
     def __post_init__(self) -> None:
         if not self.margins:
-            raise ValueError("margins must name at least one margin, got none")
+            raise ValueError("margins: expected at least one margin, got none")
         for margin in self.margins:
-            check_finite("margins", margin)
+            check_number("margins", margin)
         if len(set(self.margins)) < len(self.margins):
-            raise ValueError(f"margins must all be different, got {list(self.margins)}")
+            raise ValueError(f"margins: expected all to be different, got {list(self.margins)}")
         check_count("runs", self.runs, 1)
         check_count("seed", self.seed, 0)
 

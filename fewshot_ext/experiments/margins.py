@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fewshot_ext._checks import check_choice, check_finite
 from fewshot_ext._files import replace_file
+from fewshot_ext._validation import check_choice, check_number
 from fewshot_ext.experiments.accuracies import Row, mean_accuracy, select, values
 from fewshot_ext.experiments.figures import CLASS_TITLES, LOSS_TITLES, draw_grid
 from fewshot_ext.experiments.runs import CLASSES, SweepRun
@@ -40,14 +40,14 @@ def margin_runs(
         ['cosine, margin -0.1, seed 0', 'cosine, margin +0, seed 0']
     """
     if not margins or not all(margins.values()):
-        raise ValueError("margins must name at least one margin for each loss, got none")
+        raise ValueError("margins: expected at least one margin for each loss, got none")
     if not seeds:
-        raise ValueError("seeds must name at least one seed, got none")
+        raise ValueError("seeds: expected at least one seed, got none")
     configs = []
     for loss, of_loss in margins.items():
         check_choice("loss", loss, "cosine", "softmax")
         for margin in of_loss:
-            check_finite("margins", margin)
+            check_number("margins", margin)
             usual = PreTrainingConfig.for_loss(loss, backbone=pretraining.backbone)
             configs.append(replace(pretraining, similarity=usual.similarity, margin=margin, scale=usual.scale))
     return [SweepRun(data, config, seed, held_out) for seed in seeds for config in configs]

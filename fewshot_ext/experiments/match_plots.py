@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewshot_ext import _extras
-from fewshot_ext._checks import check_count
+from fewshot_ext._validation import check_count
 from fewshot_ext.models.local_features import pooled_regions
 from fewshot_ext.models.matching import (
     Match,
@@ -40,7 +40,7 @@ def square_regions(nodes: int, height: int, width: int) -> Tensor:
     """
     side = math.isqrt(nodes)
     if side * side != nodes or nodes == 0:
-        raise ValueError(f"regions must be given for {nodes} local features, which form no square map")
+        raise ValueError(f"regions: expected a value for {nodes} local features, which form no square map")
     return pooled_regions((side, side), (side, side), (height, width))
 
 
@@ -144,7 +144,7 @@ def plot_matches(
     check_count("flows", flows, 1)
     check_count("columns", columns, 1)
     if not pairs:
-        raise ValueError("pairs must hold at least one pair, got none")
+        raise ValueError("pairs: expected at least one pair, got none")
     _extras.require("train", "matplotlib")
     drawn = [_checked_pair(pair, weighting) for pair in pairs]
     _draw(drawn, flows, columns, path)
@@ -166,16 +166,16 @@ def _checked_pair(pair: MatchedPair, weighting: Weighting) -> _Drawn:
         images.append(_checked_image(f"{name}_image", image))
         check_floating(**{f"{name}_map": maps})
         if maps.dim() != 2:
-            raise ValueError(f"{name}_map must be [N, C], got {list(maps.shape)}")
+            raise ValueError(f"{name}_map: expected shape [N, C], got {list(maps.shape)}")
         height, width = image.shape[1:]
         boxes = square_regions(len(maps), height, width) if boxes is None else boxes
         if not isinstance(boxes, Tensor):
-            raise TypeError(f"{name}_regions must be a tensor, got {type(boxes).__name__}")
+            raise TypeError(f"{name}_regions: expected a tensor, got {type(boxes).__name__}")
         if boxes.shape != (len(maps), 4):
-            raise ValueError(f"{name}_regions must be [{len(maps)}, 4], got {list(boxes.shape)}")
+            raise ValueError(f"{name}_regions: expected shape [{len(maps)}, 4], got {list(boxes.shape)}")
         empty = ~(boxes[:, 2:] > boxes[:, :2]).all(1)  # of NaN too
         if empty.any():
-            raise ValueError(f"{name}_regions must have an area, got {boxes[empty][0].tolist()}")
+            raise ValueError(f"{name}_regions: expected an area, got {boxes[empty][0].tolist()}")
         regions.append(boxes.double().cpu())
     query_map, support_map = pair.query_map, pair.support_map
     checked_maps(query_map=query_map[None, None], support_map=support_map[None, None])
@@ -187,16 +187,16 @@ def _checked_pair(pair: MatchedPair, weighting: Weighting) -> _Drawn:
 def _checked_image(name: str, image: Tensor) -> Tensor:
     """``[H, W, 3]`` in [0, 1]."""
     if not isinstance(image, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(image).__name__}")
+        raise TypeError(f"{name}: expected a tensor, got {type(image).__name__}")
     if image.dim() != 3 or image.shape[0] not in (1, 3) or image.numel() == 0:
-        raise ValueError(f"{name} must be [C, H, W] with one or three channels, got {list(image.shape)}")
+        raise ValueError(f"{name}: expected shape [C, H, W] with one or three channels, got {list(image.shape)}")
     if image.dtype != torch.uint8 and not image.is_floating_point():
-        raise TypeError(f"{name} must be uint8 or floating-point, got {image.dtype}")
+        raise TypeError(f"{name}: expected uint8 or floating-point, got {image.dtype}")
     pixels = image.detach().cpu().float()
     if image.dtype == torch.uint8:
         pixels = pixels / 255
     elif not ((pixels >= 0) & (pixels <= 1)).all():
-        raise ValueError(f"{name} must lie in [0, 1], got {pixels.min().item():g} to {pixels.max().item():g}")
+        raise ValueError(f"{name}: expected a number in [0, 1], got {pixels.min().item():g} to {pixels.max().item():g}")
     return pixels.expand(3, -1, -1).permute(1, 2, 0)
 
 

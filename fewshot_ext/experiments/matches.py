@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewshot_ext._checks import check_count
 from fewshot_ext._files import replace_file
 from fewshot_ext._precision import normalize
 from fewshot_ext._random import derive_generator
+from fewshot_ext._validation import check_count
 from fewshot_ext.data import ImageArchive, ImageInput
 from fewshot_ext.data.fonts import figure_text
 from fewshot_ext.evaluation import FrozenBackbone, extract_features
@@ -71,9 +71,9 @@ def draw_pairs(archive: ImageArchive, *, same_class: int = 4, other_class: int =
     order = torch.randperm(archive.num_classes, generator=generator).tolist()
     large = [label for label in order if counts[label] > 1]
     if same_class > len(large):
-        raise ValueError(f"same_class must be at most {len(large)}, the classes with two images, got {same_class}")
+        raise ValueError(f"same_class: expected at most {len(large)}, the classes with two images, got {same_class}")
     if other_class and (counts > 0).sum() < 2:
-        raise ValueError(f"other_class must be 0 where there is one class, got {other_class}")
+        raise ValueError(f"other_class: expected 0 where there is one class, got {other_class}")
 
     def pick(label: int, count: int) -> list[int]:
         members = (archive.labels == label).nonzero().squeeze(1)
@@ -228,7 +228,7 @@ def shortened(name: str, width: int) -> str:
 def check_pairs(pairs: int) -> None:
     """Raises ValueError unless one picture has room for so many pairs."""
     if not 1 <= pairs <= MOST_PAIRS:
-        raise ValueError(f"pairs must be 1 to {MOST_PAIRS} for one picture, got {pairs}")
+        raise ValueError(f"pairs: expected 1 to {MOST_PAIRS} for one picture, got {pairs}")
 
 
 def _seen_by(preprocessing: nn.Module, images: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from fewshot_ext._checks import check_count
 from fewshot_ext._random import derive_generator, derive_seed
+from fewshot_ext._validation import check_count
 from fewshot_ext.data import Episodes, ImageArchive, sample_episodes
 from fewshot_ext.evaluation import (
     FrozenBackbone,
@@ -106,7 +106,7 @@ class FewShotAccuracy:
             check_count("base_queries", self.base_queries, 1)
         if not self.classes or len(set(self.classes)) < len(self.classes) or not set(self.classes) <= set(CLASSES):
             raise ValueError(
-                f"classes must be some of {', '.join(CLASSES)}, none of them twice, got {list(self.classes)}"
+                f"classes: expected some of {', '.join(CLASSES)}, none of them twice, got {list(self.classes)}"
             )
 
     def settings(self) -> dict[str, Any]:

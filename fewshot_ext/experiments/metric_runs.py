@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fewshot_ext._checks import check_choice, check_count, check_positive
+from fewshot_ext._validation import check_choice, check_count, check_positive
 from fewshot_ext.data import ImageArchive, Split
 from fewshot_ext.experiments.runs import without_defaults
 from fewshot_ext.experiments.sweep_task import SweepTask, load_once
@@ -147,10 +147,10 @@ def metric_runs(
     check_choice("proxy_variant", proxy_variant, "batch_proxy", "all_proxy")
     for name, values in {"losses": losses, "seeds": seeds, **weights}.items():
         if not values or len(set(values)) < len(values):
-            raise ValueError(f"{name} must name at least one, and none twice, got {list(values)}")
+            raise ValueError(f"{name}: expected at least one, and none twice, got {list(values)}")
     weights["proxy_pair_weights"] = proxy_pair_weights
     if len(set(proxy_pair_weights)) < len(proxy_pair_weights):
-        raise ValueError(f"proxy_pair_weights must name none twice, got {list(proxy_pair_weights)}")
+        raise ValueError(f"proxy_pair_weights: expected none twice, got {list(proxy_pair_weights)}")
     for name, values in weights.items():
         for weight in values:
             check_positive(name, weight)

@@ -132,7 +132,7 @@ class Sweep(TaskSweep):
         checkpoints: str | Path | None = None,
     ) -> None:
         if not runs:
-            raise ValueError("runs must name at least one run, got none")
+            raise ValueError("runs: expected at least one run, got none")
         check_runs(runs, archive, measurement)
         self.archive, self.output, self.measurement, self.device = archive, Path(output), measurement, device
         self.checkpoints = Path(checkpoints or self.output / "runs")
@@ -241,7 +241,7 @@ def check_runs(runs: Sequence[SweepRun], archive: ImageArchive, measurement: Mea
     """
     _extras.require("train", "lightning", "tensorboard", "kornia", "matplotlib", "tqdm")
     if len(set(runs)) < len(runs):
-        raise ValueError("runs must all be different: a loss, margin or seed is given twice")
+        raise ValueError("runs: expected all to be different: a loss, margin or seed is given twice")
     channels, height, width = archive.images.shape[1:]
     for backbone in {run.pretraining.backbone for run in runs}:
         with torch.device("meta"):

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fewshot_ext import _extras
-from fewshot_ext._checks import check_count, check_positive
 from fewshot_ext._files import replace_file
 from fewshot_ext._precision import normalize
 from fewshot_ext._random import derive_generator, derive_seed
+from fewshot_ext._validation import check_count, check_positive
 from fewshot_ext.data import ImageArchive
 from fewshot_ext.evaluation import ProtocolConfig
 from fewshot_ext.experiments.accuracies import Row, select, values
@@ -61,7 +61,7 @@ class Embedding:
     def __post_init__(self) -> None:
         check_count("num_classes", self.num_classes, 2)
         if self.num_classes > len(STYLES):
-            raise ValueError(f"num_classes must be at most {len(STYLES)} to be told apart, got {self.num_classes}")
+            raise ValueError(f"num_classes: expected at most {len(STYLES)} to be told apart, got {self.num_classes}")
         check_count("images", self.images, 2)
         check_positive("perplexity", self.perplexity)
 
@@ -79,12 +79,14 @@ class Embedding:
             archive = images.test[classes]
             if archive.num_classes < self.num_classes:
                 raise ValueError(
-                    f"num_classes must be at most {archive.num_classes}, the {classes} classes of {run.data}, "
+                    f"num_classes: expected at most {archive.num_classes}, the {classes} classes of {run.data}, "
                     f"got {self.num_classes}"
                 )
             drawn = len(self._draw(run, classes, archive))
             if drawn <= self.perplexity:
-                raise ValueError(f"perplexity must be below the {drawn} images of a picture, got {self.perplexity}")
+                raise ValueError(
+                    f"perplexity: expected less than the {drawn} images of a picture, got {self.perplexity}"
+                )
         self.accuracy.check(run, images)
 
     def __call__(self, trained: TrainedRun, report: Callable[[str], None]) -> list[dict[str, Any]]:

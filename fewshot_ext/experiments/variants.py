@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fewshot_ext._checks import check_positive
 from fewshot_ext._files import replace_file
+from fewshot_ext._validation import check_positive
 from fewshot_ext.data import AugmentationConfig
 from fewshot_ext.experiments.accuracies import Row, difference, mean_accuracy, select, values
 from fewshot_ext.experiments.figures import CLASS_TITLES, STYLES, figure, shared_legend
@@ -51,7 +51,7 @@ def regularizer_configs(
         ['margin 0', 'margin -0.1', 'margin -0.1, weight decay 0.0001']
     """
     if not margin:
-        raise ValueError(f"margin must not be 0, which is the first variant, got {margin}")
+        raise ValueError(f"margin: expected another value than 0, which is the first variant, got {margin}")
     with_margin, name = replace(config, margin=margin), f"margin {margin:g}"
     variants = {PLAIN: replace(config, margin=0.0), name: with_margin}
     if weight_decay is not None:
@@ -88,7 +88,7 @@ def label_smoothing_configs(
         ValueError: a margin of 0, or a share that is not in (0, 1).
     """
     if not margin:
-        raise ValueError(f"margin must not be 0, which is the first variant, got {margin}")
+        raise ValueError(f"margin: expected another value than 0, which is the first variant, got {margin}")
     check_positive("label_smoothing", label_smoothing)
     plain = replace(config, margin=0.0, label_smoothing=0.0)
     return {
@@ -107,7 +107,7 @@ def variant_runs(
         ValueError: no seeds.
     """
     if not seeds:
-        raise ValueError("seeds must name at least one seed, got none")
+        raise ValueError("seeds: expected at least one seed, got none")
     return [SweepRun(data, config, seed, held_out, variant) for seed in seeds for variant, config in configs.items()]
 
 

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 import torch
 
-from fewshot_ext._checks import check_count
 from fewshot_ext._progress import progress_bar
+from fewshot_ext._validation import check_count
 
 
 class Task(Protocol):

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewshot_ext._checks import check_choice, check_count, check_positive
 from fewshot_ext._episodes import check_support_target, class_means
 from fewshot_ext._precision import full_precision, normalize
+from fewshot_ext._validation import check_choice, check_count, check_positive
 from fewshot_ext.heads.vectors import FineTuning, Head, MatchingNet, ProtoNet
 from fewshot_ext.models import StructuredClassifierConfig, class_prototypes, emd_logits
 from fewshot_ext.models.matching import TEMPERATURE, Weighting, check_finite_maps, checked_maps
@@ -155,7 +155,7 @@ class LocalNearestNeighbors(MapHead):
     def check_regions(self, regions: int) -> None:
         if regions < self.neighbors:
             raise ValueError(
-                f"neighbors must be at most {regions}, the local features of the class with the fewest, "
+                f"neighbors: expected at most {regions}, the local features of the class with the fewest, "
                 f"got {self.neighbors}"
             )
 
@@ -235,7 +235,7 @@ class Pooled(MapHead):
     def __post_init__(self) -> None:
         if not isinstance(self.head, Head) or self.head.takes_maps or self.head.needs_base_mean:
             raise TypeError(
-                f"head must be a head for single features that needs no mean of the base classes, got {self.head!r}"
+                f"head: expected a head for single features that needs no mean of the base classes, got {self.head!r}"
             )
 
     @property
@@ -283,7 +283,7 @@ def find_map_head(name: str) -> MapHead:
         LocalNearestNeighbors(neighbors=3, scale=1.0)
     """
     if name not in MAP_HEADS:
-        raise ValueError(f"head must be one of {', '.join(MAP_HEADS)}, got {name!r}")
+        raise ValueError(f"head: expected one of {', '.join(MAP_HEADS)}, got {name!r}")
     return MAP_HEADS[name]
 
 

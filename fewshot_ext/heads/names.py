@@ -97,12 +97,12 @@ pyramid=(), grids=(2, 3), ratio=2.0, regions=9, horizontal_flip=True, seed=0))
     plain, at, regions = name.partition("@")
     if plain not in HEADS and plain not in MAP_HEADS:
         names = ", ".join([*HEADS, *(known for known in MAP_HEADS if known not in HEADS)])
-        raise ValueError(f"head must be one of {names}, got {plain!r}")
+        raise ValueError(f"head: expected one of {names}, got {plain!r}")
     if not at and plain in HEADS:
         head = FineTuning.from_config(settings.finetuning, similarity) if plain == "finetune" else HEADS[plain]
         return HeadChoice(head)
     if at and regions not in REGIONS:
-        raise ValueError(f"regions after @ must be one of {', '.join(REGIONS)}, got {regions!r} in head {name!r}")
+        raise ValueError(f"regions after @: expected one of {', '.join(REGIONS)}, got {regions!r} in head {name!r}")
     if plain not in MAP_HEADS:
         raise ValueError(
             f"head {name!r} asks for maps, but {plain} takes feature vectors; the heads for maps are "

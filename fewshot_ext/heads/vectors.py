@@ -10,10 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewshot_ext._checks import check_at_least, check_choice, check_count, check_finite, check_fraction, check_positive
 from fewshot_ext._episodes import check_support_target, class_means
 from fewshot_ext._precision import full_precision, normalize
-from fewshot_ext._validation import check_similarity
+from fewshot_ext._validation import (
+    check_at_least,
+    check_choice,
+    check_count,
+    check_fraction,
+    check_number,
+    check_positive,
+    check_similarity,
+)
 from fewshot_ext.ops import finetune_episodes
 
 
@@ -71,9 +78,11 @@ class Head(ABC):
         support, query = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (support, query))
         if self.needs_base_mean:
             if base_mean is None:
-                raise ValueError(f"base_mean must be given: {type(self).__name__} subtracts it from every feature")
+                raise ValueError(
+                    f"base_mean: expected a value, got none: {type(self).__name__} subtracts it from every feature"
+                )
             if base_mean.shape != support.shape[2:]:
-                raise ValueError(f"base_mean must be [{support.shape[2]}], got {list(base_mean.shape)}")
+                raise ValueError(f"base_mean: expected shape [{support.shape[2]}], got {list(base_mean.shape)}")
             support, query = (x - base_mean.to(x) for x in (support, query))
         return self._scores(support, support_target, query, way, generator)
 
@@ -117,7 +126,7 @@ class FineTuningConfig:
 
     def __post_init__(self) -> None:
         check_positive("scale", self.scale)
-        check_finite("margin", self.margin)
+        check_number("margin", self.margin)
         check_count("steps", self.steps, 1)
         check_count("batch_size", self.batch_size, 1)
         check_positive("lr", self.lr)
@@ -321,7 +330,7 @@ def find_head(name: str) -> Head:
         ProtoNet(metric='euclidean', scale=1.0)
     """
     if name not in HEADS:
-        raise ValueError(f"head must be one of {', '.join(HEADS)}, got {name!r}")
+        raise ValueError(f"head: expected one of {', '.join(HEADS)}, got {name!r}")
     return HEADS[name]
 
 
@@ -329,17 +338,17 @@ def _check_episodes(support: Tensor, support_target: Tensor, query: Tensor, way:
     for name, value in (("support", support), ("query", query)):
         if not isinstance(value, Tensor) or not value.is_floating_point():
             came = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name} must be a floating-point tensor, got {came}")
+            raise TypeError(f"{name}: expected a floating-point tensor, got {came}")
     if support.dim() != 3:
-        raise ValueError(f"support must be [E, S, D], got {list(support.shape)}")
+        raise ValueError(f"support: expected shape [E, S, D], got {list(support.shape)}")
     episodes, _, dimension = support.shape
     check_support_target(support_target, support, way)
     if query.dim() != 3 or query.shape[0] != episodes or query.shape[2] != dimension:
-        raise ValueError(f"query must be [{episodes}, Q, {dimension}], got {list(query.shape)}")
+        raise ValueError(f"query: expected shape [{episodes}, Q, {dimension}], got {list(query.shape)}")
     if query.dtype != support.dtype:
-        raise TypeError(f"query must have the dtype of support, {support.dtype}, got {query.dtype}")
+        raise TypeError(f"query: expected the dtype of support, {support.dtype}, got {query.dtype}")
     if query.device != support.device:
-        raise ValueError(f"query must be on the device of support, {support.device}, got {query.device}")
+        raise ValueError(f"query: expected the device of support, {support.device}, got {query.device}")
 
 
 def _similarities(query: Tensor, points: Tensor, metric: Literal["cosine", "euclidean"]) -> Tensor:

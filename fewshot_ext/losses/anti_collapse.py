@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fewshot_ext._precision import accumulate_dtype, normalize
-from fewshot_ext._validation import check_choice, check_floating, check_number, check_tensor
+from fewshot_ext._validation import check_at_least, check_choice, check_floating, check_positive, check_tensor
 from fewshot_ext.ops import coding_rate
 
 VARIANTS = ("pair", "batch_proxy", "all_proxy")
@@ -98,16 +98,16 @@ class AntiCollapseLoss(nn.Module):
         super().__init__()
         if not isinstance(base, nn.Module):
             raise TypeError(f"base: expected a torch.nn.Module, got {type(base).__name__}")
-        check_choice("variant", variant, VARIANTS)
-        check_choice("convention", convention, CONVENTIONS)
+        check_choice("variant", variant, *VARIANTS)
+        check_choice("convention", convention, *CONVENTIONS)
         self.base = base
         self.variant = variant
         self.convention = convention
-        self.eps = check_number("eps", eps, positive=True)
-        self.gamma1 = check_number("gamma1", gamma1, positive=True)
-        self.base_weight = _check_weight("base_weight", base_weight)
-        self.weight = _check_weight("weight", weight)
-        self.gamma2 = _check_weight("gamma2", gamma2)
+        self.eps = check_positive("eps", eps)
+        self.gamma1 = check_positive("gamma1", gamma1)
+        self.base_weight = check_at_least("base_weight", base_weight, 0)
+        self.weight = check_at_least("weight", weight, 0)
+        self.gamma2 = check_at_least("gamma2", gamma2, 0)
         if not isinstance(proxies, str):
             raise TypeError(f"proxies: expected the name of a parameter of base, got {type(proxies).__name__}")
         self.proxies = proxies
@@ -177,10 +177,3 @@ class AntiCollapseLoss(nn.Module):
     def extra_repr(self) -> str:
         names = ("variant", "convention", "eps", "base_weight", "weight", "gamma1", "gamma2", "proxies")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
-
-
-def _check_weight(name: str, value: object) -> float:
-    value = check_number(name, value)
-    if value < 0:
-        raise ValueError(f"{name}: expected a number of at least 0, got {value}")
-    return value

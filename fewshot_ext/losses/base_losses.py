@@ -116,7 +116,7 @@ def base_loss(name: str, num_classes: int, embedding_size: int) -> nn.Module:
         >>> loss(torch.randn(8, 16), torch.randint(5, (8,))).shape
         torch.Size([])
     """
-    check_choice("name", name, BASE_LOSSES)
+    check_choice("name", name, *BASE_LOSSES)
     num_classes = check_count("num_classes", num_classes, 2)
     embedding_size = check_count("embedding_size", embedding_size, 1)
     if name in PROXY_LOSSES:

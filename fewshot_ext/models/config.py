@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fewshot_ext._checks import check_count, check_fraction
+from fewshot_ext._validation import check_count, check_fraction
 from fewshot_ext.models.backbone import Backbone
 from fewshot_ext.models.conv import conv4
 from fewshot_ext.models.drop_block import RAMP_STEPS
@@ -43,20 +43,20 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         if self.name not in ("conv4", "wrn28_10", *_RESNETS):
-            raise ValueError(f"name must be conv4, resnet12, resnet18 or wrn28_10, got {self.name!r}")
+            raise ValueError(f"name: expected conv4, resnet12, resnet18 or wrn28_10, got {self.name!r}")
         if self.width is not None:
             check_count("width", self.width, 1)
             if self.name == "resnet12" and self.width % 2:
                 raise ValueError(
-                    f"width must be even for resnet12, whose second stage has 2.5 times it, got {self.width}"
+                    f"width: expected an even number for resnet12 (its second stage has 2.5 times it), got {self.width}"
                 )
         if self.pooled_blocks is not None and not 0 <= self.pooled_blocks <= _POOLED_BLOCKS:
-            raise ValueError(f"pooled_blocks must lie in [0, {_POOLED_BLOCKS}], got {self.pooled_blocks}")
+            raise ValueError(f"pooled_blocks: expected a number in [0, {_POOLED_BLOCKS}], got {self.pooled_blocks}")
         if self.pooled_blocks not in (None, _POOLED_BLOCKS) and self.name != "conv4":
             raise ValueError(f"pooled_blocks is an option of conv4, got {self.pooled_blocks} for {self.name}")
         check_fraction("drop_rate", self.drop_rate)
         if self.drop_rate and self.name == "conv4":
-            raise ValueError(f"drop_rate must be 0 for conv4, which has no dropout, got {self.drop_rate}")
+            raise ValueError(f"drop_rate: expected 0 for conv4, which has no dropout, got {self.drop_rate}")
         check_count("drop_block_size", self.drop_block_size, 1)
         check_count("drop_ramp_steps", self.drop_ramp_steps, 0)
         if self.embedding is not None:

@@ -45,9 +45,9 @@ class ConvBackbone(Backbone):
     ) -> None:
         super().__init__()
         if not channels or min(channels) < 1:
-            raise ValueError(f"channels must name at least one block, each of at least 1 channel, got {channels}")
+            raise ValueError(f"channels: expected at least one block, each of at least 1 channel, got {channels}")
         if not 0 <= pooled_blocks <= len(channels):
-            raise ValueError(f"pooled_blocks must lie in [0, {len(channels)}], got {pooled_blocks}")
+            raise ValueError(f"pooled_blocks: expected a number in [0, {len(channels)}], got {pooled_blocks}")
         self.channels, self.pooled_blocks = tuple(channels), pooled_blocks
         self.out_channels = channels[-1]
         inputs = (in_channels, *channels[:-1])

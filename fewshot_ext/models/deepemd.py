@@ -6,9 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fewshot_ext._checks import check_at_least, check_choice, check_count, check_positive
 from fewshot_ext._episodes import check_support_target, class_means
 from fewshot_ext._precision import full_precision
+from fewshot_ext._validation import check_at_least, check_choice, check_count, check_positive
 from fewshot_ext.models.backbone import Backbone
 from fewshot_ext.models.local_features import FCN, Grid, LocalFeatures, Sampling
 from fewshot_ext.models.matching import TEMPERATURE, Weighting, emd_logits
@@ -47,7 +47,7 @@ class LocalFeaturesConfig:
         for side in self.pyramid:
             check_count("pyramid", side, 1)
         if not self.grids:
-            raise ValueError("grids must name at least one side, got none")
+            raise ValueError("grids: expected at least one side, got none")
         for side in self.grids:
             check_count("grids", side, 1)
         check_at_least("ratio", self.ratio, 1)
@@ -157,14 +157,14 @@ class DeepEMD(nn.Module):
         """
         for name, images in (("support", support), ("query", query)):
             if not isinstance(images, Tensor):
-                raise TypeError(f"{name} must be a tensor, got {type(images).__name__}")
+                raise TypeError(f"{name}: expected a tensor, got {type(images).__name__}")
             if images.dim() < 3:
-                raise ValueError(f"{name} must be [E, images, ...], got {list(images.shape)}")
+                raise ValueError(f"{name}: expected shape [E, images, ...], got {list(images.shape)}")
         if query.shape[0] != support.shape[0] or query.shape[2:] != support.shape[2:]:
             expected = ", ".join(map(str, (support.shape[0], "Q", *support.shape[2:])))
-            raise ValueError(f"query must be [{expected}] for these support images, got {list(query.shape)}")
+            raise ValueError(f"query: expected shape [{expected}] for these support images, got {list(query.shape)}")
         if query.dtype != support.dtype:
-            raise TypeError(f"query must have the dtype of support, {support.dtype}, got {query.dtype}")
+            raise TypeError(f"query: expected the dtype of support, {support.dtype}, got {query.dtype}")
         check_support_target(support_target, support, way)
         maps = self.local_features(torch.cat([support, query], 1).flatten(0, 1))
         # The structured layer computes in float32 or better, and what it is compared with must have its dtype.

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewshot_ext._checks import check_count, check_fraction
+from fewshot_ext._validation import check_count, check_fraction
 
 # The official implementations of the few-shot literature reach the full rate after 20 epochs of 2,000 steps.
 RAMP_STEPS = 40_000

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewshot_ext._checks import check_at_least, check_count
 from fewshot_ext._random import derive_generator
+from fewshot_ext._validation import check_at_least, check_count
 from fewshot_ext.models.backbone import Backbone
 
 # Of torchvision's RandomResizedCrop, which the official implementation draws its regions with.
@@ -34,7 +34,7 @@ class LocalFeatures(nn.Module, ABC):
     def __init__(self, backbone: Backbone | nn.Module, preprocessing: nn.Module | None = None) -> None:
         super().__init__()
         if not callable(getattr(backbone, "feature_map", None)):
-            raise TypeError(f"backbone must have a method feature_map, {type(backbone).__name__} has none")
+            raise TypeError(f"backbone: expected a method feature_map, {type(backbone).__name__} has none")
         self.backbone = backbone
         self.preprocessing = nn.Identity() if preprocessing is None else preprocessing
         self.training = backbone.training  # what wraps a trained network is not about to train it
@@ -90,7 +90,7 @@ class FCN(LocalFeatures):
         height, width = feature_map.shape[2:]
         if max(self.pyramid, default=0) > min(height, width):
             raise ValueError(
-                f"pyramid must have sides of at most {min(height, width)}, for the feature map is {height} x {width}, "
+                f"pyramid: expected sides of at most {min(height, width)}, for the feature map is {height} x {width}, "
                 f"got {max(self.pyramid)}"
             )
         levels = [F.adaptive_avg_pool2d(feature_map, side) for side in self.pyramid]
@@ -120,7 +120,7 @@ class _Crops(LocalFeatures):
         pixels = self.preprocessing(images)
         if pixels.dim() != 4 or not pixels.is_floating_point():
             raise TypeError(
-                "images must be floating-point [B, C, H, W], or a preprocessing must make them so, "
+                "images: expected floating-point [B, C, H, W], or a preprocessing that makes them so, "
                 f"got {pixels.dtype} {list(pixels.shape)}"
             )
         boxes, mirrored = self.draw(images, *pixels.shape[2:])
@@ -182,14 +182,14 @@ class Grid(_Crops):
         super().__init__(backbone, horizontal_flip, preprocessing)
         self.grids, self.ratio = _checked_sides("grids", grids), ratio
         if not self.grids:
-            raise ValueError("grids must name at least one side, got none")
+            raise ValueError("grids: expected at least one side, got none")
         check_at_least("ratio", ratio, 1)
 
     def draw(self, images: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
         # A cell of one pixel, not enlarged, has half a pixel on either side of its center: rounded, no area at all.
         if min(height, width) < 2 * max(self.grids):
             raise ValueError(
-                f"images must be at least {2 * max(self.grids)} x {2 * max(self.grids)} pixels for a grid of "
+                f"images: expected at least {2 * max(self.grids)} x {2 * max(self.grids)} pixels for a grid of "
                 f"{max(self.grids)} x {max(self.grids)}, got {height} x {width}"
             )
         boxes = []
@@ -373,7 +373,7 @@ def _enlarged_cells(size: int, side: int, ratio: Tensor) -> tuple[Tensor, Tensor
 
 def _checked_sides(name: str, sides: Sequence[int]) -> tuple[int, ...]:
     if not isinstance(sides, Sequence):
-        raise TypeError(f"{name} must be a sequence of integers, got {type(sides).__name__}")
+        raise TypeError(f"{name}: expected a sequence of integers, got {type(sides).__name__}")
     for side in sides:
         check_count(name, side, 1)
     return tuple(sides)

@@ -5,8 +5,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fewshot_ext._checks import check_choice, check_positive
 from fewshot_ext._precision import full_precision, normalize
+from fewshot_ext._validation import check_choice, check_positive
 from fewshot_ext.ops import emd
 
 TEMPERATURE = 12.5  # of the official implementation
@@ -81,9 +81,9 @@ def emd_logits(
 
     .. math:: \text{logit} = \frac{T}{N} \sum_{ij} F_{ij} S_{ij} = \frac{T}{N} (N - \text{EMD}(1 - S, s, d))
 
-    with S the cosines of features centered over the channels, and F the flow of least cost 1 - S between weights s and d
-    of total mass N. The two sides of the equation are equal in value, and the right one carries the whole gradient: to
-    the features through the flow, and to the weights through the duals.
+    with S the cosines of features centered over the channels, and F the flow of least cost 1 - S between weights s and
+    d of total mass N. The two sides of the equation are equal in value, and the right one carries the whole gradient:
+    to the features through the flow, and to the weights through the duals.
 
     All pairs of all episodes are one batch of :func:`fewshot_ext.emd`, cut into several only where it would take more
     than ``bytes_at_once``.
@@ -158,11 +158,11 @@ def match_flows(query: Tensor, support: Tensor, *, weighting: Weighting = "cross
     check_floating(query=query, support=support)
     for name, maps in (("query", query), ("support", support)):
         if maps.dim() < 2:
-            raise ValueError(f"{name} must be [..., N, C], got {list(maps.shape)}")
+            raise ValueError(f"{name}: expected shape [..., N, C], got {list(maps.shape)}")
     batch = query.shape[:-2]
     if support.shape[:-2] != batch:
         raise ValueError(
-            f"support must be [..., M, C] with the batch {list(batch)} of query, got {list(support.shape)}"
+            f"support: expected shape [..., M, C] with the batch {list(batch)} of query, got {list(support.shape)}"
         )
     query, support = (maps.detach().reshape(-1, 1, *maps.shape[-2:]) for maps in (query, support))
     solved = _solve(*checked_maps(query=query, support=support), weighting, detach_weights=True)
@@ -194,7 +194,7 @@ def check_floating(**named: object) -> None:
     for name, value in named.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
             came = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name} must be a floating-point tensor, got {came}")
+            raise TypeError(f"{name}: expected a floating-point tensor, got {came}")
 
 
 def check_finite_maps(**named: Tensor) -> None:
@@ -203,7 +203,7 @@ def check_finite_maps(**named: Tensor) -> None:
         # A sum is one pass without a copy, several times faster; where it overflows it tells nothing.
         accumulate = torch.promote_types(maps.dtype, torch.float32)
         if not maps.detach().sum(dtype=accumulate).isfinite() and not maps.isfinite().all():
-            raise ValueError(f"{name} must be finite, got NaN or infinity")
+            raise ValueError(f"{name}: expected finite values, got NaN or infinity")
 
 
 def checked_maps(**named: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,19 +211,19 @@ def checked_maps(**named: Tensor) -> tuple[Tensor, Tensor]:
     check_floating(**named)
     for name, maps in named.items():
         if maps.dim() != 4:
-            raise ValueError(f"{name} must be [E, images, N, C], got {list(maps.shape)}")
+            raise ValueError(f"{name}: expected shape [E, images, N, C], got {list(maps.shape)}")
         if maps.shape[2] == 0 or maps.shape[3] == 0:
-            raise ValueError(f"{name} must have at least one region and one channel, got {list(maps.shape)}")
+            raise ValueError(f"{name}: expected at least one region and one channel, got {list(maps.shape)}")
     (first_name, first), (second_name, second) = named.items()
     for axis, what in ((0, "episodes"), (3, "channels")):
         if first.shape[axis] != second.shape[axis]:
             raise ValueError(
-                f"{second_name} must have the {first.shape[axis]} {what} of {first_name}, got {second.shape[axis]}"
+                f"{second_name}: expected the {first.shape[axis]} {what} of {first_name}, got {second.shape[axis]}"
             )
     if first.dtype != second.dtype:
-        raise TypeError(f"{second_name} must have the dtype of {first_name}, {first.dtype}, got {second.dtype}")
+        raise TypeError(f"{second_name}: expected the dtype of {first_name}, {first.dtype}, got {second.dtype}")
     if first.device != second.device:
-        raise ValueError(f"{second_name} must be on the device of {first_name}, {first.device}, got {second.device}")
+        raise ValueError(f"{second_name}: expected the device of {first_name}, {first.device}, got {second.device}")
     accumulate = torch.promote_types(first.dtype, torch.float32)
     return first.to(accumulate), second.to(accumulate)
 
@@ -253,6 +253,6 @@ def _solve(query: Tensor, support: Tensor, weighting: Weighting, detach_weights:
                 raise
             largest = max(maps.detach().abs().max().item() for maps in (query, support))
             raise ValueError(
-                f"query and support must have inner products that {query.dtype} holds, got entries of up to {largest:g}"
+                f"query and support: expected inner products that {query.dtype} holds, got entries of up to {largest:g}"
             ) from error
     return _Solved(solved.value, solved.flow, *weights)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fewshot_ext import _extras
-from fewshot_ext._checks import check_choice
 from fewshot_ext._formats import misfits_named, typed
+from fewshot_ext._validation import check_choice
 from fewshot_ext.data import AugmentationConfig, ImageInput
 from fewshot_ext.data.augmentation import resized_size
 from fewshot_ext.models.checkpoint import NETWORK_SCHEMA, read_layout, upgraded
@@ -230,11 +230,13 @@ def as_network(source: "Network | nn.Module | str | Path", preprocessing: Callab
     if isinstance(network, Network) or isinstance(source, str | Path):
         if preprocessing is not None:
             came = str(source) if isinstance(source, str | Path) else type(source).__name__
-            raise ValueError(f"preprocessing must be left out for {came!r}, which brings its own")
+            raise ValueError(f"preprocessing: expected none for {came!r}, which brings its own")
         return (network if isinstance(network, Network) else load_network(source)).eval()
     if not isinstance(source, nn.Module):
         came = type(source).__name__
-        raise TypeError(f"backbone must be a module, the path of a checkpoint or the name of a timm model, got {came}")
+        raise TypeError(
+            f"backbone: expected a module, the path of a checkpoint or the name of a timm model, got {came}"
+        )
     inputs = [part for part in (preprocessing, *source.modules()) if isinstance(part, ImageInput)]
     return Network(
         preprocessing or (nn.Identity() if inputs else _Pixels()),
@@ -317,7 +319,7 @@ def timm_network(name: str, state_dict: dict[str, Tensor] | None = None) -> Netw
     import timm
 
     if not timm.is_model(name):
-        raise ValueError(f"backbone must be a checkpoint file or a model that timm knows, got {name!r}")
+        raise ValueError(f"backbone: expected a checkpoint file or a model that timm knows, got {name!r}")
     if state_dict is not None:
         # Without memory: a name may stand for any size, until it is that of the weights.
         with torch.device("meta"):

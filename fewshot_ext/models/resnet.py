@@ -73,7 +73,9 @@ class ResNet12(Backbone):
     ) -> None:
         super().__init__()
         if width < 2 or width % 2:
-            raise ValueError(f"width must be even and at least 2 (the second stage has 2.5 times as many), got {width}")
+            raise ValueError(
+                f"width: expected an even number of at least 2 (the second stage has 2.5 times as many), got {width}"
+            )
         channels = (width, width * 5 // 2, width * 5, width * 10)
         inputs = (in_channels, *channels[:-1])
         self.out_channels = channels[-1]
@@ -147,7 +149,7 @@ class ResNet18(Backbone):
     ) -> None:
         super().__init__()
         if width < 1:
-            raise ValueError(f"width must be at least 1, got {width}")
+            raise ValueError(f"width: expected at least 1, got {width}")
         self.out_channels = 8 * width
         self.stem = nn.Sequential(
             conv_norm(in_channels, width, 7, stride=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, padding=1)

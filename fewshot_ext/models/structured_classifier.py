@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewshot_ext._checks import check_choice, check_count, check_fraction, check_positive
 from fewshot_ext._episodes import check_support_target, class_means
 from fewshot_ext._precision import full_precision
+from fewshot_ext._validation import check_choice, check_count, check_fraction, check_positive
 from fewshot_ext.models.matching import (
     SMALLEST_LENGTH,
     TEMPERATURE,
@@ -127,11 +127,11 @@ def fit_prototypes(
         order = torch.rand(episodes, config.passes, shots, generator=generator).argsort(-1)
     if not isinstance(order, Tensor) or order.dtype != torch.int64:
         came = order.dtype if isinstance(order, Tensor) else type(order).__name__
-        raise TypeError(f"order must be an int64 tensor, got {came}")
+        raise TypeError(f"order: expected an int64 tensor, got {came}")
     if order.shape != (episodes, config.passes, shots):
-        raise ValueError(f"order must be {[episodes, config.passes, shots]}, got {list(order.shape)}")
+        raise ValueError(f"order: expected {[episodes, config.passes, shots]}, got {list(order.shape)}")
     if (order.sort(-1).values != torch.arange(shots, device=order.device)).any():
-        raise ValueError(f"order must hold permutations of the {shots} support images")
+        raise ValueError(f"order: expected permutations of the {shots} support images")
     bytes_an_episode = support.element_size() * nodes * channels * (2 * shots + 2 * way)
     at_once = max(1, int(bytes_at_once // max(1, bytes_an_episode)))
     parts = zip(*(x.split(at_once) for x in (support, support_target, order.to(support.device))), strict=True)

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewshot_ext._checks import check_fraction
+from fewshot_ext._validation import check_fraction
 from fewshot_ext.models.backbone import Backbone, initialize
 
 _STEM_CHANNELS = 16
@@ -57,7 +57,7 @@ class WideResNet28(Backbone):
     def __init__(self, in_channels: int = 3, width: int = 160, *, drop_rate: float = 0.0) -> None:
         super().__init__()
         if width < 1:
-            raise ValueError(f"width must be at least 1, got {width}")
+            raise ValueError(f"width: expected at least 1, got {width}")
         check_fraction("drop_rate", drop_rate)
         self.out_channels = 4 * width
         self.stem = _conv(in_channels, _STEM_CHANNELS, 3)

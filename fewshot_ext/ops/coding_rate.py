@@ -12,7 +12,11 @@ import torch
 from torch import Tensor
 
 from fewshot_ext._precision import accumulate_dtype, full_precision
-from fewshot_ext._validation import check_floating, check_number, check_tensor
+from fewshot_ext._validation import (
+    check_floating,
+    check_positive,
+    check_tensor,
+)
 from fewshot_ext.ops._autograd import differentiable
 
 
@@ -127,10 +131,10 @@ def coding_rate(embeddings: Tensor, eps: float = 0.5, *, alpha: float | None = N
     """
     check_tensor("embeddings", embeddings, "[..., n, D]", 2, batched=True)
     check_floating("embeddings", embeddings)
-    eps = check_number("eps", eps, positive=True)
+    eps = check_positive("eps", eps)
     *batch, samples, dimensions = embeddings.shape
     if alpha is None:
         alpha = dimensions / (max(samples, 1) * eps**2)
     else:
-        alpha = check_number("alpha", alpha, positive=True)
+        alpha = check_positive("alpha", alpha)
     return coding_rates(embeddings, embeddings.new_full(batch, alpha, dtype=accumulate_dtype(embeddings.dtype)))

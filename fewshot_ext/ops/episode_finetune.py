@@ -6,18 +6,19 @@ order, to rounding; the scores carry no gradient, and asking for one raises. The
 device, because to sort random numbers torch takes about as long as the training.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from fewshot_ext._precision import accumulate_dtype
 from fewshot_ext._validation import (
+    check_at_least,
+    check_count,
     check_device,
     check_flag,
     check_floating,
     check_integer,
     check_number,
+    check_positive,
     check_similarity,
     check_tensor,
     float32_under_autocast,
@@ -225,16 +226,15 @@ def finetune_episodes(
         (torch.Size([600, 80, 5]), torch.Size([600, 80]))
     """
     similarity = check_similarity(similarity)
-    scale = check_number("scale", scale, positive=True)
+    scale = check_positive("scale", scale)
     margin = check_number("margin", margin)
     lr, momentum, weight_decay = (
-        check_number(name, value, between=(0.0, math.inf))
+        check_at_least(name, value, 0)
         for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay))
     )
     dampening = check_number("dampening", dampening)
-    for name, value, least in (("steps", steps, 0), ("batch_size", batch_size, 1)):
-        if check_integer(name, value) < least:
-            raise ValueError(f"{name}: expected an integer of at least {least}, got {value}")
+    check_count("steps", steps, 0)
+    check_count("batch_size", batch_size, 1)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
     if generator is not None and generator.device.type != "cpu":

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewshot_ext._precision import accumulate_dtype
 from fewshot_ext._validation import (
+    check_between,
     check_choice,
     check_device,
     check_flag,
@@ -18,6 +19,7 @@ from fewshot_ext._validation import (
     check_integer,
     check_labels,
     check_number,
+    check_positive,
     check_tensor,
 )
 from fewshot_ext.ops._autograd import differentiable
@@ -169,11 +171,11 @@ def check_settings(
     margin: float, scale: float, label_smoothing: float, ignore_index: int, reduction: str
 ) -> tuple[float, float, float, int]:
     """Margin, scale, label smoothing and ignore_index in the order and types that the operators take."""
-    check_choice("reduction", reduction, tuple(REDUCTIONS))
+    check_choice("reduction", reduction, *REDUCTIONS)
     return (
         check_number("margin", margin),
-        check_number("scale", scale, positive=True),
-        check_number("label_smoothing", label_smoothing, between=(0.0, 1.0)),
+        check_positive("scale", scale),
+        check_between("label_smoothing", label_smoothing, 0, 1),
         check_integer("ignore_index", ignore_index),
     )
 

@@ -5,7 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fewshot_ext._validation import check_floating, check_number, check_tensor
+from fewshot_ext._validation import (
+    check_floating,
+    check_positive,
+    check_tensor,
+)
 from fewshot_ext.ops.coding_rate import coding_rate, coding_rates
 
 
@@ -88,7 +92,7 @@ def rate_reduction(embeddings: Tensor, labels: Tensor, eps: float = 0.5) -> Rate
         raise ValueError(f"labels: expected shape [{embeddings.shape[0]}] to fit embeddings, got {list(labels.shape)}")
     if labels.device != embeddings.device:
         raise ValueError(f"labels: expected device {embeddings.device} as embeddings is on, got {labels.device}")
-    eps = check_number("eps", eps, positive=True)
+    eps = check_positive("eps", eps)
 
     samples, dimensions = embeddings.shape
     classes, index, counts = labels.unique(return_inverse=True, return_counts=True)

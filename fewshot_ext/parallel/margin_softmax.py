@@ -11,12 +11,13 @@ from torch.distributed.tensor import DTensor, Shard
 from fewshot_ext._random import derive_generator, derive_seed
 from fewshot_ext._validation import (
     FLOATING_DTYPES,
+    check_between,
     check_choice,
     check_count,
     check_flag,
     check_floating,
     check_labels,
-    check_number,
+    check_positive,
     check_similarity,
 )
 from fewshot_ext.ops.margin_softmax import check_settings, check_tensors
@@ -144,10 +145,10 @@ class ClassParallelMarginLoss(nn.Module):
                 ignore_index,
                 reduction,
             )
-            check_choice("backbone_gradients", backbone_gradients, ("mean", "sum"))
+            check_choice("backbone_gradients", backbone_gradients, "mean", "sum")
             check_flag("check", check)
             check_floating("dtype", torch.empty(0, dtype=dtype))
-            rate = check_number("sample_rate", sample_rate, positive=True, between=(0.0, 1.0))
+            rate = check_positive("sample_rate", check_between("sample_rate", sample_rate, 0, 1))
             return {
                 "in_features": check_count("in_features", in_features, 1),
                 "num_classes": check_count("num_classes", num_classes, 2),

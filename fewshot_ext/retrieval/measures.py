@@ -7,10 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fewshot_ext._checks import check_at_least
 from fewshot_ext._extras import require
 from fewshot_ext._precision import accumulate_dtype, full_precision, normalize
-from fewshot_ext._validation import check_choice, check_count, check_integer, check_tensor
+from fewshot_ext._validation import check_at_least, check_choice, check_count, check_integer, check_tensor
 from fewshot_ext.retrieval.exact_search import SCORES_AT_ONCE, ExactSearch
 
 DISTANCES = ("cosine", "euclidean")
@@ -112,8 +111,8 @@ def retrieval_metrics(
     gallery_labels = labels if gallery_labels is None else gallery_labels
     neighbors = len(gallery) - (own is not None)
     _check_ks(ks, neighbors)
-    check_choice("distance", distance, DISTANCES)
-    check_choice("lone_queries", lone_queries, LONE_QUERIES)
+    check_choice("distance", distance, *DISTANCES)
+    check_choice("lone_queries", lone_queries, *LONE_QUERIES)
     if chunk_size is None:
         chunk_size = max(1, SCORES_AT_ONCE // len(gallery))
     else:
@@ -172,7 +171,7 @@ def nearest_neighbors(
         _check_embeddings("gallery", gallery)
     gallery, own = _searched(embeddings, gallery, query_index)
     _check_ks((k,), len(gallery) - (own is not None), "k")
-    check_choice("distance", distance, DISTANCES)
+    check_choice("distance", distance, *DISTANCES)
     search = ExactSearch(embeddings, gallery, distance)
     chunks = torch.arange(len(embeddings), device=embeddings.device).split(max(1, SCORES_AT_ONCE // len(gallery)))
     return torch.cat([search.nearest(chunk, None if own is None else own[chunk], k) for chunk in chunks])
@@ -205,7 +204,7 @@ def clustering_nmi(
         1.0
     """
     _check_set("embeddings", embeddings, "labels", labels)
-    check_choice("distance", distance, DISTANCES)
+    check_choice("distance", distance, *DISTANCES)
     check_at_least("seed", seed, 0)
     require("metric", "sklearn")
     from sklearn.cluster import KMeans
@@ -295,7 +294,7 @@ def check_retrieval(
     with_itself = gallery_labels is None
     gallery_labels = labels if with_itself else gallery_labels
     _check_ks(ks, len(gallery_labels) - with_itself)
-    check_choice("lone_queries", lone_queries, LONE_QUERIES)
+    check_choice("lone_queries", lone_queries, *LONE_QUERIES)
     _counted_queries(count_relevant(labels, gallery_labels) - int(with_itself), labels, lone_queries)
 
 

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fewshot_ext._checks import check_choice, check_count, check_positive
 from fewshot_ext._precision import full_precision
+from fewshot_ext._validation import check_choice, check_count, check_positive
 from fewshot_ext.evaluation.backbones import FrozenBackbone
 from fewshot_ext.evaluation.protocol import check_map_memory, extract_features
 from fewshot_ext.heads.names import crops_an_image
@@ -65,26 +65,26 @@ def rerank(
     check_floating(query_maps=query_maps, gallery_maps=gallery_maps)
     for name, maps in (("query_maps", query_maps), ("gallery_maps", gallery_maps)):
         if maps.dim() != 3 or 0 in maps.shape[1:]:
-            raise ValueError(f"{name} must be [images, N, C], N and C at least 1, got {list(maps.shape)}")
+            raise ValueError(f"{name}: expected shape [images, N, C], N and C at least 1, got {list(maps.shape)}")
     if gallery_maps.shape[2] != query_maps.shape[2]:
         raise ValueError(
-            f"gallery_maps must have the {query_maps.shape[2]} channels of query_maps, got {gallery_maps.shape[2]}"
+            f"gallery_maps: expected the {query_maps.shape[2]} channels of query_maps, got {gallery_maps.shape[2]}"
         )
     if gallery_maps.dtype != query_maps.dtype:
-        raise TypeError(f"gallery_maps must have the dtype of query_maps, {query_maps.dtype}, got {gallery_maps.dtype}")
+        raise TypeError(f"gallery_maps: expected the dtype of query_maps, {query_maps.dtype}, got {gallery_maps.dtype}")
     if not isinstance(candidates, Tensor) or candidates.dtype != torch.int64:
         came = candidates.dtype if isinstance(candidates, Tensor) else type(candidates).__name__
-        raise TypeError(f"candidates must be an int64 tensor, got {came}")
+        raise TypeError(f"candidates: expected an int64 tensor, got {came}")
     if candidates.dim() != 2 or len(candidates) != len(query_maps):
-        raise ValueError(f"candidates must be [{len(query_maps)}, K], got {list(candidates.shape)}")
+        raise ValueError(f"candidates: expected shape [{len(query_maps)}, K], got {list(candidates.shape)}")
     for name, value in (("gallery_maps", gallery_maps), ("candidates", candidates)):
         if value.device != query_maps.device:
-            raise ValueError(f"{name} must be on the device of query_maps, {query_maps.device}, got {value.device}")
+            raise ValueError(f"{name}: expected the device of query_maps, {query_maps.device}, got {value.device}")
     if candidates.numel() == 0:
         return candidates.clone()
     low, high = torch.stack(candidates.aminmax()).tolist()
     if low < 0 or high >= len(gallery_maps):
-        raise ValueError(f"candidates must lie in [0, {len(gallery_maps)}), got {low} to {high}")
+        raise ValueError(f"candidates: expected numbers in [0, {len(gallery_maps)}), got {low} to {high}")
     check_finite_maps(query_maps=query_maps, gallery_maps=gallery_maps)
 
     queries = max(1, int(bytes_at_once // (gallery_maps[0].nbytes * candidates.shape[1])))
@@ -193,13 +193,13 @@ def retrieve_and_rerank(
     """
     sets = {"images": (images, labels)}
     if (gallery_images is None) != (gallery_labels is None):
-        raise ValueError("gallery_images and gallery_labels must be given together")
+        raise ValueError("gallery_images and gallery_labels: expected both or neither")
     if gallery_images is not None:
         sets["gallery_images"] = (gallery_images, gallery_labels)
     elif gallery_embeddings is not None:
-        raise ValueError("gallery_embeddings must be left out where the queries are the gallery")
+        raise ValueError("gallery_embeddings: expected none where the queries are the gallery")
     if gallery_images is not None and (embeddings is None) != (gallery_embeddings is None):
-        raise ValueError("embeddings and gallery_embeddings must be given together")
+        raise ValueError("embeddings and gallery_embeddings: expected both or neither")
     for name, (pictures, own) in sets.items():
         _check_images(name, pictures, own)
     for name, vectors, pictures in (
@@ -207,28 +207,28 @@ def retrieve_and_rerank(
         ("gallery_embeddings", gallery_embeddings, gallery_images),
     ):
         if vectors is not None and len(vectors) != len(pictures):
-            raise ValueError(f"{name} must be [{len(pictures)}, D], a row an image, got {list(vectors.shape)}")
+            raise ValueError(f"{name}: expected shape [{len(pictures)}, D], a row an image, got {list(vectors.shape)}")
     check_retrieval(labels, gallery_labels, ks=ks, lone_queries=lone_queries)
     check_choice("distance", distance, "cosine", "euclidean")
     check_choice("weighting", weighting, "cross_reference", "uniform")
     check_count("batch_size", batch_size, 1)
     check_positive("map_memory", map_memory)
     if map_dtype not in (torch.float32, torch.float16):
-        raise ValueError(f"map_dtype must be torch.float32 or torch.float16, got {map_dtype}")
+        raise ValueError(f"map_dtype: expected torch.float32 or torch.float16, got {map_dtype}")
     neighbors = len(images) - 1 if gallery_images is None else len(gallery_images)
     if not isinstance(candidates, Integral) or isinstance(candidates, bool):
-        raise TypeError(f"candidates must be an integer, got {type(candidates).__name__}")
+        raise TypeError(f"candidates: expected an integer, got {type(candidates).__name__}")
     if not max(ks) <= candidates <= neighbors:
         raise ValueError(
-            f"candidates must lie in [{max(ks)}, {neighbors}], from the largest K to the images that can be found, "
-            f"got {candidates}"
+            f"candidates: expected numbers in [{max(ks)}, {neighbors}], from the largest K to the images that can be "
+            f"found, got {candidates}"
         )
     maps_of = backbone.network.local_features(local_features).to(device)
     try:
         example = extract_features(maps_of, images[:1])
     except RuntimeError as error:
         shape = list(images.shape)
-        raise ValueError(f"images must be what backbone {backbone.name} takes, got {shape}: {error}") from error
+        raise ValueError(f"images: expected what backbone {backbone.name} takes, got {shape}: {error}") from error
     total = sum(len(pictures) for pictures, _ in sets.values())
     check_map_memory(map_memory, total, example.shape[1:], map_dtype, "re-ranking")
 
@@ -259,15 +259,15 @@ def retrieve_and_rerank(
 def _check_images(name: str, images: object, labels: object) -> None:
     if not isinstance(images, Tensor) or images.dtype != torch.uint8:
         came = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(f"{name} must be a uint8 tensor, got {came}")
+        raise TypeError(f"{name}: expected a uint8 tensor, got {came}")
     if images.dim() != 4 or not len(images):
-        raise ValueError(f"{name} must be [images, C, H, W] with at least one image, got {list(images.shape)}")
+        raise ValueError(f"{name}: expected shape [images, C, H, W] with at least one image, got {list(images.shape)}")
     kind = "labels" if name == "images" else "gallery_labels"
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
         came = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"{kind} must be an int64 tensor, got {came}")
+        raise TypeError(f"{kind}: expected an int64 tensor, got {came}")
     if labels.shape != images.shape[:1]:
-        raise ValueError(f"{kind} must be [{len(images)}] for {name}, got {list(labels.shape)}")
+        raise ValueError(f"{kind}: expected shape [{len(images)}] for {name}, got {list(labels.shape)}")
 
 
 def _recall(order: Tensor, labels: Tensor, gallery_labels: Tensor, ks: Sequence[int]) -> dict[int, float]:

@@ -3,16 +3,16 @@
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from fewshot_ext._checks import (
+from fewshot_ext._formats import nested, typed
+from fewshot_ext._validation import (
     check_at_least,
     check_choice,
     check_count,
-    check_finite,
     check_fraction,
+    check_number,
     check_positive,
+    check_similarity,
 )
-from fewshot_ext._formats import nested, typed
-from fewshot_ext._validation import check_similarity
 from fewshot_ext.data.augmentation import AugmentationConfig
 from fewshot_ext.models import BackboneConfig
 
@@ -86,8 +86,8 @@ class TrainingConfig:
         if self.image_size is not None:
             check_count("image_size", self.image_size, 1)
         if (self.mean is None) != (self.std is None):
-            raise ValueError(f"mean and std must both be given or both be null, got {self.mean} and {self.std}")
-        for name, values, check in (("mean", self.mean, check_finite), ("std", self.std, check_positive)):
+            raise ValueError(f"mean and std: expected both or neither, got {self.mean} and {self.std}")
+        for name, values, check in (("mean", self.mean, check_number), ("std", self.std, check_positive)):
             for value in values or ():
                 check(name, value)
 
@@ -162,7 +162,7 @@ class PreTrainingConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "similarity", check_similarity(self.similarity))
-        check_finite("margin", self.margin)
+        check_number("margin", self.margin)
         check_positive("scale", self.scale)
         check_fraction("label_smoothing", self.label_smoothing)
         check_count("epochs", self.epochs, 1)
@@ -186,7 +186,7 @@ class PreTrainingConfig(TrainingConfig):
                 if optimizer != self.optimizer and came != default[name]:
                     raise ValueError(f"{name} is an option of optimizer {optimizer}, got {came} for {self.optimizer}")
         if self.nesterov and not self.momentum:
-            raise ValueError("nesterov must be false without momentum, got momentum 0")
+            raise ValueError("nesterov: expected false without momentum, got momentum 0")
 
     @property
     def loss(self) -> str:
@@ -217,7 +217,7 @@ class PreTrainingConfig(TrainingConfig):
         if loss.startswith("neg-"):
             margin = _MARGINS[LOSSES[loss]] if margin is None else margin
         elif margin:
-            raise ValueError(f"margin must be 0 for loss {loss!r}, got {margin}; loss 'neg-{loss}' takes any")
+            raise ValueError(f"margin: expected 0 for loss {loss!r}, got {margin}; loss 'neg-{loss}' takes any")
         if scale is None:
             backbone = settings.get("backbone", BackboneConfig())
             scale = 30.0 if LOSSES[loss] == "cosine" else 10.0 if backbone.name == "resnet12" else 5.0

@@ -34,7 +34,7 @@ class RankBatches(Sampler[Tensor]):
         if batches.batch_size < 2 * world_size:
             raise ValueError(
                 f"batch_size {batches.batch_size} is shared by {world_size} processes: "
-                f"it must be at least {2 * world_size}, 2 for each"
+                f"it has to be at least {2 * world_size}, 2 for each"
             )
         self.batches, self.rank, self.world_size = batches, rank, world_size
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from fewshot_ext._checks import check_at_least, check_choice, check_count, check_fraction, check_positive
+from fewshot_ext._validation import check_at_least, check_choice, check_count, check_fraction, check_positive
 from fewshot_ext.models import BackboneConfig, LocalFeaturesConfig, StructuredClassifierConfig
 from fewshot_ext.models.matching import TEMPERATURE, Weighting
 from fewshot_ext.training.config import TrainingConfig, ValidationConfig
@@ -86,7 +86,7 @@ class MetaTrainingConfig(TrainingConfig):
             check_positive(name, getattr(self, name))
         check_fraction("momentum", self.momentum)
         if self.nesterov and not self.momentum:
-            raise ValueError("nesterov must be false without momentum, got momentum 0")
+            raise ValueError("nesterov: expected false without momentum, got momentum 0")
         check_choice("weighting", self.weighting, "cross_reference", "uniform")
 
     @property

@@ -126,7 +126,7 @@ class MetaTraining(ImageTraining):
         for side in self.config.local_features.pyramid:
             if side > min(sides):
                 raise ValueError(
-                    f"local_features.pyramid must name sides of at most {min(sides)}, for the feature map is "
+                    f"local_features.pyramid: expected sides of at most {min(sides)}, for the feature map is "
                     f"{sides[0]} x {sides[1]}, got {side}"
                 )
         self.eval()
@@ -218,7 +218,7 @@ class MetaTrainingRun(TrainingRun):
         if self.config.episodes_per_step % processes:
             raise ValueError(
                 f"episodes_per_step {self.config.episodes_per_step} is shared by {processes} processes: "
-                "it must be a multiple of them"
+                "it has to be a multiple of them"
             )
         return episode_loader(self.archive, RankEpisodes(loader.sampler, rank, processes))
 
@@ -245,7 +245,7 @@ def _from_checkpoint(config: MetaTrainingConfig, archive: ImageArchive, path: st
     for name in FROM_SCRATCH:
         if getattr(config, name) is not None:
             raise ValueError(
-                f"{name} must be null beside a checkpoint, which brings its own, got {getattr(config, name)}"
+                f"{name}: expected null beside a checkpoint, which brings its own, got {getattr(config, name)}"
             )
     path = Path(path).expanduser()
     checkpoint = read_checkpoint(path)

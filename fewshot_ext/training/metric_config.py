@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from fewshot_ext._checks import check_at_least, check_choice, check_count, check_positive
+from fewshot_ext._validation import check_at_least, check_choice, check_count, check_positive
 from fewshot_ext.losses.anti_collapse import CONVENTIONS, VARIANTS
 from fewshot_ext.losses.base_losses import BASE_LOSSES, PROXY_LOSSES
 from fewshot_ext.models import BackboneConfig
@@ -72,7 +72,7 @@ class MeasurementConfig:
         check_count("seen_images", self.seen_images, 2)
         check_positive("eps", self.eps)
         if not self.ks or len(set(self.ks)) < len(self.ks):
-            raise ValueError(f"ks must name at least one K, and none twice, got {list(self.ks)}")
+            raise ValueError(f"ks: expected at least one K, and none twice, got {list(self.ks)}")
         for k in self.ks:
             check_count("ks", k, 1)
 
@@ -134,18 +134,18 @@ class MetricTrainingConfig(TrainingConfig):
             check_count("classes_per_batch", self.classes_per_batch, 0)
         if self.classes_per_batch in (0, 1):
             raise ValueError(
-                f"classes_per_batch must be at least 2, got {self.classes_per_batch}: a batch of one class has no "
+                f"classes_per_batch: expected at least 2, got {self.classes_per_batch}: a batch of one class has no "
                 "negatives"
             )
         has_proxies = self.loss in PROXY_LOSSES
         check_count("samples_per_class", self.samples_per_class, 1)
         if self.samples_per_class < 2 and not has_proxies:
             raise ValueError(
-                f"samples_per_class must be at least 2 for {self.loss}, which compares images of a class, got 1"
+                f"samples_per_class: expected at least 2 for {self.loss}, which compares images of a class, got 1"
             )
         if not has_proxies and self.anti_collapse.variant in ("batch_proxy", "all_proxy"):
             raise ValueError(
-                f"anti_collapse.variant must be 'pair' or 'none' for {self.loss}, which has no proxies, "
+                f"anti_collapse.variant: expected 'pair' or 'none' for {self.loss}, which has no proxies, "
                 f"got {self.anti_collapse.variant!r}"
             )
         check_positive("proxy_learning_rate", self.proxy_learning_rate)

@@ -214,7 +214,7 @@ def check_batches(config: MetricTrainingConfig, seen: ImageArchive) -> None:
     classes = int((sizes > 0).sum())
     wanted = config.batches_of(seen.num_classes).classes_per_batch
     if classes < wanted:
-        raise ValueError(f"classes_per_batch must be at most {classes}, the classes to train on, got {wanted}")
+        raise ValueError(f"classes_per_batch: expected at most {classes}, the classes to train on, got {wanted}")
     lone = (sizes == 1).nonzero().flatten().tolist()
     if lone:
         raise ValueError(

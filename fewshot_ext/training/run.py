@@ -24,11 +24,11 @@ import lightning.pytorch as pl  # noqa: E402  (the check above words a missing L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint  # noqa: E402
 from lightning.pytorch.loggers import TensorBoardLogger  # noqa: E402
 
-from fewshot_ext._checks import check_at_least  # noqa: E402
 from fewshot_ext._files import remove_leftovers  # noqa: E402
 from fewshot_ext._formats import check_schema, misfits_named, read_weights  # noqa: E402
 from fewshot_ext._random import derive_seed  # noqa: E402
 from fewshot_ext._record import check_same_settings  # noqa: E402
+from fewshot_ext._validation import check_at_least  # noqa: E402
 from fewshot_ext.data import ImageArchive  # noqa: E402
 from fewshot_ext.models import Backbone, BackboneConfig, NetworkConfig, build_network  # noqa: E402
 from fewshot_ext.models.checkpoint import FORMAT_VERSION, upgraded  # noqa: E402
@@ -292,7 +292,7 @@ def describe_network(
     shape = tuple(archive.images.shape[1:])
     mean, std = (config.mean, config.std) if config.mean is not None else archive.channel_statistics()
     if len(mean) != shape[0] or len(std) != shape[0]:
-        raise ValueError(f"mean and std must give one number a channel: the images have {shape[0]} channels")
+        raise ValueError(f"mean and std: expected one number a channel: the images have {shape[0]} channels")
     return NetworkConfig(backbone, shape, mean, std, config.image_size, config.channels_last, similarity)
 
 

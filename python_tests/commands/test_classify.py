@@ -129,7 +129,7 @@ def test_queries_that_are_all_corrupt(support, query, checkpoints, tmp_path, cap
 def test_one_class_and_empty_folders(support, query, checkpoints, tmp_path, capsys):
     alone = write_digits(tmp_path / "alone", (0,), range(2))
     assert classify(alone, query, checkpoints[0], tmp_path / "out") == 2
-    assert "support must hold at least two classes, and" in capsys.readouterr().err
+    assert "support: expected at least two classes, and" in capsys.readouterr().err
     (support / "digit 9").mkdir()
     assert classify(support, query, checkpoints[0], tmp_path / "out") == 2
     assert "the class's folder 'digit 9' in" in capsys.readouterr().err
@@ -147,20 +147,20 @@ def test_one_class_and_empty_folders(support, query, checkpoints, tmp_path, caps
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--backbone", "resnet50"], "either --checkpoint or --backbone must be given, and not both"),
-        (["--head", "svm"], "head must be one of finetune"),
-        (["--head", "simpleshot"], "base_mean must be given for SimpleShot"),
+        (["--backbone", "resnet50"], "expected either --checkpoint or --backbone, and not both"),
+        (["--head", "svm"], "head: expected one of finetune"),
+        (["--head", "simpleshot"], "base_mean: expected a value for SimpleShot"),
         (["--head", "finetune@fcn"], "asks for maps, but finetune takes feature vectors"),
-        (["--head", "deepemd", "--local_features.pyramid", "[2]"], "pyramid must have sides of at most 1"),
+        (["--head", "deepemd", "--local_features.pyramid", "[2]"], "pyramid: expected sides of at most 1"),
         (["--head", "deepemd@grid", "--local_features.grids", "[9]"], "at least 18 x 18 pixels for a grid of 9 x 9"),
-        (["--local_features.ratio", "0"], "ratio must be at least 1"),
-        (["--device", "tpu"], "device must be auto"),
-        (["--threads", "0"], "threads must be at least 1"),
-        (["--seed", "-1"], "seed must be at least 0"),
-        (["--batch_size", "0"], "batch_size must be at least 1"),
-        (["--image_size", "0"], "image_size must be at least 1"),
+        (["--local_features.ratio", "0"], "ratio: expected at least 1"),
+        (["--device", "tpu"], "device: expected auto"),
+        (["--threads", "0"], "threads: expected at least 1"),
+        (["--seed", "-1"], "seed: expected at least 0"),
+        (["--batch_size", "0"], "batch_size: expected at least 1"),
+        (["--image_size", "0"], "image_size: expected at least 1"),
         (["--image_size", "4"], "4"),
-        (["--sheet_pictures", "0"], "sheet_pictures must be at least 1"),
+        (["--sheet_pictures", "0"], "sheet_pictures: expected at least 1"),
         (["--checkpoint", __file__], "is not the checkpoint of a pre-training"),
     ],
 )
@@ -194,12 +194,12 @@ def test_too_few_regions_for_the_smallest_class(support, query, checkpoints, tmp
     for file in sorted((support / "digit 1").iterdir())[1:]:
         file.unlink()
     assert classify(support, query, checkpoints[0], tmp_path / "out", "--head", "knn") == 2
-    assert "neighbors must be at most 1, the local features of the class with the fewest" in capsys.readouterr().err
+    assert "neighbors: expected at most 1, the local features of the class with the fewest" in capsys.readouterr().err
 
 
 def test_neither_checkpoint_nor_backbone(support, query, tmp_path, capsys):
     assert classify(support, query, None, tmp_path / "out") == 2
-    assert "either --checkpoint or --backbone must be given" in capsys.readouterr().err
+    assert "either --checkpoint or --backbone: expected a value" in capsys.readouterr().err
 
 
 def test_a_timm_model_without_timm(support, query, tmp_path, capsys, monkeypatch):

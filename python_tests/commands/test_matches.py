@@ -133,27 +133,27 @@ BOTH = ["--data", "digits"]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "either --data, or --query and --support, must be given"),
-        (["--query", "x.png"], "either --data, or --query and --support, must be given"),
-        ([*BOTH, "--query", "x.png"], "either --data, or --query and --support, must be given"),
+        ([], "expected either --data, or --query and --support"),
+        (["--query", "x.png"], "expected either --data, or --query and --support"),
+        ([*BOTH, "--query", "x.png"], "expected either --data, or --query and --support"),
         (["--query", "x.png", "--support", "missing.png"], "x.png"),
         (["--query", "QUERY", "--support", "THREE"], "as many pictures, or one on either side, got 2 and 3"),
-        (["--query", "MANY", "--support", "MANY"], "pairs must be 1 to 24 for one picture, got 25"),
-        ([*BOTH, "--weighting", "norm"], "weighting must be 'cross_reference' or 'uniform'"),
-        ([*BOTH, "--classes", "test"], "classes must be 'base' or 'validation' or 'novel'"),
+        (["--query", "MANY", "--support", "MANY"], "pairs: expected 1 to 24 for one picture, got 25"),
+        ([*BOTH, "--weighting", "norm"], "weighting: expected one of cross_reference, uniform"),
+        ([*BOTH, "--classes", "test"], "classes: expected one of base, validation, novel"),
         ([*BOTH, "--classes", "validation"], "validation"),
-        ([*BOTH, "--flows", "0"], "flows must be at least 1"),
-        ([*BOTH, "--columns", "0"], "columns must be at least 1"),
-        ([*BOTH, "--same_class", "6"], "same_class must be at most 5, the classes with two images, got 6"),
-        ([*BOTH, "--same_class", "0", "--other_class", "0"], "pairs must be 1 to 24 for one picture, got 0"),
-        ([*BOTH, "--other_class", "25"], "pairs must be 1 to 24 for one picture, got 29"),
-        ([*BOTH, "--same_class", "-1"], "same_class must be at least 0"),
-        ([*BOTH, "--seed", "-1"], "seed must be at least 0"),
-        ([*BOTH, "--threads", "0"], "threads must be at least 1"),
-        ([*BOTH, "--local_features.pyramid", "[2]"], "pyramid must have sides of at most 1"),
+        ([*BOTH, "--flows", "0"], "flows: expected at least 1"),
+        ([*BOTH, "--columns", "0"], "columns: expected at least 1"),
+        ([*BOTH, "--same_class", "6"], "same_class: expected at most 5, the classes with two images, got 6"),
+        ([*BOTH, "--same_class", "0", "--other_class", "0"], "pairs: expected 1 to 24 for one picture, got 0"),
+        ([*BOTH, "--other_class", "25"], "pairs: expected 1 to 24 for one picture, got 29"),
+        ([*BOTH, "--same_class", "-1"], "same_class: expected at least 0"),
+        ([*BOTH, "--seed", "-1"], "seed: expected at least 0"),
+        ([*BOTH, "--threads", "0"], "threads: expected at least 1"),
+        ([*BOTH, "--local_features.pyramid", "[2]"], "pyramid: expected sides of at most 1"),
         ([*BOTH, "--local_features.name", "grid", "--local_features.grids", "[9]"], "at least 18 x 18 pixels"),
         ([*BOTH, "--checkpoint", __file__], "is not the checkpoint of a pre-training"),
-        ([*BOTH, "--device", "tpu"], "device must be auto"),
+        ([*BOTH, "--device", "tpu"], "device: expected auto"),
     ],
 )
 def test_a_wrong_argument_gets_one_line_and_exit_code_2(arguments, message, checkpoints, pictures, tmp_path, capsys):
@@ -172,7 +172,7 @@ def test_required_options(missing, checkpoints, capsys):
     options = {"--checkpoint": str(checkpoints[0]), "--output": "out", "--data": "digits"}
     given = [part for pair in options.items() if pair[0] != missing for part in pair]
     assert main(["analyze", "matches", *given]) == 2
-    assert f"{missing} must be given" in capsys.readouterr().err
+    assert f"{missing}: expected a value" in capsys.readouterr().err
 
 
 def test_one_class_has_no_pair_of_two():
@@ -183,14 +183,14 @@ def test_one_class_has_no_pair_of_two():
         torch.tensor([Split.NOVEL], dtype=torch.uint8),
     )
     assert len(draw_pairs(archive, same_class=1, other_class=0)) == 1
-    with pytest.raises(ValueError, match="other_class must be 0 where there is one class, got 1"):
+    with pytest.raises(ValueError, match="other_class: expected 0 where there is one class, got 1"):
         draw_pairs(archive, same_class=0, other_class=1)
 
 
 def test_too_many_pairs_are_refused(checkpoints):
     backbone = FrozenBackbone.from_checkpoint(checkpoints[0])
     image = torch.zeros(1, 8, 8, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="pairs must be 1 to 24 for one picture, got 25"):
+    with pytest.raises(ValueError, match="pairs: expected 1 to 24 for one picture, got 25"):
         measure_matches([ImagePair(image, image, ("a", "b"))] * 25, backbone)
 
 

@@ -75,19 +75,22 @@ PLACE = ["--data", "digits", "--output", "out"]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--data must be given"),
-        (["--data", "digits"], "--output must be given"),
+        ([], "--data: expected a value, got none"),
+        (["--data", "digits"], "--output: expected a value, got none"),
         (["--data", "nowhere", "--output", "out"], "there is no image set 'nowhere'"),
         ([*PLACE, "--loss", "hinge"], "hinge"),
-        ([*PLACE, "--classes_per_batch", "6"], "classes_per_batch must be at most 5, the classes to train on, got 6"),
+        ([*PLACE, "--classes_per_batch", "6"], "classes_per_batch: expected at most 5, the classes to train on, got 6"),
         ([*PLACE, "--classes_per_batch", "1"], "a batch of one class has no negatives"),
-        ([*PLACE, "--loss", "triplet", "--samples_per_class", "1"], "samples_per_class must be at least 2 for triplet"),
+        (
+            [*PLACE, "--loss", "triplet", "--samples_per_class", "1"],
+            "samples_per_class: expected at least 2 for triplet",
+        ),
         ([*PLACE, "--loss", "triplet", "--anti_collapse.variant", "all_proxy"], "which has no proxies"),
-        ([*PLACE, "--anti_collapse.eps", "0"], "eps must be above 0"),
+        ([*PLACE, "--anti_collapse.eps", "0"], "eps: expected a number above 0"),
         ([*PLACE, "--measurement.ks", "[1, 5000]"], "ks: expected K in [1, "),
-        ([*PLACE, "--milestones", "[0]"], "milestones must be at least 1"),
+        ([*PLACE, "--milestones", "[0]"], "milestones: expected at least 1"),
         ([*PLACE, "--backbone.pooled_blocks", "4"], "at least 16 x 16, got 8 x 8"),
-        ([*PLACE, "--seed", "-1"], "seed must be at least 0"),
+        ([*PLACE, "--seed", "-1"], "seed: expected at least 0"),
         ([*PLACE, "--devices", "2"], "--devices"),
         (
             ["--config", "missing"],
@@ -151,13 +154,13 @@ def test_collapse(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--losses", "hinge"], "losses must be"),
-        (["--pair_weights", "0"], "pair_weights must be above 0"),
-        (["--proxy_variant", "none"], "proxy_variant must be"),
-        (["--jobs", "0"], "jobs must be at least 1"),
+        (["--losses", "hinge"], "losses: expected one of"),
+        (["--pair_weights", "0"], "pair_weights: expected a number above 0"),
+        (["--proxy_variant", "none"], "proxy_variant: expected one of"),
+        (["--jobs", "0"], "jobs: expected at least 1"),
         (["--recipe", "fast"], "there is no recipe 'fast'"),
         (["--set", "loss=triplet"], "there is no setting 'loss'"),
-        (["--set", "classes_per_batch=9"], "classes_per_batch must be at most 5"),
+        (["--set", "classes_per_batch=9"], "classes_per_batch: expected at most 5"),
         (["--set", "backbone.pooled_blocks=4"], "at least 16 x 16, got 8 x 8"),
     ],
 )

@@ -176,7 +176,11 @@ def test_progress_has_a_bar_for_each_stage(with_regions, folders, tmp_path, monk
     ("error", "code", "ending"),
     [
         (KeyboardInterrupt(), 130, "interrupted before everything was measured"),
-        (ValueError("query_maps must be finite"), 1, "fewshot-ext retrieve: error: query_maps must be finite"),
+        (
+            ValueError("query_maps: expected finite values"),
+            1,
+            "fewshot-ext retrieve: error: query_maps: expected finite values",
+        ),
     ],
 )
 def test_what_ends_the_second_stage_leaves_the_first(error, code, ending, with_regions, tmp_path, monkeypatch, capsys):

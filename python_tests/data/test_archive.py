@@ -32,22 +32,22 @@ def test_from_arrays_takes_gray_and_color_images():
         (
             {"images": np.zeros((12, 4, 4), np.float32)},
             TypeError,
-            "images must be a uint8 array, got float32",
+            "images: expected a uint8 array, got float32",
         ),
-        ({"images": np.zeros((12, 4), np.uint8)}, ValueError, "images must be .* got shape"),
+        ({"images": np.zeros((12, 4), np.uint8)}, ValueError, "images: expected .* got shape"),
         ({"images": np.zeros((12, 4, 4, 2), np.uint8)}, ValueError, "1 or 3 channels"),
         (
             {"images": np.zeros((0, 4, 4), np.uint8), "labels": np.zeros(0, int)},
             ValueError,
             "at least one image",
         ),
-        ({"labels": np.zeros(12)}, TypeError, "labels must be an integer array, got float64"),
+        ({"labels": np.zeros(12)}, TypeError, "labels: expected an integer array, got float64"),
         ({"labels": np.zeros(11, int)}, ValueError, "12 images, 11 labels"),
-        ({"labels": np.full(12, 3)}, ValueError, r"labels must lie in \[0, 3\), got 3 to 3"),
+        ({"labels": np.full(12, 3)}, ValueError, r"labels: expected numbers in \[0, 3\), got 3 to 3"),
         ({"labels": np.full(12, -1)}, ValueError, "got -1 to -1"),
-        ({"class_names": ["a", "b", "b"]}, ValueError, "class_names must all be different"),
+        ({"class_names": ["a", "b", "b"]}, ValueError, "class_names: expected all to be different"),
         ({"class_split": np.array([0, 1])}, ValueError, "3 classes, 2 values"),
-        ({"class_split": np.array([0, 1, 3])}, ValueError, "class_split must be 0 .* got 0 to 3"),
+        ({"class_split": np.array([0, 1, 3])}, ValueError, "class_split: expected 0 .* got 0 to 3"),
         ({"class_split": np.array([0, -1, 2])}, ValueError, "got -1 to 2"),
     ],
 )
@@ -58,9 +58,9 @@ def test_bad_arrays_are_named(changes, error, message):
 
 def test_constructor_refuses_what_is_no_tensor():
     good = ImageArchive.from_arrays(**arrays())
-    with pytest.raises(TypeError, match=r"images must be a torch\.uint8 tensor, got list"):
+    with pytest.raises(TypeError, match=r"images: expected a torch\.uint8 tensor, got list"):
         ImageArchive([], good.labels, good.class_names, good.class_split)
-    with pytest.raises(TypeError, match=r"labels must be a torch\.int64 tensor, got torch\.int32"):
+    with pytest.raises(TypeError, match=r"labels: expected a torch\.int64 tensor, got torch\.int32"):
         ImageArchive(good.images, good.labels.int(), good.class_names, good.class_split)
 
 
@@ -90,7 +90,7 @@ def test_hold_out_parts_every_class_and_is_seeded():
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, float("nan")])
 def test_hold_out_refuses_a_bad_fraction(fraction):
-    with pytest.raises(ValueError, match="fraction must lie"):
+    with pytest.raises(ValueError, match="fraction: expected a number in"):
         ImageArchive.from_arrays(**arrays()).hold_out(fraction, torch.Generator())
 
 
@@ -128,13 +128,17 @@ def test_optional_parts_follow_their_images_and_classes(archive):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"class_words": ("a",)}, ValueError, "class_words must give one text a class: 3 classes, 1 texts"),
+        ({"class_words": ("a",)}, ValueError, "class_words: expected one text a class: 3 classes, 1 texts"),
         (
             {"image_fields": {"drawer": torch.zeros(2, dtype=torch.int64)}},
             ValueError,
-            r"image_fields\['drawer'\] must give one value an image: 12 images, 2 values",
+            r"image_fields\['drawer'\]: expected one value an image: 12 images, 2 values",
         ),
-        ({"image_fields": {"drawer": torch.zeros(12)}}, TypeError, r"image_fields\['drawer'\] must be a torch\.int64"),
+        (
+            {"image_fields": {"drawer": torch.zeros(12)}},
+            TypeError,
+            r"image_fields\['drawer'\]: expected a torch\.int64",
+        ),
     ],
 )
 def test_bad_optional_parts_are_named(archive, changes, error, message):
@@ -182,5 +186,5 @@ def test_only_square_images_are_rotated(archive):
 # 17
 @pytest.mark.parametrize("name", ["class_names", "class_words"])
 def test_names_that_no_file_could_hold_are_refused(archive, name):
-    with pytest.raises(ValueError, match=r"must be text that UTF-8 can hold, got 'Gr\\udcf6'"):
+    with pytest.raises(ValueError, match=r"expected text that UTF-8 can hold, got 'Gr\\udcf6'"):
         replace(archive, **{name: ("a", "b", "Gr\udcf6")})

@@ -80,7 +80,7 @@ def test_jpeg_is_close_and_small(channels, tmp_path):
 
 @pytest.mark.parametrize("quality", [0, 101, -1])
 def test_a_jpeg_quality_out_of_range(archive, tmp_path, quality):
-    with pytest.raises(ValueError, match=rf"jpeg_quality must lie in \[1, 100\], got {quality}"):
+    with pytest.raises(ValueError, match=rf"jpeg_quality: expected a number in \[1, 100\], got {quality}"):
         archive.save(tmp_path / "a.npz", jpeg_quality=quality)
     assert not os.listdir(tmp_path)
 
@@ -140,30 +140,33 @@ def enormous_png():
     [
         (
             old_arrays(images=np.zeros((4, 3, 3), np.float32)),
-            "'images' in .* must be uint8 of 3 or 4 dimensions, got fl",
+            "'images' in .*: expected uint8 of 3 or 4 dimensions, got fl",
         ),
-        (old_arrays(images=np.zeros((4, 9), np.uint8)), r"'images' in .* must be uint8 .* got uint8 of shape \(4, 9\)"),
+        (
+            old_arrays(images=np.zeros((4, 9), np.uint8)),
+            r"'images' in .*: expected uint8 .* got uint8 of shape \(4, 9\)",
+        ),
         (old_arrays(images=None), r"images \(or data and offsets\) missing; it holds labels, class_names, class_split"),
         (old_arrays(labels=None), "labels missing"),
-        (old_arrays(labels=np.zeros(4)), "'labels' in .* must be integers of 1 dimensions, got float64"),
-        (old_arrays(labels=np.array([0, 0, 1, 2])), r"labels must lie in \[0, 2\), got 0 to 2"),
+        (old_arrays(labels=np.zeros(4)), "'labels' in .*: expected integers of 1 dimensions, got float64"),
+        (old_arrays(labels=np.array([0, 0, 1, 2])), r"labels: expected numbers in \[0, 2\), got 0 to 2"),
         (old_arrays(labels=np.array([0, 0, 1])), "4 images, 3 labels"),
-        (old_arrays(class_names=np.array([1, 2])), "'class_names' in .* must be text of 1 dimensions, got int64"),
-        (old_arrays(class_names=np.array(["a", "a"])), "class_names must all be different"),
+        (old_arrays(class_names=np.array([1, 2])), "'class_names' in .*: expected text of 1 dimensions, got int64"),
+        (old_arrays(class_names=np.array(["a", "a"])), "class_names: expected all to be different"),
         (old_arrays(class_names=np.array(["a", "b"], object)), "'class_names' in .* holds Python objects"),
-        (old_arrays(class_split=np.array([0, 7])), "class_split must be 0 .* got 0 to 7"),
-        (old_arrays(class_words=np.array(["a"])), "class_words must give one text a class: 2 classes, 1 texts"),
-        (old_arrays(drawer=np.zeros(3, int)), "'drawer'.* must give one value an image: 4 images, 3 values"),
-        (old_arrays(drawer=np.zeros(4)), "'drawer' in .* must be integers of 1 dimensions, got float64"),
+        (old_arrays(class_split=np.array([0, 7])), "class_split: expected 0 .* got 0 to 7"),
+        (old_arrays(class_words=np.array(["a"])), "class_words: expected one text a class: 2 classes, 1 texts"),
+        (old_arrays(drawer=np.zeros(3, int)), "'drawer'.*: expected one value an image: 4 images, 3 values"),
+        (old_arrays(drawer=np.zeros(4)), "'drawer' in .*: expected integers of 1 dimensions, got float64"),
         (old_arrays(format_version=np.array(2)), "has format version 2; this fewshot_ext reads up to 1: update it"),
-        (old_arrays(format_version=np.array("1")), "'format_version' in .* must be integers of 0 dimensions"),
+        (old_arrays(format_version=np.array("1")), "'format_version' in .*: expected integers of 0 dimensions"),
         (old_arrays(sha256=np.array("0" * 64)), "is damaged or was changed: the sha256 of its arrays is"),
         (jpeg_arrays(PLAIN, images=np.zeros((4, 3, 3), np.uint8)), "holds both images and data"),
         (jpeg_arrays(PLAIN, offsets=None), r"images \(or data and offsets\) missing"),
-        (jpeg_arrays(PLAIN, offsets=np.array([0, 10, 5, 20, 30])), "'offsets' in .* must rise from 0 to the"),
-        (jpeg_arrays(PLAIN, offsets=np.array([0, 10])), "'offsets' in .* must rise from 0 to the"),
-        (jpeg_arrays(PLAIN, offsets=np.array([0])), "'offsets' in .* must rise"),
-        (jpeg_arrays(PLAIN, offsets=np.zeros(0, int)), "'offsets' in .* must rise"),
+        (jpeg_arrays(PLAIN, offsets=np.array([0, 10, 5, 20, 30])), "'offsets' in .* expected to rise from 0 to the"),
+        (jpeg_arrays(PLAIN, offsets=np.array([0, 10])), "'offsets' in .* expected to rise from 0 to the"),
+        (jpeg_arrays(PLAIN, offsets=np.array([0])), "'offsets' in .*: expected to rise"),
+        (jpeg_arrays(PLAIN, offsets=np.zeros(0, int)), "'offsets' in .*: expected to rise"),
         (jpeg_arrays([*PLAIN[:2], *WIDE, PLAIN[3]]), "image 2 in .*: it is 7 x 4 L, but the first image is 6 x 4 L"),
         (jpeg_arrays([*PLAIN[:3], *COLOR]), "image 3 in .*: it is 6 x 4 RGB, but the first image is 6 x 4 L"),
         (jpeg_arrays([*PLAIN[:1], b"no picture", *PLAIN[2:]]), "image 1 in .* is not a picture"),

@@ -22,7 +22,7 @@ def test_11_integer_means_and_deviations():
     images = torch.arange(48, dtype=torch.uint8).view(1, 3, 4, 4)
     torch.testing.assert_close(ImageInput((0, 0, 0), (1, 1, 1)).eval()(images), images / 255)
     for mean, std, message in (
-        ((0, 0), (1,), "std must have a number a channel as mean has, 2, got 1"),
+        ((0, 0), (1,), "std: expected a number a channel as mean has, 2, got 1"),
         ((0,), (0,), "std"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -216,9 +216,9 @@ def test_a_checkpoint_carries_mean_and_deviation_and_nothing_else():
 
 
 def test_what_is_not_uint8_is_refused():
-    with pytest.raises(TypeError, match=r"images must be a torch\.uint8 tensor, got torch\.float32"):
+    with pytest.raises(TypeError, match=r"images: expected a torch\.uint8 tensor, got torch\.float32"):
         ImageInput(**RGB)(torch.rand(2, 3, 4, 4))
-    with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="image_size: expected at least 1, got 0"):
         ImageInput(**RGB, image_size=0)
 
 

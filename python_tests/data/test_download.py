@@ -115,7 +115,7 @@ def test_without_pooch(target, monkeypatch):
 
 def test_names():
     assert remote_set("cub") is REMOTE["cub"]
-    with pytest.raises(ValueError, match=r"name must be one of omniglot, cifar100, cub .*, got 'birds'"):
+    with pytest.raises(ValueError, match=r"name: expected one of omniglot, cifar100, cub .*, got 'birds'"):
         remote_set("birds")
     for name in BY_HAND:
         with pytest.raises(ValueError, match=rf"{name} cannot be downloaded by a program: .*--split {name} "):

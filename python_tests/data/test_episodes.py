@@ -57,10 +57,10 @@ def test_every_image_and_class_is_as_likely_as_any_other():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"episodes": 0}, "episodes must be at least 1, got 0"),
-        ({"way": 0}, "way must be at least 1"),
-        ({"shot": -1}, "shot must be at least 1"),
-        ({"queries": 0}, "queries must be at least 1"),
+        ({"episodes": 0}, "episodes: expected at least 1, got 0"),
+        ({"way": 0}, "way: expected at least 1"),
+        ({"shot": -1}, "shot: expected at least 1"),
+        ({"queries": 0}, "queries: expected at least 1"),
         ({"way": 4}, "way 4 asks for more classes than there are: 3"),
         ({"shot": 5}, "5 shots and 2 queries need 7 images a class, but class 9 holds 6"),
     ],

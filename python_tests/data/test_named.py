@@ -105,8 +105,8 @@ def test_mnist_parts_are_kept_apart(real_data):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"part": "val"}, "part must be train or test, got 'val'"),
-        ({"base": (3, 10)}, r"base must hold digits from 0 to 9, got \[3, 10\]"),
+        ({"part": "val"}, "part: expected train or test, got 'val'"),
+        ({"base": (3, 10)}, r"base: expected digits from 0 to 9, got \[3, 10\]"),
     ],
 )
 def test_bad_arguments_of_mnist(arguments, message):
@@ -121,5 +121,5 @@ def test_a_file_that_is_not_mnist(real_data, folders, archive):
         load_images("mnist")
     # The other way round: under another name the file is taken for an archive.
     shutil.copy(mnist, folders[0] / "digits_again.npz")
-    with pytest.raises(ValueError, match=r"'x_train' in .* must be integers of 1 dimensions"):
+    with pytest.raises(ValueError, match=r"'x_train' in .*: expected integers of 1 dimensions"):
         load_images("digits_again")

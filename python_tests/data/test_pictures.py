@@ -88,9 +88,9 @@ def test_a_large_jpeg_is_reduced_while_it_is_decoded(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"size": 0}, "size must be at least 1, got 0"),
-        ({"mode": "RGBA"}, "mode must be RGB or L, got 'RGBA'"),
-        ({"resize": "squeeze"}, "resize must be crop or stretch, got 'squeeze'"),
+        ({"size": 0}, "size: expected at least 1, got 0"),
+        ({"mode": "RGBA"}, "mode: expected RGB or L, got 'RGBA'"),
+        ({"resize": "squeeze"}, "resize: expected crop or stretch, got 'squeeze'"),
     ],
 )
 def test_bad_arguments_of_read_image(arguments, message):
@@ -247,17 +247,17 @@ GOOD = torch.zeros(3, 4, 4, dtype=torch.uint8)
 @pytest.mark.parametrize(
     ("images", "changes", "error", "message"),
     [
-        ([], {}, ValueError, "images must hold at least one picture"),
-        ([GOOD.float()], {}, TypeError, r"images\[0\] must be a torch\.uint8 tensor, got torch\.float32"),
-        ([GOOD, np.zeros((3, 4, 4))], {}, TypeError, r"images\[1\] must be a torch\.uint8 tensor, got ndarray"),
-        ([GOOD[0]], {}, ValueError, r"images\[0\] must be \[1 or 3, H, W\], got shape \(4, 4\)"),
+        ([], {}, ValueError, "images: expected at least one picture"),
+        ([GOOD.float()], {}, TypeError, r"images\[0\]: expected a torch\.uint8 tensor, got torch\.float32"),
+        ([GOOD, np.zeros((3, 4, 4))], {}, TypeError, r"images\[1\]: expected a torch\.uint8 tensor, got ndarray"),
+        ([GOOD[0]], {}, ValueError, r"images\[0\]: expected shape \[1 or 3, H, W\], got shape \(4, 4\)"),
         ([GOOD[:2]], {}, ValueError, r"got shape \(2, 4, 4\)"),
         ([GOOD[:, :0]], {}, ValueError, r"got shape \(3, 0, 4\)"),
         ([GOOD], {"captions": []}, ValueError, "1 pictures, 0 captions"),
-        ([GOOD], {"columns": 0}, ValueError, "columns must be at least 1, got 0"),
-        ([GOOD], {"cell": 31}, ValueError, "cell must be at least 32, got 31"),
+        ([GOOD], {"columns": 0}, ValueError, "columns: expected at least 1, got 0"),
+        ([GOOD], {"cell": 31}, ValueError, "cell: expected at least 32, got 31"),
         ([GOOD], {"borders": []}, ValueError, "1 pictures, 0 borders"),
-        ([GOOD], {"borders": ["reddish"]}, ValueError, "borders must be color names.*reddish"),
+        ([GOOD], {"borders": ["reddish"]}, ValueError, "borders: expected color names.*reddish"),
     ],
 )
 def test_bad_arguments_of_contact_sheet(images, changes, error, message):

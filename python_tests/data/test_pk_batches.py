@@ -55,13 +55,17 @@ def test_an_epoch_is_as_long_as_the_images():
 @pytest.mark.parametrize(
     "change, error, message",
     (
-        ({"labels": [0, 1]}, TypeError, "labels must be a tensor of torch.int64, got list"),
-        ({"labels": torch.zeros(3)}, TypeError, "labels must be a tensor of torch.int64, got torch.float32"),
-        ({"labels": torch.zeros(3, 1).long()}, ValueError, r"labels must be \[N\] on the CPU, got \[3, 1\] on cpu"),
+        ({"labels": [0, 1]}, TypeError, "labels: expected a tensor of torch.int64, got list"),
+        ({"labels": torch.zeros(3)}, TypeError, "labels: expected a tensor of torch.int64, got torch.float32"),
+        (
+            {"labels": torch.zeros(3, 1).long()},
+            ValueError,
+            r"labels: expected shape \[N\] on the CPU, got \[3, 1\] on cpu",
+        ),
         ({"labels": torch.zeros(3, device="meta").long()}, ValueError, "on meta"),
-        ({"classes": 0}, ValueError, "classes must be at least 1, got 0"),
-        ({"samples": -1}, ValueError, "samples must be at least 1, got -1"),
-        ({"batches": 0}, ValueError, "batches must be at least 1, got 0"),
+        ({"classes": 0}, ValueError, "classes: expected at least 1, got 0"),
+        ({"samples": -1}, ValueError, "samples: expected at least 1, got -1"),
+        ({"batches": 0}, ValueError, "batches: expected at least 1, got 0"),
         ({"classes": 4}, ValueError, "classes 4 asks for more than there are: 3"),
     ),
 )

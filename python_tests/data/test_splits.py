@@ -132,32 +132,32 @@ def test_rotated_classes_count_once(write):
         ({"mine.json": {"train": ["a"], "tset": ["b"], "about": "us"}}, "has classes under 'tset', no role"),
         ({"train.json": ["a"], "test.json": ["a"]}, "class 'a' is both novel and base"),
         ({"train.csv": "filename,label\nx/1.jpg,a\nx/1.jpg,b\n"}, r"file 'x/1\.jpg' belongs to both 'a' and 'b'"),
-        ({"train.csv": "file,label\n1.jpg,a\n"}, "must have the columns filename, label, got file, label"),
-        ({"all.csv": "filename,label\n1.jpg,a\n"}, "must have the columns filename, label, split"),
+        ({"train.csv": "file,label\n1.jpg,a\n"}, "expected the columns filename, label, got file, label"),
+        ({"all.csv": "filename,label\n1.jpg,a\n"}, "expected the columns filename, label, split"),
         ({"all.csv": "filename,label,split\n1.jpg,a,train\n2.jpg,b,holiday\n"}, "line 3: got .*holiday"),
         ({"train.csv": "filename,label\n1.jpg\n"}, "line 2: got"),
-        ({"train.csv": ""}, "must have the columns filename, label, got "),
+        ({"train.csv": ""}, "expected the columns filename, label, got "),
         ({"train.json": "[1"}, r"train\.json' is damaged"),
-        ({"train.json": [1, 2]}, r"must hold a list of class names or of \[superclass, class\]"),
-        ({"train.json": [[]]}, "must hold a list of class names"),
-        ({"train.json": {"classes": ["a"]}}, "must hold a list of classes, got NoneType"),
-        ({"train.json": "3"}, "must hold a list of classes, got int"),
-        ({"mine.json": ["a"]}, "must be a JSON object such as"),
+        ({"train.json": [1, 2]}, r"expected a list of class names or of \[superclass, class\]"),
+        ({"train.json": [[]]}, "expected a list of class names"),
+        ({"train.json": {"classes": ["a"]}}, "expected a list of classes, got NoneType"),
+        ({"train.json": "3"}, "expected a list of classes, got int"),
+        ({"mine.json": ["a"]}, "expected a JSON object such as"),
         ({"train.json": []}, "names no class"),
         (
             {"train.json": {"label_names": ["a"], "image_labels": [0]}},
-            "must have lists label_names, image_labels and im",
+            "expected lists label_names, image_labels and im",
         ),
         (
             {"train.json": {"label_names": ["a"], "image_labels": [1], "image_names": ["x"]}},
-            "image_labels must give a number below 1 for each image",
+            "image_labels: expected a number below 1 for each image",
         ),
         (
             {"train.json": {"label_names": ["a"], "image_labels": [0, 0], "image_names": ["x"]}},
-            "image_labels must give a number",
+            "image_labels: expected a number",
         ),
         ({"mine.txt": "a"}, r"mine\.txt' holds one role, which its name must tell"),
-        ({"train.xml": "a"}, r"train\.xml' must end in \.csv, \.json, \.txt"),
+        ({"train.xml": "a"}, r"train\.xml': expected a name that ends in \.csv, \.json, \.txt"),
         ({"train.txt": b"\xff\xfe\x00"}, r"train\.txt' is damaged"),
         ({"train.csv.gz": b"not gzip"}, r"train\.csv\.gz' is damaged"),
         ({"train.csv.gz": gzip.compress(b"filename,label\n" * 50)[:-12]}, r"train\.csv\.gz' is damaged"),
@@ -170,7 +170,7 @@ def test_files_that_are_no_split(write, files, message):
 
 
 def test_folders_without_one_clear_set_of_files(write, tmp_path):
-    with pytest.raises(ValueError, match=r"must hold one set of split files such as .* got none"):
+    with pytest.raises(ValueError, match=r"expected one set of split files such as .* got none"):
         load_split(tmp_path)
     write("easyfsl_train.json", ["a"])
     write("torchmeta_train.json", ["b"])

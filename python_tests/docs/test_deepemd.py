@@ -298,9 +298,9 @@ def rewritten(path, change):
             lambda c: c["accuracies"][1]["correct"].pop(),
             "got 6 episodes of 75 queries for knn on pretrained, 1-shot, 5 episodes of 75 queries for deepemd",
         ),
-        (lambda c: c["accuracies"][1].update(queries=80), "must have the same episodes for all heads"),
+        (lambda c: c["accuracies"][1].update(queries=80), "expected the same episodes for all heads"),
         (lambda c: c["accuracies"][0].update(head="svm"), "got 'svm'"),
-        (lambda c: c["backbones"].reverse(), "must have backbones in pairs, each before and after its meta-training"),
+        (lambda c: c["backbones"].reverse(), "expected backbones in pairs, each before and after its meta-training"),
         (lambda c: c["backbones"].append({"name": "third"}), "got pretrained, meta_trained, third"),
     ],
 )

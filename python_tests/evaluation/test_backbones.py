@@ -199,9 +199,9 @@ def test_without_timm_a_name_says_how_to_get_it(monkeypatch):
 
 
 def test_sources_that_are_none():
-    with pytest.raises(TypeError, match=r"backbone must be a module, the path of a checkpoint or .*, got int"):
+    with pytest.raises(TypeError, match=r"backbone: expected a module, the path of a checkpoint or .*, got int"):
         FrozenBackbone.open(3)
-    with pytest.raises(ValueError, match="preprocessing must be left out for 'resnet50'"):
+    with pytest.raises(ValueError, match="preprocessing: expected none for 'resnet50'"):
         FrozenBackbone.open("resnet50", preprocessing=nn.Identity())
 
 

@@ -256,12 +256,12 @@ class Diverged(nn.Module):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"heads": ()}, r"heads must name at least one head, and none twice, got \[\]"),
+        ({"heads": ()}, r"heads: expected at least one head, and none twice, got \[\]"),
         ({"heads": ("protonet", "protonet")}, "none twice"),
-        ({"heads": ("svm",)}, "head must be one of finetune, .*, got 'svm'"),
-        ({"split": "test"}, "split must be 'base' or 'validation' or 'novel', got 'test'"),
-        ({"seed": -1}, "seed must be at least 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"heads": ("svm",)}, "head: expected one of finetune, .*, got 'svm'"),
+        ({"split": "test"}, "split: expected one of base, validation, novel, got 'test'"),
+        ({"seed": -1}, "seed: expected at least 0"),
+        ({"batch_size": 0}, "batch_size: expected at least 1"),
     ],
 )
 def test_bad_settings_are_named(settings, message):
@@ -272,7 +272,7 @@ def test_bad_settings_are_named(settings, message):
 @pytest.mark.parametrize(
     ("backbones", "settings", "message"),
     [
-        ([], {}, "backbones must be at least one"),
+        ([], {}, "backbones: expected at least one"),
         (["x", "x"], {}, r"names all different, got \['x', 'x'\]"),
         (["x"], {"split": "validation"}, "no validation classes"),
         (["x"], {"protocol": ProtocolConfig(way=6)}, "novel classes of digits: way 6 asks for more classes"),
@@ -287,7 +287,7 @@ def test_bad_settings_are_named(settings, message):
             "simpleshot needs the mean feature of the base classes, and digits has none",
         ),
         ([nn.Linear(3, 2)], {}, "backbone odd does not take the 1x8x8 images of digits"),
-        ([Flat()], {}, r"backbone odd must give features \[B, D\], got \[1, 1, 8, 8\]"),
+        ([Flat()], {}, r"backbone odd: expected features \[B, D\], got \[1, 1, 8, 8\]"),
         ([Diverged()], {}, "backbone odd gives features that are not finite"),
     ],
 )

@@ -168,23 +168,23 @@ class NotANumber(Blocks):
         (
             Blocks(),
             {"local_features": LocalFeaturesConfig(pyramid=(2, 5))},
-            "1x8x8 images of digits: pyramid must have sides of at most 4, for the feature map is 4 x 4, got 5",
+            "1x8x8 images of digits: pyramid: expected sides of at most 4, for the feature map is 4 x 4, got 5",
         ),
         (
             Blocks(),
             {"heads": ("deepemd@grid",), "local_features": LocalFeaturesConfig(grids=(5,))},
-            "images must be at least 10 x 10 pixels for a grid of 5 x 5, got 8 x 8",
+            "images: expected at least 10 x 10 pixels for a grid of 5 x 5, got 8 x 8",
         ),
         (
             Blocks(),
             {"heads": ("knn",), "local_features": LocalFeaturesConfig("grid", grids=(1,))},
-            "head knn on backbone odd: neighbors must be at most 1, the local features of the class with the fewest",
+            "head knn on backbone odd: neighbors: expected at most 1, the local features of the class with the fewest",
         ),
         (
             Blocks(),
             {"map_memory": 1e-5},
-            r"map_memory must be at least 0\.01 GiB for head deepemd on backbone odd, with 16 x 4 numbers for each of "
-            "896 images, got 1e-05; raise it, keep them in map_dtype float16 or take fewer regions",
+            r"map_memory: expected at least 0\.01 GiB for head deepemd on backbone odd, with 16 x 4 numbers for each "
+            "of 896 images, got 1e-05; raise it, keep them in map_dtype float16 or take fewer regions",
         ),
     ],
 )
@@ -201,10 +201,10 @@ def test_what_cannot_work_is_found_before_any_work(module, settings, message):
     ("settings", "message"),
     [
         ({"heads": ("finetune@fcn",)}, "head 'finetune@fcn' asks for maps, but finetune takes feature vectors"),
-        ({"heads": ("deepemd@patch",)}, "regions after @ must be one of fcn, grid, sampling"),
-        ({"map_dtype": "bfloat16"}, "map_dtype must be 'float32' or 'float16', got 'bfloat16'"),
-        ({"map_memory": 0.0}, "map_memory must be above 0"),
-        ({"map_memory": float("nan")}, "map_memory must be finite"),
+        ({"heads": ("deepemd@patch",)}, "regions after @: expected one of fcn, grid, sampling"),
+        ({"map_dtype": "bfloat16"}, "map_dtype: expected one of float32, float16, got 'bfloat16'"),
+        ({"map_memory": 0.0}, "map_memory: expected a number above 0"),
+        ({"map_memory": float("nan")}, "map_memory: expected a finite number"),
     ],
 )
 def test_bad_settings_are_named(settings, message):
@@ -220,11 +220,11 @@ def test_more_shots_than_images_are_named():
 @pytest.mark.parametrize(
     ("features", "head", "message"),
     [
-        (torch.zeros(9, 4), DeepEMDHead(), r"features must be maps \[N, P, D\] for DeepEMDHead, got \[9, 4\]"),
+        (torch.zeros(9, 4), DeepEMDHead(), r"features: expected maps \[N, P, D\] for DeepEMDHead, got \[9, 4\]"),
         (
             torch.zeros(9, 2, 4),
             HEADS["protonet"],
-            r"must be vectors \[N, D\] for ProtoNet",
+            r"expected vectors \[N, D\] for ProtoNet",
         ),
     ],
 )

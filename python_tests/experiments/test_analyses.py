@@ -134,7 +134,7 @@ def test_groups_hold_the_classes_that_they_name(cosine):
 def test_fewer_classes_than_groups_need(cosine):
     with pytest.raises(ValueError, match=r"groups: 3 groups of 2-way episodes need 6 classes .* but digits has 5"):
         cosine.remeasure(LabelDistribution(3, PAIRS))
-    with pytest.raises(ValueError, match="groups must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="groups: expected at least 1, got 0"):
         LabelDistribution(0)
 
 
@@ -194,10 +194,10 @@ def test_embeddings(cosine, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_classes": 1}, "num_classes must be at least 2, got 1"),
-        ({"num_classes": 8}, "num_classes must be at most 7 to be told apart, got 8"),
-        ({"images": 1}, "images must be at least 2"),
-        ({"perplexity": 0.0}, "perplexity must be above 0"),
+        ({"num_classes": 1}, "num_classes: expected at least 2, got 1"),
+        ({"num_classes": 8}, "num_classes: expected at most 7 to be told apart, got 8"),
+        ({"images": 1}, "images: expected at least 2"),
+        ({"perplexity": 0.0}, "perplexity: expected a number above 0"),
     ],
 )
 def test_bad_embeddings_are_named(settings, message):
@@ -206,9 +206,9 @@ def test_bad_embeddings_are_named(settings, message):
 
 
 def test_embeddings_that_the_images_do_not_allow(cosine):
-    with pytest.raises(ValueError, match="num_classes must be at most 5, the base classes of digits, got 6"):
+    with pytest.raises(ValueError, match="num_classes: expected at most 5, the base classes of digits, got 6"):
         cosine.remeasure(Embedding(num_classes=6, accuracy=FEW))
-    with pytest.raises(ValueError, match=r"perplexity must be below the 10 images of a picture, got 30"):
+    with pytest.raises(ValueError, match=r"perplexity: expected less than the 10 images of a picture, got 30"):
         cosine.remeasure(Embedding(num_classes=2, images=5, accuracy=FEW))
 
 
@@ -234,9 +234,9 @@ def test_angles(plane, tmp_path):
 
 
 def test_angles_of_features_with_more_dimensions(digits, tmp_path, plane, trained):
-    with pytest.raises(ValueError, match=r"backbone.embedding must be 2 for directions in a plane, got None"):
+    with pytest.raises(ValueError, match=r"backbone.embedding: expected 2 for directions in a plane, got None"):
         trained.remeasure(AngleMeasurement())
-    with pytest.raises(ValueError, match="bins must be at least 1"):
+    with pytest.raises(ValueError, match="bins: expected at least 1"):
         AngleMeasurement(bins=0)
 
 

@@ -92,15 +92,15 @@ def test_arms_of_one_weight_are_not_mixed():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"losses": []}, "losses must name at least one"),
-        ({"seeds": [1, 1]}, "seeds must name at least one, and none twice"),
-        ({"pair_weights": []}, "pair_weights must name at least one"),
-        ({"proxy_weights": [0.0]}, "proxy_weights must be above 0"),
-        ({"proxy_pair_weights": [-1.0]}, "proxy_pair_weights must be above 0"),
-        ({"proxy_pair_weights": [1.0, 1.0]}, "proxy_pair_weights must name none twice"),
-        ({"proxy_variant": "pair"}, "proxy_variant must be"),
-        ({"seeds": [-1]}, "seed must be at least 0"),
-        ({"losses": ["hinge"]}, "loss must be"),
+        ({"losses": []}, "losses: expected at least one"),
+        ({"seeds": [1, 1]}, "seeds: expected at least one, and none twice"),
+        ({"pair_weights": []}, "pair_weights: expected at least one"),
+        ({"proxy_weights": [0.0]}, "proxy_weights: expected a number above 0"),
+        ({"proxy_pair_weights": [-1.0]}, "proxy_pair_weights: expected a number above 0"),
+        ({"proxy_pair_weights": [1.0, 1.0]}, "proxy_pair_weights: expected none twice"),
+        ({"proxy_variant": "pair"}, "proxy_variant: expected one of"),
+        ({"seeds": [-1]}, "seed: expected at least 0"),
+        ({"losses": ["hinge"]}, "loss: expected one of"),
     ],
 )
 def test_runs_that_make_no_sweep(changes, message):
@@ -203,9 +203,9 @@ def test_a_folder_with_a_run_of_other_settings(digits, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"classes_per_batch": 6}, "classes_per_batch must be at most 5, the classes to train on, got 6"),
+        ({"classes_per_batch": 6}, "classes_per_batch: expected at most 5, the classes to train on, got 6"),
         ({"backbone": BackboneConfig(embedding=4)}, "at least 16 x 16, got 8 x 8"),
-        ({"measurement": MeasurementConfig(ks=(2,))}, "measurement.ks must have 1"),
+        ({"measurement": MeasurementConfig(ks=(2,))}, "measurement.ks: expected 1 among them"),
         ({"measurement": MeasurementConfig(ks=(1, 10_000))}, "ks: expected K in"),
     ],
 )

@@ -129,11 +129,11 @@ def test_impossible_protocols_are_found_before_training(digits, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"margins": ()}, "margins must name at least one"),
-        ({"margins": (0.0, float("nan"))}, "margins must be finite, got nan"),
-        ({"margins": (0.1, 0.1)}, "margins must all be different"),
-        ({"runs": 0}, "runs must be at least 1"),
-        ({"seed": -1}, "seed must be at least 0"),
+        ({"margins": ()}, "margins: expected at least one"),
+        ({"margins": (0.0, float("nan"))}, "margins: expected a finite number, got nan"),
+        ({"margins": (0.1, 0.1)}, "margins: expected all to be different"),
+        ({"runs": 0}, "runs: expected at least 1"),
+        ({"seed": -1}, "seed: expected at least 0"),
     ],
 )
 def test_bad_settings_are_named(changes, message):

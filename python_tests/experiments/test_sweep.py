@@ -188,17 +188,20 @@ def test_images_that_have_changed_are_noticed(trained, monkeypatch, digits):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: margin_runs("digits", TINY, {}, [0]), "margins must name at least one margin"),
-        (lambda: margin_runs("digits", TINY, {"cosine": []}, [0]), "margins must name at least one margin"),
-        (lambda: margin_runs("digits", TINY, {"cosine": [float("nan")]}, [0]), "margins must be finite, got nan"),
-        (lambda: margin_runs("digits", TINY, {"angular": [0.0]}, [0]), "loss must be 'cosine' or 'softmax'"),
-        (lambda: margin_runs("digits", TINY, {"cosine": [0.0]}, []), "seeds must name at least one seed"),
-        (lambda: margin_runs("digits", TINY, {"cosine": [0.0]}, [-1]), "seed must be at least 0, got -1"),
-        (lambda: SweepRun("digits", TINY, held_out=1.0), r"held_out must lie in \(0, 1\), got 1.0"),
-        (lambda: FewShotAccuracy(classes=()), "classes must be some of base, validation, novel"),
+        (lambda: margin_runs("digits", TINY, {}, [0]), "margins: expected at least one margin"),
+        (lambda: margin_runs("digits", TINY, {"cosine": []}, [0]), "margins: expected at least one margin"),
+        (
+            lambda: margin_runs("digits", TINY, {"cosine": [float("nan")]}, [0]),
+            "margins: expected a finite number, got nan",
+        ),
+        (lambda: margin_runs("digits", TINY, {"angular": [0.0]}, [0]), "loss: expected one of cosine, softmax"),
+        (lambda: margin_runs("digits", TINY, {"cosine": [0.0]}, []), "seeds: expected at least one seed"),
+        (lambda: margin_runs("digits", TINY, {"cosine": [0.0]}, [-1]), "seed: expected at least 0, got -1"),
+        (lambda: SweepRun("digits", TINY, held_out=1.0), r"held_out: expected a number in \(0, 1\), got 1.0"),
+        (lambda: FewShotAccuracy(classes=()), "classes: expected some of base, validation, novel"),
         (lambda: FewShotAccuracy(classes=("base", "base")), "none of them twice"),
-        (lambda: FewShotAccuracy(classes=("test",)), "classes must be some of"),
-        (lambda: FewShotAccuracy(base_queries=0), "base_queries must be at least 1"),
+        (lambda: FewShotAccuracy(classes=("test",)), "classes: expected some of"),
+        (lambda: FewShotAccuracy(base_queries=0), "base_queries: expected at least 1"),
     ],
 )
 def test_bad_settings_are_named(build, message):
@@ -207,9 +210,9 @@ def test_bad_settings_are_named(build, message):
 
 
 def test_impossible_sweeps_are_found_before_training(digits, tmp_path):
-    with pytest.raises(ValueError, match="runs must name at least one run"):
+    with pytest.raises(ValueError, match="runs: expected at least one run"):
         Sweep([], digits, tmp_path)
-    with pytest.raises(ValueError, match="runs must all be different"):
+    with pytest.raises(ValueError, match="runs: expected all to be different"):
         small_sweep(digits, tmp_path, margins=(0.1, 0.1))
     greedy = replace(FEW, protocol=ProtocolConfig(shots=(1, 400)))
     with pytest.raises(ValueError, match="base classes of digits: 400 shots and 16 queries need 416 images a class"):

@@ -52,14 +52,17 @@ def test_label_smoothing_and_margin_stand_apart():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: regularizer_configs(TINY, 0.0), "margin must not be 0"),
-        (lambda: regularizer_configs(TINY, -0.1, weight_decay=0.0), "weight_decay must be above 0"),
-        (lambda: regularizer_configs(TINY, -0.1, drop_rate=0.1), "drop_rate must be 0 for conv4"),
-        (lambda: regularizer_configs(TINY, -0.1, label_smoothing=1.0), r"label_smoothing must lie in \[0, 1\)"),
+        (lambda: regularizer_configs(TINY, 0.0), "margin: expected another value than 0"),
+        (lambda: regularizer_configs(TINY, -0.1, weight_decay=0.0), "weight_decay: expected a number above 0"),
+        (lambda: regularizer_configs(TINY, -0.1, drop_rate=0.1), "drop_rate: expected 0 for conv4"),
+        (
+            lambda: regularizer_configs(TINY, -0.1, label_smoothing=1.0),
+            r"label_smoothing: expected a number in \[0, 1\)",
+        ),
         (lambda: regularizer_configs(TINY, -0.1, without_augmentation=True), "has the settings of 'margin -0.1'"),
-        (lambda: label_smoothing_configs(TINY, 0.0, 0.1), "margin must not be 0"),
-        (lambda: label_smoothing_configs(TINY, -0.1, 0.0), "label_smoothing must be above 0"),
-        (lambda: variant_runs("digits", {"plain": TINY}, [], 0.2), "seeds must name at least one seed"),
+        (lambda: label_smoothing_configs(TINY, 0.0, 0.1), "margin: expected another value than 0"),
+        (lambda: label_smoothing_configs(TINY, -0.1, 0.0), "label_smoothing: expected a number above 0"),
+        (lambda: variant_runs("digits", {"plain": TINY}, [], 0.2), "seeds: expected at least one seed"),
     ],
 )
 def test_bad_settings_are_named(build, message):
@@ -90,5 +93,5 @@ def test_variants_are_trained_compared_and_drawn(digits, tmp_path):
 
 def test_differences_need_a_common_seed():
     ours, theirs = ({"seed": seed, "correct": [1, 2], "queries": 3} for seed in (0, 1))
-    with pytest.raises(ValueError, match="rows and others must share a seed, got none"):
+    with pytest.raises(ValueError, match="rows and others: expected a shared seed, got none"):
         difference([ours], [theirs])

@@ -92,7 +92,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("name", ["jobs", "threads"])
 def test_bad_counts_are_named(name):
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
         run_tasks([], **{name: 0})
 
 

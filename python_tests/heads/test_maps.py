@@ -204,7 +204,7 @@ def test_only_heads_for_maps_say_so():
 
 @pytest.mark.parametrize("head", [SimpleShot(), DeepEMDHead(), "protonet"])
 def test_pooling_takes_heads_for_single_features(head):
-    with pytest.raises(TypeError, match="head must be a head for single features that needs no mean"):
+    with pytest.raises(TypeError, match="head: expected a head for single features that needs no mean"):
         Pooled(head)
 
 
@@ -212,12 +212,20 @@ def test_pooling_takes_heads_for_single_features(head):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"support": torch.zeros(2, 3, 6)}, ValueError, r"support must be \[E, images, N, C\], got \[2, 3, 6\]"),
-        ({"query": torch.zeros(2, 4, 5, 7)}, ValueError, "query must have the 6 channels of support, got 7"),
-        ({"query": torch.zeros(2, 4, 0, 6)}, ValueError, "query must have at least one region"),
-        ({"query": None}, TypeError, "query must be a floating-point tensor, got NoneType"),
-        ({"support": torch.full((2, 3, 5, 6), float("nan"))}, ValueError, "support must be finite, got NaN"),
-        ({"query": torch.full((2, 4, 5, 6), float("inf"))}, ValueError, "query must be finite, got NaN or inf"),
+        (
+            {"support": torch.zeros(2, 3, 6)},
+            ValueError,
+            r"support: expected shape \[E, images, N, C\], got \[2, 3, 6\]",
+        ),
+        ({"query": torch.zeros(2, 4, 5, 7)}, ValueError, "query: expected the 6 channels of support, got 7"),
+        ({"query": torch.zeros(2, 4, 0, 6)}, ValueError, "query: expected at least one region"),
+        ({"query": None}, TypeError, "query: expected a floating-point tensor, got NoneType"),
+        ({"support": torch.full((2, 3, 5, 6), float("nan"))}, ValueError, "support: expected finite values, got NaN"),
+        (
+            {"query": torch.full((2, 4, 5, 6), float("inf"))},
+            ValueError,
+            "query: expected finite values, got NaN or inf",
+        ),
         ({"support_target": torch.tensor([[0, 1, 1], [0, 0, 0]])}, ValueError, "class 1 of episode 1 has no image"),
         ({"way": 4}, ValueError, "class 2 of episode 0 has no image"),
     ],
@@ -235,18 +243,18 @@ def test_maps_that_do_not_fit_are_named(head, changes, error, message):
 
 def test_more_neighbors_than_local_features_are_refused():
     support, target, query = episodes()
-    with pytest.raises(ValueError, match=r"neighbors must be at most 4, the local features of the class .* got 5"):
+    with pytest.raises(ValueError, match=r"neighbors: expected at most 4, the local features of the class .* got 5"):
         LocalNearestNeighbors(neighbors=5)(support, target, query, WAY)
 
 
 @pytest.mark.parametrize(
     ("head", "settings", "message"),
     [
-        (DeepEMDHead, {"temperature": 0.0}, "temperature must be above 0"),
-        (DeepEMDHead, {"weighting": "norm"}, "weighting must be 'cross_reference' or 'uniform'"),
-        (LocalNearestNeighbors, {"neighbors": 0}, "neighbors must be at least 1"),
-        (LocalNearestNeighbors, {"scale": 0.0}, "scale must be above 0"),
-        (PredictionFusion, {"local_scale": -1.0}, "local_scale must be above 0"),
+        (DeepEMDHead, {"temperature": 0.0}, "temperature: expected a number above 0"),
+        (DeepEMDHead, {"weighting": "norm"}, "weighting: expected one of cross_reference, uniform"),
+        (LocalNearestNeighbors, {"neighbors": 0}, "neighbors: expected at least 1"),
+        (LocalNearestNeighbors, {"scale": 0.0}, "scale: expected a number above 0"),
+        (PredictionFusion, {"local_scale": -1.0}, "local_scale: expected a number above 0"),
     ],
 )
 def test_bad_settings_are_named(head, settings, message):
@@ -255,5 +263,5 @@ def test_bad_settings_are_named(head, settings, message):
 
 
 def test_an_unknown_head_is_told_which_there_are():
-    with pytest.raises(ValueError, match=r"head must be one of deepemd, .*, fc_cosine, got 'finetune'"):
+    with pytest.raises(ValueError, match=r"head: expected one of deepemd, .*, fc_cosine, got 'finetune'"):
         find_map_head("finetune")

@@ -67,9 +67,12 @@ def test_groups_are_expanded_in_place_and_repeat_nothing_that_is_named():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("svm", r"head must be one of finetune, .*, deepemd, .*, fc_cosine, got 'svm'"),
+        ("svm", r"head: expected one of finetune, .*, deepemd, .*, fc_cosine, got 'svm'"),
         ("svm@fcn", "got 'svm'"),
-        ("deepemd@patches", r"regions after @ must be one of fcn, grid, sampling, got 'patches' in head 'deepemd@pat"),
+        (
+            "deepemd@patches",
+            r"regions after @: expected one of fcn, grid, sampling, got 'patches' in head 'deepemd@pat",
+        ),
         ("deepemd@", "got '' in head 'deepemd@'"),
         (
             "finetune@fcn",

@@ -191,18 +191,30 @@ def test_no_episodes(name):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"support": [[[1.0]]]}, TypeError, "support must be a floating-point tensor, got list"),
-        ({"query": torch.zeros(2, 4, 5, dtype=torch.int64)}, TypeError, "query must be a floating-point"),
-        ({"query": torch.zeros(2, 4, 5, dtype=torch.float64)}, TypeError, "query must have the dtype of support"),
-        ({"support_target": torch.zeros(2, 3)}, TypeError, "support_target must be an int64 tensor, got torch.float32"),
-        ({"support": torch.zeros(3, 5)}, ValueError, r"support must be \[E, S, D\], got \[3, 5\]"),
-        ({"support_target": torch.zeros(2, 4, dtype=torch.int64)}, ValueError, r"support_target must be \[2, 3\]"),
-        ({"query": torch.zeros(2, 4, 6)}, ValueError, r"query must be \[2, Q, 5\], got \[2, 4, 6\]"),
-        ({"query": torch.zeros(1, 4, 5)}, ValueError, r"query must be \[2, Q, 5\]"),
-        ({"query": torch.zeros(2, 4, 5, device="meta")}, ValueError, "query must be on the device of support, cpu"),
-        ({"way": 1}, ValueError, "way must be at least 2, got 1"),
+        ({"support": [[[1.0]]]}, TypeError, "support: expected a floating-point tensor, got list"),
+        ({"query": torch.zeros(2, 4, 5, dtype=torch.int64)}, TypeError, "query: expected a floating-point"),
+        ({"query": torch.zeros(2, 4, 5, dtype=torch.float64)}, TypeError, "query: expected the dtype of support"),
+        (
+            {"support_target": torch.zeros(2, 3)},
+            TypeError,
+            "support_target: expected an int64 tensor, got torch.float32",
+        ),
+        ({"support": torch.zeros(3, 5)}, ValueError, r"support: expected shape \[E, S, D\], got \[3, 5\]"),
+        (
+            {"support_target": torch.zeros(2, 4, dtype=torch.int64)},
+            ValueError,
+            r"support_target: expected shape \[2, 3\]",
+        ),
+        ({"query": torch.zeros(2, 4, 6)}, ValueError, r"query: expected shape \[2, Q, 5\], got \[2, 4, 6\]"),
+        ({"query": torch.zeros(1, 4, 5)}, ValueError, r"query: expected shape \[2, Q, 5\]"),
+        ({"query": torch.zeros(2, 4, 5, device="meta")}, ValueError, "query: expected the device of support, cpu"),
+        ({"way": 1}, ValueError, "way: expected at least 2, got 1"),
         ({"support_target": torch.tensor([[0, 2, 1]] * 2)}, ValueError, r"lie in \[0, 2\), got 0 to 2"),
-        ({"support_target": torch.tensor([[0, -1, 1]] * 2)}, ValueError, r"support_target must lie in \[0, 2\)"),
+        (
+            {"support_target": torch.tensor([[0, -1, 1]] * 2)},
+            ValueError,
+            r"support_target: expected numbers in \[0, 2\)",
+        ),
         ({"support_target": torch.tensor([[0, 1, 1], [0, 0, 0]])}, ValueError, "class 1 of episode 1 has no image"),
     ],
 )
@@ -220,8 +232,8 @@ def test_episodes_that_do_not_fit_are_named(changes, error, message):
 @pytest.mark.parametrize(
     ("base_mean", "message"),
     [
-        (None, "base_mean must be given: SimpleShot subtracts it"),
-        (torch.zeros(6), r"base_mean must be \[7\], got \[6\]"),
+        (None, "base_mean: expected a value, got none: SimpleShot subtracts it"),
+        (torch.zeros(6), r"base_mean: expected shape \[7\], got \[6\]"),
     ],
 )
 def test_simpleshot_needs_the_mean_of_the_base_classes(base_mean, message):
@@ -235,14 +247,14 @@ def test_simpleshot_needs_the_mean_of_the_base_classes(base_mean, message):
     ("head", "settings", "message"),
     [
         (FineTuning, {"similarity": "euclidean"}, "similarity: expected one of cosine, dot, got 'euclidean'"),
-        (FineTuning, {"lr": 0.0}, "lr must be above 0"),
-        (ProtoNet, {"metric": "manhattan"}, "metric must be 'euclidean' or 'cosine'"),
-        (ProtoNet, {"scale": 0.0}, "scale must be above 0"),
-        (MatchingNet, {"attention_scale": -1.0}, "attention_scale must be above 0"),
-        (NearestNeighbor, {"metric": "manhattan"}, "metric must be 'cosine' or 'euclidean'"),
-        (NearestNeighbor, {"scale": -1.0}, "scale must be above 0"),
-        (SimpleShot, {"transform": "pca"}, "transform must be 'cl2n' or 'l2n' or 'un'"),
-        (SimpleShot, {"scale": float("nan")}, "scale must be finite"),
+        (FineTuning, {"lr": 0.0}, "lr: expected a number above 0"),
+        (ProtoNet, {"metric": "manhattan"}, "metric: expected one of euclidean, cosine"),
+        (ProtoNet, {"scale": 0.0}, "scale: expected a number above 0"),
+        (MatchingNet, {"attention_scale": -1.0}, "attention_scale: expected a number above 0"),
+        (NearestNeighbor, {"metric": "manhattan"}, "metric: expected one of cosine, euclidean"),
+        (NearestNeighbor, {"scale": -1.0}, "scale: expected a number above 0"),
+        (SimpleShot, {"transform": "pca"}, "transform: expected one of cl2n, l2n, un"),
+        (SimpleShot, {"scale": float("nan")}, "scale: expected a finite number"),
     ],
 )
 def test_bad_settings_are_named(head, settings, message):
@@ -251,5 +263,5 @@ def test_bad_settings_are_named(head, settings, message):
 
 
 def test_an_unknown_head_is_told_which_there_are():
-    with pytest.raises(ValueError, match=r"head must be one of finetune, protonet, .*, got 'svm'"):
+    with pytest.raises(ValueError, match=r"head: expected one of finetune, protonet, .*, got 'svm'"):
         find_head("svm")

@@ -161,15 +161,15 @@ def test_resnet12_by_its_formula():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "vgg"}, "name must be conv4, resnet12, resnet18 or wrn28_10, got 'vgg'"),
-        ({"width": 0}, "width must be at least 1, got 0"),
-        ({"name": "resnet12", "width": 5}, "width must be even for resnet12"),
-        ({"pooled_blocks": 5}, r"pooled_blocks must lie in \[0, 4\], got 5"),
+        ({"name": "vgg"}, "name: expected conv4, resnet12, resnet18 or wrn28_10, got 'vgg'"),
+        ({"width": 0}, "width: expected at least 1, got 0"),
+        ({"name": "resnet12", "width": 5}, "width: expected an even number for resnet12"),
+        ({"pooled_blocks": 5}, r"pooled_blocks: expected a number in \[0, 4\], got 5"),
         ({"name": "resnet18", "pooled_blocks": 2}, "pooled_blocks is an option of conv4, got 2 for resnet18"),
-        ({"drop_rate": 0.1}, "drop_rate must be 0 for conv4"),
-        ({"name": "resnet12", "drop_rate": 1.0}, r"drop_rate must lie in \[0, 1\)"),
-        ({"name": "resnet12", "drop_block_size": 0}, "drop_block_size must be at least 1"),
-        ({"name": "resnet12", "drop_ramp_steps": -1}, "drop_ramp_steps must be at least 0"),
+        ({"drop_rate": 0.1}, "drop_rate: expected 0 for conv4"),
+        ({"name": "resnet12", "drop_rate": 1.0}, r"drop_rate: expected a number in \[0, 1\)"),
+        ({"name": "resnet12", "drop_block_size": 0}, "drop_block_size: expected at least 1"),
+        ({"name": "resnet12", "drop_ramp_steps": -1}, "drop_ramp_steps: expected at least 0"),
     ],
 )
 def test_bad_settings_are_named(settings, message):
@@ -180,11 +180,11 @@ def test_bad_settings_are_named(settings, message):
 @pytest.mark.parametrize(
     ("backbone", "arguments", "message"),
     [
-        (ResNet12, {"width": 3}, "width must be even"),
-        (ResNet18, {"width": 0}, "width must be at least 1"),
-        (WideResNet28, {"width": 0}, "width must be at least 1"),
-        (WideResNet28, {"width": 4, "drop_rate": 1.0}, "drop_rate must lie in"),
-        (ResNet12, {"width": 2, "drop_rate": -0.1}, r"must lie in \[0, 1\)|between 0 and 1"),
+        (ResNet12, {"width": 3}, "width: expected an even number"),
+        (ResNet18, {"width": 0}, "width: expected at least 1"),
+        (WideResNet28, {"width": 0}, "width: expected at least 1"),
+        (WideResNet28, {"width": 4, "drop_rate": 1.0}, "drop_rate: expected a number in"),
+        (ResNet12, {"width": 2, "drop_rate": -0.1}, r"expected a number in \[0, 1\)|between 0 and 1"),
     ],
 )
 def test_bad_arguments_are_named(backbone, arguments, message):

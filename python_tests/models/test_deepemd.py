@@ -148,13 +148,13 @@ def test_local_features_take_their_settings():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "dense"}, "name must be 'fcn' or 'grid' or 'sampling', got 'dense'"),
-        ({"pyramid": (0,)}, "pyramid must be at least 1"),
-        ({"grids": ()}, "grids must name at least one side"),
-        ({"grids": (2, 0)}, "grids must be at least 1"),
-        ({"ratio": 0.9}, "ratio must be at least 1"),
-        ({"regions": 0}, "regions must be at least 1"),
-        ({"seed": -1}, "seed must be at least 0"),
+        ({"name": "dense"}, "name: expected one of fcn, grid, sampling, got 'dense'"),
+        ({"pyramid": (0,)}, "pyramid: expected at least 1"),
+        ({"grids": ()}, "grids: expected at least one side"),
+        ({"grids": (2, 0)}, "grids: expected at least 1"),
+        ({"ratio": 0.9}, "ratio: expected at least 1"),
+        ({"regions": 0}, "regions: expected at least 1"),
+        ({"seed": -1}, "seed: expected at least 0"),
     ],
 )
 def test_bad_settings_are_named(settings, message):
@@ -165,20 +165,28 @@ def test_bad_settings_are_named(settings, message):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"support": [1]}, TypeError, "support must be a tensor, got list"),
-        ({"query": torch.rand(2, 4)}, ValueError, r"query must be \[E, images, ...\], got \[2, 4\]"),
+        ({"support": [1]}, TypeError, "support: expected a tensor, got list"),
+        ({"query": torch.rand(2, 4)}, ValueError, r"query: expected shape \[E, images, ...\], got \[2, 4\]"),
         (
             {"query": torch.rand(2, 4, 1, 12, 10)},
             ValueError,
-            r"query must be \[2, Q, 1, 12, 12\] .*\[2, 4, 1, 12, 10\]",
+            r"query: expected shape \[2, Q, 1, 12, 12\] .*\[2, 4, 1, 12, 10\]",
         ),
-        ({"query": torch.rand(1, 4, 1, 12, 12)}, ValueError, r"query must be \[2, Q, 1, 12, 12\]"),
-        ({"query": torch.rand(2, 4, 1, 12, 12).double()}, TypeError, "query must have the dtype of support"),
-        ({"support_target": torch.zeros(2, 4, dtype=torch.int64)}, ValueError, r"support_target must be \[2, 3\]"),
+        ({"query": torch.rand(1, 4, 1, 12, 12)}, ValueError, r"query: expected shape \[2, Q, 1, 12, 12\]"),
+        ({"query": torch.rand(2, 4, 1, 12, 12).double()}, TypeError, "query: expected the dtype of support"),
+        (
+            {"support_target": torch.zeros(2, 4, dtype=torch.int64)},
+            ValueError,
+            r"support_target: expected shape \[2, 3\]",
+        ),
         ({"support_target": torch.zeros(2, 3, dtype=torch.int64)}, ValueError, "class 1 of episode 0 has no image"),
         ({"way": 4}, ValueError, "class 3 of episode 0 has no image"),
-        ({"query": torch.full((2, 4, 1, 12, 12), float("nan"))}, ValueError, "query must be finite, got NaN"),
-        ({"support": torch.full((2, 3, 1, 12, 12), float("nan"))}, ValueError, "support must be finite, got NaN"),
+        ({"query": torch.full((2, 4, 1, 12, 12), float("nan"))}, ValueError, "query: expected finite values, got NaN"),
+        (
+            {"support": torch.full((2, 3, 1, 12, 12), float("nan"))},
+            ValueError,
+            "support: expected finite values, got NaN",
+        ),
     ],
 )
 def test_bad_input_is_named(changes, error, message):
@@ -195,7 +203,10 @@ def test_no_episodes_have_no_logits():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"temperature": 0}, "temperature must be above 0"), ({"weighting": "norm"}, "weighting must be 'cross_ref")],
+    [
+        ({"temperature": 0}, "temperature: expected a number above 0"),
+        ({"weighting": "norm"}, "weighting: expected 'cross_ref"),
+    ],
 )
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):

@@ -32,5 +32,5 @@ def test_images_too_small_and_bad_sizes_are_named():
     backbone = build_backbone(BackboneConfig(width=8, embedding=2), in_channels=1)
     with pytest.raises(ValueError, match="at least 16 x 16, got 8 x 8"):
         backbone.feature_size(8, 8)
-    with pytest.raises(ValueError, match="embedding must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="embedding: expected at least 1, got 0"):
         BackboneConfig(embedding=0)

@@ -241,21 +241,25 @@ GOOD = torch.zeros(2, 3, 4, 6)
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"query": [1.0]}, TypeError, "query must be a floating-point tensor, got list"),
-        ({"support": GOOD.long()}, TypeError, "support must be a floating-point tensor, got torch.int64"),
-        ({"support": GOOD.double()}, TypeError, "support must have the dtype of query, torch.float32"),
-        ({"query": GOOD[0]}, ValueError, r"query must be \[E, images, N, C\], got \[3, 4, 6\]"),
-        ({"support": GOOD[..., :5]}, ValueError, "support must have the 6 channels of query, got 5"),
-        ({"support": GOOD[:1]}, ValueError, "support must have the 2 episodes of query, got 1"),
-        ({"query": GOOD[:, :, :0]}, ValueError, r"query must have at least one region .*\[2, 3, 0, 6\]"),
-        ({"support": GOOD[..., :0]}, ValueError, "support must have at least one region and one channel"),
-        ({"support": GOOD.to("meta")}, ValueError, "support must be on the device of query, cpu, got meta"),
-        ({"query": GOOD + float("nan")}, ValueError, "query must be finite, got NaN or infinity"),
-        ({"support": GOOD - float("inf")}, ValueError, "support must be finite, got NaN or infinity"),
-        ({"temperature": 0.0}, ValueError, "temperature must be above 0"),
-        ({"temperature": "1"}, TypeError, "temperature must be a number, got str"),
-        ({"bytes_at_once": 0}, ValueError, "bytes_at_once must be above 0"),
-        ({"weighting": "attention"}, ValueError, "weighting must be 'cross_reference' or 'uniform', got 'attention'"),
+        ({"query": [1.0]}, TypeError, "query: expected a floating-point tensor, got list"),
+        ({"support": GOOD.long()}, TypeError, "support: expected a floating-point tensor, got torch.int64"),
+        ({"support": GOOD.double()}, TypeError, "support: expected the dtype of query, torch.float32"),
+        ({"query": GOOD[0]}, ValueError, r"query: expected shape \[E, images, N, C\], got \[3, 4, 6\]"),
+        ({"support": GOOD[..., :5]}, ValueError, "support: expected the 6 channels of query, got 5"),
+        ({"support": GOOD[:1]}, ValueError, "support: expected the 2 episodes of query, got 1"),
+        ({"query": GOOD[:, :, :0]}, ValueError, r"query: expected at least one region .*\[2, 3, 0, 6\]"),
+        ({"support": GOOD[..., :0]}, ValueError, "support: expected at least one region and one channel"),
+        ({"support": GOOD.to("meta")}, ValueError, "support: expected the device of query, cpu, got meta"),
+        ({"query": GOOD + float("nan")}, ValueError, "query: expected finite values, got NaN or infinity"),
+        ({"support": GOOD - float("inf")}, ValueError, "support: expected finite values, got NaN or infinity"),
+        ({"temperature": 0.0}, ValueError, "temperature: expected a number above 0"),
+        ({"temperature": "1"}, TypeError, "temperature: expected a number, got str"),
+        ({"bytes_at_once": 0}, ValueError, "bytes_at_once: expected a number above 0"),
+        (
+            {"weighting": "attention"},
+            ValueError,
+            "weighting: expected one of cross_reference, uniform, got 'attention'",
+        ),
     ],
 )
 def test_bad_input_is_named(changes, error, message):
@@ -266,11 +270,16 @@ def test_bad_input_is_named(changes, error, message):
 @pytest.mark.parametrize(
     ("query", "support", "error", "message"),
     [
-        (None, GOOD, TypeError, "query must be a floating-point tensor, got NoneType"),
-        (GOOD[0, 0, 0], GOOD[0, 0], ValueError, r"query must be \[..., N, C\], got \[6\]"),
-        (GOOD, GOOD[:1], ValueError, r"support must be \[..., M, C\] with the batch \[2, 3\] of query, got \[1, 3"),
-        (GOOD, GOOD[..., :3], ValueError, "support must have the 6 channels of query, got 3"),
-        (GOOD + float("nan"), GOOD, ValueError, "query must be finite"),
+        (None, GOOD, TypeError, "query: expected a floating-point tensor, got NoneType"),
+        (GOOD[0, 0, 0], GOOD[0, 0], ValueError, r"query: expected shape \[..., N, C\], got \[6\]"),
+        (
+            GOOD,
+            GOOD[:1],
+            ValueError,
+            r"support: expected shape \[..., M, C\] with the batch \[2, 3\] of query, got \[1, 3",
+        ),
+        (GOOD, GOOD[..., :3], ValueError, "support: expected the 6 channels of query, got 3"),
+        (GOOD + float("nan"), GOOD, ValueError, "query: expected finite values"),
     ],
 )
 def test_bad_pairs_are_named(query, support, error, message):
@@ -279,7 +288,7 @@ def test_bad_pairs_are_named(query, support, error, message):
 
 
 def test_overflow_of_finite_features_is_named():
-    message = r"query and support must have inner products that torch\.float32 holds, got entries of up to 1e\+30"
+    message = r"query and support: expected inner products that torch\.float32 holds, got entries of up to 1e\+30"
     with pytest.raises(ValueError, match=message):
         emd_logits(GOOD + 1e30, GOOD + 1e30)
 

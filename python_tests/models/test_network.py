@@ -102,7 +102,7 @@ def test_a_module_of_ones_own():
     assert network.content() == {}
     with pytest.raises(TypeError, match="Flatten has no method feature_map"):
         network.feature_map(images)
-    with pytest.raises(ValueError, match="preprocessing must be left out for 'Network', which brings its own"):
+    with pytest.raises(ValueError, match="preprocessing: expected none for 'Network', which brings its own"):
         as_network(network, ImageInput((0.5,), (0.25,)))
 
 
@@ -112,7 +112,7 @@ def test_a_module_of_ones_own():
         ({"image_shape": (8, 8)}, r"image_shape: expected \(channels, height, width\)"),
         ({"image_shape": (3, 8, 8)}, r"image_shape: expected .* and a mean and std for each channel"),
         ({"image_shape": (1, 0, 8)}, "image_shape: expected"),
-        ({"similarity": "euclidean"}, "similarity must be 'cosine' or 'dot', got 'euclidean'"),
+        ({"similarity": "euclidean"}, "similarity: expected one of cosine, dot, got 'euclidean'"),
     ],
 )
 def test_bad_settings_are_named(changes, message):

@@ -170,29 +170,33 @@ def test_carries_no_gradient():
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"support": None}, TypeError, "support must be a floating-point tensor, got NoneType"),
-        ({"support": torch.zeros(3, 7, 4)}, ValueError, r"support must be \[E, images, N, C\], got \[3, 7, 4\]"),
-        ({"support": torch.zeros(3, 7, 0, 6)}, ValueError, "support must have at least one region"),
-        ({"support": torch.full((3, 7, 4, 6), float("nan"))}, ValueError, "support must be finite"),
-        ({"support_target": TARGET.float()}, TypeError, "support_target must be an int64 tensor, got torch.float32"),
-        ({"support_target": TARGET[:, :6]}, ValueError, r"support_target must be \[3, 7\], got \[3, 6\]"),
+        ({"support": None}, TypeError, "support: expected a floating-point tensor, got NoneType"),
+        (
+            {"support": torch.zeros(3, 7, 4)},
+            ValueError,
+            r"support: expected shape \[E, images, N, C\], got \[3, 7, 4\]",
+        ),
+        ({"support": torch.zeros(3, 7, 0, 6)}, ValueError, "support: expected at least one region"),
+        ({"support": torch.full((3, 7, 4, 6), float("nan"))}, ValueError, "support: expected finite values"),
+        ({"support_target": TARGET.float()}, TypeError, "support_target: expected an int64 tensor, got torch.float32"),
+        ({"support_target": TARGET[:, :6]}, ValueError, r"support_target: expected shape \[3, 7\], got \[3, 6\]"),
         (
             {"support_target": TARGET.to("meta")},
             ValueError,
-            "support_target must be on the device of support, cpu, got",
+            "support_target: expected the device of support, cpu, got",
         ),
-        ({"support_target": TARGET + 1}, ValueError, r"support_target must lie in \[0, 3\), got 1 to 3"),
+        ({"support_target": TARGET + 1}, ValueError, r"support_target: expected numbers in \[0, 3\), got 1 to 3"),
         ({"support_target": TARGET.clamp(max=1)}, ValueError, "class 2 of episode 0 has no image"),
         ({"way": 8}, ValueError, "class 3 of episode 0 has no image"),  # more classes than images
-        ({"way": 1}, ValueError, "way must be at least 2"),
-        ({"order": torch.zeros(3, 99, 7, dtype=torch.int64)}, ValueError, r"order must be \[3, 100, 7\]"),
-        ({"order": torch.zeros(3, 100, 7, dtype=torch.int64)}, ValueError, "order must hold permutations of the 7"),
-        ({"way": 3.0}, TypeError, "way must be an integer, got float"),
-        ({"order": [0]}, TypeError, "order must be an int64 tensor, got list"),
-        ({"order": torch.zeros(3, 100, 7)}, TypeError, "order must be an int64 tensor, got torch.float32"),
-        ({"temperature": -1.0}, ValueError, "temperature must be above 0"),
-        ({"bytes_at_once": 0}, ValueError, "bytes_at_once must be above 0"),
-        ({"weighting": "norm"}, ValueError, "weighting must be 'cross_reference' or 'uniform'"),
+        ({"way": 1}, ValueError, "way: expected at least 2"),
+        ({"order": torch.zeros(3, 99, 7, dtype=torch.int64)}, ValueError, r"order: expected shape \[3, 100, 7\]"),
+        ({"order": torch.zeros(3, 100, 7, dtype=torch.int64)}, ValueError, "order: expected permutations of the 7"),
+        ({"way": 3.0}, TypeError, "way: expected an integer, got float"),
+        ({"order": [0]}, TypeError, "order: expected an int64 tensor, got list"),
+        ({"order": torch.zeros(3, 100, 7)}, TypeError, "order: expected an int64 tensor, got torch.float32"),
+        ({"temperature": -1.0}, ValueError, "temperature: expected a number above 0"),
+        ({"bytes_at_once": 0}, ValueError, "bytes_at_once: expected a number above 0"),
+        ({"weighting": "norm"}, ValueError, "weighting: expected one of cross_reference, uniform"),
     ],
 )
 def test_bad_input_is_named(changes, error, message):
@@ -205,11 +209,11 @@ def test_bad_input_is_named(changes, error, message):
     ("name", "value"), [("passes", -1), ("batch_size", 0), ("lr", 0.0), ("momentum", 1.0), ("dampening", -0.1)]
 )
 def test_bad_settings_are_named(name, value):
-    with pytest.raises(ValueError, match=f"{name} must"):
+    with pytest.raises(ValueError, match=f"{name}: expected"):
         StructuredClassifierConfig(**{name: value})
 
 
 @pytest.mark.parametrize(("name", "value"), [("passes", 1.5), ("batch_size", True), ("lr", "0.1")])
 def test_settings_of_another_type_are_named(name, value):
-    with pytest.raises(TypeError, match=f"{name} must be a"):
+    with pytest.raises(TypeError, match=f"{name}: expected a"):
         StructuredClassifierConfig(**{name: value})

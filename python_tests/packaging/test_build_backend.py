@@ -81,7 +81,7 @@ def test_old_setuptools_gets_one_clear_error(backend, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"FEWSHOT_EXT_CUDA": "yes"}, "FEWSHOT_EXT_CUDA must be 0 or 1, got 'yes'"),
+        ({"FEWSHOT_EXT_CUDA": "yes"}, "FEWSHOT_EXT_CUDA: expected 0 or 1, got 'yes'"),
         (
             {"FEWSHOT_EXT_CUDA": "1", "CUDA_HOME": "/nonexistent"},
             "FEWSHOT_EXT_CUDA=1, but no CUDA toolkit was found; set CUDA_HOME",

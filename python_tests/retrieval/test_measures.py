@@ -322,7 +322,7 @@ def test_bad_input_of_nmi(monkeypatch):
         clustering_nmi(entry(math.nan), LABELS)
     with pytest.raises(ValueError, match="distance: expected one of cosine, euclidean"):
         clustering_nmi(signs(6, 0), LABELS, distance="dot")
-    with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="seed: expected at least 0, got -1"):
         clustering_nmi(signs(6, 0), LABELS, seed=-1)
     monkeypatch.setattr("fewshot_ext._extras.is_installed", lambda module: False)
     with pytest.raises(ImportError, match=r"'sklearn' is missing; pip install 'fewshot_ext\[metric\]'"):

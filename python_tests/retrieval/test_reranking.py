@@ -57,23 +57,43 @@ def test_nothing_to_order(queries, kept):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"query_maps": None}, TypeError, "query_maps must be a floating-point tensor, got NoneType"),
-        ({"query_maps": torch.zeros(5, 8)}, ValueError, r"query_maps must be \[images, N, C\], .* got \[5, 8\]"),
-        ({"gallery_maps": torch.zeros(20, 0, 8)}, ValueError, r"gallery_maps must be \[images, N, C\], N and C at"),
-        ({"gallery_maps": torch.zeros(20, 6, 7)}, ValueError, "gallery_maps must have the 8 channels .* got 7"),
-        ({"gallery_maps": torch.zeros(20, 6, 8)}, TypeError, "gallery_maps must have the dtype of query_maps"),
-        ({"candidates": [[0]]}, TypeError, "candidates must be an int64 tensor, got list"),
-        ({"candidates": torch.zeros(5, 2)}, TypeError, "candidates must be an int64 tensor, got torch.float32"),
+        ({"query_maps": None}, TypeError, "query_maps: expected a floating-point tensor, got NoneType"),
+        (
+            {"query_maps": torch.zeros(5, 8)},
+            ValueError,
+            r"query_maps: expected shape \[images, N, C\], .* got \[5, 8\]",
+        ),
+        (
+            {"gallery_maps": torch.zeros(20, 0, 8)},
+            ValueError,
+            r"gallery_maps: expected shape \[images, N, C\], N and C at",
+        ),
+        ({"gallery_maps": torch.zeros(20, 6, 7)}, ValueError, "gallery_maps: expected the 8 channels .* got 7"),
+        ({"gallery_maps": torch.zeros(20, 6, 8)}, TypeError, "gallery_maps: expected the dtype of query_maps"),
+        ({"candidates": [[0]]}, TypeError, "candidates: expected an int64 tensor, got list"),
+        ({"candidates": torch.zeros(5, 2)}, TypeError, "candidates: expected an int64 tensor, got torch.float32"),
         (
             {"candidates": torch.zeros(4, 2, dtype=torch.int64)},
             ValueError,
-            r"candidates must be \[5, K\], got \[4, 2\]",
+            r"candidates: expected shape \[5, K\], got \[4, 2\]",
         ),
-        ({"candidates": torch.full((5, 2), 20)}, ValueError, r"candidates must lie in \[0, 20\), got 20 to 20"),
-        ({"candidates": torch.full((5, 2), -1)}, ValueError, r"candidates must lie in \[0, 20\), got -1 to -1"),
-        ({"candidates": torch.zeros(5, 2, dtype=torch.int64, device="meta")}, ValueError, "candidates must be on the"),
-        ({"weighting": "norm"}, ValueError, "weighting must be 'cross_reference' or 'uniform'"),
-        ({"bytes_at_once": 0}, ValueError, "bytes_at_once must be above 0"),
+        (
+            {"candidates": torch.full((5, 2), 20)},
+            ValueError,
+            r"candidates: expected numbers in \[0, 20\), got 20 to 20",
+        ),
+        (
+            {"candidates": torch.full((5, 2), -1)},
+            ValueError,
+            r"candidates: expected numbers in \[0, 20\), got -1 to -1",
+        ),
+        (
+            {"candidates": torch.zeros(5, 2, dtype=torch.int64, device="meta")},
+            ValueError,
+            "candidates: expected on the",
+        ),
+        ({"weighting": "norm"}, ValueError, "weighting: expected one of cross_reference, uniform"),
+        ({"bytes_at_once": 0}, ValueError, "bytes_at_once: expected a number above 0"),
     ],
 )
 def test_bad_input_is_named(changes, error, message):
@@ -88,7 +108,7 @@ def test_features_that_are_not_finite_are_named(name):
     query, gallery, candidates = drawn()
     arguments = {"query_maps": query, "gallery_maps": gallery}
     arguments[name][2, 1, 0] = float("nan")
-    with pytest.raises(ValueError, match=f"{name} must be finite"):
+    with pytest.raises(ValueError, match=f"{name}: expected a finite number"):
         rerank(**arguments, candidates=candidates)
 
 
@@ -176,30 +196,42 @@ def test_lone_queries_are_left_out_or_missed(lone, queries, share):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"images": torch.zeros(30, 1, 8, 8)}, TypeError, "images must be a uint8 tensor, got torch.float32"),
-        ({"images": torch.zeros(30, 8, 8, dtype=torch.uint8)}, ValueError, r"images must be \[images, C, H, W\]"),
-        ({"labels": [1]}, TypeError, "labels must be an int64 tensor, got list"),
-        ({"labels": torch.zeros(3, dtype=torch.int64)}, ValueError, r"labels must be \[30\] for images, got \[3\]"),
-        ({"gallery_labels": torch.zeros(3, dtype=torch.int64)}, ValueError, "must be given together"),
-        ({"gallery_embeddings": torch.zeros(3, 4)}, ValueError, "gallery_embeddings must be left out"),
-        ({"candidates": 7}, ValueError, r"candidates must lie in \[8, 29\], .*, got 7"),
-        ({"candidates": 10.0}, TypeError, "candidates must be an integer, got float"),
-        ({"embeddings": torch.zeros(3, 4)}, ValueError, r"embeddings must be \[30, D\], a row an image, got \[3, 4\]"),
+        ({"images": torch.zeros(30, 1, 8, 8)}, TypeError, "images: expected a uint8 tensor, got torch.float32"),
+        (
+            {"images": torch.zeros(30, 8, 8, dtype=torch.uint8)},
+            ValueError,
+            r"images: expected shape \[images, C, H, W\]",
+        ),
+        ({"labels": [1]}, TypeError, "labels: expected an int64 tensor, got list"),
+        (
+            {"labels": torch.zeros(3, dtype=torch.int64)},
+            ValueError,
+            r"labels: expected shape \[30\] for images, got \[3\]",
+        ),
+        ({"gallery_labels": torch.zeros(3, dtype=torch.int64)}, ValueError, "expected a value together"),
+        ({"gallery_embeddings": torch.zeros(3, 4)}, ValueError, "gallery_embeddings: expected left out"),
+        ({"candidates": 7}, ValueError, r"candidates: expected numbers in \[8, 29\], .*, got 7"),
+        ({"candidates": 10.0}, TypeError, "candidates: expected an integer, got float"),
+        (
+            {"embeddings": torch.zeros(3, 4)},
+            ValueError,
+            r"embeddings: expected shape \[30, D\], a row an image, got \[3, 4\]",
+        ),
         (
             {"backbone": FrozenBackbone.open(conv4())},
             ValueError,
-            r"images must be what backbone Conv\w* takes, got \[30, 1, 8, 8\]: .*to have 3 channels",
+            r"images: expected what backbone Conv\w* takes, got \[30, 1, 8, 8\]: .*to have 3 channels",
         ),
-        ({"candidates": 30}, ValueError, r"candidates must lie in \[8, 29\], .*, got 30"),
+        ({"candidates": 30}, ValueError, r"candidates: expected numbers in \[8, 29\], .*, got 30"),
         ({"ks": (1, 1)}, ValueError, "ks: expected at least one K, and none twice"),
         ({"ks": (40,)}, ValueError, r"ks: expected K in \[1, 29\]"),
-        ({"distance": "manhattan"}, ValueError, "distance must be 'cosine' or 'euclidean'"),
-        ({"weighting": "norm"}, ValueError, "weighting must be 'cross_reference' or 'uniform'"),
+        ({"distance": "manhattan"}, ValueError, "distance: expected one of cosine, euclidean"),
+        ({"weighting": "norm"}, ValueError, "weighting: expected one of cross_reference, uniform"),
         ({"lone_queries": "drop"}, ValueError, "lone_queries: expected one of"),
-        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
-        ({"map_dtype": torch.bfloat16}, ValueError, "map_dtype must be torch.float32 or torch.float16"),
-        ({"map_memory": 1e-6}, ValueError, r"map_memory must be at least 0\.01 GiB for re-ranking, .* got 1e-06; "),
-        ({"local_features": LocalFeaturesConfig(pyramid=(5,))}, ValueError, "pyramid must have sides of at most 4"),
+        ({"batch_size": 0}, ValueError, "batch_size: expected at least 1"),
+        ({"map_dtype": torch.bfloat16}, ValueError, "map_dtype: expected torch.float32 or torch.float16"),
+        ({"map_memory": 1e-6}, ValueError, r"map_memory: expected at least 0\.01 GiB for re-ranking, .* got 1e-06; "),
+        ({"local_features": LocalFeaturesConfig(pyramid=(5,))}, ValueError, "pyramid: expected sides of at most 4"),
         ({"backbone": FrozenBackbone.open(nn.Flatten())}, TypeError, "Flatten has no method feature_map"),
     ],
 )
@@ -214,7 +246,7 @@ def test_what_cannot_be_retrieved_is_found_before_any_work(changes, error, messa
 
 def test_embeddings_of_one_side_alone_are_refused():
     images, labels = digits(30)
-    with pytest.raises(ValueError, match="embeddings and gallery_embeddings must be given together"):
+    with pytest.raises(ValueError, match="embeddings and gallery_embeddings: expected both or neither"):
         retrieve_and_rerank(
             images, labels, FrozenBackbone.open(Blocks()), images, labels, embeddings=torch.zeros(30, 4)
         )
@@ -225,5 +257,5 @@ def test_diverged_features_are_named():
     backbone = FrozenBackbone.open(Blocks(float("nan")))
     with pytest.raises(ValueError, match="embeddings: expected finite entries"):
         retrieve_and_rerank(images, labels, backbone, candidates=10)
-    with pytest.raises(ValueError, match="maps must be finite"):
+    with pytest.raises(ValueError, match="maps: expected finite values"):
         retrieve_and_rerank(images, labels, backbone, candidates=10, embeddings=torch.rand(30, 4))

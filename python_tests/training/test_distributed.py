@@ -114,7 +114,7 @@ def test_a_count_that_torchrun_did_not_start_is_refused(tmp_path, monkeypatch, c
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["pretrain", "--data", "digits", "--output", str(tmp_path), "--margin", "-0.1"]) == 2
     error = capsys.readouterr().err
-    assert "devices times num_nodes must be 2, the processes that torchrun started, got 1 x 1" in error
+    assert "devices times num_nodes: expected 2, the processes that torchrun started, got 1 x 1" in error
 
 
 @pytest.mark.parametrize(("length", "batch_size", "world_size"), [(75, 16, 2), (64, 16, 3), (54, 16, 4), (33, 16, 2)])
@@ -138,5 +138,5 @@ def test_a_rest_too_small_for_all_processes_is_dropped():
 
 
 def test_a_batch_too_small_for_all_processes_is_refused():
-    with pytest.raises(ValueError, match="batch_size 6 is shared by 4 processes: it must be at least 8"):
+    with pytest.raises(ValueError, match="batch_size 6 is shared by 4 processes: it has to be at least 8"):
         RankBatches(ShuffledBatches(20, 6, seed=0), 0, 4)

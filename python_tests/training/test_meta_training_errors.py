@@ -55,20 +55,20 @@ def refused(message, config, archive, checkpoint, tmp_path, error=ValueError, **
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"way": 1}, "way must be at least 2, got 1"),
+        ({"way": 1}, "way: expected at least 2, got 1"),
         *(
-            ({name: 0}, f"{name} must be at least 1, got 0")
+            ({name: 0}, f"{name}: expected at least 1, got 0")
             for name in ("shot", "queries", "episodes_per_step", "steps", "epochs", "decay_epochs", "checkpoint_epochs")
         ),
-        *(({name: 0.0}, f"{name} must be above 0") for name in ("learning_rate", "decay", "temperature")),
-        ({"learning_rate": float("nan")}, "learning_rate must be finite"),
-        ({"momentum": 1.0}, r"momentum must lie in \[0, 1\)"),
-        ({"momentum": 0.0}, "nesterov must be false without momentum, got momentum 0"),
-        ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
-        ({"weighting": "equal"}, "weighting must be 'cross_reference' or 'uniform', got 'equal'"),
-        ({"precision": "8-bit"}, "precision must be .* got '8-bit'"),
-        ({"mean": (0.5,)}, "mean and std must both be given or both be null"),
-        ({"image_size": 0}, "image_size must be at least 1"),
+        *(({name: 0.0}, f"{name}: expected a number above 0") for name in ("learning_rate", "decay", "temperature")),
+        ({"learning_rate": float("nan")}, "learning_rate: expected a finite number"),
+        ({"momentum": 1.0}, r"momentum: expected a number in \[0, 1\)"),
+        ({"momentum": 0.0}, "nesterov: expected false without momentum, got momentum 0"),
+        ({"weight_decay": -1.0}, "weight_decay: expected at least 0"),
+        ({"weighting": "equal"}, "weighting: expected one of cross_reference, uniform, got 'equal'"),
+        ({"precision": "8-bit"}, "precision: expected .* got '8-bit'"),
+        ({"mean": (0.5,)}, "mean and std: expected both or neither"),
+        ({"image_size": 0}, "image_size: expected at least 1"),
     ],
 )
 def test_bad_settings_are_named(changes, message):
@@ -99,11 +99,11 @@ def test_validation_episodes_that_cannot_be_drawn(settings, digits, checkpoint, 
     [
         (
             LocalFeaturesConfig(pyramid=(1, 3)),
-            "local_features.pyramid must name sides of at most 2, for the feature map is 2 x 2, got 3",
+            "local_features.pyramid: expected sides of at most 2, for the feature map is 2 x 2, got 3",
         ),
         (
             LocalFeaturesConfig("grid", grids=(2, 5)),
-            "images must be at least 10 x 10 pixels for a grid of 5 x 5, got 8 x 8",
+            "images: expected at least 10 x 10 pixels for a grid of 5 x 5, got 8 x 8",
         ),
     ],
 )
@@ -127,7 +127,7 @@ def test_images_of_other_channels(settings, images32, checkpoint, tmp_path):
     [("backbone", BackboneConfig()), ("image_size", 16)],
 )
 def test_settings_of_a_network_beside_a_checkpoint(settings, digits, checkpoint, tmp_path, name, value):
-    message = f"{name} must be null beside a checkpoint, which brings its own, got"
+    message = f"{name}: expected null beside a checkpoint, which brings its own, got"
     refused(message, replace(settings, **{name: value}), digits, checkpoint, tmp_path)
 
 
@@ -207,13 +207,13 @@ def test_resume_may_change_how_often_checkpoints_are_written(settings, digits, f
 
 
 def test_episodes_that_the_processes_cannot_share(settings, digits, checkpoint, tmp_path):
-    message = "episodes_per_step 3 is shared by 2 processes: it must be a multiple of them"
+    message = "episodes_per_step 3 is shared by 2 processes: it has to be a multiple of them"
     refused(message, replace(settings, episodes_per_step=3), digits, checkpoint, tmp_path, devices=2)
 
 
 @pytest.mark.parametrize("name", ["devices", "num_nodes"])
 def test_counts_of_processes(settings, digits, checkpoint, tmp_path, name):
-    refused(f"{name} must be at least 1, got 0", settings, digits, checkpoint, tmp_path, **{name: 0})
+    refused(f"{name}: expected at least 1, got 0", settings, digits, checkpoint, tmp_path, **{name: 0})
 
 
 def test_a_training_that_diverges_says_so(settings, digits, checkpoint, tmp_path):

@@ -252,24 +252,24 @@ def test_a_config_survives_plain_containers():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loss": "hinge"}, "loss must be .*'proxy_anchor'.*, got 'hinge'"),
+        ({"loss": "hinge"}, "loss: expected .*'proxy_anchor'.*, got 'hinge'"),
         (
             {"classes_per_batch": 1},
-            "classes_per_batch must be at least 2, got 1: a batch of one class has no negatives",
+            "classes_per_batch: expected at least 2, got 1: a batch of one class has no negatives",
         ),
-        ({"samples_per_class": 0}, "samples_per_class must be at least 1, got 0"),
-        ({"loss": "triplet", "samples_per_class": 1}, "samples_per_class must be at least 2 for triplet"),
+        ({"samples_per_class": 0}, "samples_per_class: expected at least 1, got 0"),
+        ({"loss": "triplet", "samples_per_class": 1}, "samples_per_class: expected at least 2 for triplet"),
         (
             {"loss": "contrastive", "anti_collapse": AntiCollapseConfig("all_proxy")},
-            "anti_collapse.variant must be 'pair' or 'none' for contrastive, which has no proxies, got 'all_proxy'",
+            "anti_collapse.variant: expected 'pair' or 'none' for contrastive, which has no proxies, got 'all_proxy'",
         ),
-        ({"proxy_learning_rate": 0.0}, "proxy_learning_rate must be above 0"),
-        ({"decay_factor": 0.0}, "decay_factor must be above 0"),
-        ({"milestones": (0,)}, "milestones must be at least 1"),
-        ({"epochs": 0}, "epochs must be at least 1"),
-        ({"learning_rate": -1.0}, "learning_rate must be above 0"),
-        ({"precision": "8-true"}, "precision must be"),
-        ({"mean": (0.5,)}, "mean and std must both be given"),
+        ({"proxy_learning_rate": 0.0}, "proxy_learning_rate: expected a number above 0"),
+        ({"decay_factor": 0.0}, "decay_factor: expected a number above 0"),
+        ({"milestones": (0,)}, "milestones: expected at least 1"),
+        ({"epochs": 0}, "epochs: expected at least 1"),
+        ({"learning_rate": -1.0}, "learning_rate: expected a number above 0"),
+        ({"precision": "8-true"}, "precision: expected one of"),
+        ({"mean": (0.5,)}, "mean and std: expected both or neither"),
     ],
 )
 def test_bad_settings_are_named(changes, message):
@@ -280,16 +280,16 @@ def test_bad_settings_are_named(changes, message):
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        (AntiCollapseConfig, {"variant": "proxy"}, "variant must be"),
-        (AntiCollapseConfig, {"convention": "mine"}, "convention must be 'paper' or 'official', got 'mine'"),
-        (AntiCollapseConfig, {"weight": -1.0}, "weight must be at least 0"),
-        (AntiCollapseConfig, {"eps": 0.0}, "eps must be above 0"),
+        (AntiCollapseConfig, {"variant": "proxy"}, "variant: expected one of"),
+        (AntiCollapseConfig, {"convention": "mine"}, "convention: expected one of paper, official, got 'mine'"),
+        (AntiCollapseConfig, {"weight": -1.0}, "weight: expected at least 0"),
+        (AntiCollapseConfig, {"eps": 0.0}, "eps: expected a number above 0"),
         (AntiCollapseConfig, {"gamma1": float("nan")}, "gamma1"),
-        (MeasurementConfig, {"epochs": 0}, "epochs must be at least 1"),
-        (MeasurementConfig, {"ks": ()}, "ks must name at least one K"),
+        (MeasurementConfig, {"epochs": 0}, "epochs: expected at least 1"),
+        (MeasurementConfig, {"ks": ()}, "ks: expected at least one K"),
         (MeasurementConfig, {"ks": (1, 1)}, "none twice"),
-        (MeasurementConfig, {"ks": (0,)}, "ks must be at least 1"),
-        (MeasurementConfig, {"seen_images": 1}, "seen_images must be at least 2"),
+        (MeasurementConfig, {"ks": (0,)}, "ks: expected at least 1"),
+        (MeasurementConfig, {"seen_images": 1}, "seen_images: expected at least 2"),
     ],
 )
 def test_bad_parts_are_named(kind, changes, message):
@@ -298,7 +298,7 @@ def test_bad_parts_are_named(kind, changes, message):
 
 
 def test_more_classes_a_batch_than_there_are(archive, tmp_path):
-    with pytest.raises(ValueError, match="classes_per_batch must be at most 5, the classes to train on, got 45"):
+    with pytest.raises(ValueError, match="classes_per_batch: expected at most 5, the classes to train on, got 45"):
         MetricTrainingRun(replace(TINY_METRIC, classes_per_batch=45), archive, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

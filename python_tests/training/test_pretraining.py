@@ -229,11 +229,11 @@ def test_a_run_older_than_the_choice_of_optimizer_resumes_as_adam(tiny, archive,
             {"optimizer": "sgd", "minimum_learning_rate": 0.0},
             "minimum_learning_rate is an option of optimizer adam, got 0.0 for sgd",
         ),
-        ({"optimizer": "sgd", "momentum": 0.0}, "nesterov must be false without momentum, got momentum 0"),
-        ({"optimizer": "lion"}, "optimizer must be 'adam' or 'sgd', got 'lion'"),
-        ({"optimizer": "sgd", "momentum": 1.0}, r"momentum must lie in \[0, 1\), got 1.0"),
-        ({"optimizer": "sgd", "decay": 0.0}, "decay must be above 0, got 0.0"),
-        ({"optimizer": "sgd", "decay_epochs": 0}, "decay_epochs must be at least 1, got 0"),
+        ({"optimizer": "sgd", "momentum": 0.0}, "nesterov: expected false without momentum, got momentum 0"),
+        ({"optimizer": "lion"}, "optimizer: expected one of adam, sgd, got 'lion'"),
+        ({"optimizer": "sgd", "momentum": 1.0}, r"momentum: expected a number in \[0, 1\), got 1.0"),
+        ({"optimizer": "sgd", "decay": 0.0}, "decay: expected a number above 0, got 0.0"),
+        ({"optimizer": "sgd", "decay_epochs": 0}, "decay_epochs: expected at least 1, got 0"),
     ],
 )
 def test_settings_of_the_other_optimizer_are_refused(settings, message):
@@ -364,7 +364,7 @@ def test_given_mean_and_deviation_are_used(tiny, archive, tmp_path):
 
 @pytest.mark.parametrize("name", ["devices", "num_nodes"])
 def test_counts_of_processes_are_checked(tiny, archive, tmp_path, name):
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
         pretrain(tiny, archive, tmp_path, **{name: 0})
 
 
@@ -386,8 +386,8 @@ def test_losses_by_name(loss, options, similarity, margin, scale):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"loss": "hinge"}, "loss must be .*'neg-cosine'.*, got 'hinge'"),
-        ({"loss": "softmax", "margin": -0.1}, "margin must be 0 for loss 'softmax', got -0.1; loss 'neg-softmax'"),
+        ({"loss": "hinge"}, "loss: expected .*'neg-cosine'.*, got 'hinge'"),
+        ({"loss": "softmax", "margin": -0.1}, "margin: expected 0 for loss 'softmax', got -0.1; loss 'neg-softmax'"),
     ],
 )
 def test_margins_that_do_not_go_with_the_loss(arguments, message):

@@ -99,5 +99,5 @@ def test_impossible_episodes_are_found_before_training(tiny, archive, validation
 
 @pytest.mark.parametrize(("name", "value"), [("epochs", 0), ("episodes", 0), ("way", 1), ("shot", 0), ("queries", 0)])
 def test_bad_settings_are_named(name, value):
-    with pytest.raises(ValueError, match=f"{name} must be at least"):
+    with pytest.raises(ValueError, match=f"{name}: expected at least"):
         ValidationConfig(**{name: value})

@@ -9,7 +9,7 @@ sweep. Choose the weight by what is measured on validation classes.
 
 from collections.abc import Callable
 
-from fewshot_ext._checks import check_choice
+from fewshot_ext._validation import check_choice
 from fewshot_ext.commands.analyze import common
 from fewshot_ext.commands.common import load_data, resolve_device, writable_folder
 from fewshot_ext.commands.locks import hold_sweep

@@ -7,9 +7,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from fewshot_ext._checks import check_at_least, check_choice
 from fewshot_ext._files import replace_text
 from fewshot_ext._record import versions
+from fewshot_ext._validation import check_at_least, check_choice
 from fewshot_ext.commands.common import load_data, print_written, resolve_device, writable_folder
 from fewshot_ext.commands.locks import hold_sweep
 from fewshot_ext.data.walk import FOLDER_RULE
@@ -189,7 +189,7 @@ def _changed(recipe: Any, arguments, varied: Sequence[str]) -> Any:
     changes = [*arguments.set, *([] if arguments.epochs is None else [f"epochs={arguments.epochs}"])]
     for text in changes:
         if "=" not in text:
-            raise ValueError(f"set must be KEY=VALUE, as weight_decay=0.0001, got {text!r}")
+            raise ValueError(f"set: expected KEY=VALUE, as weight_decay=0.0001, got {text!r}")
     try:
         config = parser.instantiate(parser.parse_args([f"--set.{text}" for text in changes])).set
     except ArgumentError as error:
@@ -228,7 +228,7 @@ def check_run_arguments(arguments) -> None:
     """Raises ValueError where an option of ``add_run_arguments`` is missing or out of range."""
     for name in ("data", "output"):
         if arguments[name] is None:
-            raise ValueError(f"--{name} must be given")
+            raise ValueError(f"--{name}: expected a value, got none")
     for name in ("jobs", "threads"):
         check_at_least(name, arguments[name], 1)
 
@@ -236,7 +236,7 @@ def check_run_arguments(arguments) -> None:
 def check_one_loss(arguments) -> None:
     """Raises ValueError where several losses are asked for and a picture has room for one."""
     if len(set(arguments.losses)) != 1:
-        raise ValueError(f"losses must name one loss here, got {' '.join(arguments.losses) or 'none'}")
+        raise ValueError(f"losses: expected one loss here, got {' '.join(arguments.losses) or 'none'}")
 
 
 def open_sweep(name: str, arguments, measurement: Measurement) -> tuple[Sweep, Path]:
@@ -248,7 +248,7 @@ def open_sweep(name: str, arguments, measurement: Measurement) -> tuple[Sweep, P
         measurement: what is measured on each.
     """
     if arguments.sweep is None:
-        raise ValueError("--sweep must be given")
+        raise ValueError("--sweep: expected the output folder of analyze margins, got none")
     for option in ("jobs", "threads"):
         check_at_least(option, arguments[option], 1)
     for loss in arguments.losses:

@@ -46,7 +46,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     chosen = {"cosine": arguments.cosine_margins, "softmax": arguments.softmax_margins}
     for loss in arguments.losses:
         if loss not in chosen:
-            raise ValueError(f"losses must be cosine or softmax, got {loss!r}")
+            raise ValueError(f"losses: expected cosine or softmax, got {loss!r}")
     margins = {loss: chosen[loss] for loss in arguments.losses}
     sweep = common.prepare_sweep(
         "margins",

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fewshot_ext import _extras
-from fewshot_ext._checks import check_at_least, check_choice
 from fewshot_ext._files import as_text
 from fewshot_ext._record import versions
+from fewshot_ext._validation import check_at_least, check_choice
 from fewshot_ext.commands.analyze import common
 from fewshot_ext.commands.common import (
     load_data,
@@ -96,10 +96,10 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     _extras.require("train", "matplotlib")
     for name in ("checkpoint", "output"):
         if arguments[name] is None:
-            raise ValueError(f"--{name} must be given")
+            raise ValueError(f"--{name}: expected a value, got none")
     files = [arguments.query, arguments.support]
     if (arguments.data is None) == (None in files) or (arguments.data is not None and any(files)):
-        raise ValueError("either --data, or --query and --support, must be given")
+        raise ValueError("expected either --data, or --query and --support")
     check_choice("weighting", arguments.weighting, "cross_reference", "uniform")
     check_choice("classes", arguments.classes, "base", "validation", "novel")
     check_at_least("flows", arguments.flows, 1)
@@ -164,7 +164,7 @@ def _read_pairs(query: str, support: str, backbone: FrozenBackbone) -> tuple[lis
     count = max(map(len, sides))
     if {len(side) for side in sides} - {1, count}:
         raise ValueError(
-            f"query and support must be as many pictures, or one on either side, got {len(sides[0])} and "
+            f"query and support: expected as many pictures, or one on either side, got {len(sides[0])} and "
             f"{len(sides[1])}"
         )
     check_pairs(count)

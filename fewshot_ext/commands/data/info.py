@@ -76,7 +76,7 @@ def picture_file(name: str) -> Path:
     _extras.require("train", "PIL")
     path = Path(name).expanduser()
     if path.suffix.lower() != ".png":
-        raise ValueError(f"preview must be the name of a .png file, got {name!r}")
+        raise ValueError(f"preview: expected the name of a .png file, got {name!r}")
     hold_folder(writable_folder(str(path.parent)), path.name)
     return path
 

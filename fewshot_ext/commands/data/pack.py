@@ -73,11 +73,11 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     _extras.require("train", "PIL", "tqdm")
     output = Path(arguments.output).expanduser()
     if output.suffix != ".npz":
-        raise ValueError(f"output must be the name of an .npz file, got {arguments.output!r}")
+        raise ValueError(f"output: expected the name of an .npz file, got {arguments.output!r}")
     if output.is_dir():
         raise IsADirectoryError(f"output {str(output)!r} is a folder")
     if arguments.jpeg_quality is not None and not 1 <= arguments.jpeg_quality <= 100:
-        raise ValueError(f"jpeg_quality must lie in [1, 100], got {arguments.jpeg_quality}")
+        raise ValueError(f"jpeg_quality: expected a number in [1, 100], got {arguments.jpeg_quality}")
     read = _reader(arguments)
     hold_folder(writable_folder(str(output.parent)), output.name)
     return lambda: _run(read, arguments.source, output, arguments.invert, arguments.jpeg_quality)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from fewshot_ext._checks import check_count, check_fraction, check_positive
+from fewshot_ext._validation import check_count, check_fraction, check_positive
 
 
 def angle_histogram(features: Tensor, bins: int = 360) -> Tensor:
@@ -31,9 +31,9 @@ def angle_histogram(features: Tensor, bins: int = 360) -> Tensor:
     """
     if not isinstance(features, Tensor) or not features.is_floating_point():
         came = features.dtype if isinstance(features, Tensor) else type(features).__name__
-        raise TypeError(f"features must be a tensor of floating dtype, got {came}")
+        raise TypeError(f"features: expected a tensor of floating dtype, got {came}")
     if features.dim() != 2 or features.shape[1] != 2 or not len(features):
-        raise ValueError(f"features must be [N, 2] with N at least 1, got {list(features.shape)}")
+        raise ValueError(f"features: expected shape [N, 2] with N at least 1, got {list(features.shape)}")
     check_count("bins", bins, 1)
     angles = torch.atan2(features[:, 1].double(), features[:, 0].double()).cpu()
     # An angle of pi is the one of -pi.
@@ -63,7 +63,7 @@ def count_peaks(histogram: Tensor, *, width: float = 10.0, least: float = 0.1) -
         2
     """
     if histogram.dim() != 1 or not len(histogram):
-        raise ValueError(f"histogram must be [bins], got {list(histogram.shape)}")
+        raise ValueError(f"histogram: expected shape [bins], got {list(histogram.shape)}")
     check_positive("width", width)
     check_fraction("least", least)
     bins = len(histogram)

@@ -177,9 +177,9 @@ def _spread(features: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
 def _class_counts(features: Tensor, labels: Tensor) -> Tensor:
     if not isinstance(features, Tensor) or features.dtype not in (torch.float32, torch.float64):
         came = features.dtype if isinstance(features, Tensor) else type(features).__name__
-        raise TypeError(f"features must be a float32 or float64 tensor, got {came}")
+        raise TypeError(f"features: expected a float32 or float64 tensor, got {came}")
     if features.dim() != 2 or not len(features):
-        raise ValueError(f"features must be [N, D] with N at least 1, got {list(features.shape)}")
+        raise ValueError(f"features: expected shape [N, D] with N at least 1, got {list(features.shape)}")
     return count_labels(labels, len(features))
 
 
@@ -192,17 +192,17 @@ def count_labels(labels: Tensor, images: int) -> Tensor:
     """
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
         came = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels must be an int64 tensor, got {came}")
+        raise TypeError(f"labels: expected an int64 tensor, got {came}")
     if labels.shape != (images,):
-        raise ValueError(f"labels must be [{images}], got {list(labels.shape)}")
+        raise ValueError(f"labels: expected shape [{images}], got {list(labels.shape)}")
     if labels.min() < 0:
-        raise ValueError(f"labels must not be negative, got {labels.min().item()}")
+        raise ValueError(f"labels: expected no negative value, got {labels.min().item()}")
     counts = labels.bincount()
     if (counts == 0).any():
-        raise ValueError(f"labels must name every class from 0 on, but class {counts.argmin().item()} has no images")
+        raise ValueError(f"labels: expected every class from 0 on, but class {counts.argmin().item()} has no images")
     return counts
 
 
 def _check_classes(centers: Tensor, least: int) -> None:
     if len(centers) < least:
-        raise ValueError(f"labels must name at least {least} classes, got {len(centers)}")
+        raise ValueError(f"labels: expected at least {least} classes, got {len(centers)}")

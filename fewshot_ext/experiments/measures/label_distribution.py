@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewshot_ext._checks import check_positive
 from fewshot_ext._precision import full_precision
+from fewshot_ext._validation import check_positive
 from fewshot_ext.experiments.measures.discriminability import count_labels
 
 
@@ -36,9 +36,9 @@ def base_class_probabilities(similarities: Tensor, labels: Tensor, scale: float)
     """
     if not isinstance(similarities, Tensor) or similarities.dtype not in (torch.float32, torch.float64):
         came = similarities.dtype if isinstance(similarities, Tensor) else type(similarities).__name__
-        raise TypeError(f"similarities must be a float32 or float64 tensor, got {came}")
+        raise TypeError(f"similarities: expected a float32 or float64 tensor, got {came}")
     if similarities.dim() != 2 or not similarities.numel():
-        raise ValueError(f"similarities must be [N, B] with N and B at least 1, got {list(similarities.shape)}")
+        raise ValueError(f"similarities: expected shape [N, B] with N and B at least 1, got {list(similarities.shape)}")
     check_positive("scale", scale)
     counts = count_labels(labels, len(similarities))
     sums = similarities.new_zeros(len(counts), similarities.shape[1])
@@ -66,7 +66,7 @@ def same_class_probability(probabilities: Tensor) -> Tensor:
         tensor([0.5000, 1.0000])
     """
     if probabilities.dim() != 2:
-        raise ValueError(f"probabilities must be [C, B], got {list(probabilities.shape)}")
+        raise ValueError(f"probabilities: expected shape [C, B], got {list(probabilities.shape)}")
     return probabilities.square().sum(1)
 
 
@@ -156,7 +156,7 @@ def check_proposition(smaller: MarginMeasures, larger: MarginMeasures) -> Propos
     """
     step = larger.margin - smaller.margin
     if step <= 0:
-        raise ValueError(f"margins must rise from smaller to larger, got {smaller.margin} and {larger.margin}")
+        raise ValueError(f"margins: expected to rise from smaller to larger, got {smaller.margin} and {larger.margin}")
     r = (1 / smaller.base_ratio - 1 / larger.base_ratio) / step
     t = (smaller.inter_ratio - larger.inter_ratio) / step
     denominator = t * (1 - 1 / smaller.base_ratio) + r * smaller.inter_ratio

@@ -52,14 +52,14 @@ def test_a_flat_histogram_has_one_peak():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: angle_histogram([[1.0, 0.0]]), TypeError, "features must be a tensor of floating dtype, got list"),
+        (lambda: angle_histogram([[1.0, 0.0]]), TypeError, "features: expected a tensor of floating dtype, got list"),
         (lambda: angle_histogram(torch.ones(2, 2).long()), TypeError, "got torch.int64"),
-        (lambda: angle_histogram(torch.ones(2, 3)), ValueError, r"features must be \[N, 2\] .* got \[2, 3\]"),
+        (lambda: angle_histogram(torch.ones(2, 3)), ValueError, r"features: expected shape \[N, 2\] .* got \[2, 3\]"),
         (lambda: angle_histogram(torch.ones(0, 2)), ValueError, r"with N at least 1"),
-        (lambda: angle_histogram(torch.ones(1, 2), 0), ValueError, "bins must be at least 1, got 0"),
-        (lambda: count_peaks(torch.ones(2, 2)), ValueError, r"histogram must be \[bins\], got \[2, 2\]"),
-        (lambda: count_peaks(torch.ones(4), width=0.0), ValueError, "width must be above 0"),
-        (lambda: count_peaks(torch.ones(4), least=1.0), ValueError, r"least must lie in \[0, 1\)"),
+        (lambda: angle_histogram(torch.ones(1, 2), 0), ValueError, "bins: expected at least 1, got 0"),
+        (lambda: count_peaks(torch.ones(2, 2)), ValueError, r"histogram: expected shape \[bins\], got \[2, 2\]"),
+        (lambda: count_peaks(torch.ones(4), width=0.0), ValueError, "width: expected a number above 0"),
+        (lambda: count_peaks(torch.ones(4), least=1.0), ValueError, r"least: expected a number in \[0, 1\)"),
     ],
 )
 def test_bad_input_is_named(call, error, message):

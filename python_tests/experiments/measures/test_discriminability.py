@@ -113,16 +113,21 @@ TWO, LABELS = torch.eye(2), torch.tensor([0, 1])
 @pytest.mark.parametrize(
     ("features", "labels", "error", "message"),
     [
-        ([[1.0]], LABELS, TypeError, "features must be a float32 or float64 tensor, got list"),
-        (TWO.half(), LABELS, TypeError, "features must be .* got torch.float16"),
-        (torch.ones(2), LABELS, ValueError, r"features must be \[N, D\] with N at least 1, got \[2\]"),
-        (torch.ones(0, 2), LABELS[:0], ValueError, r"features must be \[N, D\] with N at least 1, got \[0, 2\]"),
-        (TWO, [0, 1], TypeError, "labels must be an int64 tensor, got list"),
-        (TWO, LABELS.int(), TypeError, "labels must be an int64 tensor, got torch.int32"),
-        (TWO, LABELS[:1], ValueError, r"labels must be \[2\], got \[1\]"),
-        (TWO, LABELS - 1, ValueError, "labels must not be negative, got -1"),
+        ([[1.0]], LABELS, TypeError, "features: expected a float32 or float64 tensor, got list"),
+        (TWO.half(), LABELS, TypeError, "features: expected .* got torch.float16"),
+        (torch.ones(2), LABELS, ValueError, r"features: expected shape \[N, D\] with N at least 1, got \[2\]"),
+        (
+            torch.ones(0, 2),
+            LABELS[:0],
+            ValueError,
+            r"features: expected shape \[N, D\] with N at least 1, got \[0, 2\]",
+        ),
+        (TWO, [0, 1], TypeError, "labels: expected an int64 tensor, got list"),
+        (TWO, LABELS.int(), TypeError, "labels: expected an int64 tensor, got torch.int32"),
+        (TWO, LABELS[:1], ValueError, r"labels: expected shape \[2\], got \[1\]"),
+        (TWO, LABELS - 1, ValueError, "labels: expected no negative value, got -1"),
         (TWO, LABELS * 2, ValueError, "class 1 has no images"),
-        (TWO, LABELS * 0, ValueError, "labels must name at least 2 classes, got 1"),
+        (TWO, LABELS * 0, ValueError, "labels: expected at least 2 classes, got 1"),
     ],
 )
 def test_bad_input_is_named(features, labels, error, message):

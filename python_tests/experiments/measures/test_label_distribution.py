@@ -59,13 +59,13 @@ ONE = torch.zeros(1, 2)
 @pytest.mark.parametrize(
     ("similarities", "labels", "scale", "error", "message"),
     [
-        ([[0.0]], torch.tensor([0]), 1.0, TypeError, "similarities must be a float32 or float64 tensor, got list"),
+        ([[0.0]], torch.tensor([0]), 1.0, TypeError, "similarities: expected a float32 or float64 tensor, got list"),
         (ONE.half(), torch.tensor([0]), 1.0, TypeError, "got torch.float16"),
-        (ONE[0], torch.tensor([0]), 1.0, ValueError, r"similarities must be \[N, B\]"),
-        (torch.zeros(1, 0), torch.tensor([0]), 1.0, ValueError, r"similarities must be \[N, B\]"),
-        (ONE, torch.tensor([0]), 0.0, ValueError, "scale must be above 0, got 0.0"),
+        (ONE[0], torch.tensor([0]), 1.0, ValueError, r"similarities: expected shape \[N, B\]"),
+        (torch.zeros(1, 0), torch.tensor([0]), 1.0, ValueError, r"similarities: expected shape \[N, B\]"),
+        (ONE, torch.tensor([0]), 0.0, ValueError, "scale: expected a number above 0, got 0.0"),
         (ONE, torch.tensor([1]), 1.0, ValueError, "class 0 has no images"),
-        (ONE, torch.tensor([0, 0]), 1.0, ValueError, r"labels must be \[1\], got \[2\]"),
+        (ONE, torch.tensor([0, 0]), 1.0, ValueError, r"labels: expected shape \[1\], got \[2\]"),
     ],
 )
 def test_bad_input_is_named(similarities, labels, scale, error, message):
@@ -74,7 +74,7 @@ def test_bad_input_is_named(similarities, labels, scale, error, message):
 
 
 def test_probabilities_of_one_class_alone_are_refused():
-    with pytest.raises(ValueError, match=r"probabilities must be \[C, B\], got \[3\]"):
+    with pytest.raises(ValueError, match=r"probabilities: expected shape \[C, B\], got \[3\]"):
         same_class_probability(torch.ones(3))
 
 
@@ -133,5 +133,5 @@ def test_the_larger_same_class_probability_decides():
 
 
 def test_margins_must_rise():
-    with pytest.raises(ValueError, match=r"margins must rise from smaller to larger, got 0.3 and -0.3"):
+    with pytest.raises(ValueError, match=r"margins: expected to rise from smaller to larger, got 0.3 and -0.3"):
         check_proposition(TIGHT, LOOSE)

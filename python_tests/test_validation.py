@@ -29,5 +29,5 @@ from fewshot_ext.training import MetaTrainingConfig, MetricTrainingConfig, PreTr
 def test_counts_are_integers_of_python_or_numpy(make, name):
     make(np.int64(3))
     for value in (3.0, "3", True):
-        with pytest.raises(TypeError, match=f"{name} must be an integer, got {type(value).__name__}"):
+        with pytest.raises(TypeError, match=f"{name}: expected an integer, got {type(value).__name__}"):
             make(value)
