@@ -194,7 +194,7 @@ def memory(case: Case, name: str, ranks: int, threads: int) -> float | None:
 
 
 def main() -> None:
-    options = harness.parser(__doc__.splitlines()[0], output=harness.RESULTS / "class_parallel_cpu.csv")
+    options = harness.parser(__doc__.splitlines()[0], results="class_parallel_cpu")
     options.add_argument("--classes", type=int, default=100_000, help="an even number of them")
     options.set_defaults(threads=1)
     options = options.parse_args()
@@ -242,15 +242,13 @@ def main() -> None:
                 f"{errors[name]:.0e}",
             ]
         )
-    harness.write_csv(options.output, rows)
     text = (
         f"`{harness.command()}` on {machine['device']}, threads a process: {machine['threads']}, torch "
         f"{machine['torch']}; N = {case.samples}, D = {case.dimensions}, C = {case.classes}, float32, forward + "
         "backward, median in ms, memory of a rank in MiB beyond its gradients.\n\n"
         + harness.markdown_table(HEADER, table)
     )
-    harness.write_text(options.output.with_suffix(".md"), text)
-    print(text)
+    harness.report(text, rows, options.save)
 
 
 HEADER = ["contender", "time", f"times {OURS}", "memory a rank", "relative error"]

@@ -60,8 +60,7 @@ def matching(maps: Tensor, episodes: Episodes) -> float:
 
 
 def main() -> None:
-    output = harness.RESULTS / "deepemd_evaluation_cpu.csv"
-    options = harness.parser(__doc__.splitlines()[0], output=output, in_turns=False)
+    options = harness.parser(__doc__.splitlines()[0], results="deepemd_evaluation_cpu", in_turns=False)
     options.add_argument("--images", type=int, default=128, help="that pass through the network, in batches of 32")
     options.add_argument("--episodes", type=int, default=5000, help="1-shot")
     options.add_argument("--structured_episodes", type=int, default=20, help="5-shot")
@@ -85,14 +84,12 @@ def main() -> None:
             | machine
         )
         table.append([step, timed, harness.significant(taken), whole, harness.significant(scaled)])
-    harness.write_csv(options.output, rows)
     text = (
         f"`{harness.command()}` on {machine['device']}, threads: {machine['threads']}, torch {machine['torch']}; "
         f"ResNet-12 at {PIXELS} x {PIXELS}, maps of 5 x 5 x {CHANNELS}, {WAY}-way, {QUERIES} queries a class, float32. "
         "5-shot with the structured layer, 100 passes.\n\n" + harness.markdown_table(HEADER, table)
     )
-    harness.write_text(options.output.with_suffix(".md"), text)
-    print(text)
+    harness.report(text, rows, options.save)
 
 
 if __name__ == "__main__":

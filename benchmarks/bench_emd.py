@@ -105,11 +105,12 @@ class Batch:
         def call(problems: int) -> Tensor:
             torch.set_num_threads(1)
             try:
-                return peer.solve(*(tensor[:problems] for tensor in tensors))
+                return peer.solve(cost[:problems], *(side[:problems] for side in shares)) * mass[:problems]
             finally:
                 torch.set_num_threads(threads)
 
-        tensors = [tensor.double() for tensor in self.tensors]
+        cost, *sides = (tensor.double() for tensor in self.tensors)
+        mass, shares = sides[0].sum(-1), [side / side.sum(-1, keepdim=True) for side in sides]
         problems = affordable(partial(call, 1), self.problems, seconds)
         return Contender(problems, partial(call, problems))
 
@@ -215,7 +216,7 @@ def against(found: dict[str, Found], peer: str, name: str) -> str:
 
 
 def main() -> None:
-    options = harness.parser(__doc__.splitlines()[0], output=harness.RESULTS / "emd_cpu.csv").parse_args()
+    options = harness.parser(__doc__.splitlines()[0], results="emd_cpu").parse_args()
     require("bench", "scipy", "matplotlib")
     modules = {name: peer.module for peers in KINDS.values() for name, peer in peers.items()}
     for name, module in {**modules, LAYER: "cvxpylayers"}.items():
@@ -275,8 +276,6 @@ def main() -> None:
         batch_table.append([f"{problems:,}", *cells(found, batch_columns), against(found, POT, several)])
         print(harness.markdown_table(batch_header, batch_table[-1:]), flush=True)
 
-    harness.write_csv(options.output, rows)
-    plot(options.output.with_suffix(".png"), rows)
     peers = ", ".join(
         f"{package} {machine[package]}" for package in ("POT", "torchmatch", "opencv-python-headless", "scipy")
     )
@@ -288,8 +287,9 @@ def main() -> None:
         f"Batches of {batch_kind} data with n = m = {BATCH_POINTS}:\n\n"
         f"{harness.markdown_table(batch_header, batch_table)}"
     )
-    options.output.with_suffix(".md").write_text(text)
-    print(text)
+    harness.report(text, rows, options.save)
+    if options.save is not None:
+        plot(options.save.with_suffix(".png"), rows)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ HEADER = ["shot, D", LOOP, BATCHED, COMPILED, OURS, DRAWN, FLOOR, "faster than t
 
 
 def main() -> None:
-    options = harness.parser(__doc__.splitlines()[0], output=harness.RESULTS / "episode_finetune_cpu.csv").parse_args()
+    options = harness.parser(__doc__.splitlines()[0], results="episode_finetune_cpu").parse_args()
     torch.set_num_threads(options.threads)
     machine = harness.machine()
     rows: list[dict[str, object]] = []
@@ -155,15 +155,13 @@ def main() -> None:
         cells = [harness.significant(medians[name]) for name in (LOOP, BATCHED, COMPILED, OURS, DRAWN, FLOOR)]
         table.append([f"{case.shot}, {case.dimensions}", *cells, f"{against[LOOP]:.0f}", f"{against[COMPILED]:.1f}"])
         print(harness.markdown_table(HEADER, table[-1:]), flush=True)
-    harness.write_csv(options.output, rows)
     text = (
         f"`{harness.command()}` on {machine['device']}, {machine['threads']} threads, torch {machine['torch']}; "
         f"float32, {EPISODES} episodes of {WAY} classes and {QUERIES} queries a class, {PASSES} passes, median in ms. "
         f"Of the loop {LOOPED} episode is timed, on one thread, and of the plain versions {TOGETHER}, scaled up.\n\n"
         f"{harness.markdown_table(HEADER, table)}"
     )
-    harness.write_text(options.output.with_suffix(".md"), text)
-    print(text)
+    harness.report(text, rows, options.save)
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def gemm(case: Case) -> tuple[Callable[[], Tensor], float]:
 
 
 def main() -> None:
-    options = harness.parser(__doc__.splitlines()[0], output=harness.RESULTS / "margin_softmax_cpu.csv").parse_args()
+    options = harness.parser(__doc__.splitlines()[0], results="margin_softmax_cpu").parse_args()
     torch.set_num_threads(options.threads)
     machine = harness.machine("pytorch-metric-learning")
     rows, table = [], []
@@ -188,14 +188,12 @@ def main() -> None:
             ]
         )
         print(harness.markdown_table(HEADER, table[-1:]), flush=True)
-    harness.write_csv(options.output, rows)
     caption = (
         f"`{harness.command()}` on {machine['device']}, {machine['threads']} threads, torch {machine['torch']}; "
         "float32, forward + backward, median in ms, memory in MiB beyond the gradients.\n\n"
     )
     text = caption + harness.markdown_table(HEADER, table)
-    harness.write_text(options.output.with_suffix(".md"), text)
-    print(text)
+    harness.report(text, rows, options.save)
 
 
 HEADER = [

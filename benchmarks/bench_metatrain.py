@@ -159,7 +159,7 @@ HEADER = ["queries a class", "contender", "iterations a second", f"times {OURS}"
 
 
 def main() -> None:
-    options = harness.parser(__doc__.splitlines()[0], output=harness.RESULTS / "metatrain_cpu.csv")
+    options = harness.parser(__doc__.splitlines()[0], results="metatrain_cpu")
     options.add_argument("--queries", type=int, default=15, help="queries a class")
     options.add_argument("--layer_queries", type=int, default=1, help="queries a class for the QP layer; 0 for none")
     options = options.parse_args()
@@ -202,15 +202,13 @@ def main() -> None:
             )
             rate = harness.significant(1e3 / timing.p50)
             table.append([case.queries, case.contender, rate, relation, peak, error])
-    harness.write_csv(options.output, rows)
     text = (
         f"`{harness.command()}` on {machine['device']}, threads: {machine['threads']}, torch {machine['torch']}; "
         f"{WAY}-way 1-shot, Conv-4 at {PIXELS} x {PIXELS}, maps of 5 x 5, float32; median of the time an iteration, "
         "peak of its memory in MiB. The QP layer gets fewer queries, because it is slow; its line is to be read "
         "against the one above it.\n\n" + harness.markdown_table(HEADER, table)
     )
-    harness.write_text(options.output.with_suffix(".md"), text)
-    print(text)
+    harness.report(text, rows, options.save)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Other solvers of the transportation problem. Each imports its package when it is first called.
 
-They take one problem as arrays, or tensors [B, ...] where their name ends in ``_batch``, and return values.
+They take one problem as arrays, or tensors [B, ...] with masses of 1 where their name ends in ``_batch``, and return
+values.
 """
 
 import functools
@@ -39,22 +40,14 @@ def pot_batch(cost: Tensor, supply: Tensor, demand: Tensor) -> Tensor:
     and is further from it after its thousand."""
     import ot
 
-    mass, shares = _shares(supply, demand)
-    return ot.solve_batch(cost, reg=SINKHORN_REG, **shares).value_linear * mass
+    return ot.solve_batch(cost, a=supply, b=demand, reg=SINKHORN_REG).value_linear
 
 
 def torchmatch_batch(cost: Tensor, supply: Tensor, demand: Tensor) -> Tensor:
     """In float64: float32 masses, which never have quite the same sum, make it raise."""
     from torchmatch.transport import matrix
 
-    mass, shares = _shares(supply, demand)
-    return (matrix.solve(cost, backend="exact_emd", **shares) * cost).sum((-2, -1)) * mass
-
-
-def _shares(supply: Tensor, demand: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mass [B], and both sides as shares of it."""
-    mass = supply.sum(-1, keepdim=True)
-    return mass.squeeze(-1), {"a": supply / mass, "b": demand / demand.sum(-1, keepdim=True)}
+    return (matrix.solve(cost, a=supply, b=demand, backend="exact_emd") * cost).sum((-2, -1))
 
 
 def scipy_assignment(cost: ndarray, supply: ndarray, demand: ndarray) -> float:

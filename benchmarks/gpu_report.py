@@ -3,7 +3,7 @@
     python benchmarks/gpu_report.py
 
 Runs the CUDA half of the test suite, measures the copy and the matrix-product rates of the machine, then times every
-operator against its peers, and writes a Markdown report and one CSV an operator into benchmarks/results. It builds
+operator against its peers, and writes a Markdown report and one CSV an operator. It builds
 nothing and installs nothing; what cannot be imported is listed in the report and left out.
 """
 
@@ -48,7 +48,13 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--seconds", type=float, help="time for the turns of one case and kind of timing, about (default: 1.5)"
     )
-    options.add_argument("--output-dir", type=Path, help="folder for the files (default: benchmarks/results)")
+    where = options.add_mutually_exclusive_group()
+    where.add_argument("--save", action="store_true", help="write the files into benchmarks/results, to be committed")
+    where.add_argument(
+        "--output-dir",
+        type=Path,
+        help="write them into this folder (default: gpu_report in the folder for temporary files)",
+    )
     # A rehearsal of the script where there is no GPU; its times mean nothing.
     options.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)
     return options

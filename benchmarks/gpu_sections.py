@@ -161,9 +161,9 @@ class Report:
 
     def open_document(self, facts: dict) -> None:
         rehearsal, quick = self.options.device == "cpu", self.options.quick
-        directory = self.options.output_dir
-        if directory is None:
-            directory = Path(tempfile.gettempdir(), "gpu_report_rehearsal") if rehearsal else harness.RESULTS
+        directory = self.options.output_dir or Path(tempfile.gettempdir(), "gpu_report")
+        if self.options.save and not rehearsal:
+            directory = harness.RESULTS
         preface = f"`{harness.command()}`"
         if rehearsal:
             preface += "\n\n**A rehearsal on the CPU: its times say nothing about a GPU.**"

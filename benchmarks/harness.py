@@ -155,14 +155,29 @@ def versions(*packages: str) -> dict[str, str]:
     return found
 
 
-def parser(description: str, *, output: Path, in_turns: bool = True) -> argparse.ArgumentParser:
+def parser(description: str, *, results: str, in_turns: bool = True) -> argparse.ArgumentParser:
     """The options that every benchmark takes; without ``in_turns`` that of the time for the turns is left out."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    options.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
+    options.add_argument("--threads", type=int, default=torch.get_num_threads(), help="number of torch threads")
     if in_turns:
         options.add_argument("--seconds", type=float, default=10.0, help="time to spend on one case, about")
-    options.add_argument("--output", type=Path, default=output, help="CSV file; a Markdown table goes beside it")
+    options.add_argument(
+        "--save",
+        nargs="?",
+        type=Path,
+        const=RESULTS / f"{results}.csv",
+        metavar="CSV",
+        help=f"write all figures into this file, by default benchmarks/results/{results}.csv, and the table beside it",
+    )
     return options
+
+
+def report(text: str, rows: list[dict[str, object]], save: Path | None) -> None:
+    """Prints the table of a benchmark, and writes it and its figures where they are to be saved."""
+    if save is not None:
+        write_csv(save, rows)
+        write_text(save.with_suffix(".md"), text)
+    print(text)
 
 
 def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
@@ -193,7 +208,7 @@ def command() -> str:
     script = Path(sys.argv[0])
     with contextlib.suppress(ValueError):
         script = script.resolve().relative_to(Path(__file__).parent.parent)
-    return " ".join(["python", str(script), *sys.argv[1:]])
+    return " ".join(["python", str(script), *(argument for argument in sys.argv[1:] if argument != "--save")])
 
 
 def significant(value: float, digits: int = 3) -> str:

@@ -353,13 +353,15 @@ def test_an_error_of_the_report_itself_is_raised_and_leaves_the_files(report, wo
 def test_quick_runs_and_rehearsals_do_not_overwrite_results(tmp_path, workers, monkeypatch):
     monkeypatch.setattr(gpu_sections.harness, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(gpu_sections.tempfile, "gettempdir", lambda: str(tmp_path))
+    gpu_sections.run(gpu_report.parse(["--only", "tests"]))
+    assert not (tmp_path / "results").exists()
     for arguments in ([], ["--quick"], ["--device", "cpu"]):
-        gpu_sections.run(gpu_report.parse(["--only", "tests", *arguments]))
+        gpu_sections.run(gpu_report.parse(["--only", "tests", "--save", *arguments]))
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
         "gpu_report_made_up_gpu.md",
         "gpu_report_made_up_gpu_quick.md",
     ]
-    rehearsal = (tmp_path / "gpu_report_rehearsal" / "gpu_report_made_up_gpu.md").read_text()
+    rehearsal = (tmp_path / "gpu_report" / "gpu_report_made_up_gpu.md").read_text()
     assert "**A rehearsal on the CPU: its times say nothing about a GPU.**" in rehearsal
 
 

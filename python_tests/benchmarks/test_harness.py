@@ -1,0 +1,33 @@
+"""Benchmarks write only what they are asked to save."""
+
+import csv
+
+import harness
+import pytest
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
+    return tmp_path / "results"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "written"),
+    [([], []), (["--save"], ["loss.csv", "loss.md"]), (["--save", "PLACE/mine.csv"], ["mine.csv", "mine.md"])],
+)
+def test_files_are_written_with_save_alone(arguments, written, results, capsys):
+    options = harness.parser("A benchmark.", results="loss").parse_args(
+        [argument.replace("PLACE", str(results)) for argument in arguments]
+    )
+    harness.report("| time |", [{"time": 1}, {"time": 2, "note": "slow"}], options.save)
+    assert capsys.readouterr().out == "| time |\n"
+    assert sorted(path.name for path in results.rglob("*")) == written
+    for path in results.glob("*.csv"):
+        assert list(csv.DictReader(path.open())) == [{"time": "1", "note": ""}, {"time": "2", "note": "slow"}]
+        assert path.with_suffix(".md").read_text() == "| time |"
+
+
+def test_the_caption_is_the_command_without_save(monkeypatch):
+    monkeypatch.setattr(harness.sys, "argv", ["bench.py", "--seconds", "8", "--save"])
+    assert harness.command().endswith("bench.py --seconds 8")
