@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fewshot_ext._files import replace_file
-from fewshot_ext._formats import check_schema, misfits_named, read_weights, typed
+from fewshot_ext._formats import misfits_named, typed
 from fewshot_ext._validation import check_count
-from fewshot_ext._version import __version__
+from fewshot_ext.classifier_file import check_label, head_content, read_classifier, rebuild_head, write_classifier
 from fewshot_ext.data import Split
 from fewshot_ext.data.folders import list_folder
 from fewshot_ext.data.pictures import MAX_PIXELS
@@ -22,37 +21,12 @@ from fewshot_ext.data.walk import warn_passed_over
 from fewshot_ext.evaluation.backbones import FrozenBackbone, state_checksum
 from fewshot_ext.evaluation.images import ImageBatches
 from fewshot_ext.evaluation.protocol import extract_features
-from fewshot_ext.heads.maps import MAP_HEADS
 from fewshot_ext.heads.names import HeadChoice, HeadSettings, choose_head, crops_an_image
-from fewshot_ext.heads.vectors import HEADS, FineTuning, Head
-from fewshot_ext.models import LocalFeaturesConfig, Network, StructuredClassifierConfig
-from fewshot_ext.models.checkpoint import SCHEMA_0_1
-from fewshot_ext.models.network import CONTENT_SCHEMAS, rebuild_network
+from fewshot_ext.heads.vectors import FineTuning, Head
+from fewshot_ext.models import LocalFeaturesConfig, Network
+from fewshot_ext.models.network import rebuild_network
 
-_FORMAT = "fewshot_ext.FewShotClassifier"
-_FORMAT_VERSION = 2
 _LOCAL_FEATURES = LocalFeaturesConfig()
-_HEAD_TYPES = {type(head).__name__: type(head) for head in (*HEADS.values(), *MAP_HEADS.values())}
-# What else a head may have among its settings.
-_SETTING_TYPES = {**_HEAD_TYPES, "StructuredClassifierConfig": StructuredClassifierConfig}
-# A file of ``save``, and what it may hold of a backbone: always with weights, for a name alone would be downloaded.
-_SCHEMA = {
-    "head": dict,
-    "local_features?": (dict, type(None)),
-    "classes": [object],
-    "features": Tensor,
-    "target": Tensor,
-    "base_mean": (Tensor, type(None)),
-    "image_size": (int, type(None)),
-    "batch_size": int,
-    "seed": int,
-    "backbone": dict,
-}
-_ORIGINS: dict[str, dict[str, Any]] = {
-    "sha256": {"sha256": str},
-    **CONTENT_SCHEMAS,
-    "checkpoint": {"checkpoint": SCHEMA_0_1},
-}
 # Side of the images that a file may ask for, and of one that is worth a trial when it is loaded.
 _LARGEST_IMAGE, _LARGEST_TRIAL = math.isqrt(MAX_PIXELS), 512
 # Scores of this many queries against thousands of support images still fit in a few hundred megabytes. Maps take more,
@@ -264,15 +238,9 @@ class FewShotClassifier:
         if not self.classes_:
             raise RuntimeError("this classifier has learned nothing yet: call fit first")
         for label in self.classes_:
-            _check_plain(label)
-        head = type(self.head).__name__
-        if not _is_ours(self.head):
-            raise TypeError(f"head: expected one of {', '.join(_HEAD_TYPES)} to be saved, got {head}")
+            check_label(label)
         content = {
-            "format": _FORMAT,
-            "format_version": _FORMAT_VERSION,
-            "fewshot_ext": __version__,
-            "head": _to_plain(self.head),
+            "head": head_content(self.head),
             "local_features": None if self.local_features is None else asdict(self.local_features),
             "classes": list(self.classes_),
             "features": self._support.cpu(),
@@ -283,7 +251,7 @@ class FewShotClassifier:
             "seed": self.seed,
             "backbone": self.backbone.network.content() or {"sha256": state_checksum(self.backbone.network)},
         }
-        replace_file(Path(path).expanduser(), lambda temporary: torch.save(content, temporary))
+        write_classifier(Path(path).expanduser(), content)
 
     @classmethod
     def load(
@@ -308,7 +276,7 @@ class FewShotClassifier:
             ValueError: it holds no classifier, is damaged, or needs a backbone that is not given, is given although
                 it has its own, or has other weights than the one it was saved with.
         """
-        content = _read(Path(path).expanduser())
+        content = read_classifier(Path(path).expanduser())
         origin = content["backbone"]
         own = origin.keys() == {"sha256"}
         if own and backbone is None:
@@ -326,9 +294,8 @@ class FewShotClassifier:
         with misfits_named(misfit):
             settings = {name: content[name] for name in ("image_size", "batch_size", "seed", "base_mean")}
             if content.get("local_features") is not None:
-                local_features = {name: _listed(value) for name, value in content["local_features"].items()}
-                settings["local_features"] = typed(LocalFeaturesConfig, local_features)
-            classifier = cls(source, _from_plain(content["head"]), device=device, **settings)
+                settings["local_features"] = typed(LocalFeaturesConfig, content["local_features"])
+            classifier = cls(source, rebuild_head(content["head"]), device=device, **settings)
             classifier.classes_ = tuple(content["classes"])
             classifier._support, classifier._target = content["features"], content["target"]
             classifier._check_learned()
@@ -348,7 +315,7 @@ class FewShotClassifier:
             if (getattr(self, name) or 0) > most:
                 raise ValueError(f"{name}: expected at most {most}")
         for label in classes:
-            _check_plain(label)
+            check_label(label)
         if len(set(classes)) != len(classes) or set(target.tolist()) != set(range(len(classes))):
             raise ValueError(f"target: expected every one of {len(classes)} classes, all different, and no other")
         mean = self.base_mean
@@ -492,61 +459,3 @@ def _sorted_if_possible(labels: Iterable[Hashable]) -> list[Hashable]:
         return sorted(distinct)
     except TypeError:
         return distinct
-
-
-def _check_plain(label: Hashable) -> None:
-    if isinstance(label, tuple):
-        for part in label:
-            _check_plain(part)
-    elif not (label is None or type(label) in (str, int, float, bool)):
-        raise TypeError(
-            f"labels: expected texts, numbers, booleans, None or tuples of these for a file, got {type(label).__name__}"
-        )
-
-
-def _is_ours(head: Head) -> bool:
-    """Whether a head, and the one in it, is of a class that ``load`` can make again."""
-    parts = (getattr(head, field.name) for field in fields(head)) if is_dataclass(head) else ()
-    return type(head) is _HEAD_TYPES.get(type(head).__name__) and all(
-        _is_ours(part) for part in parts if isinstance(part, Head)
-    )
-
-
-def _to_plain(value: Any) -> Any:
-    """A head in containers and numbers, with the names of the classes that it is made of."""
-    if not is_dataclass(value):
-        return value
-    settings = {field.name: _to_plain(getattr(value, field.name)) for field in fields(value)}
-    return {"type": type(value).__name__, "settings": settings}
-
-
-def _from_plain(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    check_schema(value, {"type": str, "settings": {str: object}}, "head")
-    if value["type"] not in _SETTING_TYPES:
-        raise ValueError(f"there is no head {value['type'][:40]!r}")
-    settings = {name: _from_plain(part) for name, part in value["settings"].items()}
-    if settings.get("similarity") == "softmax":  # of version 0.1
-        settings["similarity"] = "dot"
-    return typed(_SETTING_TYPES[value["type"]], settings)
-
-
-def _listed(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The content of the file, of which every part is of its type."""
-    with misfits_named(f"{path} does not hold a FewShotClassifier that this version reads"):
-        content = read_weights(path)
-        check_schema(content, {"format": str, "format_version": int}, "the file")
-        if content["format"] != _FORMAT or not 1 <= content["format_version"] <= _FORMAT_VERSION:
-            raise ValueError(f"it holds {content['format'][:40]!r} version {content['format_version']}")
-        check_schema(content, _SCHEMA, "the file")
-        origin = content["backbone"]
-        kind = next((kind for kind in _ORIGINS if kind in origin), None)
-        if kind is None or len(origin) != len(_ORIGINS[kind]):
-            raise ValueError("the file['backbone']: expected a checksum, a checkpoint or a model of timm")
-        check_schema(origin, _ORIGINS[kind], "the file['backbone']")
-    return content

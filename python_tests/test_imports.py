@@ -15,6 +15,7 @@ LEVELS = (
     ("models",),
     ("heads",),
     ("evaluation",),
+    ("classifier_file",),
     ("retrieval", "classifier"),
     ("training",),
     ("recipes",),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewshot_ext._episodes import check_support_target, class_means
-from fewshot_ext._precision import full_precision, normalize
+from fewshot_ext._precision import normalize
 from fewshot_ext._validation import check_choice, check_count, check_positive
 from fewshot_ext.heads.vectors import FineTuning, Head, MatchingNet, ProtoNet
 from fewshot_ext.models import StructuredClassifierConfig, class_prototypes, emd_logits
@@ -35,21 +35,11 @@ class MapHead(Head):
 
     takes_maps: ClassVar[bool] = True
 
-    @full_precision()
-    def __call__(
-        self,
-        support: Tensor,
-        support_target: Tensor,
-        query: Tensor,
-        way: int,
-        *,
-        base_mean: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
+    def _checked(self, support: Tensor, target: Tensor, query: Tensor, way: int) -> tuple[Tensor, Tensor]:
         support, query = checked_maps(support=support, query=query)
-        check_support_target(support_target, support, way)
+        check_support_target(target, support, way)
         check_finite_maps(support=support, query=query)
-        return self._scores(support, support_target, query, way, generator)
+        return support, query
 
     def condense(
         self, support: Tensor, support_target: Tensor, way: int, *, generator: torch.Generator | None = None

@@ -74,8 +74,7 @@ class Head(ABC):
         base_mean: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        _check_episodes(support, support_target, query, way)
-        support, query = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (support, query))
+        support, query = self._checked(support, support_target, query, way)
         if self.needs_base_mean:
             if base_mean is None:
                 raise ValueError(
@@ -89,6 +88,11 @@ class Head(ABC):
     def probabilities(self, scores: Tensor) -> Tensor:
         """``softmax(scale * scores)`` over the classes. It is not calibrated: use it to rank and to compare."""
         return torch.softmax(self.scale * scores, -1)
+
+    def _checked(self, support: Tensor, target: Tensor, query: Tensor, way: int) -> tuple[Tensor, Tensor]:
+        """Support and query in float32 or float64, once all arguments are right."""
+        _check_episodes(support, target, query, way)
+        return tuple(x.to(torch.promote_types(x.dtype, torch.float32)) for x in (support, query))
 
     @abstractmethod
     def _scores(
