@@ -24,7 +24,7 @@ def check_support_target(support_target: Tensor, support: Tensor, way: int) -> N
         came = support_target.dtype if isinstance(support_target, Tensor) else type(support_target).__name__
         raise TypeError(f"support_target: expected an int64 tensor, got {came}")
     if support_target.shape != support.shape[:2]:
-        raise ValueError(f"support_target: expected {list(support.shape[:2])}, got {list(support_target.shape)}")
+        raise ValueError(f"support_target: expected shape {list(support.shape[:2])}, got {list(support_target.shape)}")
     if support_target.device != support.device:
         raise ValueError(
             f"support_target: expected the device of support, {support.device}, got {support_target.device}"

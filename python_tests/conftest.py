@@ -75,7 +75,7 @@ def checkpoints(tmp_path_factory):
 def pytest_terminal_summary(terminalreporter):
     """How many tests ran the CUDA kernels, and on what: a green run without any would look the same."""
     outcomes = {outcome: terminalreporter.getreports(outcome) for outcome in ("passed", "failed")}
-    # Names of other tests have the word too: "device must be auto, cpu or cuda".
+    # Names of other tests have the word too: "device: expected auto, cpu or cuda".
     for backend, meaning in (("simt", "CUDA kernels on the CPU, by the emulator"), ("cuda", "CUDA kernels on a GPU")):
         named = re.compile(rf"/ops/test_(\w+_)?{backend}\.py|\[(.*-)?{backend}(-.*)?\]")
         counts = {

@@ -129,7 +129,7 @@ def fit_prototypes(
         came = order.dtype if isinstance(order, Tensor) else type(order).__name__
         raise TypeError(f"order: expected an int64 tensor, got {came}")
     if order.shape != (episodes, config.passes, shots):
-        raise ValueError(f"order: expected {[episodes, config.passes, shots]}, got {list(order.shape)}")
+        raise ValueError(f"order: expected shape {[episodes, config.passes, shots]}, got {list(order.shape)}")
     if (order.sort(-1).values != torch.arange(shots, device=order.device)).any():
         raise ValueError(f"order: expected permutations of the {shots} support images")
     bytes_an_episode = support.element_size() * nodes * channels * (2 * shots + 2 * way)

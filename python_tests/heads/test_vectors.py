@@ -209,7 +209,7 @@ def test_no_episodes(name):
         ({"query": torch.zeros(1, 4, 5)}, ValueError, r"query: expected shape \[2, Q, 5\]"),
         ({"query": torch.zeros(2, 4, 5, device="meta")}, ValueError, "query: expected the device of support, cpu"),
         ({"way": 1}, ValueError, "way: expected at least 2, got 1"),
-        ({"support_target": torch.tensor([[0, 2, 1]] * 2)}, ValueError, r"lie in \[0, 2\), got 0 to 2"),
+        ({"support_target": torch.tensor([[0, 2, 1]] * 2)}, ValueError, r"expected numbers in \[0, 2\), got 0 to 2"),
         (
             {"support_target": torch.tensor([[0, -1, 1]] * 2)},
             ValueError,

@@ -209,7 +209,7 @@ def test_lone_queries_are_left_out_or_missed(lone, queries, share):
             r"labels: expected shape \[30\] for images, got \[3\]",
         ),
         ({"gallery_labels": torch.zeros(3, dtype=torch.int64)}, ValueError, "expected a value together"),
-        ({"gallery_embeddings": torch.zeros(3, 4)}, ValueError, "gallery_embeddings: expected left out"),
+        ({"gallery_embeddings": torch.zeros(3, 4)}, ValueError, "gallery_embeddings: expected none"),
         ({"candidates": 7}, ValueError, r"candidates: expected numbers in \[8, 29\], .*, got 7"),
         ({"candidates": 10.0}, TypeError, "candidates: expected an integer, got float"),
         (
