@@ -1,4 +1,4 @@
-"""What every classifier of few-shot episodes does with the labels of the support set."""
+"""Labels of the support sets of few-shot episodes: their checks, and the mean feature of each class."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and how to know one again."""
+"""Files that are written whole or not at all, and checksums to know them again."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""Files that others have written: read without running code, and held against what they must be before any use."""
+"""Files that others have written: reading without running code, and checks against a schema."""
 
 import json
 import types

@@ -1,4 +1,4 @@
-"""What a run says about itself beside its results, and whether another run has the same settings."""
+"""The record of a run: versions of packages, and the comparison of its settings with another run's."""
 
 import platform
 from importlib.metadata import version

@@ -1,4 +1,4 @@
-"""Work on many pictures side by side: Pillow and zlib let go of the interpreter while they are at it."""
+"""Work on many pictures in threads, for Pillow and zlib release the interpreter lock."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence

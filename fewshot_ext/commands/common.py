@@ -1,4 +1,4 @@
-"""What the commands share: choosing the device, loading images, preparing the output folder."""
+"""Shared parts of the commands: choosing the device, loading images, preparing the output folder."""
 
 import sys
 import tempfile

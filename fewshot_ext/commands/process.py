@@ -1,4 +1,4 @@
-"""What ends a command from outside: closed pipes, full disks behind standard output, signals."""
+"""Ends of a command that come from outside: closed pipes, full disks behind standard output, signals."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The ``.npz`` file of an image archive, as arrays: written whole, and believed only after every array was checked."""
+"""The ``.npz`` file of an image archive: written whole, and used only after every array has been checked."""
 
 import hashlib
 import zipfile

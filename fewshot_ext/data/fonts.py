@@ -1,4 +1,4 @@
-"""The font of captions, and any text in the characters that it has."""
+"""The font of captions, and texts reduced to the characters that it has."""
 
 import unicodedata
 from functools import cache

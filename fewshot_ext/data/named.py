@@ -1,4 +1,4 @@
-"""What ``--data`` takes: the path of an image set, or the name of a known one."""
+"""Image sets by their path or by the name of a known one, as ``--data`` takes them."""
 
 import os
 from collections.abc import Callable

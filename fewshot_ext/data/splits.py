@@ -1,4 +1,4 @@
-"""Class splits: the official ones by name, and the files that the field keeps them in."""
+"""Class splits: the official ones by name, and split files in the formats of the field."""
 
 import csv
 import gzip

@@ -1,4 +1,4 @@
-"""The one walk over folders of pictures: what counts as a picture, and an account of everything that does not."""
+"""The walk over folders of pictures that all commands share, and its account of what it passes over."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Networks that are not trained any more, with a name for tables and what a record says of them."""
+"""Frozen networks, with a name for tables and a record of where they come from."""
 
 import hashlib
 from collections.abc import Callable, Sequence

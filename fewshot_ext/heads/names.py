@@ -1,4 +1,4 @@
-"""Heads of both kinds by one name: what is compared, and the features that it is compared on."""
+"""The registry of heads: classifiers of both kinds by name, and the features that they take."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,4 +1,4 @@
-"""What every backbone offers: feature vectors, dense feature maps, and their sizes beforehand."""
+"""The interface of every backbone: feature vectors, dense feature maps, and their sizes beforehand."""
 
 from abc import ABC, abstractmethod
 

@@ -1,4 +1,4 @@
-"""What the operators share above their kernels: autograd rules for eager calls and for the compiler, and vmap rules."""
+"""Autograd and vmap rules that the operators share, for eager calls and for the compiler."""
 
 import re
 from collections.abc import Callable

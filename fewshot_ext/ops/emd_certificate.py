@@ -1,4 +1,4 @@
-"""What proves a solution of the transportation problem, whoever found it.
+"""The certificate of a solution of the transportation problem, whoever found it.
 
 The value is judged against the optimum itself: duals that no cost contradicts bound it from below, however they came
 about. Those of the result do where their rounding is small beside the value. Elsewhere better ones are looked for, from

@@ -1,4 +1,4 @@
-"""Gradients that a forward pass left behind, times the upstream gradient of its scalar loss."""
+"""The operator that multiplies stored gradients by the upstream gradient of a scalar loss."""
 
 import torch
 from torch import Tensor

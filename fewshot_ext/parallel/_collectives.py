@@ -1,4 +1,4 @@
-"""What ranks say to each other: rows of uneven batches, and what has to agree before anything is computed."""
+"""Collectives of the divided losses: rows of uneven batches, and agreement of the ranks before any work."""
 
 from collections.abc import Callable, Sequence
 

@@ -1,4 +1,4 @@
-"""The nearest of a gallery in exact order: by distance, and by their place in the gallery where distances are equal."""
+"""Exact nearest-neighbor search: by distance, and by place in the gallery where distances are equal."""
 
 import torch
 from torch import Tensor

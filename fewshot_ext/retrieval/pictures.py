@@ -1,4 +1,4 @@
-"""Images with their classes as retrieval takes them, from a set or from folders, and pictures of what was found."""
+"""Labeled images for retrieval, from a set or from folders, and pictures of what was found."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

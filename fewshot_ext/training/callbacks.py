@@ -1,4 +1,4 @@
-"""What a training run does between its steps: validation, reports, the progress bar."""
+"""Lightning callbacks of a training run: validation, reports, the progress bar."""
 
 import math
 import sys

@@ -1,4 +1,4 @@
-"""Checkpoints that are there whole or not at all."""
+"""Checkpoints that are written whole or not at all."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Episodes of a meta-training: what it trains on, and by what its epochs are judged."""
+"""Episodes of a meta-training, to train on and to validate with."""
 
 from collections.abc import Iterator
 from itertools import islice

@@ -1,4 +1,4 @@
-"""What a metric training measures between its epochs: retrieval, coding rate and spectrum, kept as they change."""
+"""The Lightning callback that measures a metric training: retrieval, coding rate and spectrum over the epochs."""
 
 from collections.abc import Mapping
 from dataclasses import asdict

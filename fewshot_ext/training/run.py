@@ -1,4 +1,4 @@
-"""What every training of a backbone shares: repeatable epochs, checkpoints, resuming, several processes."""
+"""The base of every training run: repeatable epochs, checkpoints, resuming, several processes."""
 
 import logging
 import signal

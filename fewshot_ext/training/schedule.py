@@ -1,4 +1,4 @@
-"""How the learning rate goes: warm-up and cosine of the negative-margin paper, SGD in steps of DeepEMD."""
+"""Learning-rate schedules: warm-up and cosine of the negative-margin paper, SGD in steps of DeepEMD."""
 
 import math
 from collections.abc import Iterable

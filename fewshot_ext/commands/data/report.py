@@ -1,4 +1,4 @@
-"""What `data pack` and `data info` both say about an archive."""
+"""Summary of an archive, as `data pack` and `data info` print it."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
