@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,29 +11,33 @@ from torch import Tensor, nn
 from fewshot_ext._precision import full_precision, normalize
 from fewshot_ext._validation import check_count, check_flag, check_floating
 from fewshot_ext.ops import margin_cosine_loss, margin_softmax_loss
-from fewshot_ext.ops.margin_softmax import check_settings
+from fewshot_ext.ops.margin_softmax import DEFAULTS, check_settings
 
 
 class _MarginLoss(nn.Module):
-    """Owns the class weight ``[num_classes, in_features]``; a subclass chooses the similarity."""
+    """Owns the class weight ``[num_classes, in_features]``; a subclass chooses the similarity and the defaults."""
 
-    _loss: Callable[..., Tensor | tuple[Tensor, Tensor]]
+    _loss: ClassVar[Callable[..., Tensor | tuple[Tensor, Tensor]]]
+    default_margin: ClassVar[float]
+    default_scale: ClassVar[float]
 
     def __init__(
         self,
         in_features: int,
         num_classes: int,
-        margin: float,
-        scale: float,
+        margin: float | None = None,
+        scale: float | None = None,
         *,
-        reduction: str,
-        ignore_index: int,
-        label_smoothing: float,
-        check: bool,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        check: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        margin = self.default_margin if margin is None else margin
+        scale = self.default_scale if scale is None else scale
         self.in_features = check_count("in_features", in_features, 1)
         self.num_classes = check_count("num_classes", num_classes, 2)
         # What the function checks in every call, so that a mistake shows where it is made.
@@ -76,7 +81,8 @@ class MarginCosineLoss(_MarginLoss):
     Args:
         in_features: D, the length of a feature vector.
         num_classes: C >= 2.
-        margin, scale, reduction, ignore_index, label_smoothing, check: as in :func:`fewshot_ext.margin_cosine_loss`.
+        margin, scale: as in :func:`fewshot_ext.margin_cosine_loss`; None takes its defaults, -0.3 and 30.
+        reduction, ignore_index, label_smoothing, check: likewise.
         device, dtype: of the weight, ``[C, D]``, drawn by kaiming_uniform(a = sqrt 5).
 
     Example:
@@ -89,33 +95,7 @@ class MarginCosineLoss(_MarginLoss):
     """
 
     _loss = staticmethod(margin_cosine_loss)
-
-    def __init__(
-        self,
-        in_features: int,
-        num_classes: int,
-        margin: float = -0.3,
-        scale: float = 30.0,
-        *,
-        reduction: str = "mean",
-        ignore_index: int = -100,
-        label_smoothing: float = 0.0,
-        check: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            in_features,
-            num_classes,
-            margin,
-            scale,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            check=check,
-            device=device,
-            dtype=dtype,
-        )
+    default_margin, default_scale = DEFAULTS["cosine"]
 
     def scores(self, features: Tensor) -> Tensor:
         """Plain cosines ``[N, C]``, without margin and scale: what a prediction is made from."""
@@ -130,7 +110,8 @@ class MarginSoftmaxLoss(_MarginLoss):
     Args:
         in_features: D, the length of a feature vector.
         num_classes: C >= 2.
-        margin, scale, reduction, ignore_index, label_smoothing, check: as in :func:`fewshot_ext.margin_softmax_loss`.
+        margin, scale: as in :func:`fewshot_ext.margin_softmax_loss`; None takes its defaults, -1 and 5.
+        reduction, ignore_index, label_smoothing, check: likewise.
         device, dtype: of the weight, ``[C, D]``, drawn by kaiming_uniform(a = sqrt 5).
 
     Example:
@@ -140,33 +121,7 @@ class MarginSoftmaxLoss(_MarginLoss):
     """
 
     _loss = staticmethod(margin_softmax_loss)
-
-    def __init__(
-        self,
-        in_features: int,
-        num_classes: int,
-        margin: float = -1.0,
-        scale: float = 5.0,
-        *,
-        reduction: str = "mean",
-        ignore_index: int = -100,
-        label_smoothing: float = 0.0,
-        check: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            in_features,
-            num_classes,
-            margin,
-            scale,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            check=check,
-            device=device,
-            dtype=dtype,
-        )
+    default_margin, default_scale = DEFAULTS["dot"]
 
     def scores(self, features: Tensor) -> Tensor:
         """Plain inner products ``[N, C]``, without margin and scale: what a prediction is made from."""

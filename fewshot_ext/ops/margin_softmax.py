@@ -26,6 +26,7 @@ from fewshot_ext.ops._autograd import differentiable
 from fewshot_ext.ops.scale_gradients import scaled
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # the codes of csrc/margin_softmax/problem.h
+DEFAULTS = {"cosine": (-0.3, 30.0), "dot": (-1.0, 5.0)}  # margin and scale by similarity, as the papers have them
 ALL_CLASSES = 0  # as total_classes: the weight is not a shard
 
 _forward_op = torch.ops.fewshot_ext.margin_softmax.default

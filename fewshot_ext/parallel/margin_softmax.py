@@ -20,12 +20,10 @@ from fewshot_ext._validation import (
     check_positive,
     check_similarity,
 )
-from fewshot_ext.ops.margin_softmax import check_settings, check_tensors
+from fewshot_ext.ops.margin_softmax import DEFAULTS, check_settings, check_tensors
 from fewshot_ext.parallel._autograd import IGNORED, ClassParallelMarginSoftmax, Problem
 from fewshot_ext.parallel._collectives import Batches, StepAgreement, agree_once
 
-# Margin and scale of MarginCosineLoss and MarginSoftmaxLoss.
-DEFAULTS = {"cosine": (-0.3, 30.0), "dot": (-1.0, 5.0)}
 INITIAL_BLOCK = 1024  # classes drawn from one seed, so that the weight does not depend on the number of ranks
 
 _FLAG = (False, True)

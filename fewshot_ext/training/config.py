@@ -15,6 +15,7 @@ from fewshot_ext._validation import (
 )
 from fewshot_ext.data.augmentation import AugmentationConfig
 from fewshot_ext.models import BackboneConfig
+from fewshot_ext.ops.margin_softmax import DEFAULTS
 
 # Settings that one optimizer alone has.
 _OPTIMIZERS = {
@@ -24,8 +25,6 @@ _OPTIMIZERS = {
 
 # The four losses of the paper's table 3, each with its similarity.
 LOSSES = {"neg-cosine": "cosine", "neg-softmax": "dot", "cosine": "cosine", "softmax": "dot"}
-
-_MARGINS = {"cosine": -0.3, "dot": -1.0}
 
 
 @dataclass(frozen=True)
@@ -215,12 +214,12 @@ class PreTrainingConfig(TrainingConfig):
         check_choice("loss", loss, *LOSSES)
         settings = nested(cls, settings)
         if loss.startswith("neg-"):
-            margin = _MARGINS[LOSSES[loss]] if margin is None else margin
+            margin = DEFAULTS[LOSSES[loss]][0] if margin is None else margin
         elif margin:
             raise ValueError(f"margin: expected 0 for loss {loss!r}, got {margin}; loss 'neg-{loss}' takes any")
         if scale is None:
             backbone = settings.get("backbone", BackboneConfig())
-            scale = 30.0 if LOSSES[loss] == "cosine" else 10.0 if backbone.name == "resnet12" else 5.0
+            scale = 10.0 if (LOSSES[loss], backbone.name) == ("dot", "resnet12") else DEFAULTS[LOSSES[loss]][1]
         return cls(similarity=LOSSES[loss], margin=margin or 0.0, scale=scale, **settings)
 
     @classmethod

@@ -197,7 +197,7 @@ def test_bad_sizes(head_class, loss, arguments, error, message):
         ({"scale": -1}, ValueError, "scale: expected a number above 0, got -1"),
         ({"scale": float("nan")}, ValueError, "scale: expected a finite number, got nan"),
         ({"reduction": "avg"}, ValueError, "reduction: expected one of none, mean, sum, got 'avg'"),
-        ({"label_smoothing": 1.5}, ValueError, "label_smoothing: expected a number in [0.0, 1.0], got 1.5"),
+        ({"label_smoothing": 1.5}, ValueError, "label_smoothing: expected a number in [0, 1], got 1.5"),
         ({"ignore_index": 0.5}, TypeError, "ignore_index: expected an integer, got float"),
         ({"check": 1}, TypeError, "check: expected True or False, got int"),
         ({"dtype": torch.complex64}, TypeError, "dtype: expected dtype float32, float64, bfloat16 or float16, got"),
