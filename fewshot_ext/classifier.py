@@ -308,7 +308,7 @@ class FewShotClassifier:
         if support.dim() != len(layout.split(",")) or not support.is_floating_point() or not support.numel():
             raise ValueError(f"features: expected floats {layout}, got {support.dtype} {list(support.shape)}")
         if not support.isfinite().all():
-            raise ValueError("features: expected finite numbers")
+            raise ValueError("features: expected finite entries")
         if target.dtype != torch.int64 or target.shape != support.shape[:1]:
             raise ValueError(f"target: expected int64 [{len(support)}], got {target.dtype} {list(target.shape)}")
         for name, most in (("batch_size", 2**63 - 1), ("seed", 2**63 - 1), ("image_size", _LARGEST_IMAGE)):

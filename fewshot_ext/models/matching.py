@@ -203,7 +203,7 @@ def check_finite_maps(**named: Tensor) -> None:
         # A sum is one pass without a copy, several times faster; where it overflows it tells nothing.
         accumulate = torch.promote_types(maps.dtype, torch.float32)
         if not maps.detach().sum(dtype=accumulate).isfinite() and not maps.isfinite().all():
-            raise ValueError(f"{name}: expected finite values, got NaN or infinity")
+            raise ValueError(f"{name}: expected finite entries, got NaN or infinity")
 
 
 def checked_maps(**named: Tensor) -> tuple[Tensor, Tensor]:

@@ -199,7 +199,7 @@ def test_too_few_regions_for_the_smallest_class(support, query, checkpoints, tmp
 
 def test_neither_checkpoint_nor_backbone(support, query, tmp_path, capsys):
     assert classify(support, query, None, tmp_path / "out") == 2
-    assert "either --checkpoint or --backbone: expected a value" in capsys.readouterr().err
+    assert "expected either --checkpoint or --backbone, and not both" in capsys.readouterr().err
 
 
 def test_a_timm_model_without_timm(support, query, tmp_path, capsys, monkeypatch):

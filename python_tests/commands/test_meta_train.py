@@ -86,7 +86,7 @@ def test_from_scratch(three_splits, tmp_path, capsys):
     [
         (["--data", None], "--data: expected a value, got none"),
         (["--output", None], "--output: expected a value, got none"),
-        (["--checkpoint", None], "--checkpoint: expected a value: a file of any training, or scratch"),
+        (["--checkpoint", None], "--checkpoint: expected a file of any training, or scratch, got none"),
         (["--checkpoint", "missing.ckpt"], "missing.ckpt"),
         (["--checkpoint", "text.ckpt"], "text.ckpt is not the checkpoint of a"),
         (["--data", "nowhere"], "there is no image set 'nowhere'"),

@@ -158,8 +158,8 @@ def test_a_backbone_without_maps_is_found_before_any_work(with_regions, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "either --data or --query: expected a value"),
-        (["--data", "digits", "--query", "."], "either --data or --query: expected a value"),
+        ([], "expected either --data or --query, and not both"),
+        (["--data", "digits", "--query", "."], "expected either --data or --query, and not both"),
         (["--data", "digits", "--gallery", "."], "--gallery goes with --query"),
         (["--data", "nowhere"], "there is no image set 'nowhere'"),
         (["--data", "digits", "--split", "test"], "split: expected one of base, validation, novel, got 'test'"),

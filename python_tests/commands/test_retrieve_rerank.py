@@ -177,9 +177,9 @@ def test_progress_has_a_bar_for_each_stage(with_regions, folders, tmp_path, monk
     [
         (KeyboardInterrupt(), 130, "interrupted before everything was measured"),
         (
-            ValueError("query_maps: expected finite values"),
+            ValueError("query_maps: expected finite entries"),
             1,
-            "fewshot-ext retrieve: error: query_maps: expected finite values",
+            "fewshot-ext retrieve: error: query_maps: expected finite entries",
         ),
     ],
 )

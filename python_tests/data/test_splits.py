@@ -150,11 +150,11 @@ def test_rotated_classes_count_once(write):
         ),
         (
             {"train.json": {"label_names": ["a"], "image_labels": [1], "image_names": ["x"]}},
-            "image_labels: expected a number below 1 for each image",
+            "expected image_labels to give a number below 1 for each image",
         ),
         (
             {"train.json": {"label_names": ["a"], "image_labels": [0, 0], "image_names": ["x"]}},
-            "image_labels: expected a number",
+            "expected image_labels to give a number",
         ),
         ({"mine.txt": "a"}, r"mine\.txt' holds one role, which its name must tell"),
         ({"train.xml": "a"}, r"train\.xml': expected a name that ends in \.csv, \.json, \.txt"),

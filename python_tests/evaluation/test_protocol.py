@@ -76,7 +76,7 @@ def test_features_that_are_not_finite_are_refused():
     features, labels = clusters(1.0)
     features[3, 0] = float("nan")
     episodes = sample_episodes(labels, 2, generator=torch.Generator().manual_seed(1))
-    with pytest.raises(ValueError, match="features: expected finite values"):
+    with pytest.raises(ValueError, match="features: expected finite entries"):
         episode_accuracies(features, episodes)
 
 

@@ -124,7 +124,7 @@ IMAGE, MAP = torch.zeros(3, 8, 8), torch.rand(4, 6)
         ({"support_map": MAP[:, :5]}, ValueError, "support_map: expected the 6 channels of query_map, got 5"),
         ({"support_map": MAP[:3]}, ValueError, "regions: expected a value for 3 local features"),
         ({"support_map": MAP[:0]}, ValueError, "regions: expected a value for 0 local features"),
-        ({"query_map": MAP * float("nan")}, ValueError, "query_map: expected finite values, got NaN"),
+        ({"query_map": MAP * float("nan")}, ValueError, "query_map: expected finite entries, got NaN"),
         ({"query_regions": torch.zeros(3, 4)}, ValueError, r"query_regions: expected shape \[4, 4\], got \[3, 4\]"),
         ({"support_regions": torch.zeros(4, 4)}, ValueError, r"support_regions: expected an area, got \[0.0, 0.0, 0"),
         ({"query_regions": torch.full((4, 4), float("nan"))}, ValueError, "query_regions: expected an area, got .nan"),

@@ -220,11 +220,11 @@ def test_pooling_takes_heads_for_single_features(head):
         ({"query": torch.zeros(2, 4, 5, 7)}, ValueError, "query: expected the 6 channels of support, got 7"),
         ({"query": torch.zeros(2, 4, 0, 6)}, ValueError, "query: expected at least one region"),
         ({"query": None}, TypeError, "query: expected a floating-point tensor, got NoneType"),
-        ({"support": torch.full((2, 3, 5, 6), float("nan"))}, ValueError, "support: expected finite values, got NaN"),
+        ({"support": torch.full((2, 3, 5, 6), float("nan"))}, ValueError, "support: expected finite entries, got NaN"),
         (
             {"query": torch.full((2, 4, 5, 6), float("inf"))},
             ValueError,
-            "query: expected finite values, got NaN or inf",
+            "query: expected finite entries, got NaN or inf",
         ),
         ({"support_target": torch.tensor([[0, 1, 1], [0, 0, 0]])}, ValueError, "class 1 of episode 1 has no image"),
         ({"way": 4}, ValueError, "class 2 of episode 0 has no image"),

@@ -225,7 +225,7 @@ def test_state_and_repr():
         ({"convention": 1}, TypeError, "convention: expected one of paper, official, got int"),
         ({"eps": 0}, ValueError, "eps: expected a number above 0, got 0"),
         ({"gamma1": -1.0}, ValueError, "gamma1: expected a number above 0, got -1.0"),
-        ({"gamma2": -1.0}, ValueError, "gamma2: expected a number of at least 0, got -1.0"),
+        ({"gamma2": -1.0}, ValueError, "gamma2: expected at least 0, got -1.0"),
         ({"weight": math.nan}, ValueError, "weight: expected a finite number, got nan"),
         ({"base_weight": "1"}, TypeError, "base_weight: expected a number, got str"),
         ({"proxies": None}, TypeError, "proxies: expected the name of a parameter of base, got NoneType"),

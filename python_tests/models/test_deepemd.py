@@ -181,11 +181,11 @@ def test_bad_settings_are_named(settings, message):
         ),
         ({"support_target": torch.zeros(2, 3, dtype=torch.int64)}, ValueError, "class 1 of episode 0 has no image"),
         ({"way": 4}, ValueError, "class 3 of episode 0 has no image"),
-        ({"query": torch.full((2, 4, 1, 12, 12), float("nan"))}, ValueError, "query: expected finite values, got NaN"),
+        ({"query": torch.full((2, 4, 1, 12, 12), float("nan"))}, ValueError, "query: expected finite entries, got NaN"),
         (
             {"support": torch.full((2, 3, 1, 12, 12), float("nan"))},
             ValueError,
-            "support: expected finite values, got NaN",
+            "support: expected finite entries, got NaN",
         ),
     ],
 )
@@ -205,7 +205,7 @@ def test_no_episodes_have_no_logits():
     ("options", "message"),
     [
         ({"temperature": 0}, "temperature: expected a number above 0"),
-        ({"weighting": "norm"}, "weighting: expected 'cross_ref"),
+        ({"weighting": "norm"}, "weighting: expected one of cross_ref"),
     ],
 )
 def test_bad_options_are_named(options, message):

@@ -250,8 +250,8 @@ GOOD = torch.zeros(2, 3, 4, 6)
         ({"query": GOOD[:, :, :0]}, ValueError, r"query: expected at least one region .*\[2, 3, 0, 6\]"),
         ({"support": GOOD[..., :0]}, ValueError, "support: expected at least one region and one channel"),
         ({"support": GOOD.to("meta")}, ValueError, "support: expected the device of query, cpu, got meta"),
-        ({"query": GOOD + float("nan")}, ValueError, "query: expected finite values, got NaN or infinity"),
-        ({"support": GOOD - float("inf")}, ValueError, "support: expected finite values, got NaN or infinity"),
+        ({"query": GOOD + float("nan")}, ValueError, "query: expected finite entries, got NaN or infinity"),
+        ({"support": GOOD - float("inf")}, ValueError, "support: expected finite entries, got NaN or infinity"),
         ({"temperature": 0.0}, ValueError, "temperature: expected a number above 0"),
         ({"temperature": "1"}, TypeError, "temperature: expected a number, got str"),
         ({"bytes_at_once": 0}, ValueError, "bytes_at_once: expected a number above 0"),
@@ -279,7 +279,7 @@ def test_bad_input_is_named(changes, error, message):
             r"support: expected shape \[..., M, C\] with the batch \[2, 3\] of query, got \[1, 3",
         ),
         (GOOD, GOOD[..., :3], ValueError, "support: expected the 6 channels of query, got 3"),
-        (GOOD + float("nan"), GOOD, ValueError, "query: expected finite values"),
+        (GOOD + float("nan"), GOOD, ValueError, "query: expected finite entries"),
     ],
 )
 def test_bad_pairs_are_named(query, support, error, message):

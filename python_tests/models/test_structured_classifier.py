@@ -177,7 +177,7 @@ def test_carries_no_gradient():
             r"support: expected shape \[E, images, N, C\], got \[3, 7, 4\]",
         ),
         ({"support": torch.zeros(3, 7, 0, 6)}, ValueError, "support: expected at least one region"),
-        ({"support": torch.full((3, 7, 4, 6), float("nan"))}, ValueError, "support: expected finite values"),
+        ({"support": torch.full((3, 7, 4, 6), float("nan"))}, ValueError, "support: expected finite entries"),
         ({"support_target": TARGET.float()}, TypeError, "support_target: expected an int64 tensor, got torch.float32"),
         ({"support_target": TARGET[:, :6]}, ValueError, r"support_target: expected shape \[3, 7\], got \[3, 6\]"),
         (

@@ -90,7 +90,7 @@ def test_nothing_to_order(queries, kept):
         (
             {"candidates": torch.zeros(5, 2, dtype=torch.int64, device="meta")},
             ValueError,
-            "candidates: expected on the",
+            "candidates: expected the device",
         ),
         ({"weighting": "norm"}, ValueError, "weighting: expected one of cross_reference, uniform"),
         ({"bytes_at_once": 0}, ValueError, "bytes_at_once: expected a number above 0"),
@@ -108,7 +108,7 @@ def test_features_that_are_not_finite_are_named(name):
     query, gallery, candidates = drawn()
     arguments = {"query_maps": query, "gallery_maps": gallery}
     arguments[name][2, 1, 0] = float("nan")
-    with pytest.raises(ValueError, match=f"{name}: expected a finite number"):
+    with pytest.raises(ValueError, match=f"{name}: expected finite entries"):
         rerank(**arguments, candidates=candidates)
 
 
@@ -208,7 +208,7 @@ def test_lone_queries_are_left_out_or_missed(lone, queries, share):
             ValueError,
             r"labels: expected shape \[30\] for images, got \[3\]",
         ),
-        ({"gallery_labels": torch.zeros(3, dtype=torch.int64)}, ValueError, "expected a value together"),
+        ({"gallery_labels": torch.zeros(3, dtype=torch.int64)}, ValueError, "expected both or neither"),
         ({"gallery_embeddings": torch.zeros(3, 4)}, ValueError, "gallery_embeddings: expected none"),
         ({"candidates": 7}, ValueError, r"candidates: expected numbers in \[8, 29\], .*, got 7"),
         ({"candidates": 10.0}, TypeError, "candidates: expected an integer, got float"),
@@ -257,5 +257,5 @@ def test_diverged_features_are_named():
     backbone = FrozenBackbone.open(Blocks(float("nan")))
     with pytest.raises(ValueError, match="embeddings: expected finite entries"):
         retrieve_and_rerank(images, labels, backbone, candidates=10)
-    with pytest.raises(ValueError, match="maps: expected finite values"):
+    with pytest.raises(ValueError, match="maps: expected finite entries"):
         retrieve_and_rerank(images, labels, backbone, candidates=10, embeddings=torch.rand(30, 4))
