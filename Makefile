@@ -17,7 +17,7 @@ CUDA_TOOLKIT_FOLDER ?= .cuda-toolkit
 PYTEST_ARGS ?=
 PROCESSES ?= auto
 REPORT_ARGS ?=
-DEMO_ARGS ?= --output demo_output --resume
+DEMO_ARGS ?= --output demo_output
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check

@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, and checksums to know them again."""
 
+import errno
 import hashlib
 import os
 import re
@@ -30,6 +31,9 @@ except ImportError:  # a Python built without it
     pass
 else:
     DAMAGE += (LZMAError,)
+
+# What locking says on some network file systems, which have no locks.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 # What temporary files and folders are called; no user calls a file so.
 _PARTIAL = re.compile(r"\..*-[a-z0-9_]{8}\.partial(\.[^.]*)?")
@@ -118,6 +122,31 @@ def _lock(path: Path) -> Iterator[bool | None]:
     finally:
         if handle is not None:
             os.close(handle)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Waits until no other process is in such a block with the same folder; not where the file system has no locks."""
+    from filelock import FileLock
+
+    # By a name that `remove_leftovers` knows, for a process that is killed in the block leaves the file behind.
+    lock = FileLock(folder / ".alone-lockfile.partial", fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    try:
+        yield
+    finally:
+        release_lock(lock)
+
+
+def release_lock(lock: Any) -> None:
+    """Releases a lock of ``filelock`` and removes its file."""
+    # Removed while it is held: who opened it before and gets the lock after finds that it has no name any more.
+    Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -10,90 +10,102 @@ import torch
 
 from fewshot_ext import _extras
 from fewshot_ext.cli import main
-from fewshot_ext.experiments import SweepResults
+from fewshot_ext.models import load_network
 
-TINY = ["--epochs", "1", "--episodes", "4", "--runs", "1", "--finetuning.steps", "2"]
+TINY = ["--epochs", "1", "--episodes", "4", "--seeds", "0", "--jobs", "1", "--finetuning.steps", "2"]
 
 
 # The command sets the number of threads of the process; the fixture sets it back.
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def rows(folder):
+    return json.loads((folder / "margins.json").read_text())["rows"]
+
+
 def test_demo_prints_one_table_and_writes_its_files(tmp_path, capsys):
     output = tmp_path / "made" / "here"
-    assert main(["demo", *TINY, "--margins", "-0.3", "0", "--output", str(output)]) == 0
+    assert main(["demo", *TINY, "--cosine-margins", "-0.3", "0", "--output", str(output)]) == 0
     printed = capsys.readouterr()
     assert printed.out.count("-way accuracy (%)") == 1
-    assert "    -0.3 " in printed.out
-    assert "novel classes, 5-shot: margin" in printed.out
-    # Not a terminal: what is to come, one line a backbone, no bars, none of Lightning's notices.
+    assert "margin -0.3 " in printed.out
+    assert "novel 5-shot: margin" in printed.out
+    # Not a terminal: what is to come, one line a run, no bars, none of Lightning's notices.
     first, *lines = printed.err.splitlines()
-    assert first == f"2 trainings, 0 of them done, into {output}"
+    assert first == "0 of 2 runs are there already"
     assert [line.split(":")[0] for line in lines] == [
-        "run 0, margin -0.3",
-        "run 0, margin +0",
+        "1/2 cosine, margin -0.3, seed 0",
+        "2/2 cosine, margin +0, seed 0",
     ]
-    content = json.loads((output / "results.json").read_text())
-    assert content["config"]["margins"] == [-0.3, 0.0]
+    content = json.loads((output / "margins.json").read_text())
+    assert content["config"]["cosine_margins"] == [-0.3, 0.0]
     assert content["versions"]["torch"] == torch.__version__
-    for name in ("results.csv", "accuracy_over_margin.png", "config.yaml", "run_0/margin_+0/last.ckpt"):
+    for name in ("margins.csv", "margins.png", "margins.yaml"):
         assert (output / name).stat().st_size > 0
+    (checkpoint,) = output.glob("runs/cosine_margin+0_seed0_*/last.ckpt")
+    assert load_network(checkpoint).out_features == 64
+    # As its help says: another analysis looks at its networks.
+    assert main(["analyze", "variance", "--sweep", str(output)]) == 0
 
 
-def test_config_file_and_options_give_the_same_numbers(tmp_path, capsys):
-    assert main(["demo", *TINY, "--margins", "0.1", "--seed", "7", "--output", str(tmp_path / "a")]) == 0
-    config = tmp_path / "a" / "config.yaml"
-    assert main(["demo", "--config", str(config), "--output", str(tmp_path / "b")]) == 0
-    first, second = (SweepResults.read(tmp_path / name / "results.json") for name in ("a", "b"))
-    assert first == second
-    assert main(["demo", "--config", str(config), "--output", str(tmp_path / "c"), "--seed", "8"]) == 0
-    assert SweepResults.read(tmp_path / "c" / "results.json").accuracies != first.accuracies
+def test_config_file_and_options_give_the_same_numbers(tmp_path):
+    assert main(["demo", *TINY, "--cosine-margins", "0.1", "--seeds", "7", "--output", str(tmp_path / "a")]) == 0
+    config = ["--config", str(tmp_path / "a" / "margins.yaml"), "--jobs", "1"]
+    assert main(["demo", *config, "--output", str(tmp_path / "b")]) == 0
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+    # The demo is this analysis with other defaults.
+    assert main(["analyze", "margins", "--data", "digits", *config, "--output", str(tmp_path / "c")]) == 0
+    assert rows(tmp_path / "a") == rows(tmp_path / "c")
+    assert main(["demo", *config, "--output", str(tmp_path / "d"), "--seeds", "8"]) == 0
+    assert rows(tmp_path / "d") != rows(tmp_path / "a")
 
 
-def test_ctrl_c_leaves_results_that_resume_completes(tmp_path):
+def test_ctrl_c_leaves_results_that_the_same_command_completes(tmp_path):
     output = tmp_path / "out"
     command = [sys.executable, "-m", "fewshot_ext.cli", "demo", *TINY, "--output", str(output)]
-    command += ["--margins", "-0.3", "0", "0.3", "--episodes", "100"]
+    command += ["--cosine-margins", "-0.3", "0", "0.3", "--episodes", "100"]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     # The second line on stderr says that a margin is finished; the second margin is then under way.
-    assert first.stderr.readline().startswith("3 trainings, 0 of them done")
-    assert first.stderr.readline().startswith("run 0, margin -0.3")
+    assert first.stderr.readline() == "0 of 3 runs are there already\n"
+    assert first.stderr.readline().startswith("1/3 cosine, margin -0.3")
     first.send_signal(signal.SIGINT)
     out, err = first.communicate(timeout=60)
     assert first.returncode == 130, err
     assert "Traceback" not in err
-    assert "of 3 backbones done; the same command with --resume goes on from" in err
-    assert "    -0.3 " in out
-    assert str(output / "results.json") in out
-    assert (0, -0.3) in SweepResults.read(output / "results.json").finished
+    assert "of 3 runs done; the same command goes on from there" in err
+    assert "margin -0.3 " in out
+    assert str(output / "margins.json") in out
+    assert -0.3 in {row["margin"] for row in rows(output)}
 
-    assert main([*command[3:], "--resume"]) == 0
-    resumed = SweepResults.read(output / "results.json")
-    assert resumed.margins == [-0.3, 0.0, 0.3]
-    assert main([*command[3:-2], "--episodes", "100", "--output", str(tmp_path / "unbroken")]) == 0
-    assert SweepResults.read(tmp_path / "unbroken" / "results.json") == resumed
+    assert main(command[3:]) == 0
+    assert {row["margin"] for row in rows(output)} == {-0.3, 0.0, 0.3}
+    assert main([*command[3:], "--output", str(tmp_path / "unbroken")]) == 0
+    assert rows(tmp_path / "unbroken") == rows(output)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["demo", "--device", "tpu"], "device: expected auto, cpu or cuda, got 'tpu'"),
-        (["demo", "--margins", "nan"], "margins"),
-        (["demo", "--margins"], "expected at least one argument"),
-        (["demo", "--margins", "wide"], "wide"),
-        (["demo", "--margins", "0", "0"], "margins: expected all to be different"),
+        (["demo", "--cosine-margins", "nan"], "margins"),
+        (["demo", "--cosine-margins"], "expected at least one argument"),
+        (["demo", "--cosine-margins", "wide"], "wide"),
+        (
+            ["demo", "--cosine-margins", "0", "0"],
+            "runs: expected all to be different",
+        ),
         (["demo", "--episodes", "0"], "episodes: expected at least 1, got 0"),
         (["demo", "--episodes", "-3"], "episodes: expected at least 1, got -3"),
         (["demo", "--epochs", "0"], "epochs: expected at least 1, got 0"),
-        (["demo", "--runs", "0"], "runs: expected at least 1, got 0"),
+        (["demo", "--jobs", "0"], "jobs: expected at least 1, got 0"),
         (["demo", "--threads", "0"], "threads: expected at least 1, got 0"),
-        (["demo", "--seed", "-1"], "seed: expected at least 0, got -1"),
-        (["demo", "--seed", "x"], "seed"),
+        (["demo", "--seeds", "-1"], "seed: expected at least 0, got -1"),
+        (["demo", "--seeds", "x"], "seeds"),
         (["demo", "--shots", "0"], "shots: expected at least 1, got 0"),
         (["demo", "--shots", "100"], "100 shots and 16 queries need 116 images a class"),
-        (["demo", "--pretraining.batch_size", "1"], "batch_size: expected at least 2, got 1"),
-        (["demo", "--pretraining.similarity", "euclidean"], "euclidean"),
-        (["demo", "--pretraining.backbone.pooled_blocks", "4"], "at least 16 x 16"),
+        (["demo", "--set", "batch_size=1"], "batch_size: expected at least 2, got 1"),
+        (["demo", "--losses", "euclidean"], "euclidean"),
+        (["demo", "--set", "backbone.pooled_blocks=4"], "at least 16 x 16"),
         (["demo", "--config", "missing.yaml"], "missing.yaml"),
         (["demo", "--unknown", "1"], "unknown"),
         (["fly"], "fly"),
@@ -113,7 +125,7 @@ def test_a_wrong_argument_gets_one_line_and_exit_code_2(arguments, message, tmp_
 
 def test_no_margins_in_a_config_file(tmp_path, capsys):
     config = tmp_path / "empty.yaml"
-    config.write_text("margins: []\n")
+    config.write_text("cosine_margins: []\n")
     assert main(["demo", "--config", str(config), "--output", str(tmp_path / "out")]) == 2
     assert "margins" in capsys.readouterr().err
 
@@ -163,7 +175,7 @@ main(["demo", "--help"])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "--margins" in done.stdout
+    assert "--cosine-margins" in done.stdout
 
 
 def test_hyphens_are_shown_and_underscores_are_taken_too(capsys):

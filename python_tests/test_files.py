@@ -2,10 +2,13 @@ import hashlib
 import os
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from fewshot_ext._files import file_sha256, remove_leftovers, replace_file, replace_text, temporary_folder
+from fewshot_ext._files import alone_in, file_sha256, remove_leftovers, replace_file, replace_text, temporary_folder
 
 
 def test_the_file_is_replaced_and_readable_as_any_other(tmp_path):
@@ -99,6 +102,28 @@ def test_item_28_a_writer_makes_another_file_where_the_first_was_taken_for_a_lef
     replace_text(tmp_path / "a.txt", "whole")
     assert len(calls) == 2
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_one_process_at_a_time_is_alone_in_a_folder(tmp_path):
+    order, inside = [], threading.Event()
+
+    def follow():
+        inside.wait()
+        order.append("second waits")
+        with alone_in(tmp_path):
+            order.append("second is in")
+
+    with ThreadPoolExecutor() as pool:
+        with alone_in(tmp_path):
+            second = pool.submit(follow)
+            inside.set()
+            time.sleep(0.3)
+            # What a killed process left behind goes, and this is none.
+            remove_leftovers(tmp_path)
+            order.append("first leaves")
+        second.result()
+    assert order == ["second waits", "first leaves", "second is in"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_temporary_folder_goes_with_its_content(tmp_path):

@@ -130,7 +130,7 @@ class TestItem24:
         assert len(error.splitlines()) == 1
 
     def test_yaml_that_is_too_deep(self, tmp_path, capsys):
-        (tmp_path / "deep.yaml").write_text("margins: " + "[" * 100_000)
+        (tmp_path / "deep.yaml").write_text("cosine_margins: " + "[" * 100_000)
         assert main(["demo", "--config", str(tmp_path / "deep.yaml")]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
 

@@ -1,6 +1,6 @@
 """Draws docs/overview.png, the picture at the top of the README: one panel for each of the three papers.
 
-The first panel reads docs/demo/results.csv (``make demo``), the second solves a transport problem, the third reads
+The first panel reads docs/demo/margins.csv (``make demo``), the second solves a transport problem, the third reads
 docs/anti_collapse/omniglot28/collapse.json (``fewshot-ext analyze collapse``). Run it from anywhere, with the extra
 ``train`` installed: ``python docs/tools/overview.py``.
 """
@@ -24,7 +24,7 @@ BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # of Okabe and Ito: apart
 
 def draw_margins(axis: Axes) -> None:
     accuracies = defaultdict(lambda: defaultdict(list))
-    with (DOCS / "demo" / "results.csv").open() as file:
+    with (DOCS / "demo" / "margins.csv").open() as file:
         for row in csv.DictReader(file):
             if row["shot"] == "1":
                 accuracies[row["classes"]][float(row["margin"])].append(float(row["accuracy"]))

@@ -4,7 +4,6 @@ A lock is the kernel's, on an open file. It goes with the process however that e
 that the file of a killed run is still there means nothing.
 """
 
-import errno
 import os
 import platform
 import sys
@@ -14,11 +13,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from fewshot_ext._files import remove_leftovers
+from fewshot_ext._files import NO_LOCKS, release_lock, remove_leftovers
 from fewshot_ext.experiments.sweep import TaskSweep
-
-# Some network file systems have no locks.
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 _held = ExitStack()
 
@@ -61,6 +57,7 @@ def hold_sweep(name: str, sweep: TaskSweep, output: Path) -> None:
     """
     hold_folder(output, name)
     sweep.checkpoints.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(sweep.checkpoints)
     for task in sweep.tasks:
         remove_leftovers(task.folder)
         if not task.is_trained:
@@ -75,11 +72,11 @@ def _hold(path: Path, what: str) -> None:
     except Timeout:
         raise OSError(f"{what} is in use by {_owner(path)}: wait until it ends, or take another folder") from None
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
+        if error.errno not in NO_LOCKS:
             raise
         print(f"{what} cannot be locked ({error.strerror}): start no second command that writes there", file=sys.stderr)
         return
-    _held.callback(_release, lock)
+    _held.callback(release_lock, lock)
     path.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
 
 
@@ -88,9 +85,3 @@ def _owner(path: Path) -> str:
         return path.read_text(encoding="utf-8").strip() or "another process"
     except OSError:
         return "another process"
-
-
-def _release(lock: FileLock) -> None:
-    # Removed while it is held: who opened it before and gets the lock after finds that it has no name any more.
-    Path(lock.lock_file).unlink(missing_ok=True)
-    lock.release()

@@ -1,20 +1,14 @@
 """Whole experiments of the papers, from training to tables and figures."""
 
-from fewshot_ext.experiments.margin_sweep import MarginSweep, MarginSweepConfig
 from fewshot_ext.experiments.margins import margin_runs
 from fewshot_ext.experiments.measurements import FewShotAccuracy, Measurement, TrainedRun
-from fewshot_ext.experiments.results import Accuracy, SweepResults
 from fewshot_ext.experiments.runs import SweepRun
 from fewshot_ext.experiments.sweep import Sweep
 
 __all__ = [
-    "Accuracy",
     "FewShotAccuracy",
-    "MarginSweep",
-    "MarginSweepConfig",
     "Measurement",
     "Sweep",
-    "SweepResults",
     "SweepRun",
     "TrainedRun",
     "margin_runs",

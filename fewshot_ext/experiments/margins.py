@@ -1,13 +1,13 @@
 """Accuracy on base, validation and novel classes over the pre-training margin: the paper's Fig. 1 and 6."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fewshot_ext._files import replace_file
 from fewshot_ext._validation import check_choice, check_number
-from fewshot_ext.experiments.accuracies import Row, mean_accuracy, select, values
+from fewshot_ext.experiments.accuracies import Row, difference, mean_accuracy, select, values
 from fewshot_ext.experiments.figures import CLASS_TITLES, LOSS_TITLES, draw_grid
 from fewshot_ext.experiments.runs import CLASSES, SweepRun
 from fewshot_ext.experiments.tables import write_table
@@ -106,7 +106,10 @@ def plot_margins(rows: Sequence[Row], path: str | Path) -> None:
 
 
 def margins_table(rows: Sequence[Row]) -> str:
-    """The accuracies as text: a block a loss, a line a margin."""
+    """The accuracies as text: a block a loss, a line a margin; then the best margins, with their gain in every seed.
+
+    Training runs differ by more than the interval over episodes says.
+    """
     summary, width = summarize(rows), 20
     lines = [
         f"{rows[0]['way']}-way accuracy (%), mean ± 95 % interval over episodes of {len(values(rows, 'seed'))} seeds"
@@ -121,4 +124,17 @@ def margins_table(rows: Sequence[Row]) -> str:
                 found = select(of_loss, margin=margin, classes=classes, shot=shot)
                 cells += [f"{row['accuracy']:.2f} ± {row['interval']:.2f}" for row in found] or [""]
             lines.append(f"{f'margin {margin:+g}':<15}" + "".join(cell.rjust(width) for cell in cells))
-    return "\n".join(lines)
+        lines += ["", *_best_margins(rows, loss, columns)]
+    return "\n".join([*lines, "Intervals cover the draw of episodes, not that of initial weights and batches."])
+
+
+def _best_margins(rows: Sequence[Row], loss: str, columns: Sequence[tuple[str, int]]) -> Iterator[str]:
+    for classes, shot in columns:
+        of_cell = select(rows, loss=loss, classes=classes, shot=shot)
+        by_margin = {margin: select(of_cell, margin=margin) for margin in values(of_cell, "margin")}
+        best = max(by_margin, key=lambda margin: mean_accuracy(by_margin[margin])[0])
+        line = f"{classes} {shot}-shot: margin {best:+g} is best"
+        if best and {row["seed"] for row in by_margin.get(0.0, ())} & {row["seed"] for row in by_margin[best]}:
+            gains = ", ".join(f"{gain:+.2f}" for gain in difference(by_margin[best], by_margin[0.0]).by_seed)
+            line += f"; against margin 0, seed by seed: {gains} points"
+        yield line

@@ -194,12 +194,11 @@ class TrainEmbedding(SweepTask):
     def rows(self) -> list[dict[str, Any]] | None:
         return self._record["rows"] if self.is_trained else None
 
-    def __call__(self, report: Callable[..., None]) -> list[dict[str, Any]]:
+    def _do(self, report: Callable[..., None]) -> list[dict[str, Any]]:
         from fewshot_ext.training import MetricTrainingRun
 
         if not self.is_trained:
             sets = class_sets(load_once(self.run.data, self._checksum))
-            self._make_folder()
             training = MetricTrainingRun(
                 self.run.training,
                 sets["seen"],

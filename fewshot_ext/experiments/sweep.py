@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,13 +62,17 @@ class TaskSweep:
         return [{**task.run.labels, **row} for task in self.tasks for row in task.rows() or ()]
 
     def run(
-        self, *, jobs: int = 1, threads: int = 1, on_rows: Callable[[list[dict[str, Any]]], None] | None = None
+        self,
+        *,
+        jobs: int = 1,
+        threads: int = 1,
+        executor: Executor | None = None,
+        on_rows: Callable[[list[dict[str, Any]]], None] | None = None,
     ) -> list[dict[str, Any]]:
         """Trains and measures what is not there yet.
 
         Args:
-            jobs: processes to spread the runs over.
-            threads: CPU threads of each.
+            jobs, threads, executor: who does it, see ``run_tasks``.
             on_rows: called with all rows after every run that ends.
 
         Returns:
@@ -84,9 +89,9 @@ class TaskSweep:
         with sweep_progress("runs", todo) as progress:
             if self._left_out:
                 progress.say(f"left out, because they are not trained yet: {self._left_out} of the runs asked for")
-            if len(todo) < len(self.tasks):
-                progress.say(f"{len(self.tasks) - len(todo)} of {len(self.tasks)} runs are there already")
-            for outcome in run_tasks(todo, jobs=jobs, threads=threads, on_report=progress.report):
+            progress.say(f"{len(self.tasks) - len(todo)} of {len(self.tasks)} runs are there already")
+            workers = {"jobs": jobs, "threads": threads, "executor": executor, "folder": self.tasks[0].folder.parent}
+            for outcome in run_tasks(todo, **workers, on_report=progress.report):
                 if outcome.error is None:
                     progress.end(outcome.task, f"{outcome.task.name}: {summary(outcome.value)}")
                 else:

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from fewshot_ext._files import replace_file
+from fewshot_ext._files import alone_in, replace_file
 from fewshot_ext._formats import read_json
 from fewshot_ext._record import check_same_settings, versions
 from fewshot_ext.data import ImageArchive
@@ -60,14 +60,18 @@ class SweepTask(ABC):
         if self.is_trained:
             check_same_settings(self._record["settings"], self.run.settings(self._checksum), self.folder)
 
-    @abstractmethod
     def __call__(self, report: Callable[..., None]) -> list[dict[str, Any]]:
         """Does what is left to do; ``report`` takes the epochs done so far and a remark."""
-
-    def _make_folder(self) -> None:
-        """Makes the run's folder and the one of all runs; not what that lies in, for it was removed if it is gone."""
+        # Not what they lie in, for that was removed if it is gone.
         for folder in (self.folder.parent, self.folder):
             folder.mkdir(exist_ok=True)
+        # A cluster gives a run to a second worker where the first one is only out of reach, and still writes there.
+        with alone_in(self.folder):
+            return self._do(report)
+
+    @abstractmethod
+    def _do(self, report: Callable[..., None]) -> list[dict[str, Any]]:
+        """Does what is left to do, alone in the run's folder."""
 
     @property
     def _record(self) -> dict[str, Any]:
@@ -131,7 +135,7 @@ class TrainAndMeasure(SweepTask):
                 settings["pretraining"] = {key: settings["pretraining"][key] for key in common}
             check_same_settings(before, now, self.folder)
 
-    def __call__(self, report: Callable[..., None]) -> list[dict[str, Any]]:
+    def _do(self, report: Callable[..., None]) -> list[dict[str, Any]]:
         images = SweepImages.part(load_once(self.run.data, self._checksum), self.run)
         epochs = 0
         if not self.is_trained:
@@ -152,7 +156,6 @@ class TrainAndMeasure(SweepTask):
     def _train(self, images: SweepImages, report: Callable[..., None]) -> None:
         from fewshot_ext.training import PreTrainingRun
 
-        self._make_folder()
         training = PreTrainingRun(
             self.run.pretraining,
             images.training,

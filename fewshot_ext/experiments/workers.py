@@ -1,23 +1,31 @@
-"""Tasks spread over processes: a task that fails, or takes its process down with it, leaves the others alone."""
+"""Tasks spread over processes and machines: one that fails, or takes its process down, leaves the others alone."""
 
-import multiprocessing
 import os
+import queue
+import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from fewshot_ext import _extras
+from fewshot_ext._files import replace_text, temporary_folder
 from fewshot_ext._progress import progress_bar
 from fewshot_ext._validation import check_count
+
+_SECONDS_BETWEEN_LOOKS = 0.5
+_SECONDS_TO_ANSWER = 10
 
 
 class Task(Protocol):
@@ -57,18 +65,24 @@ def run_tasks(
     *,
     jobs: int = 1,
     threads: int = 1,
+    executor: Executor | None = None,
+    folder: Path | None = None,
     on_report: Callable[[Task, int, str], None] | None = None,
 ) -> Iterator[Outcome]:
     """Runs every task and yields their outcomes in the order in which they end.
 
     Args:
-        tasks: what to do; with several jobs they are pickled.
-        jobs: processes; with 1 the tasks run in this one.
-        threads: CPU threads of each process.
-        on_report: called in this process with what a task reports.
+        tasks: what to do; they are pickled except with one job.
+        jobs: processes on this machine; with 1 the tasks run in this one.
+        threads: CPU threads of each task.
+        executor: takes the tasks in place of these processes. Its workers must see the folders of this machine under
+            the same paths and do one task at a time.
+        folder: where tasks in other processes leave word of their progress; the system's folder for temporary files
+            where None.
+        on_report: called in this process with what a task reports; a report that another follows soon may be left out.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C; the processes are ended first.
+        KeyboardInterrupt: Ctrl-C; the processes are ended first, and tasks elsewhere end with their next report.
         ValueError: fewer than one job or thread.
 
     Example:
@@ -82,8 +96,51 @@ def run_tasks(
     """
     check_count("jobs", jobs, 1)
     check_count("threads", threads, 1)
-    run = _run_here if jobs == 1 else _run_in_processes
-    return run(tasks, jobs, threads, on_report or (lambda *_: None))
+    on_report = on_report or (lambda *_: None)
+    if not tasks or (executor is None and jobs == 1):
+        return (_attempt(task, threads, partial(on_report, task)) for task in tasks)
+    folder = Path(folder or tempfile.gettempdir()).absolute()
+    if executor is None:
+        return _run_in_processes(min(jobs, len(tasks)), tasks, threads, folder, on_report)
+    return _run_in(executor, tasks, threads, folder, on_report)
+
+
+@contextmanager
+def connect(scheduler: str) -> Iterator[Executor]:
+    """An executor of the workers of a Dask cluster, which resume elsewhere what one of them was killed in.
+
+    Args:
+        scheduler: its address, such as "tcp://host:8786".
+
+    Raises:
+        ImportError: the extra ``cluster`` is missing.
+        OSError: the scheduler does not answer, or has no workers.
+        ValueError: it is no address, or a worker does several tasks at a time, which then share one random generator.
+    """
+    _extras.require("cluster", "distributed")
+    from distributed import Client, TimeoutError
+
+    try:
+        client = Client(scheduler, timeout=_SECONDS_TO_ANSWER, set_as_default=False)
+    except OSError as error:
+        raise OSError(f"scheduler: expected a Dask scheduler that answers at {scheduler}, got none: {error}") from error
+    except ValueError as error:
+        raise ValueError(
+            f"scheduler: expected an address such as tcp://host:8786, got {scheduler!r}: {error}"
+        ) from error
+    with client:
+        try:
+            client.wait_for_workers(1, timeout=_SECONDS_TO_ANSWER)
+        except TimeoutError as error:
+            raise OSError(
+                f"scheduler: expected workers at {scheduler}, got none; dask worker {scheduler} --nthreads 1 starts one"
+            ) from error
+        most = max(client.nthreads().values())
+        if most > 1:
+            raise ValueError(
+                f"scheduler: expected workers of one thread (dask worker --nthreads 1), got {most} threads"
+            )
+        yield client.get_executor(pure=False)
 
 
 @contextmanager
@@ -146,121 +203,126 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
-def _run_here(tasks, jobs, threads, on_report) -> Iterator[Outcome]:
+def _attempt(task: Task, threads: int, report: Callable[..., None]) -> Outcome:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for task in tasks:
-            yield _attempt(task, lambda units, remark="", task=task: on_report(task, units, remark))
+        return Outcome(task, task(report))
+    except Exception as error:
+        return _failure(task, error)
     finally:
         torch.set_num_threads(before)
 
 
-def _attempt(task: Task, report: Callable[..., None]) -> Outcome:
-    try:
-        return Outcome(task, task(report))
-    except Exception as error:
-        message = " ".join(str(error).split())
-        return Outcome(task, error=f"{type(error).__name__}: {message}", traceback=traceback.format_exc())
+def _failure(task: Task, error: Exception) -> Outcome:
+    message = " ".join(str(error).split())
+    trace = "".join(traceback.format_exception(error))
+    return Outcome(task, error=f"{type(error).__name__}: {message}", traceback=trace)
 
 
-class _Worker:
-    """A process that does one task after another."""
-
-    def __init__(self, threads: int) -> None:
-        # Spawned, because a process forked after torch has started its threads or CUDA cannot use them.
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, threads), daemon=True)
-        with _environment(OMP_NUM_THREADS=str(threads)):
-            self.process.start()
-        theirs.close()
-        self.task: Task | None = None
-
-    def start(self, task: Task) -> None:
-        self.task = task
-        self.connection.send(task)
-
-    def end(self) -> None:
-        # Not by SIGTERM, of which Lightning makes an exception and a traceback.
-        self.process.kill()
-        self.process.join()
-        self.connection.close()
-
-
-def _run_in_processes(tasks, jobs, threads, on_report) -> Iterator[Outcome]:
-    waiting = deque(tasks)
-    workers: list[_Worker] = []
-    try:
-        while waiting or workers:
-            while waiting and len(workers) < jobs:
-                workers.append(_Worker(threads))
-                workers[-1].start(waiting.popleft())
-            ready = wait([worker.connection for worker in workers])
-            for worker in [worker for worker in workers if worker.connection in ready]:
-                outcome = _receive(worker, on_report)
-                if outcome is None:
-                    continue
-                if waiting and worker.process.is_alive() and outcome.error is None:
-                    worker.start(waiting.popleft())
-                else:
-                    # After a failure a fresh process, because nobody knows what the failure left behind.
-                    workers.remove(worker)
-                    worker.end()
-                yield outcome
-    finally:
-        for worker in workers:
-            worker.end()
-
-
-def _receive(worker: _Worker, on_report: Callable[..., None]) -> Outcome | None:
-    """One message of a worker: an outcome, or None for a report."""
-    try:
-        kind, *content = worker.connection.recv()
-    except (EOFError, OSError):
-        worker.process.join(5)
-        code = worker.process.exitcode
-        reason = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
-        return Outcome(worker.task, error=f"its process ended with {reason}")
-    if kind == "report":
-        on_report(worker.task, *content)
-        return None
-    value, error, trace = content
-    return Outcome(worker.task, value, error, trace)
-
-
-def _serve(connection: Connection, threads: int) -> None:
-    # Ctrl-C, and the end of the terminal, reach every process of it; the first one decides what becomes of the others.
-    for name in ("SIGINT", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
-    while True:
+def _run_in(executor, tasks, threads, folder, on_report) -> Iterator[Outcome]:
+    # What tasks report goes through files, because no two kinds of executor have another way in common. A report fails
+    # where the folder is gone, and so ends a task that nobody waits for any more.
+    running: dict[Future, tuple[Task, Path]] = {}
+    told: dict[Path, str] = {}
+    with temporary_folder(folder, "progress") as reports:
         try:
-            task = connection.recv()
-        except EOFError:
-            return
-        # A broken pipe here means that nobody is left to work for.
-        outcome = _attempt(task, lambda units, remark="": connection.send(("report", units, remark)))
-        connection.send(("outcome", outcome.value, outcome.error, outcome.traceback))
+            for number, task in enumerate(tasks):
+                file = reports / str(number)
+                running[executor.submit(_attempt_there, task, threads, file, os.getcwd())] = (task, file)
+            while running:
+                done, _ = wait(running, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
+                for task, file in running.values():
+                    text = file.read_text(encoding="utf-8") if file.exists() else ""
+                    if text != told.get(file, ""):
+                        told[file] = text
+                        units, _, remark = text.partition(" ")
+                        on_report(task, int(units), remark)
+                for future in done:
+                    yield _outcome(running.pop(future)[0], future)
+        finally:
+            for future in running:
+                future.cancel()
 
 
-def _end_with_parent() -> None:
-    """Ends this process once its parent has, however that came about: nobody is left to work for."""
-    wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
-
-
-@contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
+def _attempt_there(task: Task, threads: int, file: Path, folder: str) -> Outcome:
+    before = os.getcwd()
+    os.chdir(folder)  # of which the paths of images and results may be parts
     try:
-        yield
+        return _attempt(task, threads, lambda units, remark="": replace_text(file, f"{units} {remark}"))
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        os.chdir(before)
+
+
+def _outcome(task: Task, future: Future) -> Outcome:
+    try:
+        return replace(future.result(), task=task)
+    except BrokenExecutor as error:
+        code = re.search(r"exit codes of the workers are \{(.*)\}", str(error))
+        return Outcome(task, error=f"its process ended with {code[1]}") if code else _failure(task, error)
+    except Exception as error:
+        return _failure(task, error)
+
+
+def _run_in_processes(jobs, tasks, *rest) -> Iterator[Outcome]:
+    with _Processes(jobs, threads=rest[0]) as executor:
+        yield from _run_in(executor, tasks, *rest)
+
+
+class _Processes(ThreadPoolExecutor):
+    """A thread for each job, with a process for each thread: one that is killed would break a pool of several for all.
+
+    After a failure a fresh process follows, because nobody knows what the failure left behind.
+    """
+
+    def __init__(self, jobs: int, threads: int) -> None:
+        from loky import ProcessPoolExecutor
+
+        # Ctrl-C, and the end of the terminal, reach every process of it: blocked here, and so in what is started from
+        # here, they are left to the first process, which decides what becomes of the others.
+        blocked = partial(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+        super().__init__(jobs, initializer=blocked)
+        settings = {"initializer": _start_worker, "initargs": (os.getpid(),), "env": {"OMP_NUM_THREADS": str(threads)}}
+        self._new_process = partial(ProcessPoolExecutor, 1, **settings)
+        self._ended = False
+        before = blocked()
+        self._processes = [self._new_process() for _ in range(jobs)]  # starts a process that keeps their semaphores
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self._idle = queue.SimpleQueue()
+        for process in self._processes:
+            self._idle.put(process)
+
+    def submit(self, function: Callable[..., Outcome], *arguments: Any) -> Future:
+        return super().submit(self._do, function, *arguments)
+
+    def _do(self, function: Callable[..., Outcome], *arguments: Any) -> Outcome:
+        process, outcome = self._idle.get(), None
+        try:
+            if self._ended:
+                raise KeyboardInterrupt
+            outcome = process.submit(function, *arguments).result()
+            return outcome
+        finally:
+            if outcome is None or outcome.error:
+                process.shutdown(kill_workers=True)
+                process = self._new_process()
+                self._processes.append(process)
+            self._idle.put(process)
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown(wait=False, cancel_futures=True)
+        self._ended = True
+        for process in self._processes:
+            process.shutdown(kill_workers=True)
+        self.shutdown()
+
+
+def _start_worker(parent: int) -> None:
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process once its parent has, however that came about: nobody is left to work for."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)

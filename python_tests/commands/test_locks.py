@@ -77,7 +77,7 @@ def held(tmp_path):
         lock.release()
 
 
-@pytest.mark.parametrize("command", [training_commands.METATRAIN, training_commands.METRIC_TRAIN, ["demo"]])
+@pytest.mark.parametrize("command", [training_commands.METATRAIN, training_commands.METRIC_TRAIN])
 def test_every_training_is_refused(command, held, checkpoints, tmp_path, capsys):
     held(tmp_path / ".lock")
     options = {"meta-train": ["--checkpoint", str(checkpoints[0]), "--data", "digits"], "metric-train": SWEEP[:2]}
@@ -90,6 +90,7 @@ def test_every_training_is_refused(command, held, checkpoints, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("name", "options"),
     [
+        ("margins", [*SWEEP, *EPISODES]),
         ("angles", SWEEP),
         ("regularizers", [*SWEEP, *EPISODES, "--without_augmentation", "false"]),
         ("label_smoothing", [*SWEEP, *EPISODES]),

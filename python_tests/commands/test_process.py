@@ -91,19 +91,20 @@ def test_item_27_an_output_folder_that_is_removed_during_a_training_is_an_error(
     assert "No such file or directory" in printed.err
 
 
-@pytest.mark.parametrize("command", [MARGINS, ["demo", "--runs", "1", "--margins", "0", "--finetuning.steps", "2"]])
+@pytest.mark.parametrize(
+    "command", [MARGINS, ["demo", "--seeds", "0", "--cosine_margins", "0", "--jobs", "1", "--finetuning.steps", "2"]]
+)
 def test_item_27_an_output_folder_that_is_removed_before_the_results_is_an_error(
     command, tmp_path, monkeypatch, capsys
 ):
     from fewshot_ext.evaluation import protocol
-    from fewshot_ext.experiments import margin_sweep, measurements
+    from fewshot_ext.experiments import measurements
 
     def removing(*arguments, **options):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         return protocol.episode_accuracies(*arguments, **options)
 
-    for module in (margin_sweep, measurements):
-        monkeypatch.setattr(module, "episode_accuracies", removing)
+    monkeypatch.setattr(measurements, "episode_accuracies", removing)
     assert main([*command, "--epochs", "1", "--episodes", "2", "--output", str(tmp_path / "out")]) == 1
     printed = capsys.readouterr()
     assert "written" not in printed.out
@@ -123,6 +124,7 @@ def test_item_27_other_ends_are_as_ctrl_c_and_leave_no_process(name, tmp_path):
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
+    assert process.stderr.readline() == "0 of 4 runs are there already\n"
     assert process.stderr.readline().startswith("1/4 cosine, margin")
     # To all of them, as a terminal that is closed does.
     os.killpg(process.pid, getattr(signal, name)) if name == "SIGHUP" else process.send_signal(signal.SIGTERM)

@@ -6,7 +6,6 @@ from torch import nn
 
 from fewshot_ext.data import sample_episodes
 from fewshot_ext.evaluation import ProtocolConfig, episode_accuracies, extract_features, mean_and_interval
-from fewshot_ext.experiments.plots import plot_accuracy_over_margin
 from fewshot_ext.heads import FineTuning, FineTuningConfig, ProtoNet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -116,11 +115,3 @@ def test_interval_is_that_of_the_protocol():
 def test_bad_settings_are_named(config, field, value):
     with pytest.raises(ValueError, match=field):
         config(**{field: value})
-
-
-@pytest.mark.parametrize("suffix", [".png", ".pdf"])
-def test_figure_is_written(tmp_path, suffix):
-    path = tmp_path / f"figure{suffix}"
-    curve = [(0.1, 55.0, 1.0), (-0.3, 60.0, 1.0)]
-    plot_accuracy_over_margin({"base": {"1-shot": curve}, "novel": {"1-shot": curve, "5-shot": curve}}, path)
-    assert path.stat().st_size > 1000

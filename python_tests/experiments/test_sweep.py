@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from experiments_cases import FEW, TINY
+from worker_tasks import KilledOnce
 
 from fewshot_ext.data import ImageArchive, Split
 from fewshot_ext.evaluation import ProtocolConfig
@@ -109,6 +110,28 @@ def test_processes_find_what_one_process_finds(digits, tmp_path, trained):
     runs = [task.run for task in trained.tasks[:2]]
     sweep = Sweep(runs, digits, tmp_path, measurement=FEW)
     assert sweep.run(jobs=2) == trained.rows[: len(sweep.rows)]
+
+
+def test_a_run_whose_process_is_killed_is_named_and_goes_on_to_the_same_bits(digits, tmp_path):
+    runs = margin_runs("digits", replace(TINY, epochs=4), {"cosine": [0.0, -0.2]}, [0])
+    sweeps = {}
+    for name in ("unbroken", "broken"):
+        (tmp_path / name).mkdir()
+        sweeps[name] = Sweep(runs, digits, tmp_path / name, measurement=FEW)
+    broken = sweeps["broken"]
+    broken.tasks[0] = KilledOnce(tmp_path / "told", runs[0], broken, epoch=3)
+    unbroken = sweeps["unbroken"].run()
+    assert broken.run(jobs=2) == [row for row in unbroken if row["margin"]]
+    (failure,) = broken.failures
+    assert (failure.name, failure.error) == ("cosine, margin +0, seed 0", "its process ended with SIGKILL(-9)")
+    assert broken.run(jobs=2) == unbroken
+    assert not broken.failures
+    killed, rest = (tmp_path / "told").read_text().split("killed")
+    assert killed.split() == ["1", "2", "3"]
+    # From the checkpoint, and not from the beginning.
+    assert list(dict.fromkeys(rest.split())) == ["2", "3", "4"]
+    first, second = (torch.load(sweeps[name].tasks[0].checkpoint)["state_dict"] for name in sweeps)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_run_of_other_settings_is_not_taken_over(digits, tmp_path):
@@ -234,8 +257,25 @@ def test_margins_are_summed_up_written_and_drawn(trained, tmp_path):
     text = margins_table(trained.rows).splitlines()
     assert "over episodes of 2 seeds" in text[0]
     assert text[3].startswith("margin -0.2")
+    assert text[-1].startswith("Intervals cover the draw of episodes")
     written = write_margins(tmp_path, trained.rows, versions={"torch": "2"})
     assert [path.name for path in written] == ["margins.json", "margins.csv", "margins.png"]
     assert all(path.stat().st_size > 100 for path in written)
     assert len((tmp_path / "margins.csv").read_text().splitlines()) == 1 + len(trained.rows)
     assert "correct" not in (tmp_path / "margins.csv").read_text()
+
+
+def test_the_table_says_which_margin_is_best_and_what_it_gains_in_every_seed():
+    correct = {(-0.3, 0): ((4, 4), (9, 8)), (0.0, 0): ((10, 10), (7, 7)), (-0.3, 1): ((4, 5), (9, 9))}
+    rows = [
+        {**dict(zip(("loss", "margin", "seed"), ("cosine", *run), strict=True)), "way": 5, "shot": 1}
+        | {"classes": classes, "correct": found, "queries": 10}
+        for run, of_run in correct.items()
+        for classes, found in zip(("base", "novel"), of_run, strict=True)
+    ]
+    lines = margins_table(rows).splitlines()
+    assert lines[-3:-1] == [
+        "base 1-shot: margin +0 is best",
+        "novel 1-shot: margin -0.3 is best; against margin 0, seed by seed: +15.00 points",
+    ]
+    assert "novel 1-shot: margin -0.3 is best" in margins_table([row for row in rows if row["margin"]])

@@ -42,7 +42,7 @@ def test_threads_of_this_process_are_set_back():
 
 def test_a_killed_process_is_named_and_the_others_go_on():
     outcomes = {outcome.task.number: outcome for outcome in run_tasks([Die(1), Square(2), Square(3)], jobs=2)}
-    assert outcomes[1].error == "its process ended with signal SIGKILL"
+    assert outcomes[1].error == "its process ended with SIGKILL(-9)"
     assert [outcomes[number].value[0] for number in (2, 3)] == [4, 9]
 
 

@@ -31,6 +31,7 @@ PUBLISHED = {
     "mini2cub_resnet18_neg_softmax_5shot": (-0.005, 1e-6, None),
 }
 SMALL = [
+    "digits_conv4_cosine",
     "miniimagenet32_conv4_cosine",
     "miniimagenet32_conv4_deepemd",
     "miniimagenet32_conv4_neg_cosine",
@@ -103,9 +104,9 @@ def test_small_recipes_name_their_data_and_suit_it(name):
     assert read_recipe(name)["data"] == data
     assert (config.margin < 0) == ("neg" in name)
     assert config.augmentation.horizontal_flip == (data == "miniimagenet32")
-    size = 32 if data == "miniimagenet32" else 28
+    size = {"miniimagenet32": 32, "digits": 8}.get(data, 28)
     # DeepEMD's first stage keeps regions to match: 4 x 4 and 3 x 3 of them.
-    sides = {32: 4, 28: 3} if name.endswith("deepemd") else {32: 2, 28: 1}
+    sides = {32: 4, 28: 3} if name.endswith("deepemd") else {32: 2, 28: 1, 8: 1}
     assert build_backbone(config.backbone).feature_size(size, size) == 64 * sides[size] ** 2
 
 

@@ -11,13 +11,12 @@ from collections.abc import Callable
 
 from fewshot_ext._validation import check_choice
 from fewshot_ext.commands.analyze import common
-from fewshot_ext.commands.common import load_data, resolve_device, writable_folder
-from fewshot_ext.commands.locks import hold_sweep
 from fewshot_ext.experiments.collapse import NAME, CollapseSweep, collapse_table, write_collapse
 from fewshot_ext.experiments.metric_runs import metric_runs
 from fewshot_ext.losses.base_losses import BASE_LOSSES
 
 SUMMARY = "spectrum and retrieval with and without Anti-Collapse; trains"
+_WEIGHTS = ("pair_weights", "proxy_weights", "proxy_variant", "proxy_pair_weights")
 
 
 def add_arguments(parser) -> None:
@@ -61,23 +60,13 @@ def add_arguments(parser) -> None:
 
 def prepare(arguments, resolved: str) -> Callable[[], int]:
     """Checks the settings and returns the function that runs the sweep."""
-    common.check_run_arguments(arguments)
     for loss in arguments.losses:
         check_choice("losses", loss, *BASE_LOSSES)
-    runs = metric_runs(
-        arguments.data,
-        common.read_metric_training(arguments, ("loss",)),
-        arguments.losses,
-        arguments.seeds,
-        pair_weights=arguments.pair_weights,
-        proxy_weights=arguments.proxy_weights,
-        proxy_variant=arguments.proxy_variant,
-        proxy_pair_weights=arguments.proxy_pair_weights,
-    )
-    device = resolve_device(arguments.device)
-    archive = load_data(arguments.data)
-    output = writable_folder(arguments.output)
-    checkpoints = None if arguments.runs is None else writable_folder(arguments.runs)
-    sweep = CollapseSweep(runs, archive, output, device=device.type, checkpoints=checkpoints)
-    hold_sweep(NAME, sweep, output)
+
+    def runs():
+        config = common.read_metric_training(arguments, ("loss",))
+        weights = {name: arguments[name] for name in _WEIGHTS}
+        return metric_runs(arguments.data, config, arguments.losses, arguments.seeds, **weights)
+
+    sweep = common.prepare_sweep(NAME, arguments, runs, CollapseSweep)
     return lambda: common.train_and_write(NAME, sweep, arguments, resolved, write_collapse, collapse_table)

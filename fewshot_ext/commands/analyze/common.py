@@ -3,10 +3,13 @@
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from fewshot_ext import _extras
 from fewshot_ext._files import replace_text
 from fewshot_ext._record import versions
 from fewshot_ext._validation import check_at_least, check_choice
@@ -17,6 +20,7 @@ from fewshot_ext.evaluation import ProtocolConfig
 from fewshot_ext.experiments.measurements import FewShotAccuracy, Measurement
 from fewshot_ext.experiments.runs import SweepRun
 from fewshot_ext.experiments.sweep import Sweep, TaskSweep
+from fewshot_ext.experiments.workers import connect
 from fewshot_ext.heads import FineTuningConfig
 from fewshot_ext.recipes import load_metric_recipe, load_recipe, recipe_names
 from fewshot_ext.training import MetricTrainingConfig, PreTrainingConfig
@@ -28,7 +32,8 @@ _DECIDED_BY_THE_ANALYSIS = ("similarity", "margin", "scale")
 _DEFAULT_RECIPE = {"pretrain": "_conv4_cosine", "metric-train": "_conv4"}
 
 # Options that say where things are on one machine and how the work is spread.
-_PLACES = ("config", "output", "runs", "sweep", "checkpoint", "query", "support", "device", "jobs", "threads")
+_PLACES = ("config", "output", "runs", "sweep", "checkpoint", "query", "support")
+_PLACES += ("device", "jobs", "threads", "scheduler")
 
 
 def add_run_arguments(parser, data: str | None = None) -> None:
@@ -80,6 +85,14 @@ def _add_machine_arguments(group) -> None:
     group.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu or cuda")
     group.add_argument("--jobs", type=int, default=1, help="number of processes that the runs are spread over")
     group.add_argument("--threads", type=int, default=1, help="number of CPU threads of each process")
+    group.add_argument(
+        "--scheduler",
+        type=str | None,
+        default=None,
+        metavar="ADDRESS",
+        help="scheduler of a Dask cluster whose workers do the runs in place of --jobs, such as tcp://host:8786; they "
+        "must see the same folders",
+    )
 
 
 def add_training_arguments(parser, seeds: Sequence[int] = (0, 1), command: str = "pretrain") -> None:
@@ -203,34 +216,45 @@ def _changed(recipe: Any, arguments, varied: Sequence[str]) -> Any:
 
 
 def prepare_sweep(
-    name: str, arguments, runs: Callable[[PreTrainingConfig], Sequence[SweepRun]], measurement: Measurement
-) -> Sweep:
+    name: str, arguments, runs: Callable[[], Sequence[Any]], kind: Callable[..., TaskSweep] = Sweep, **settings: Any
+) -> TaskSweep:
     """Checks everything and returns the sweep, which no other process then works on.
 
     Args:
         name: of the analysis.
         arguments: the parsed options of all groups above.
-        runs: makes the runs of the shared settings.
-        measurement: what is measured on each.
+        runs: makes the runs.
+        kind: makes the sweep of them.
+        settings: of the sweep beside the options.
     """
-    check_run_arguments(arguments)
-    planned = runs(read_pretraining(arguments))
-    device = resolve_device(arguments.device)
+    for option in ("data", "output"):
+        if arguments[option] is None:
+            raise ValueError(f"--{option}: expected a value, got none")
+    planned, device = runs(), _check_workers(arguments)
     archive = load_data(arguments.data)
     output = writable_folder(arguments.output)
     checkpoints = None if arguments.runs is None else writable_folder(arguments.runs)
-    sweep = Sweep(planned, archive, output, measurement=measurement, device=device.type, checkpoints=checkpoints)
+    sweep = kind(planned, archive, output, device=device, checkpoints=checkpoints, **settings)
     hold_sweep(name, sweep, output)
     return sweep
 
 
-def check_run_arguments(arguments) -> None:
-    """Raises ValueError where an option of ``add_run_arguments`` is missing or out of range."""
-    for name in ("data", "output"):
-        if arguments[name] is None:
-            raise ValueError(f"--{name}: expected a value, got none")
-    for name in ("jobs", "threads"):
-        check_at_least(name, arguments[name], 1)
+def _check_workers(arguments) -> str:
+    """Checks who is to do the runs; returns the kind of device that they have."""
+    for option in ("jobs", "threads"):
+        check_at_least(option, arguments[option], 1)
+    if arguments.jobs > 1:
+        _extras.require("train", "loky")
+        if arguments.scheduler is not None:
+            raise ValueError(f"jobs: expected 1 with --scheduler, whose workers do the runs, got {arguments.jobs}")
+    with _executor(arguments) as executor:
+        if executor is None:
+            return resolve_device(arguments.device).type
+        return executor.submit(resolve_device, arguments.device).result().type
+
+
+def _executor(arguments) -> AbstractContextManager[Executor | None]:
+    return nullcontext() if arguments.scheduler is None else connect(arguments.scheduler)
 
 
 def check_one_loss(arguments) -> None:
@@ -249,8 +273,6 @@ def open_sweep(name: str, arguments, measurement: Measurement) -> tuple[Sweep, P
     """
     if arguments.sweep is None:
         raise ValueError("--sweep: expected the output folder of analyze margins, got none")
-    for option in ("jobs", "threads"):
-        check_at_least(option, arguments[option], 1)
     for loss in arguments.losses:
         check_choice("losses", loss, "cosine", "softmax")
 
@@ -262,8 +284,7 @@ def open_sweep(name: str, arguments, measurement: Measurement) -> tuple[Sweep, P
             and (not arguments.seeds or run.seed in arguments.seeds)
         )
 
-    device = resolve_device(arguments.device)
-    sweep = Sweep.read(arguments.sweep, measurement, choose=choose, device=device.type)
+    sweep = Sweep.read(arguments.sweep, measurement, choose=choose, device=_check_workers(arguments))
     output = writable_folder(arguments.output or arguments.sweep)
     hold_sweep(name, sweep, output)
     return sweep, output
@@ -362,7 +383,8 @@ def write_config(folder: Path, name: str, resolved: str) -> None:
 def run_sweep(sweep: TaskSweep, arguments, on_rows: Callable[[list[dict[str, Any]]], Any] | None = None) -> int:
     """Trains and measures; ``on_rows`` is called with all rows after every run. Returns the exit code."""
     try:
-        sweep.run(jobs=arguments.jobs, threads=arguments.threads, on_rows=on_rows)
+        with _executor(arguments) as executor:
+            sweep.run(jobs=arguments.jobs, threads=arguments.threads, executor=executor, on_rows=on_rows)
     except KeyboardInterrupt:
         done = sum(not task.work for task in sweep.tasks)
         print(

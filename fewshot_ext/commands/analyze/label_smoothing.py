@@ -27,10 +27,11 @@ def add_arguments(parser) -> None:
 def prepare(arguments, resolved: str) -> Callable[[], int]:
     """Checks the settings and returns the function that runs the analysis."""
 
-    def runs(config):
+    def runs():
+        config = common.read_pretraining(arguments)
         configs = label_smoothing_configs(config, arguments.margin, arguments.label_smoothing)
         return variant_runs(arguments.data, configs, arguments.seeds, arguments.held_out)
 
-    sweep = common.prepare_sweep(NAME, arguments, runs, common.read_accuracy(arguments))
+    sweep = common.prepare_sweep(NAME, arguments, runs, measurement=common.read_accuracy(arguments))
     write = partial(write_variants, name=NAME)
     return lambda: common.train_and_write(NAME, sweep, arguments, resolved, write, variants_table)

@@ -48,12 +48,12 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         if loss not in chosen:
             raise ValueError(f"losses: expected cosine or softmax, got {loss!r}")
     margins = {loss: chosen[loss] for loss in arguments.losses}
-    sweep = common.prepare_sweep(
-        "margins",
-        arguments,
-        lambda config: margin_runs(arguments.data, config, margins, arguments.seeds, arguments.held_out),
-        common.read_accuracy(arguments),
-    )
+
+    def runs():
+        config = common.read_pretraining(arguments)
+        return margin_runs(arguments.data, config, margins, arguments.seeds, arguments.held_out)
+
+    sweep = common.prepare_sweep("margins", arguments, runs, measurement=common.read_accuracy(arguments))
 
     def run() -> int:
         sweep.write_plan()

@@ -50,10 +50,10 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     names = ("weight_decay", "drop_rate", "drop_block_size", "label_smoothing", "without_augmentation")
     settings = {name: arguments[name] for name in names}
 
-    def runs(config):
-        configs = regularizer_configs(config, arguments.margin, **settings)
+    def runs():
+        configs = regularizer_configs(common.read_pretraining(arguments), arguments.margin, **settings)
         return variant_runs(arguments.data, configs, arguments.seeds, arguments.held_out)
 
-    sweep = common.prepare_sweep(NAME, arguments, runs, common.read_accuracy(arguments))
+    sweep = common.prepare_sweep(NAME, arguments, runs, measurement=common.read_accuracy(arguments))
     write = partial(write_variants, name=NAME)
     return lambda: common.train_and_write(NAME, sweep, arguments, resolved, write, variants_table)
