@@ -1,92 +1,24 @@
-// Primal simplex for one transportation problem by a team of threads of a GPU.
-//
-// A basis is a spanning tree of suppliers 0 .. n - 1 and consumers n .. n + m - 1. Its arcs have slots 0 .. n + m - 2,
-// and each node keeps the set of slots on its way to the root. When the arc (i, j) enters,
-//
-//   the cycle            is path(i) ^ path(j),
-//   the subtree cut off  are the nodes whose path has the slot that leaves, and
-//   their new paths      are path ^ cycle without that slot, for the entering arc takes it over,
-//
-// so that all threads take part in a pivot, each for its own nodes and slots, and none has to walk along the tree.
-//
-// Flows are integers: masses are scaled to the full width, and every supply is raised by one unit of a finer grid, at
-// the expense of one demand. With that perturbation no basic flow is ever 0, so each pivot lowers the objective
-// whatever the ties in the data, no sequence of pivots comes back to a basis, and no two arcs compete for leaving it.
-// Where there are dummies, which take what the other side has more of, the last demand is the one that pays.
+// Primal simplex for one transportation problem by a team of threads of a GPU, on the tree of device_tree.cuh.
 #pragma once
 
 #include <limits>
 #include <type_traits>
 
 #include "common/four.cuh"
-#include "emd/team.cuh"
+#include "emd/device_tree.cuh"
 
 namespace fewshot_ext {
 
-struct Arc {
-  int supplier, consumer;
-};
-
-// Bits of numbers that are not negative are in the order of the numbers; infinity and NaN come last.
-template <class T>
-__device__ __forceinline__ uint64_t magnitude_bits(T x) {
-  if constexpr (sizeof(T) == 8)
-    return bit_cast<uint64_t>(x) & 0x7fffffffffffffffull;
-  else
-    return bit_cast<uint32_t>(x) & 0x7fffffffu;
-}
-
-template <class T>
-__device__ __forceinline__ T from_magnitude_bits(uint64_t bits) {
-  if constexpr (sizeof(T) == 8)
-    return bit_cast<T>(bits);
-  else
-    return bit_cast<T>(static_cast<uint32_t>(bits));
-}
-
-// Price is what reduced costs are computed in while many arcs are looked at.
-template <class Price, class Team>
-struct SimplexMemory {
-  static constexpr int nodes = Team::nodes, words = nodes / warp_lanes;
-  struct Rounded {
-    Price at[nodes];
-  };
-  struct None {};
-
-  typename Team::Memory team;
-  union {
-    double potential[nodes];    // u of suppliers, -v of consumers
-    int64_t first_flow[nodes];  // of slots, until the threads take them over
-  };
-  double scratch[nodes];
-  std::conditional_t<std::is_same_v<Price, double>, None, Rounded> price;  // potentials
-  uint32_t path[words][nodes];                                             // bit s of word w: slot 32 w + s
-  uint32_t cycle[words];
-  int arc[nodes];
-  int64_t of_dummy;  // what a supplying dummy has
-  double largest_cost;
-  int leaving;
-  int supplier_moves;
-  int pivots[Team::threads];  // each thread's own: held in a register it would make kernels spill
-};
-
 template <class Price, class Team, class Cost>
-class DeviceSimplex {
+class DeviceSimplex : public DeviceTree<Price, Team, Cost> {
+  using Tree = DeviceTree<Price, Team, Cost>;
+
  public:
-  // Nothing points from one member of this to another: that would keep all of them out of registers.
-  Team team;
+  using Memory = typename Tree::Memory;
+  using Tree::each_slot, Tree::on_path, Tree::supplier_is_child, Tree::team;
 
-  using Memory = SimplexMemory<Price, Team>;
-  static constexpr int words = Memory::words, each = Team::nodes_each;
-  static constexpr int most_columns = Team::nodes < 256 ? Team::nodes : 256;
-
-  // The supplies' perturbations add up to less than 2^row_bits, one unit of mass.
-  static constexpr int row_bits = Team::nodes == 64 ? 6 : Team::nodes == 128 ? 7 : 9;
-  static constexpr int mass_bits = 61 - row_bits;
-  static_assert(1 << row_bits >= Team::nodes);
-
-  __device__ __forceinline__ DeviceSimplex(const Team& own_team, Memory& memory, const Cost& cost, int n, int m)
-      : team(own_team), memory_(memory), cost_(cost), n_(n), m_(m) {}
+  __device__ __forceinline__ DeviceSimplex(const Team& team, Memory& memory, const Cost& cost, int n, int m)
+      : Tree(team, memory, cost, n, m) {}
 
   // Finds the optimal tree and leaves it in memory; false where that takes too many pivots. memory.scratch holds the
   // masses, as parts of those of their side, and is overwritten; no |cost| exceeds memory.largest_cost. `dummies`:
@@ -94,7 +26,7 @@ class DeviceSimplex {
   __device__ __forceinline__ bool solve(bool dummies) {
     // What the rounding of potentials, sums of costs along the tree, can make of a reduced cost of zero.
     if constexpr (!std::is_same_v<Price, double>) tolerance_ = (n_ + m_) * 0x1p-50 * memory_.largest_cost;
-    start(dummies);
+    Tree::start(dummies);
     renew_potentials();
     pivots_left_ = most_pivots;
     const Price rounding = std::is_same_v<Price, double> ? (n_ + m_) * 0x1p-50 : 0x1p-22;
@@ -111,11 +43,6 @@ class DeviceSimplex {
     return true;
   }
 
-  // The tree that solve() left. Whoever needs what it is kept in begins with a barrier.
-  __device__ __forceinline__ void take_tree() {
-    for (int s = 0; s < each; ++s) arc_[s] = memory_.arc[team.thread() + s * Team::threads];
-  }
-
   // Of a solved problem.
   __device__ __forceinline__ int pivots() const { return memory_.pivots[team.thread()]; }
 
@@ -129,55 +56,16 @@ class DeviceSimplex {
     return (8.0 * (n_ + m_) + 2.0 * deepest * deepest + 3.0 * deepest + 2) * memory_.largest_cost;
   }
 
-  __device__ __forceinline__ Price cost(Arc arc) const { return cost_(arc.supplier, arc.consumer); }
-
-  __device__ __forceinline__ int depth(int node) const {
-    int depth = 0;
-    for (int w = 0; w < words; ++w) depth += __popc(memory_.path[w][node]);
-    return depth;
-  }
-
-  // The root becomes `node`. Ends with a barrier.
-  __device__ __forceinline__ void move_root(int node) {
-    for (int w = team.thread(); w < words; w += Team::threads) memory_.cycle[w] = memory_.path[w][node];
-    team.sync();
-    for (int v = team.thread(); v < Team::nodes; v += Team::threads)
-      for (int w = 0; w < words; ++w) memory_.path[w][v] ^= memory_.cycle[w];
-    team.sync();
-  }
-
-  // The thread's slots that hold an arc are visited as visit(s, slot, arc), s counting the thread's own.
-  template <class Visit>
-  __device__ __forceinline__ void each_slot(Visit visit) const {
-    const int arcs = node_count() - 1;
-#pragma unroll
-    for (int s = 0; s < each; ++s) {
-      const int slot = team.thread() + s * Team::threads;
-      if (slot < arcs) visit(s, slot, unpack(arc_[s]));
-    }
-  }
-
-  __device__ __forceinline__ bool on_path(int slot, int node) const {
-    return memory_.path[slot / warp_lanes][node] >> slot % warp_lanes & 1u;
-  }
-
-  // Whether the supplier's end of the arc is the one farther from the root.
-  __device__ __forceinline__ bool supplier_is_child(int slot, Arc arc) const { return on_path(slot, arc.supplier); }
-
  private:
-  static constexpr int closes_row = 1 << 16;
-  static constexpr int cell_mask = 0xffff;
-  // The best arc of all takes the fewest pivots, and that of some rows less time where a look at all is long.
-  static constexpr int group_rows = Team::warps == 1 ? warp_lanes : 4;
-  static constexpr int chunk_rows = Team::warps * group_rows;  // of several warps; one looks at all rows
-  static constexpr int rows_at_once = Team::warps == 1 ? 8 : group_rows;
-  // In large teams added up anew, or comparisons with it would be kept in registers, of which there are none left.
-  __device__ __forceinline__ int node_count() const { return Team::warps > 1 ? forgotten(n_ + m_) : n_ + m_; }
+  using Tree::arc_, Tree::cost_, Tree::each, Tree::flow_, Tree::m_, Tree::memory_, Tree::most_columns, Tree::n_,
+      Tree::one_warp, Tree::pack, Tree::unpack, Tree::words;
+
+  // The best arc of all takes the fewest pivots, and that of some rows less time where a look at all is long. Of
+  // several warps each looks at a group of rows.
+  static constexpr int group_rows = one_warp ? Team::nodes : 4, chunk_rows = Team::warps * group_rows;
+  static constexpr unsigned places = Team::warps * most_columns;  // a power of 2
 
   static constexpr int most_pivots = 100 * Team::nodes + Team::nodes * Team::nodes;
-
-  __device__ static __forceinline__ int pack(Arc arc) { return arc.supplier << 8 | arc.consumer; }
-  __device__ static __forceinline__ Arc unpack(int packed) { return {packed >> 8 & 0xff, packed & 0xff}; }
 
   template <class T>
   __device__ __forceinline__ const T* prices() const {
@@ -192,185 +80,47 @@ class DeviceSimplex {
     if constexpr (!std::is_same_v<Price, double>) memory_.price.at[node] = static_cast<Price>(potential);
   }
 
-  // Of a negative number, what decides in comparisons: larger for lower ones. The bits of a double are cut.
+  // Of a negative number, what decides which arc enters: larger for lower ones. The lowest bits are left to the place
+  // where it was found.
   template <class T>
-  __device__ static __forceinline__ uint64_t significant_bits(T x) {
-    if constexpr (sizeof(T) == 8)
-      return bit_cast<uint64_t>(x) >> 16;
-    else
-      return static_cast<uint64_t>(bit_cast<uint32_t>(x)) << 16;
-  }
-
-  // Larger for smaller costs, and never zero.
-  __device__ static __forceinline__ unsigned preference(float cost) {
-    const auto bits = bit_cast<unsigned>(cost);
-    return (bits & 0x80000000u ? bits : bits ^ 0x7fffffffu) | 1u;
-  }
-
-  __device__ __forceinline__ void start(bool dummies) {
-    team.sync();
-    for (int v = team.thread(); v < Team::nodes; v += Team::threads)
-      for (int w = 0; w < words; ++w) memory_.path[w][v] = 0;
-    team.sync();
-    if (team.warp() == 0) {
-      choose_first_arcs(dummies);
-      __syncwarp(all_lanes);
-      join_first_arcs();
-    }
-    team.sync();
-#pragma unroll
-    for (int s = 0; s < each; ++s) {
-      const int slot = team.thread() + s * Team::threads;
-      arc_[s] = slot < n_ + m_ - 1 ? memory_.arc[slot] : 0;
-      flow_[s] = slot < n_ + m_ - 1 ? memory_.first_flow[slot] : 0;
-    }
-    team.sync();
-  }
-
-  // A node's share of the mass in units.
-  __device__ __forceinline__ int64_t units(int node) const {
-    return llrint(memory_.scratch[node] * double(int64_t(1) << mass_bits));
-  }
-
-  __device__ __forceinline__ int64_t supply(int i) const { return (units(i) << row_bits) + 1; }
-
-  // Where the start keeps what it takes for the usual cost of a column, until prices and tree costs come there.
-  __device__ __forceinline__ Price& usual_cost(int j) {
-    if constexpr (std::is_same_v<Price, double>)
-      return memory_.scratch[n_ + j];
-    else
-      return memory_.price.at[n_ + j];
-  }
-
-  __device__ __forceinline__ void find_usual_cost(int j) {
-    Price sum = 0, lowest = std::numeric_limits<Price>::infinity();
-#pragma unroll 4
-    for (int i = 0; i < n_; ++i) {
-      const Price cost = cost_(i, j);
-      sum += cost;
-      lowest = min(lowest, cost);
-    }
-    usual_cost(j) = Price(0.5) * (lowest + sum / static_cast<Price>(n_));
-  }
-
-  // By one warp. Each row in turn is served by the columns that have demand left, cheapest first. Costs are taken
-  // relative to the mean and the lowest of their column: without that, the first rows use up the columns that are cheap
-  // for everybody, and the simplex takes half as many pivots again. Each arc uses up either its row or its column, and
-  // only the last one uses up both.
-  __device__ __forceinline__ void choose_first_arcs(bool dummies) {
-    constexpr int columns_each = most_columns / warp_lanes;
-    const int lane = team.lane();
-    int64_t demand[columns_each], difference = 0, largest = 0;
-    for (int i = lane; i < n_; i += warp_lanes) difference += supply(i);
-#pragma unroll
-    for (int s = 0; s < columns_each; ++s) {
-      const int j = lane + s * warp_lanes;
-      demand[s] = 0;
-      if (j < m_) {
-        const int64_t mass = units(n_ + j);
-        demand[s] = (mass > 1 ? mass : dummies && j == m_ - 1 ? 0 : 1) << row_bits;
-        find_usual_cost(j);
-      }
-      difference -= demand[s];
-      largest = demand[s] > largest ? demand[s] : largest;
-    }
-    difference = warp_sum(difference);
-    const auto top = static_cast<int64_t>(warp_max(static_cast<uint64_t>(largest)));
-    // Suppliers that have less than the consumers want get the rest from their dummy.
-    const int64_t of_dummy = dummies && difference < n_ ? n_ - difference : 0;
-    difference += of_dummy;
-    if (lane == 0) memory_.of_dummy = of_dummy;
-    __syncwarp(all_lanes);
-    bool takes_it = lane == (dummies ? (m_ - 1) % warp_lanes : __ffs(__ballot_sync(all_lanes, largest == top)) - 1);
-#pragma unroll
-    for (int s = 0; s < columns_each; ++s) {
-      if (takes_it && (dummies ? lane + s * warp_lanes == m_ - 1 : demand[s] == top)) {
-        demand[s] += difference;
-        takes_it = false;
-      }
-    }
-
-    int slot = 0;
-    for (int i = 0; i < n_; ++i) {
-      unsigned preferences[columns_each];
-#pragma unroll
-      for (int s = 0; s < columns_each; ++s) {
-        const int j = lane + s * warp_lanes;
-        preferences[s] = demand[s] > 0 ? preference(static_cast<float>(cost_(i, j) - usual_cost(j))) : 0u;
-      }
-      int64_t left = supply(i) + (i == n_ - 1 ? memory_.of_dummy : 0);
-      while (left > 0) {
-        unsigned best = 0;
-        int64_t best_demand = 0;
-        int best_column = 0;
-#pragma unroll
-        for (int s = 0; s < columns_each; ++s) {
-          if (preferences[s] > best) {
-            best = preferences[s];
-            best_demand = demand[s];
-            best_column = lane + s * warp_lanes;
-          }
-        }
-        const unsigned found = __reduce_max_sync(all_lanes, best);
-        const int owner = __ffs(__ballot_sync(all_lanes, best == found)) - 1;
-        const int column = __shfl_sync(all_lanes, best_column, owner);
-        const int64_t wanted = __shfl_sync(all_lanes, best_demand, owner);
-        const int64_t moved = left < wanted ? left : wanted;
-        if (lane == 0) {
-          memory_.arc[slot] = pack({i, column}) | (left < wanted ? closes_row : 0);
-          memory_.first_flow[slot] = moved;
-        }
-        ++slot;
-        left -= moved;
-#pragma unroll
-        for (int s = 0; s < columns_each; ++s) {
-          if (column == lane + s * warp_lanes) {
-            demand[s] -= moved;
-            if (demand[s] == 0) preferences[s] = 0;
-          }
-        }
-      }
-    }
-  }
-
-  // By one warp. Backwards from the last arc, each arc joins the node it used up to the tree; a lane has a word of the
-  // paths to itself.
-  __device__ __forceinline__ void join_first_arcs() {
-    const int w = team.lane();
-    if (w >= words) return;
-    for (int slot = n_ + m_ - 2; slot >= 0; --slot) {
-      const int packed = memory_.arc[slot];
-      const Arc arc = unpack(packed);
-      const int supplier = arc.supplier, consumer = n_ + arc.consumer;
-      const bool row = packed & closes_row;
-      const uint32_t bit = w == slot / warp_lanes ? 1u << slot % warp_lanes : 0u;
-      memory_.path[w][row ? supplier : consumer] = memory_.path[w][row ? consumer : supplier] | bit;
-    }
+  __device__ static __forceinline__ unsigned significance(T x) {
+    const auto bits = static_cast<unsigned>(sizeof(T) == 8 ? magnitude_bits(x) >> 31 : magnitude_bits(x) << 1);
+    return (bits | places) & -places;
   }
 
   // Potentials from the tree alone. Begins after a barrier, ends with one.
   __device__ __forceinline__ void renew_potentials() {
+#pragma unroll
+    for (int s = 0; s < each; ++s) memory_.scratch[team.thread() + s * Team::threads] = 0;
     each_slot([&](int, int slot, Arc arc) {
       const double cost = cost_(arc.supplier, arc.consumer);
       memory_.scratch[slot] = supplier_is_child(slot, arc) ? cost : -cost;
     });
     team.sync();
-    uint64_t largest = 0;
-    for (int v = team.thread(), nodes = node_count(); v < nodes; v += Team::threads) {
-      double sum = 0, lost = 0;
-      for (int w = 0; w < words; ++w) {
-        for (uint32_t rest = memory_.path[w][v]; rest != 0; rest &= rest - 1) {
-          const double cost = memory_.scratch[w * warp_lanes + __ffs(static_cast<int>(rest)) - 1];
-          if constexpr (std::is_same_v<Price, double>) lost += lost_in_sum(sum, cost);
-          sum += cost;
+    // All arcs are looked at, for their costs are under way before it is known which are on the path.
+    double sum[each] = {}, lost[each] = {};
+#pragma unroll 1
+    for (int w = 0; w < words; ++w) {
+      uint32_t path[each];
+#pragma unroll
+      for (int s = 0; s < each; ++s) path[s] = memory_.path[w][team.thread() + s * Team::threads];
+#pragma unroll 8
+      for (int k = 0; k < warp_lanes; ++k) {
+        const double cost = memory_.scratch[w * warp_lanes + k];
+#pragma unroll
+        for (int s = 0; s < each; ++s) {
+          const double counted = path[s] & 1u << k ? cost : 0;
+          if constexpr (std::is_same_v<Price, double>) lost[s] += lost_in_sum(sum[s], counted);
+          sum[s] += counted;
         }
       }
-      if constexpr (std::is_same_v<Price, double>) {
-        sum += lost;
-        const uint64_t bits = magnitude_bits(sum);
-        largest = bits > largest ? bits : largest;
-      }
-      set_potential(v, sum);
+    }
+    uint64_t largest = 0;
+#pragma unroll
+    for (int s = 0; s < each; ++s) {
+      const double potential = sum[s] + lost[s];
+      largest = max(largest, magnitude_bits(potential));
+      set_potential(team.thread() + s * Team::threads, potential);
     }
     // With double costs the tolerance decides about the last digits of the value, and is no larger than these
     // potentials need.
@@ -388,24 +138,22 @@ class DeviceSimplex {
   // Pivots until no arc has a reduced cost below -tolerance in the arithmetic of T. False: too many of them.
   template <class T>
   __device__ __forceinline__ bool improve(T tolerance) {
-    Arc entering;
-    while (find_entering(tolerance, entering)) {
-      if (pivots_left_ == 0) return false;
+    for (Arc entering; pivots_left_ > 0; --pivots_left_) {
+      if (!find_entering(tolerance, entering)) return true;
       // In double, that is a matter of the last bits, which is for others to decide.
       if (!pivot(entering)) return !std::is_same_v<T, double>;
-      --pivots_left_;
     }
-    return true;
+    return false;
   }
 
   // The arc with the most negative reduced cost in the next chunk of rows that has any below -tolerance; false where no
-  // chunk has. Lanes go through the columns, a group of rows at a time, and keep no more than the lowest reduced cost:
-  // which row has it is looked up once, for the arc that all threads agree on.
+  // chunk has.
   template <class T>
   __device__ __forceinline__ bool find_entering(T tolerance, Arc& entering) {
+    if constexpr (one_warp) return find_entering(tolerance, 0, n_, entering);
     for (int looked_at = 0; looked_at < n_;) {
-      const int first = next_row_, end = Team::warps > 1 && first + chunk_rows < n_ ? first + chunk_rows : n_;
-      const uint64_t found = find_entering(tolerance, first, end, entering);
+      const int first = next_row_, end = first + chunk_rows < n_ ? first + chunk_rows : n_;
+      const bool found = find_entering(tolerance, first, end, entering);
       next_row_ = end < n_ ? end : 0;
       looked_at += end - first;
       if (found) return true;
@@ -413,56 +161,79 @@ class DeviceSimplex {
     return false;
   }
 
-  // The lowest of cost - price in column j and `count` rows from i on; all are `inside`, or the last before `end`
-  // stands in for those beyond. Without branches, so that the loads are under way together.
-  template <int count, bool inside, class T>
-  __device__ __forceinline__ T lowest_of_rows(const T* price, int i, int end, int j) const {
-    T lowest = std::numeric_limits<T>::infinity();
-#pragma unroll
-    for (int k = 0; k < count; ++k) {
-      const int row = inside || i + k < end ? i + k : end - 1;
-      lowest = min(lowest, T(cost_(row, j)) - price[row]);
-    }
-    return lowest;
-  }
-
+  // Lanes go through the columns, and keep no more than the lowest reduced cost: which row has it is looked up once,
+  // for the column that all threads agree on. Without branches: what stands in for rows and columns beyond the last
+  // are others of them.
   template <class T>
   __device__ __forceinline__ bool find_entering(T tolerance, int first_row, int end_row, Arc& entering) {
     const T* price = prices<T>();
     T best = -tolerance;
-    int best_group = -1, best_column = 0;
-    for (int group = team.warp(); first_row + group * group_rows < end_row; group += Team::warps) {
-      const int first = first_row + group * group_rows;
-      const int end = first + group_rows < end_row ? first + group_rows : end_row;
-      for (int j = team.lane(); j < m_; j += warp_lanes) {
-        T lowest = std::numeric_limits<T>::infinity();
-        int i = first;
+    int best_column = -1;
+    const int first = first_row + team.warp() * group_rows;
+    int columns = 0;
 #pragma unroll 1
-        for (; i + rows_at_once <= end; i += rows_at_once)
-          lowest = min(lowest, lowest_of_rows<rows_at_once, true>(price, i, end, j));
-#pragma unroll 1
-        for (; i < end; i += 4) lowest = min(lowest, lowest_of_rows<4, false>(price, i, end, j));
-        const T reduced_cost = lowest + price[n_ + j];
-        if (reduced_cost < best) {
-          best = reduced_cost;
-          best_group = group;
-          best_column = j;
-        }
+    do {
+      const int j = min(columns + team.lane(), m_ - 1);
+      const T reduced_cost = lowest_of_rows(price, first, end_row, j) + price[n_ + j];
+      if (reduced_cost < best) {
+        best = reduced_cost;
+        best_column = j;
       }
-    }
-    const int place = cell_mask - pack({best_group, best_column});  // the first of those that tie is preferred
-    const uint64_t found = team.max(best_group < 0 ? 0 : significant_bits(best) << 16 | place);
+    } while ((columns += warp_lanes) < m_);
+    const unsigned place = team.warp() * most_columns + best_column;  // the first of those that tie is preferred
+    const unsigned found = team.max(best_column < 0 ? 0u : significance(best) | (places - 1 - place));
     if (found == 0) return false;
 
-    const Arc where = unpack(cell_mask - static_cast<int>(found & cell_mask));
-    const int first = first_row + where.supplier * group_rows, i = first + team.lane();
-    bool here = false;
-    if (team.lane() < group_rows && i < end_row) {
-      const T reduced_cost = (T(cost_(i, where.consumer)) - price[i]) + price[n_ + where.consumer];
-      here = significant_bits(reduced_cost) == found >> 16;
+    const int where = static_cast<int>(places - 1 - found % places), column = where % most_columns;
+    const int row = first_row + where / most_columns * group_rows;
+    constexpr int looks = one_warp ? each : 1;
+    bool fits[looks];
+#pragma unroll
+    for (int s = 0; s < looks; ++s) {
+      const int i = min(row + (team.lane() + s * warp_lanes) % group_rows, end_row - 1);
+      const T reduced_cost = (T(cost_(i, column)) - price[i]) + price[n_ + column];
+      fits[s] = reduced_cost < -tolerance && significance(reduced_cost) == (found & -places);
     }
-    entering = {first + __ffs(__ballot_sync(all_lanes, here)) - 1, where.consumer};
+    unsigned here = 0;
+    int last = 31;
+#pragma unroll
+    for (int s = 0; s < looks; ++s) {
+      const unsigned fitting = __ballot_sync(all_lanes, fits[s]);
+      here = fitting ? fitting : here;
+      last = fitting ? s * warp_lanes + 31 : last;
+    }
+    last -= __clz(static_cast<int>(here));
+    entering = {min(row + last % group_rows, end_row - 1), column};
     return true;
+  }
+
+  // The lowest of cost - price in column j. By one warp in all rows, as many at once as make a window; the last window
+  // begins where it still fits into what the column is filled up to.
+  template <class T>
+  __device__ __forceinline__ T lowest_of_rows(const T* price, int first, int end, int j) const {
+    constexpr T infinity = std::numeric_limits<T>::infinity();
+    T lowest[4] = {infinity, infinity, infinity, infinity};
+    if constexpr (one_warp) {
+      constexpr int fours = sizeof(T) == 8 ? 1 : Cost::window / 4;  // whose registers there are
+      const int last = Cost::filled_rows(end) - Cost::window;
+      for (int i = 0;; i = min(i + Cost::window, last)) {
+#pragma unroll fours
+        for (int k = 0; k < Cost::window; k += 4) {
+          const auto costs = cost_.four(i + k, j);
+          const auto prices = Four<T>::read(price + i + k);
+#pragma unroll
+          for (int r = 0; r < 4; ++r) lowest[r] = min(lowest[r], T(costs.at[r]) - prices.at[r]);
+        }
+        if (i == last) break;
+      }
+    } else {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int i = min(first + r, end - 1);
+        lowest[r] = T(cost_(i, j)) - price[i];
+      }
+    }
+    return min(min(lowest[0], lowest[1]), min(lowest[2], lowest[3]));
   }
 
   // False, and nothing changed, where the arc's reduced cost is not negative in double.
@@ -470,61 +241,79 @@ class DeviceSimplex {
     const double reduced_cost =
         (double(cost_(entering.supplier, entering.consumer)) - memory_.potential[entering.supplier]) +
         memory_.potential[n_ + entering.consumer];
-    bool on_supplier_side[each], changes[each], falls[each];
+    const bool improves = reduced_cost < -tolerance_;
+    uint32_t from[each], cycle[each], leaving[each];
+    bool falls[each];
     uint64_t key = 0;
 #pragma unroll
     for (int s = 0; s < each; ++s) {
       const int slot = team.thread() + s * Team::threads;
-      const uint32_t from = memory_.path[slot / warp_lanes][entering.supplier];
-      const uint32_t to = memory_.path[slot / warp_lanes][n_ + entering.consumer];
-      const bool supplier_below = supplier_is_child(slot, unpack(arc_[s]));
-      on_supplier_side[s] = from >> team.lane() & 1u;
-      changes[s] = (from ^ to) >> team.lane() & 1u;
-      falls[s] = changes[s] & (on_supplier_side[s] == supplier_below);
+      from[s] = memory_.path[slot / warp_lanes][entering.supplier];
+      cycle[s] = from[s] ^ memory_.path[slot / warp_lanes][n_ + entering.consumer];
+      const bool on_supplier_side = from[s] >> team.lane() & 1u;
+      falls[s] = (cycle[s] >> team.lane() & 1u) & (on_supplier_side == supplier_is_child(slot, unpack(arc_[s])));
       const uint64_t preferred = falls[s] ? ~static_cast<uint64_t>(flow_[s]) : 0;
       key = preferred > key ? preferred : key;
-      if (team.lane() == 0) memory_.cycle[slot / warp_lanes] = from ^ to;
     }
-    const auto moved = static_cast<int64_t>(~team.max(key));
-    if (!(reduced_cost < -tolerance_)) return false;
+    // The paths of all nodes, where they are few enough to have them at hand.
+    uint32_t path[each][one_warp ? words : 1];
+    double potential[each];
+    if constexpr (one_warp) {
+#pragma unroll
+      for (int s = 0; s < each; ++s) {
+        const int v = team.thread() + s * Team::threads;
+#pragma unroll
+        for (int w = 0; w < words; ++w) path[s][w] = memory_.path[w][v];
+        potential[s] = memory_.potential[v];
+      }
+    }
+    key = team.max(key);
+    const int64_t moved = improves ? static_cast<int64_t>(~key) : 0;  // no flow is 0
+    bool supplier_moves = false;
 #pragma unroll
     for (int s = 0; s < each; ++s) {
-      if (falls[s] && flow_[s] == moved) {
-        memory_.leaving = team.thread() + s * Team::threads;
-        memory_.supplier_moves = on_supplier_side[s];
-        arc_[s] = pack(entering);
-        flow_[s] = moved;
-      } else if (changes[s]) {
-        flow_[s] += falls[s] ? -moved : moved;
+      const bool leaves = falls[s] && flow_[s] == moved, changes = cycle[s] >> team.lane() & 1u;
+      flow_[s] = leaves ? moved : flow_[s] + (falls[s] ? -moved : changes ? moved : 0);
+      arc_[s] = leaves ? pack(entering) : arc_[s];
+      leaving[s] = __ballot_sync(all_lanes, leaves);
+      supplier_moves |= (from[s] & leaving[s]) != 0;
+      cycle[s] &= ~leaving[s];
+    }
+    if constexpr (one_warp) {
+      const double change = supplier_moves ? reduced_cost : -reduced_cost;
+      team.sync();
+#pragma unroll
+      for (int s = 0; s < each; ++s) {
+        const int v = team.thread() + s * Team::threads;
+        uint32_t below = 0;
+#pragma unroll
+        for (int w = 0; w < words; ++w) below |= path[s][w] & leaving[w];
+        potential[s] += change;
+        if (below == 0) continue;
+#pragma unroll
+        for (int w = 0; w < words; ++w) memory_.path[w][v] = path[s][w] ^ cycle[w];
+        set_potential(v, potential[s]);
+      }
+    } else {
+      if (team.lane() == 0) memory_.cycle[team.warp()] = cycle[0];
+      if (leaving[0] >> team.lane() & 1u) {
+        memory_.leaving = team.thread();
+        memory_.supplier_moves = supplier_moves;
+      }
+      team.sync();
+      if (improves && on_path(memory_.leaving, team.thread())) {
+        for (int w = 0; w < words; ++w) memory_.path[w][team.thread()] ^= memory_.cycle[w];
+        set_potential(team.thread(),
+                      memory_.potential[team.thread()] + (memory_.supplier_moves ? reduced_cost : -reduced_cost));
       }
     }
     team.sync();
-
-    const int leaving = memory_.leaving;
-    const double change = memory_.supplier_moves ? reduced_cost : -reduced_cost;
-#pragma unroll
-    for (int s = 0; s < each; ++s) {
-      const int v = team.thread() + s * Team::threads;
-      if (!on_path(leaving, v)) continue;
-#pragma unroll
-      for (int w = 0; w < words; ++w) {
-        const uint32_t kept = w == leaving / warp_lanes ? 1u << leaving % warp_lanes : 0u;
-        memory_.path[w][v] ^= memory_.cycle[w] & ~kept;
-      }
-      set_potential(v, memory_.potential[v] + change);
-    }
-    team.sync();
-    return true;
+    return improves;
   }
 
-  Memory& memory_;
-  const Cost cost_;
-  const int n_, m_;
   double tolerance_;
   int pivots_left_;
   int next_row_ = 0;
-  int arc_[each];       // of the thread's slots
-  int64_t flow_[each];  // of the thread's slots
 };
 
 }  // namespace fewshot_ext

@@ -2,36 +2,10 @@
 // simplex, and results that are proved.
 #pragma once
 
+#include "emd/device_cost.cuh"
 #include "emd/device_simplex.cuh"
-#include "emd/problem.h"
 
 namespace fewshot_ext {
-
-template <class Storage>
-using EmdProblemOf = EmdProblem<Storage, Accumulate<Storage>>;
-
-// Costs where the caller has them.
-template <class Storage>
-struct GlobalCost {
-  const Storage* at;
-  int64_t row_stride, column_stride;
-
-  __device__ __forceinline__ GlobalCost(const EmdProblemOf<Storage>& p, int64_t index)
-      : at(p.cost + index * p.cost_strides[0]), row_stride(p.cost_strides[1]), column_stride(p.cost_strides[2]) {}
-
-  __device__ __forceinline__ Accumulate<Storage> operator()(int i, int j) const {
-    return to_accumulate(at[i * row_stride + j * column_stride]);
-  }
-};
-
-// A copy of those between points that have mass.
-template <class T>
-struct CopiedCost {
-  T* at;
-  int row_stride;
-
-  __device__ __forceinline__ T& operator()(int i, int j) const { return at[i * row_stride + j]; }
-};
 
 namespace emd_device {
 
@@ -62,7 +36,7 @@ __device__ __forceinline__ double sum(int count, Value value) {
 
 template <class T, class Team>
 struct SolveMemory {
-  using Simplex = DeviceSimplex<T, Team, CopiedCost<T>>;
+  using Simplex = DeviceSimplex<T, Team, CopiedCost<T, Team>>;
 
   typename Simplex::Memory simplex;
   // The points that are in the problem: suppliers, then consumers, by their numbers among the n + m.
@@ -76,23 +50,21 @@ struct SolveMemory {
 template <class Storage, class Team>
 class Solve {
   using T = Accumulate<Storage>;
-  using Cost = CopiedCost<T>;
+  using Cost = CopiedCost<T, Team>;
   using Simplex = DeviceSimplex<T, Team, Cost>;
 
  public:
   using Memory = SolveMemory<T, Team>;
 
-  // `copy`: room for n rows of costs, of odd length where `padded`.
-  __device__ __forceinline__ Solve(const EmdProblemOf<Storage>& problem, int64_t index, Memory& memory, T* copy,
-                                   bool padded)
+  // `copy`: room for the costs.
+  __device__ __forceinline__ Solve(const EmdProblemOf<Storage>& problem, int64_t index, Memory& memory, T* copy)
       : team_(memory.simplex.team),
         p_(problem),
         n_(static_cast<int>(problem.suppliers)),
         m_(static_cast<int>(problem.consumers)),
         index_(index),
         memory_(memory),
-        cost_{copy, 0},
-        padded_(padded) {}
+        cost_(copy, 0, 0) {}
 
   // The three steps, each from memory to memory. Negative: what give_up() takes.
 
@@ -150,6 +122,7 @@ class Solve {
     simplex.each_slot([&](int s, int slot, Arc arc) {
       const bool supplier_is_child = simplex.supplier_is_child(slot, arc);
       double units = 0, rests = 0;
+#pragma unroll 8
       for (int k = 0; k < nodes(); ++k) {
         const double part = (mass[k] + split) - split;
         const bool below = simplex.on_path(slot, k);
@@ -211,7 +184,7 @@ class Solve {
   __device__ __forceinline__ void take_points() {
     rows_ = memory_.rows;
     columns_ = memory_.columns;
-    cost_.row_stride = padded_ ? columns_ | 1 : columns_;
+    cost_ = Cost(cost_.at, rows_, columns_);
   }
 
   __device__ __forceinline__ T* flow() const { return p_.flow + index_ * n_ * m_; }
@@ -290,11 +263,11 @@ class Solve {
   }
 
   // Calls visit(i, j) for the thread's share of rows and columns, the same at each call.
-  template <int at_once, class Visit>
+  template <class Visit>
   __device__ __forceinline__ void each_cell(int rows, int columns, Visit visit) const {
 #pragma unroll 1
     for (int j = team_.lane(); j < columns; j += warp_lanes) {
-#pragma unroll at_once
+#pragma unroll 1
       for (int i = team_.warp(); i < rows; i += Team::warps) visit(i, j);
     }
   }
@@ -304,15 +277,29 @@ class Solve {
     return cost < -most ? ~uint64_t(0) : magnitude_bits(cost);
   }
 
-  // The greatest bits_of_cost among the thread's share of those between points that have mass.
+  // The greatest bits_of_cost among the thread's share of those between points that have mass. Costs are read some at a
+  // time, for what is written may be what others are read from, as far as the compiler knows.
   __device__ __forceinline__ uint64_t copy_costs() const {
+    constexpr int at_once = 16;
     const GlobalCost<Storage> from(p_, index_);
+    const int filled = Cost::filled_rows(rows_);
     uint64_t bits = 0;
-    each_cell<8>(rows_, columns_, [&](int i, int j) {
-      const T cost = from(supplier_of(i), consumer_of(j));
-      cost_(i, j) = cost;
-      bits = max(bits, bits_of_cost(cost));
-    });
+#pragma unroll 1
+    for (int j = team_.lane(); j < columns_; j += warp_lanes) {
+#pragma unroll 1
+      for (int first = team_.warp(); first < filled; first += at_once * Team::warps) {
+        T costs[at_once];
+#pragma unroll
+        for (int k = 0; k < at_once; ++k)
+          costs[k] = from(supplier_of(min(first + k * Team::warps, rows_ - 1)), consumer_of(j));
+#pragma unroll
+        for (int k = 0; k < at_once; ++k) {
+          const int i = first + k * Team::warps;
+          bits = max(bits, bits_of_cost(costs[k]));
+          if (i < filled) cost_(i, j) = i < rows_ ? costs[k] : std::numeric_limits<T>::infinity();
+        }
+      }
+    }
     return bits;
   }
 
@@ -320,13 +307,13 @@ class Solve {
   __device__ __forceinline__ uint64_t look_at_costs() const {
     const GlobalCost<Storage> from(p_, index_);
     bool good = true;
-    each_cell<1>(n_, m_, [&](int i, int j) { good &= from(i, j) >= -most; });
+    each_cell(n_, m_, [&](int i, int j) { good &= from(i, j) >= -most; });
     return good ? 0 : ~uint64_t(0);
   }
 
   __device__ __forceinline__ uint64_t largest_allowed() const {
     uint64_t bits = 0;
-    each_cell<1>(rows_, columns_, [&](int i, int j) {
+    each_cell(rows_, columns_, [&](int i, int j) {
       if (cost_(i, j) <= most) bits = max(bits, magnitude_bits(cost_(i, j)));
     });
     return bits;
@@ -335,7 +322,7 @@ class Solve {
   // By a cost beyond those of all arcs that are allowed, which is returned.
   __device__ __forceinline__ T replace_infinity(T allowed) const {
     const T stand_in = allowed > 0 ? 2 * allowed : T(1);
-    each_cell<1>(rows_, columns_, [&](int i, int j) {
+    each_cell(rows_, columns_, [&](int i, int j) {
       if (cost_(i, j) > most) cost_(i, j) = stand_in;
     });
     return stand_in;
@@ -370,16 +357,18 @@ class Solve {
 
   // The arcs of the tree that grows from `root`, behind `before` others.
   __device__ __forceinline__ void write_basis(Simplex& simplex, int root, int before) {
-    int* const depth = memory_.simplex.arc;
+    int* const order = memory_.simplex.arc;  // by depth, then by slot
     simplex.move_root(root);
     simplex.each_slot([&](int, int slot, Arc arc) {
-      depth[slot] = simplex.depth(simplex.supplier_is_child(slot, arc) ? arc.supplier : rows_ + arc.consumer);
+      const int child = simplex.supplier_is_child(slot, arc) ? arc.supplier : rows_ + arc.consumer;
+      order[slot] = simplex.depth(child) * Team::nodes + slot;
     });
     simplex.team.sync();
     simplex.each_slot([&](int, int slot, Arc arc) {
-      const int own = depth[slot];
+      const int own = order[slot];
       int position = before;
-      for (int k = 0; k < nodes() - 1; ++k) position += depth[k] < own + (k < slot);
+#pragma unroll 8
+      for (int k = 0; k < nodes() - 1; ++k) position += order[k] < own;
       basis()[position] = cell_of(arc);
     });
   }
@@ -452,7 +441,6 @@ class Solve {
   const int64_t index_;
   Memory& memory_;
   Cost cost_;
-  const bool padded_;
 };
 
 // Runs the steps of what begin() returns, anew for each: the compiler, which is not told that all are taken, cannot

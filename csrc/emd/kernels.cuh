@@ -8,10 +8,7 @@ namespace fewshot_ext {
 struct EmdWarps {
   using Team = fewshot_ext::Team<warp_lanes, 64>;
   static constexpr int warps = 4, threads = warps * warp_lanes;
-  static constexpr int blocks_of_processor = 8;  // 64 registers a thread
-  // Rows have an odd length, so that neither rows nor columns meet in a bank.
-  static constexpr int most_cells = Team::nodes / 2 * (Team::nodes / 2 + 1);
-
+  static constexpr int blocks_of_processor = 7;  // 72 registers a thread
   static bool take(int64_t n, int64_t m) { return n + m <= Team::nodes; }
 };
 
@@ -23,7 +20,7 @@ __global__ void __launch_bounds__(EmdWarps::threads, EmdWarps::blocks_of_process
   using Solve = emd_device::Solve<Storage, EmdWarps::Team>;
   struct Memory {
     typename Solve::Memory solve;
-    T cost[EmdWarps::most_cells];
+    alignas(16) T cost[CostByColumns<T>::most_cells(EmdWarps::Team::nodes)];
   };
   FEWSHOT_EXT_SHARED(Memory, memory, [EmdWarps::warps]);
 
@@ -31,7 +28,7 @@ __global__ void __launch_bounds__(EmdWarps::threads, EmdWarps::blocks_of_process
   if (index() >= p.batch) return;
   emd_device::in_steps([&] {
     Memory& own = memory[threadIdx.x / warp_lanes];
-    return Solve(p, index(), own.solve, own.cost, true);
+    return Solve(p, index(), own.solve, own.cost);
   });
 }
 
@@ -56,7 +53,7 @@ __global__ void __launch_bounds__(most_nodes, EmdBlock<most_nodes>::blocks_of_pr
   // The flow is what is written last: until then its place is that of the costs.
   emd_device::in_steps([&] {
     T* const copy = p.flow + int64_t(blockIdx.x) * p.suppliers * p.consumers;
-    return Solve(p, blockIdx.x, memory, copy, false);
+    return Solve(p, blockIdx.x, memory, copy);
   });
 }
 

@@ -8,6 +8,8 @@
 
 namespace fewshot_ext {
 
+__device__ __forceinline__ unsigned warp_max(unsigned value) { return __reduce_max_sync(all_lanes, value); }
+
 __device__ __forceinline__ uint64_t warp_max(uint64_t value) {
   const auto high = static_cast<unsigned>(value >> 32);
   const unsigned top = __reduce_max_sync(all_lanes, high);
@@ -50,7 +52,8 @@ class Team {
   }
 
   // For all threads; all have to call it.
-  __device__ __forceinline__ uint64_t max(uint64_t value) {
+  template <class T>
+  __device__ __forceinline__ T max(T value) {
     value = warp_max(value);
     if constexpr (warps > 1) {
       // Two places in turn: whoever still reads one is waited for by the call that uses the other.
@@ -58,7 +61,7 @@ class Team {
       turn_ ^= 1;
       if (lane() == 0) of_warp[warp()] = value;
       sync();
-      value = warp_max(of_warp[lane() % warps]);
+      value = warp_max(static_cast<T>(of_warp[lane() % warps]));
     }
     return value;
   }

@@ -191,8 +191,13 @@ def _scale_gradients(first, second, factor):
         kernels().scale_gradients(DTYPES.index(first.dtype), gradients, _address(factor))
 
 
-def emd(cost: Tensor, supply: Tensor, demand: Tensor, partial: bool = False) -> tuple[Tensor, ...]:
-    """The operator of this name; value, flow, supply_dual, demand_dual, basis, pivots."""
+def emd(
+    cost: Tensor, supply: Tensor, demand: Tensor, partial: bool = False, *, exact: bool = True
+) -> tuple[Tensor, ...]:
+    """The operator of this name; value, flow, supply_dual, demand_dual, basis, pivots.
+
+    Not ``exact``: without the kernel for what the first one has not proved, which leaves negative pivots.
+    """
     batch, suppliers, consumers = cost.shape
     accumulate = torch.float64 if cost.dtype == torch.float64 else torch.float32
     results = {
@@ -206,7 +211,7 @@ def emd(cost: Tensor, supply: Tensor, demand: Tensor, partial: bool = False) -> 
     inputs = {"cost": cost, "supply": supply, "demand": demand}
     if batch:
         with _one_at_a_time:
-            fields = _sizes(cost) | {"partial": partial} | _described(inputs) | _described(results)
+            fields = _sizes(cost) | {"partial": partial, "exact": exact} | _described(inputs) | _described(results)
             kernels().emd(DTYPES.index(cost.dtype), fields)
     return tuple(results.values())
 

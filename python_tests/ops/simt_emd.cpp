@@ -12,6 +12,15 @@ void copy_strides(const py::dict& fields, const char* name, int64_t* strides) {
   for (const auto stride : fields[name].cast<std::vector<int64_t>>()) *strides++ = stride;
 }
 
+// Leaves unsolved what the first kernel does.
+struct WithoutExact : SimtDevice {
+  template <auto kernel, class... Arguments>
+  void launch(dim3 grid, dim3 block, const Arguments&... arguments) {
+    if (std::string(simt::name_of<kernel>()).find("exactly") == std::string::npos)
+      SimtDevice::launch<kernel>(grid, block, arguments...);
+  }
+};
+
 template <class Storage>
 void emd_of(const py::dict& fields) {
   EmdProblem<Storage, Accumulate<Storage>> problem;
@@ -31,8 +40,13 @@ void emd_of(const py::dict& fields) {
   problem.demand_dual = pointer<Accumulate<Storage>>(fields, "demand_dual");
   problem.basis = pointer<int32_t>(fields, "basis");
   problem.pivots = pointer<int32_t>(fields, "pivots");
-  SimtDevice device(1);
-  emd_on_gpu<Storage>(device, problem);
+  if (fields["exact"].cast<bool>()) {
+    SimtDevice device(1);
+    emd_on_gpu<Storage>(device, problem);
+  } else {
+    WithoutExact device{SimtDevice(1)};
+    emd_on_gpu<Storage>(device, problem);
+  }
 }
 
 void solve(int dtype, const py::dict& fields) {

@@ -138,6 +138,16 @@ def test_optimal(n, m, kind, dtype):
     assert_optimal(*problem, emd(*problem))
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("kind", ("random", "points"))
+@pytest.mark.parametrize("n, m", ((7, 5), (25, 25), (15, 49), (49, 15), (63, 1), (40, 30), (70, 100)))
+def test_ordinary_problems_are_not_left_to_the_exact_kernel(n, m, kind, dtype):
+    """Which is many times slower, and would hide whatever is wrong with the others."""
+    problem = draw(kind, 3 if n + m <= 64 else 1, n, m, dtype, seed=n + m)
+    pivots, all_pivots = (emd(*problem, exact=exact)[-1] for exact in (False, True))
+    assert (pivots >= 0).all() and torch.equal(pivots, all_pivots)
+
+
 @pytest.mark.parametrize("n, m", ((100, 100), (256, 256), (3, 1024), (300, 20)))
 def test_optimal_large(n, m):
     problem = draw("points", 1, n, m, torch.float32)
