@@ -19,14 +19,14 @@ class EmdSolver : private ExactSolver<Storage, Accumulate, CpuMachine> {
   using Problem = typename Base::Problem;
   using Simplex = TransportSimplex<Accumulate>;
   // Beyond, the sets of TransportSimplex would take more memory than most costs do.
-  static constexpr int64_t most_bytes_of_sets = int64_t(32) << 20;
+  static constexpr int64_t most_bytes_of_sets = int64_t(64) << 20;
 
  public:
   EmdSolver(const Problem& problem, Cancellation& cancellation)
       : Base(problem),
         cancellation_(cancellation),
         machine_(cancellation),
-        has_sets_(std::min(n_, m_) > 1 && Simplex::bytes_of_sets(n_ + m_) <= most_bytes_of_sets) {
+        has_sets_(std::min(n_, m_) > 1 && Simplex::bytes_of_sets(n_, m_) <= most_bytes_of_sets) {
     ByteArena sizes{};
     lay_out(sizes);
     workspace_.emplace(static_cast<size_t>(sizes.bytes.used));
@@ -54,7 +54,7 @@ class EmdSolver : private ExactSolver<Storage, Accumulate, CpuMachine> {
   using Base::column_at, Base::cost, Base::is_dummy, Base::pivot_limit, Base::row_at;
 
   void lay_out(ByteArena& arena) {
-    cost_ = arena.template take<Accumulate>(n_ * Simplex::cost_stride(m_));
+    cost_ = arena.template take<Accumulate>(Simplex::cost_rows(n_) * Simplex::cost_stride(m_));
     if (has_sets_) simplex_.lay_out(arena, n_, m_);
     start_.lay_out(arena, n_, Simplex::cost_stride(m_));
     Base::lay_out(arena);
@@ -64,7 +64,8 @@ class EmdSolver : private ExactSolver<Storage, Accumulate, CpuMachine> {
   // Masses as integers, with the perturbation of the simplex.
   void scale_masses() {
     const int row_bits = 64 - __builtin_clzll(static_cast<uint64_t>(n_));  // 2^row_bits > n
-    const double scale = std::ldexp(1.0, 61 - row_bits);
+    const int slot_bits = Simplex::slot_bits(row_count_, column_count_);
+    const double scale = std::ldexp(1.0, 61 - row_bits - slot_bits);
     int64_t difference = 0, largest = 0;
     for (int64_t k = 0; k < row_count_; ++k) {
       const int64_t i = rows_[k];
@@ -89,6 +90,8 @@ class EmdSolver : private ExactSolver<Storage, Accumulate, CpuMachine> {
       }
     }
     simplex_.demand[largest] += (difference << row_bits) + row_count_;
+    for (int64_t k = 0; k < row_count_; ++k) simplex_.supply[k] <<= slot_bits;
+    for (int64_t k = 0; k < column_count_; ++k) simplex_.demand[k] <<= slot_bits;
   }
 
   // Costs of the points that have mass, in the arithmetic of the simplex.
@@ -131,6 +134,7 @@ class EmdSolver : private ExactSolver<Storage, Accumulate, CpuMachine> {
       std::fill(to + column_count_, to + stride_, Simplex::no_arc);
       ++kept;
     }
+    std::fill(cost_ + kept * stride_, cost_ + Simplex::cost_rows(kept) * stride_, Simplex::no_arc);
     largest_cost_ = -horizontal_min<Accumulate>(-largest);
     forbids_ = false;
     if (!(horizontal_sum<Accumulate>(zero) == 0) && !Base::admit_infinity()) return EmdFault::cost;
@@ -172,24 +176,22 @@ class EmdSolver : private ExactSolver<Storage, Accumulate, CpuMachine> {
   bool grow_tree() {
     const int64_t nodes = row_count_ + column_count_;
     const double largest = forbids_ ? 2.0 * double(largest_cost_) : double(largest_cost_);
-    // Rounding of potentials, which are sums of costs along the tree, stays below this.
-    const double tolerance = double(nodes) * 0x1p-50 * largest;
     const int64_t limit = pivot_limit();
     scale_masses();
-    if (!simplex_.begin(row_count_, column_count_, tolerance, start_, cancellation_)) return false;
-    bool optimal = simplex_.template optimize<Accumulate>(limit, cancellation_);
+    if (!simplex_.begin(row_count_, column_count_, largest, start_, cancellation_)) return false;
+    // However far this comes: rounding could send it round in circles.
+    simplex_.template optimize<Accumulate>(8 * nodes, cancellation_);
+    bool optimal = true;
     // Proved in double, with potentials that carry no rounding from pivots.
     for (int64_t pivots = -1; pivots != simplex_.pivots();) {
       pivots = simplex_.pivots();
-      order_ = simplex_.renew_potentials();
+      order_ = simplex_.renew_potentials(parent_);
       if (optimal) optimal = simplex_.template optimize<double>(limit, cancellation_);
     }
-    for (int64_t k = 0; k < nodes; ++k) parent_[k] = simplex_.link_of(k).parent;
     pivots_ = simplex_.pivots();
-    const double* potential = simplex_.potentials();
     const double scale = Base::cost_scale();
-    for (int64_t i = 0; i < row_count_; ++i) dual_[rows_[i]] = potential[i] * scale;
-    for (int64_t j = 0; j < column_count_; ++j) dual_[n_ + columns_[j]] = -potential[row_count_ + j] * scale;
+    for (int64_t i = 0; i < row_count_; ++i) dual_[rows_[i]] = simplex_.row_potentials()[i] * scale;
+    for (int64_t j = 0; j < column_count_; ++j) dual_[n_ + columns_[j]] = -simplex_.column_potentials()[j] * scale;
     tolerance_ = simplex_.tolerance() * scale;
     return optimal;
   }

@@ -14,9 +14,11 @@ namespace fewshot_ext::FEWSHOT_EXT_ISA {
 
 template <class Float>
 class RegretStart {
-  using Bits = typename Simd<Float>::Uint;
+  using Int = typename Simd<Float>::Int;
+  using IntV = IntVector<Float>;
   using V = Vector<Float>;
   static constexpr int lanes = Simd<Float>::lanes;
+  typedef int32_t Eight __attribute__((vector_size(32)));
   // Beyond every cost, and twice it is still finite.
   static constexpr Float closed = std::numeric_limits<Float>::max() / 4;
 
@@ -25,7 +27,7 @@ class RegretStart {
   void lay_out(Arena& arena, int64_t most_rows, int64_t stride) {
     const int64_t padded_rows = round_up(most_rows, std::max<int64_t>(lanes, 8));
     offset_ = arena.template take<Float>(stride);
-    regret_ = arena.template take<Float>(padded_rows);
+    regret_ = arena.template take<Int>(padded_rows);
     best_ = arena.template take<int32_t>(padded_rows);
     second_ = arena.template take<int32_t>(padded_rows);
   }
@@ -45,15 +47,15 @@ class RegretStart {
     for (int64_t i = rows; i < padded_rows; ++i) close_row(i);
     for (int64_t arcs = rows + columns - 1; arcs > 0; --arcs) {
       if (arcs % 64 == 0 && cancellation.requested()) return false;
-      V lowest = load(regret_);
-      for (int64_t i = lanes; i < padded_rows; i += lanes) lowest = smaller<Float>(load(regret_ + i), lowest);
-      const int64_t i = index_of(horizontal_min<Float>(lowest), row_mask_);
+      IntV lowest = load_int<Float>(regret_);
+      for (int64_t i = lanes; i < padded_rows; i += lanes) lowest = smaller_of(load_int<Float>(regret_ + i), lowest);
+      const int64_t i = static_cast<int64_t>(lowest_in_lanes<Float>(lowest)[0] & row_mask_);
       const int64_t j = best_[i];
       if (serve(i, j)) {
         close_row(i);
         continue;
       }
-      offset_[j] = closed;
+      put(offset_, j, splat(closed));
       for (int64_t first = 0; first < padded_rows; first += 64) {
         for (uint64_t stale = rows_with(static_cast<int32_t>(j), first, std::min<int64_t>(padded_rows, first + 64));
              stale; stale &= stale - 1)
@@ -64,17 +66,26 @@ class RegretStart {
   }
 
  private:
+  // array[at] = value, which all lanes of `value` have, by a store of all the lanes that the next load of them asks
+  // for: from a narrower one it would have to wait until memory has it.
+  template <class Integers, class T>
+  static FEWSHOT_EXT_INLINE void put(T* array, int64_t at, const Integers& value) {
+    constexpr int count = sizeof(Integers) / sizeof(T);
+    using Integer = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+    typedef Integer Numbers __attribute__((vector_size(sizeof(Integers))));
+    const auto lane = static_cast<uint64_t>(at) % count;
+    Integers v;
+    std::memcpy(&v, array + (static_cast<uint64_t>(at) - lane), sizeof(v));
+    const Numbers numbers = count_lanes<Numbers, Integer>(std::make_integer_sequence<int, count>());
+    v = numbers == static_cast<Integer>(lane) ? value : v;
+    std::memcpy(array + (static_cast<uint64_t>(at) - lane), &v, sizeof(v));
+  }
+
   static int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
   // Numbers of rows and columns travel in the last bits of the values that are compared.
-  static Bits index_mask(int64_t count) {
-    return count <= 1 ? 0 : static_cast<Bits>((int64_t(1) << (64 - __builtin_clzll(uint64_t(count - 1)))) - 1);
-  }
-
-  static int64_t index_of(Float packed, Bits mask) {
-    Bits bits;
-    std::memcpy(&bits, &packed, sizeof(bits));
-    return static_cast<int64_t>(bits & mask);
+  static Int index_mask(int64_t count) {
+    return count <= 1 ? 0 : static_cast<Int>((int64_t(1) << (64 - __builtin_clzll(uint64_t(count - 1)))) - 1);
   }
 
   void set_offsets(int64_t rows, int64_t columns) {
@@ -92,31 +103,28 @@ class RegretStart {
   }
 
   void rank_columns(int64_t i) {
-    using UintVector = typename Simd<Float>::UintVector;
-    UintVector column = lane_numbers<Float>();
-    V best = splat(2 * closed), second = best;
+    IntV column = lane_numbers<Float>();
+    IntV best = IntV{} + std::numeric_limits<Int>::max(), second = best;
     const Float* row = cost_ + i * stride_;
     for (int64_t c = 0; c < stride_; c += lanes) {
-      const V v = load(row + c) + load(offset_ + c);
-      const V packed = pack_index<Float>(v, column, column_mask_);
-      second = smaller<Float>(larger<Float>(packed, best), second);
-      best = smaller<Float>(packed, best);
-      column += Bits(lanes);
+      const IntV packed = pack_index<Float>(load(row + c) + load(offset_ + c), column, column_mask_);
+      second = smaller_of(packed > best ? packed : best, second);
+      best = smaller_of(packed, best);
+      column += Int(lanes);
     }
-    Float lowest, next;
-    horizontal_two_lowest<Float>(best, second, lowest, next);
-    best_[i] = static_cast<int32_t>(index_of(lowest, column_mask_));
-    second_[i] = static_cast<int32_t>(index_of(next, column_mask_));
-    const Float regret = lowest - next;
-    Bits bits;
-    std::memcpy(&bits, &regret, sizeof(bits));
-    bits = (bits & ~row_mask_) | static_cast<Bits>(i);
-    std::memcpy(regret_ + i, &bits, sizeof(bits));
+    two_lowest_in_lanes<Float>(best, second);
+    const V regret = unpacked<Float>(best) - unpacked<Float>(second);
+    put(regret_, i, pack_index<Float>(regret, IntV{} + static_cast<Int>(i), row_mask_));
+    put_columns(i, best & column_mask_, second & column_mask_);
+  }
+
+  void put_columns(int64_t i, const IntV& best, const IntV& second) {
+    put(best_, i, Eight{} + static_cast<int32_t>(best[0]));
+    put(second_, i, Eight{} + static_cast<int32_t>(second[0]));
   }
 
   // Those of at most 64 rows [begin, end) that rank the column first or second, as bits.
   uint64_t rows_with(int32_t column, int64_t begin, int64_t end) const {
-    typedef int32_t Eight __attribute__((vector_size(32)));
     typedef int8_t EightBytes __attribute__((vector_size(8)));
     uint64_t found = 0;
     for (int64_t r = begin; r < end; r += 8) {
@@ -133,15 +141,15 @@ class RegretStart {
   }
 
   void close_row(int64_t i) {
-    regret_[i] = closed;
-    best_[i] = second_[i] = -1;
+    put(regret_, i, IntV{} + std::numeric_limits<Int>::max());
+    put_columns(i, IntV{} - 1, IntV{} - 1);
   }
 
   const Float* cost_;
   int64_t stride_;
-  Bits row_mask_, column_mask_;
+  Int row_mask_, column_mask_;
   Float* offset_;    // [stride]: added to the costs of a column; `closed` once it has no demand left
-  Float* regret_;    // [padded rows]: lowest minus second-lowest cost, the row's number in its last bits
+  Int* regret_;      // [padded rows]: lowest minus second-lowest cost, the row's number in its last bits
   int32_t* best_;    // [padded rows]: the columns of these two costs, -1 once the row has no supply left
   int32_t* second_;  // [padded rows]
 };
