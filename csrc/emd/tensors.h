@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <limits>
 #include <tuple>
 #include <type_traits>
@@ -23,24 +24,26 @@ using torch::stable::Tensor;
 
 // fewshot_ext/ops raises the errors that name arguments; these keep a direct call from reading foreign memory.
 inline void check(const Tensor& cost, const Tensor& supply, const Tensor& demand) {
-  STD_TORCH_CHECK(cost.dim() == 3 && supply.dim() == 2 && demand.dim() == 2,
-                  "expected cost [B, n, m], supply [B, n], demand [B, m]");
-  STD_TORCH_CHECK(supply.size(0) == cost.size(0) && demand.size(0) == cost.size(0) && supply.size(1) == cost.size(1) &&
-                      demand.size(1) == cost.size(2),
+  const int64_t row = cost.dim() - 2, column = row + 1;
+  STD_TORCH_CHECK((row == 0 || row == 1) && supply.dim() == row + 1 && demand.dim() == row + 1,
+                  "expected cost [B, n, m], supply [B, n], demand [B, m], or all without B");
+  const int64_t n = cost.size(row), m = cost.size(column);
+  STD_TORCH_CHECK((row == 0 || (supply.size(0) == cost.size(0) && demand.size(0) == cost.size(0))) &&
+                      supply.size(row) == n && demand.size(row) == m,
                   "cost, supply and demand do not fit together");
-  STD_TORCH_CHECK(
-      cost.size(1) >= 1 && cost.size(2) >= 1 && cost.size(1) <= std::numeric_limits<int32_t>::max() / cost.size(2),
-      "cost: expected [B, n, m] with n and m at least 1 and n * m below 2^31, got n = ", cost.size(1),
-      ", m = ", cost.size(2));
+  STD_TORCH_CHECK(n >= 1 && m >= 1 && n <= std::numeric_limits<int32_t>::max() / m,
+                  "cost: expected [B, n, m] with n and m at least 1 and n * m below 2^31, got n = ", n, ", m = ", m);
   STD_TORCH_CHECK(cost.device() == supply.device() && cost.device() == demand.device(),
                   "cost, supply and demand are on different devices");
   STD_TORCH_CHECK(cost.scalar_type() == supply.scalar_type() && cost.scalar_type() == demand.scalar_type(),
                   "cost, supply and demand differ in dtype");
 }
 
+// The batch dimension may be missing.
 template <int dimensions>
 void copy_strides(const Tensor& tensor, int64_t (&strides)[dimensions]) {
-  for (int k = 0; k < dimensions; ++k) strides[k] = tensor.stride(k);
+  const int64_t missing = dimensions - tensor.dim();
+  for (int64_t k = missing; k < dimensions; ++k) strides[k] = tensor.stride(k - missing);
 }
 
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -49,9 +52,10 @@ template <class Kernels, class Storage>
 void solve(const Tensor& cost, const Tensor& supply, const Tensor& demand, bool partial, Results& results) {
   using Accumulate = std::conditional_t<std::is_same_v<Storage, double>, double, float>;
   EmdProblem<Storage, Accumulate> problem;
-  problem.batch = cost.size(0);
-  problem.suppliers = cost.size(1);
-  problem.consumers = cost.size(2);
+  const int64_t row = cost.dim() - 2;
+  problem.batch = row == 0 ? 1 : cost.size(0);
+  problem.suppliers = cost.size(row);
+  problem.consumers = cost.size(row + 1);
   problem.partial = partial;
   problem.cost = static_cast<const Storage*>(cost.const_data_ptr());
   problem.supply = static_cast<const Storage*>(supply.const_data_ptr());
@@ -73,15 +77,17 @@ void solve(const Tensor& cost, const Tensor& supply, const Tensor& demand, bool 
 template <class Kernels>
 Results forward(Tensor cost, Tensor supply, Tensor demand, bool partial) {
   check(cost, supply, demand);
-  STD_TORCH_CHECK(!partial || (cost.size(1) >= 2 && cost.size(2) >= 2), "cost: expected a dummy on each side");
-  const int64_t batch = cost.size(0), n = cost.size(1), m = cost.size(2);
+  // A problem that comes without a batch dimension gets results without.
+  const bool one = cost.dim() == 2;
+  const int64_t batch = one ? 1 : cost.size(0), n = cost.size(one ? 0 : 1), m = cost.size(one ? 1 : 2);
+  STD_TORCH_CHECK(!partial || (n >= 2 && m >= 2), "cost: expected a dummy on each side");
   const ScalarType accumulate = cost.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Results results{torch::stable::new_empty(cost, {batch}, accumulate),
-                  torch::stable::new_empty(cost, {batch, n, m}, accumulate),
-                  torch::stable::new_empty(cost, {batch, n}, accumulate),
-                  torch::stable::new_empty(cost, {batch, m}, accumulate),
-                  torch::stable::new_empty(cost, {batch, n + m - 1}, ScalarType::Int),
-                  torch::stable::new_empty(cost, {batch}, ScalarType::Int)};
+  const auto make = [&](std::initializer_list<int64_t> sizes, ScalarType type) {
+    return torch::stable::new_empty(cost, {sizes.begin() + one, sizes.size() - one}, type);
+  };
+  Results results{
+      make({batch}, accumulate),    make({batch, n, m}, accumulate),           make({batch, n}, accumulate),
+      make({batch, m}, accumulate), make({batch, n + m - 1}, ScalarType::Int), make({batch}, ScalarType::Int)};
   if (batch == 0) return results;
   switch (cost.scalar_type()) {
     case ScalarType::Float:

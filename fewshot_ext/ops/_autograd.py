@@ -48,13 +48,13 @@ def leading_dimension(op: Callable) -> Callable:
     return rule
 
 
-def any_batch(op: Callable, dimensions: int) -> Callable:
-    """``op``, whose tensors begin with one batch dimension, for any number of them, none too: as many as the first
-    tensor has before its last ``dimensions``."""
+def any_batch(op: Callable, dimensions: int, takes_one: bool) -> Callable:
+    """``op``, whose tensors begin with one batch dimension, or with none where it ``takes_one``, for any number of
+    them: as many as the first tensor has before its last ``dimensions``."""
 
     def call(*args):
         more = args[0].dim() - dimensions - 1  # batch dimensions than one
-        if more == 0:
+        if more == 0 or (takes_one and more < 0):
             return op(*args)
         batch = args[0].shape[: more + 1]
         if batch:
@@ -84,6 +84,7 @@ def differentiable(
     backward: Callable,
     jvp: Callable | None = None,
     dimensions: int | None = None,
+    takes_one: bool = False,
 ) -> Callable:
     """``op`` with its autograd rule on both roads: as a registered operator for the compiler, and as an
     autograd.Function for eager calls. The function costs a third of the registered rule's overhead, which shows at
@@ -93,8 +94,10 @@ def differentiable(
         jvp: without it forward-mode derivatives raise.
         dimensions: of the first tensor of one problem, for an operator that takes a batch of them; what is returned
             then takes any batch dimensions, and the rules must too. Where None, vmap calls ``op`` once for each index.
+        takes_one: whether the operator takes a problem without a batch dimension as it is, which at few-shot sizes is
+            cheaper than to give it one and to take it from all results.
     """
-    native = op if dimensions is None else any_batch(op, dimensions)
+    native = op if dimensions is None else any_batch(op, dimensions, takes_one)
     tensors = sum(isinstance(argument.type, torch.TensorType) for argument in op._schema.arguments)  # the first ones
 
     def call(*args):

@@ -67,15 +67,15 @@ torch.serialization.add_safe_globals([EMD])  # so that torch.load reads a saved 
 
 @torch.library.register_fake("fewshot_ext::emd")
 def _(cost, supply, demand, partial=False):
-    batch, n, m = cost.shape
+    *batch, n, m = cost.shape
     accumulate = accumulate_dtype(cost.dtype)
     return (
-        cost.new_empty([batch], dtype=accumulate),
-        cost.new_empty([batch, n, m], dtype=accumulate),
-        cost.new_empty([batch, n], dtype=accumulate),
-        cost.new_empty([batch, m], dtype=accumulate),
-        cost.new_empty([batch, n + m - 1], dtype=torch.int32),
-        cost.new_empty([batch], dtype=torch.int32),
+        cost.new_empty(batch, dtype=accumulate),
+        cost.new_empty([*batch, n, m], dtype=accumulate),
+        cost.new_empty([*batch, n], dtype=accumulate),
+        cost.new_empty([*batch, m], dtype=accumulate),
+        cost.new_empty([*batch, n + m - 1], dtype=torch.int32),
+        cost.new_empty(batch, dtype=torch.int32),
     )
 
 
@@ -145,10 +145,11 @@ def _backward(ctx, grad_value, grad_flow, grad_supply_dual, grad_demand_dual, *u
     if grad_value is None:
         gradients = [torch.zeros_like(part) for part in (flow, supply_dual, demand_dual)]
     else:
+        of_row = grad_value.unsqueeze(-1) if grad_value.dim() else grad_value  # a number is as good without
         gradients = [
-            grad_value.unsqueeze(-1).unsqueeze(-1) * flow if needs_cost else None,
-            grad_value.unsqueeze(-1) * supply_dual if needs_supply else None,
-            grad_value.unsqueeze(-1) * demand_dual if needs_demand else None,
+            (of_row.unsqueeze(-1) if grad_value.dim() else of_row) * flow if needs_cost else None,
+            of_row * supply_dual if needs_supply else None,
+            of_row * demand_dual if needs_demand else None,
         ]
     if needs_cost and (grad_supply_dual is not None or grad_demand_dual is not None):
         through_duals = (_or_zeros(grad_supply_dual, supply_dual), _or_zeros(grad_demand_dual, demand_dual))
@@ -156,7 +157,8 @@ def _backward(ctx, grad_value, grad_flow, grad_supply_dual, grad_demand_dual, *u
     if grad_flow is not None and (needs_supply or needs_demand):
         through_flow = _call_flow_backward(grad_flow, basis)
         gradients[1:] = (None if to is None else to + by for to, by in zip(gradients[1:], through_flow, strict=True))
-    return *(None if gradient is None else gradient.to(ctx.dtype) for gradient in gradients), None
+    dtype = ctx.dtype
+    return *(part if part is None or part.dtype == dtype else part.to(dtype) for part in gradients), None
 
 
 def _jvp(ctx, cost, supply, demand, _):
@@ -179,7 +181,7 @@ def _tree_flow_backward(ctx, grad_flow):
     return *_call_flow_backward(grad_flow, *ctx.saved_tensors), None
 
 
-_call_emd = differentiable(_emd_op, _save_for_backward, _backward, _jvp, dimensions=2)
+_call_emd = differentiable(_emd_op, _save_for_backward, _backward, _jvp, dimensions=2, takes_one=True)
 # Both are linear and each other's adjoints.
 _call_flow_backward = differentiable(
     _flow_backward_op,
@@ -406,8 +408,8 @@ def emd(
             all results of such a problem are NaN unless this is set. Compiled code and vmap ignore it.
 
     The batch dimensions ``...`` are any and broadcast against each other. On the CPU each thread keeps a copy of one
-    problem's costs, and beside it what grows with n + m, and (n + m)^2 bits where those are at most 32 MiB. Ctrl-C ends
-    a solve of any size within a second. A GPU takes up to 64 MiB beside the results, and no Ctrl-C.
+    problem's costs, and beside it what grows with n + m, and 2 (n + m)^2 bits where those are at most 64 MiB.
+    Ctrl-C ends a solve of any size within a second. A GPU takes up to 64 MiB beside the results, and no Ctrl-C.
 
     Returns:
         A named tuple of ``value`` ``[...]``, in units of cost times mass, ``flow`` ``[..., n, m]``, in units of mass,

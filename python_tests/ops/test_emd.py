@@ -313,6 +313,8 @@ def test_kernel_refuses_values_that_compiled_code_did_not_check(bad):
     "change",
     (
         lambda c, a, b: (c[0], a, b),
+        lambda c, a, b: (c[0], a[0], b[0, :4]),
+        lambda c, a, b: (c[0, 0], a[0], b[0]),
         lambda c, a, b: (c, a[:1], b),
         lambda c, a, b: (c, a, b[:, :4]),
         lambda c, a, b: (c.mT, a, b),
@@ -324,6 +326,13 @@ def test_kernel_refuses_values_that_compiled_code_did_not_check(bad):
 def test_kernel_refuses_what_would_read_foreign_memory(change):
     with pytest.raises(RuntimeError):
         torch.ops.fewshot_ext.emd(*change(*planted(6, 4, 5).tensors.values()))
+
+
+def test_a_problem_without_a_batch_dimension_has_the_results_of_one_with():
+    problems = planted(1, 4, 5).tensors.values()
+    alone = torch.ops.fewshot_ext.emd(*(tensor[0] for tensor in problems))
+    for result, expected in zip(alone, torch.ops.fewshot_ext.emd(*problems), strict=True):
+        assert torch.equal(result, expected[0])
 
 
 def test_public_names():
