@@ -152,9 +152,16 @@ def test_every_kernel_has_run():
 
 
 @pytest.mark.slow
-def test_sanitizers_find_nothing():
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        "test_simt and (chunks and bfloat16 or sizes or poison or scale_gradients)",
+        "test_emd_simt and (not_left_to_the_exact_kernel or ends_of_the_range or poisoned_alone or reads_nothing)",
+    ],
+    ids=["margin_softmax", "emd"],
+)
+def test_sanitizers_find_nothing(chosen):
     """Global memory and arithmetic, which the emulator does not follow, on problems for every branch of the kernels."""
-    chosen = "test_simt and (chunks and bfloat16 or sizes or poison or scale_gradients)"
     command = [sys.executable, "-m", "pytest", str(Path(__file__).parent), "-k", chosen, "-p", "no:cacheprovider", "-q"]
     done = subprocess.run(command, cwd=CHECKOUT, env=build.sanitizer_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
