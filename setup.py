@@ -71,7 +71,7 @@ def choose_cuda():
     """(toolkit, None) if the CUDA library is to be built, else (None, why not)."""
     wanted = os.environ.get("FEWSHOT_EXT_CUDA", "")
     if wanted not in ("", "0", "1"):
-        raise SystemExit(f"{PACKAGE}: FEWSHOT_EXT_CUDA must be 0 or 1, got {wanted!r}")
+        raise SystemExit(f"{PACKAGE}: FEWSHOT_EXT_CUDA: expected 0 or 1, got {wanted!r}")
     if wanted == "0":
         return None, "turned off by FEWSHOT_EXT_CUDA=0 at build time; build again without it"
     toolkit = find_cuda_toolkit()

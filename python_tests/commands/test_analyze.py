@@ -18,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 TRAINING = ["--data", "digits", "--epochs", "1", "--seeds", "0"]
 TRAINING += ["--set", "backbone.pooled_blocks=3", "backbone.width=8", "batch_size=128"]
+NOT_AUGMENTED = [f"augmentation.{name}=0" for name in ("rotation", "translation", "zoom")]  # more of --set
 EPISODES = ["--episodes", "4", "--queries", "3", "--finetuning.steps", "2"]
 
 
@@ -133,7 +134,7 @@ def test_every_subcommand_has_its_test():
         (["variance", "--sweep", "nowhere"], "there is no sweep in 'nowhere'"),
         (["regularizers", *TRAINING, "--output", "out", "--margin", "0"], "margin: expected another value than 0"),
         (["regularizers", *TRAINING, "--output", "out", "--drop_rate", "0.1"], "drop_rate: expected 0 for conv4"),
-        (["regularizers", *TRAINING, "--output", "out"], "has the settings of 'margin -0.1'"),
+        (["regularizers", *TRAINING, *NOT_AUGMENTED, "--output", "out"], "has the settings of 'margin -0.1'"),
         (
             ["label_smoothing", *TRAINING, "--output", "out", "--label_smoothing", "2"],
             "label_smoothing: expected a number in",
@@ -201,6 +202,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     command += ["--episodes", "300"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stderr.readline() == "0 of 3 runs are there already\n"
     assert process.stderr.readline().startswith("1/3 cosine, margin +0, seed 0")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)

@@ -198,6 +198,9 @@ def emd(
 
     Not ``exact``: without the kernel for what the first one has not proved, which leaves negative pivots.
     """
+    if cost.dim() == 2:
+        results = emd(cost[None], supply[None], demand[None], partial, exact=exact)
+        return tuple(result[0] for result in results)
     batch, suppliers, consumers = cost.shape
     accumulate = torch.float64 if cost.dtype == torch.float64 else torch.float32
     results = {
