@@ -208,7 +208,13 @@ def command() -> str:
     script = Path(sys.argv[0])
     with contextlib.suppress(ValueError):
         script = script.resolve().relative_to(Path(__file__).parent.parent)
-    return " ".join(["python", str(script), *(argument for argument in sys.argv[1:] if argument != "--save")])
+    before = ["", *sys.argv[1:]]
+    arguments = [
+        argument
+        for previous, argument in zip(before, sys.argv[1:], strict=False)
+        if argument != "--save" and (previous != "--save" or argument.startswith("--"))
+    ]
+    return " ".join(["python", str(script), *arguments])
 
 
 def significant(value: float, digits: int = 3) -> str:

@@ -28,6 +28,7 @@ def test_files_are_written_with_save_alone(arguments, written, results, capsys):
         assert path.with_suffix(".md").read_text() == "| time |"
 
 
-def test_the_caption_is_the_command_without_save(monkeypatch):
-    monkeypatch.setattr(harness.sys, "argv", ["bench.py", "--seconds", "8", "--save"])
+@pytest.mark.parametrize("save", [["--save"], ["--save", "mine.csv"]])
+def test_the_caption_is_the_command_without_save(save, monkeypatch):
+    monkeypatch.setattr(harness.sys, "argv", ["bench.py", *save, "--seconds", "8"])
     assert harness.command().endswith("bench.py --seconds 8")
