@@ -1,6 +1,7 @@
 """Benchmarks write only what they are asked to save."""
 
 import csv
+import time
 
 import harness
 import pytest
@@ -32,3 +33,12 @@ def test_files_are_written_with_save_alone(arguments, written, results, capsys):
 def test_the_caption_is_the_command_without_save(save, monkeypatch):
     monkeypatch.setattr(harness.sys, "argv", ["bench.py", *save, "--seconds", "8"])
     assert harness.command().endswith("bench.py --seconds 8")
+
+
+def test_a_quick_call_is_repeated_and_a_slow_one_is_not():
+    calls = []
+    each = harness.wall_clock(lambda: calls.append(time.sleep(0.002)), at_least=0.02)
+    assert 2 <= each <= 20 / len(calls) * 2 and 1 < len(calls) <= 11
+    calls.clear()
+    assert harness.wall_clock(lambda: calls.append(time.sleep(0.002)), at_least=0) >= 2
+    assert len(calls) == 1
