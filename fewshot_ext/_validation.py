@@ -53,11 +53,25 @@ def check_floating(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: expected dtype {_FLOATING_NAMES}, got {value.dtype}")
 
 
+def check_integers(name: str, value: object, shape: str, dimensions: int) -> None:
+    """A dense int64 tensor of so many dimensions."""
+    check_tensor(name, value, shape, dimensions)
+    if value.dtype != torch.int64:
+        raise TypeError(f"{name}: expected dtype torch.int64, got {value.dtype}")
+
+
+def check_like(first_name: str, first: Tensor, name: str, value: Tensor, *, any_dtype: bool = False) -> None:
+    """The dtype, unless it may be any, and the device of ``first``."""
+    if value.dtype != first.dtype and not any_dtype:
+        raise TypeError(f"{name}: expected dtype {first.dtype} as {first_name} has, got {value.dtype}")
+    if value.device != first.device:
+        raise ValueError(f"{name}: expected device {first.device} as {first_name} is on, got {value.device}")
+
+
 def check_device(first_name: str, first: Tensor, **others: Tensor) -> None:
     """All on the device of ``first``, and one that has kernels."""
     for name, value in others.items():
-        if value.device != first.device:
-            raise ValueError(f"{name}: expected device {first.device} as {first_name} is on, got {value.device}")
+        check_like(first_name, first, name, value, any_dtype=True)
     if first.is_cpu or first.is_meta:
         return
     if not first.is_cuda:

@@ -79,9 +79,9 @@ class DeepEMDHead(MapHead):
     The scores are the logits of the paper; gradients reach the features as in ``fewshot_ext.models.DeepEMD``.
 
     Args:
-        temperature: of the logits.
+        temperature: temperature of the logits.
         weighting: "cross_reference" or "uniform"; see ``fewshot_ext.models.emd_logits``.
-        classifier: of the structured fully connected layer; see ``fewshot_ext.models.StructuredClassifierConfig``.
+        classifier: settings of the structured layer; see ``fewshot_ext.models.StructuredClassifierConfig``.
 
     Reference:
         Zhang et al., DeepEMD, CVPR 2020.

@@ -17,6 +17,7 @@ from fewshot_ext._validation import (
     check_choice,
     check_count,
     check_fraction,
+    check_like,
     check_number,
     check_positive,
     check_similarity,
@@ -106,14 +107,14 @@ class FineTuningConfig:
     """Fine-tuning of the episode's classifier, by default the official protocol; see ``finetune_episodes``.
 
     Args:
-        scale: multiplies the similarities before the softmax.
-        margin: subtracted from the similarity with the true class (the paper's Fig. 9 varies it).
-        steps: passes over the support set.
-        batch_size: support images a minibatch.
+        scale: factor that the similarities are multiplied by before the softmax.
+        margin: number subtracted from the similarity with the true class (the paper's Fig. 9 varies it).
+        steps: number of passes over the support set.
+        batch_size: number of support images in a step.
         lr: learning rate of SGD.
-        momentum: of SGD.
-        dampening: of SGD.
-        weight_decay: of SGD.
+        momentum: momentum of SGD.
+        dampening: dampening of SGD.
+        weight_decay: weight decay of SGD.
 
     Raises:
         ValueError: a value out of range; the message names it.
@@ -349,10 +350,7 @@ def _check_episodes(support: Tensor, support_target: Tensor, query: Tensor, way:
     check_support_target(support_target, support, way)
     if query.dim() != 3 or query.shape[0] != episodes or query.shape[2] != dimension:
         raise ValueError(f"query: expected shape [{episodes}, Q, {dimension}], got {list(query.shape)}")
-    if query.dtype != support.dtype:
-        raise TypeError(f"query: expected the dtype of support, {support.dtype}, got {query.dtype}")
-    if query.device != support.device:
-        raise ValueError(f"query: expected the device of support, {support.device}, got {query.device}")
+    check_like("support", support, "query", query)
 
 
 def _similarities(query: Tensor, points: Tensor, metric: Literal["cosine", "euclidean"]) -> Tensor:

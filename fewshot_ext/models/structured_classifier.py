@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewshot_ext._episodes import check_support_target, class_means
 from fewshot_ext._precision import full_precision
-from fewshot_ext._validation import check_choice, check_count, check_fraction, check_positive
+from fewshot_ext._validation import check_choice, check_count, check_fraction, check_integers, check_positive
 from fewshot_ext.models.matching import (
     SMALLEST_LENGTH,
     TEMPERATURE,
@@ -125,9 +125,7 @@ def fit_prototypes(
     episodes, shots, nodes, channels = support.shape
     if order is None:
         order = torch.rand(episodes, config.passes, shots, generator=generator).argsort(-1)
-    if not isinstance(order, Tensor) or order.dtype != torch.int64:
-        came = order.dtype if isinstance(order, Tensor) else type(order).__name__
-        raise TypeError(f"order: expected an int64 tensor, got {came}")
+    check_integers("order", order, "[E, passes, S]", 3)
     if order.shape != (episodes, config.passes, shots):
         raise ValueError(f"order: expected shape {[episodes, config.passes, shots]}, got {list(order.shape)}")
     if (order.sort(-1).values != torch.arange(shots, device=order.device)).any():
