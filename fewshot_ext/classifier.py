@@ -442,9 +442,14 @@ def _labeled(images: Any, labels: Iterable[Hashable] | None) -> tuple[Any, list[
             hash(label)
         except TypeError:
             raise TypeError(f"labels: expected hashable values, got {label!r}") from None
-        if label != label:  # each NaN would be a class of its own
+        if _is_nan(label):  # each would be a class of its own
             raise ValueError("labels: expected values that equal themselves, got NaN")
     return images, labels
+
+
+def _is_nan(label: Hashable) -> bool:
+    # Tuples take an object for equal to itself without asking it.
+    return any(map(_is_nan, label)) if isinstance(label, tuple) else label != label
 
 
 def _check_count(images: int, labels: Sequence[Hashable]) -> None:

@@ -430,7 +430,8 @@ def test_nothing_learned_yet():
 
 def test_11_labels_that_are_not_a_number_are_no_classes():
     images = torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8)
-    for labels in ([0.0, float("nan"), 0.0, float("nan")], np.array([1, np.nan, 1, 2])):
+    nan = float("nan")
+    for labels in ([0.0, nan, 0.0, nan], np.array([1, np.nan, 1, 2]), [(1, nan), (1, nan), (1, 2), (1, 2)]):
         with pytest.raises(ValueError, match="labels: expected values that equal themselves, got NaN"):
             FewShotClassifier(nn.Flatten(), head="protonet").fit(images, labels)
 

@@ -252,8 +252,9 @@ def _searched(embeddings: Tensor, gallery: Tensor | None, query_index: Tensor | 
     if gallery.device != embeddings.device:
         raise ValueError(f"gallery: expected device {embeddings.device} as embeddings is on, got {gallery.device}")
     if query_index is None:
-        # Sets that have collapsed to one point may well be equal and yet two.
-        if torch.equal(embeddings, gallery) and (gallery != gallery[0]).any():
+        # Two sets that have collapsed to one point may well be equal.
+        same = embeddings.shape == gallery.shape and embeddings.data_ptr() == gallery.data_ptr()
+        if torch.equal(embeddings, gallery) and (same or (gallery != gallery[0]).any()):
             raise ValueError(
                 "gallery: expected others than the queries, got the same, of which each would find itself; leave "
                 "gallery out, or name the row of each query by query_index"
