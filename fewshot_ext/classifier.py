@@ -97,10 +97,9 @@ class FewShotClassifier:
         base_mean: Tensor | None = None,
         local_features: LocalFeaturesConfig = _LOCAL_FEATURES,
     ) -> None:
-        check_count("batch_size", batch_size, 1)
-        check_count("seed", seed, 0)
+        batch_size, seed = check_count("batch_size", batch_size, 1), check_count("seed", seed, 0)
         if image_size is not None:
-            check_count("image_size", image_size, 1)
+            image_size = check_count("image_size", image_size, 1)
         if not isinstance(head, str | Head):
             raise TypeError(f"head: expected a name or a Head, got {type(head).__name__}")
         settings = HeadSettings(local_features=local_features)

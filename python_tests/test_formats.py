@@ -241,6 +241,21 @@ class TestItem25:
                 assert source == "module" and "images: expected the size of those learned" in str(error)
         assert refused > 40
 
+    @pytest.mark.parametrize(("head", "path"), [("finetune", ("steps",)), ("deepemd_mean", ("classifier", "passes"))])
+    def test_classifiers_that_ask_for_endless_fitting(self, head, path, checkpoints, tmp_path):
+        images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+        FewShotClassifier(checkpoints[0], head).fit(images, ["a", "b"]).save(tmp_path / "a.pt")
+        content = torch.load(tmp_path / "a.pt", weights_only=True)
+        part = content["head"]
+        for name in path[:-1]:
+            part = part["settings"][name]
+        part["settings"][path[-1]] = 2**40
+        torch.save(content, tmp_path / "a.pt")
+        with pytest.raises(
+            ValueError, match=rf"a\.pt does not hold .* {path[-1]}: expected at most 1,000,000 in a file"
+        ):
+            FewShotClassifier.load(tmp_path / "a.pt")
+
     def test_saved_files_never_cause_a_download(self, checkpoints, tmp_path, monkeypatch):
         timm = types.ModuleType("timm")
         timm.is_model, timm.create_model = lambda name: True, lambda *_, **__: pytest.fail("a model is made")
@@ -302,6 +317,7 @@ def test_typed_settings():
         ({"name": []}, "name of Settings: expected .*, got list"),
         ({"rate": "1"}, "rate of Settings: expected float, got '1'"),
         ({"rate": True}, "rate of Settings: expected float, got bool"),
+        ({"rate": 2**70}, "rate of Settings: expected numbers of 64 bits, got a longer one"),
         ({"sizes": (1, 2.5)}, "sizes of Settings: expected .*, got tuple"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fewshot_ext import _extras
-from fewshot_ext._validation import check_at_least, check_count, check_fraction, check_number, check_positive
+from fewshot_ext._validation import (
+    check_at_least,
+    check_count,
+    check_fraction,
+    check_number,
+    check_positive,
+    plain_numbers,
+)
 
 _TRIES = 10
 
@@ -40,6 +47,7 @@ class AugmentationConfig:
     horizontal_flip: bool = False
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_at_least("rotation", self.rotation, 0)
         for name in ("crop_scale", "translation", "zoom", "color_jitter"):
             check_fraction(name, getattr(self, name))

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 from fewshot_ext._random import derive_generator, derive_seed
-from fewshot_ext._validation import check_count
+from fewshot_ext._validation import check_count, plain_numbers
 from fewshot_ext.data import Episodes, ImageArchive, sample_episodes
 from fewshot_ext.evaluation import (
     FrozenBackbone,
@@ -102,6 +102,7 @@ class FewShotAccuracy:
     name: ClassVar[str] = "accuracy"
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if self.base_queries is not None:
             check_count("base_queries", self.base_queries, 1)
         if not self.classes or len(set(self.classes)) < len(self.classes) or not set(self.classes) <= set(CLASSES):

@@ -20,6 +20,7 @@ from fewshot_ext._validation import (
     check_number,
     check_positive,
     check_similarity,
+    plain_numbers,
 )
 from fewshot_ext.ops import finetune_episodes
 
@@ -129,6 +130,7 @@ class FineTuningConfig:
     weight_decay: float = 1e-3
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_positive("scale", self.scale)
         check_number("margin", self.margin)
         check_count("steps", self.steps, 1)
@@ -203,6 +205,7 @@ class ProtoNet(Head):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_choice("metric", self.metric, "euclidean", "cosine")
         check_positive("scale", self.scale)
 
@@ -233,6 +236,7 @@ class MatchingNet(Head):
     attention_scale: float = 1.0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_positive("attention_scale", self.attention_scale)
 
     def _scores(self, support, target, query, way, generator):
@@ -262,6 +266,7 @@ class NearestNeighbor(Head):
     scale: float = 10.0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_choice("metric", self.metric, "cosine", "euclidean")
         check_positive("scale", self.scale)
 
@@ -295,6 +300,7 @@ class SimpleShot(Head):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_choice("transform", self.transform, "cl2n", "l2n", "un")
         check_positive("scale", self.scale)
 

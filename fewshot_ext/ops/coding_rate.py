@@ -19,7 +19,6 @@ from fewshot_ext._validation import (
 )
 from fewshot_ext.ops._autograd import differentiable
 
-
 # Of alpha times the sum of squares. Gradients are off by 2e-16 of that where the set is of low rank: 2e-4 here.
 _MOST_SQUARES = 1e12
 

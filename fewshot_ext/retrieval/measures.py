@@ -110,7 +110,7 @@ def retrieval_metrics(
     gallery, own = _searched(embeddings, gallery, query_index)
     gallery_labels = labels if gallery_labels is None else gallery_labels
     neighbors = len(gallery) - (own is not None)
-    _check_ks(ks, neighbors)
+    ks = _check_ks(ks, neighbors)
     check_choice("distance", distance, *DISTANCES)
     check_choice("lone_queries", lone_queries, *LONE_QUERIES)
     if chunk_size is None:
@@ -299,17 +299,18 @@ def check_retrieval(
     _counted_queries(count_relevant(labels, gallery_labels) - int(with_itself), labels, lone_queries)
 
 
-def _check_ks(ks: Sequence[int], neighbors: int, name: str = "ks") -> None:
+def _check_ks(ks: Sequence[int], neighbors: int, name: str = "ks") -> list[int]:
     if not isinstance(ks, Sequence):
         raise TypeError(f"{name}: expected a sequence of integers, got {type(ks).__name__}")
     if neighbors < 1:
         raise ValueError(f"{name}: expected samples beside the query to search, got the query alone")
     if len(ks) == 0 or len(set(ks)) < len(ks):
         raise ValueError(f"{name}: expected at least one K, and none twice, got {list(ks)}")
+    ks = [check_integer(name, k) for k in ks]
     for k in ks:
-        check_integer(name, k)
         if not 1 <= k <= neighbors:
             raise ValueError(f"{name}: expected K in [1, {neighbors}], the neighbors that each query has, got {k}")
+    return ks
 
 
 def count_relevant(labels: Tensor, gallery_labels: Tensor) -> Tensor:
