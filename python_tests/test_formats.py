@@ -129,6 +129,15 @@ class TestItem24:
         assert "aliases such as *name are not taken in YAML: write the value out" in error
         assert len(error.splitlines()) == 1
 
+    def test_yaml_aliases_in_a_text_where_a_number_belongs(self, tmp_path, capsys):
+        """Such a text is read as YAML once more."""
+        anchors = ["a0: &a0 [x,x,x,x,x,x,x,x,x]", *(f"a{n}: &a{n} [{f'*a{n - 1},' * 9}]" for n in range(1, 4))]
+        (tmp_path / "bomb.yaml").write_text(json.dumps({"seed": f"{{{', '.join(anchors)}}}"}))
+        assert main(["pretrain", "--config", str(tmp_path / "bomb.yaml")]) == 2
+        error = capsys.readouterr().err
+        assert "Parser key \"seed\": Expected a <class 'int'>" in error
+        assert len(error) < 1000, "the aliases were followed"
+
     def test_yaml_that_is_too_deep(self, tmp_path, capsys):
         (tmp_path / "deep.yaml").write_text("cosine_margins: " + "[" * 100_000)
         assert main(["demo", "--config", str(tmp_path / "deep.yaml")]) == 2
