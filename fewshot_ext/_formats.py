@@ -1,5 +1,6 @@
 """Files that others have written: reading without running code, and checks against a schema."""
 
+import errno
 import json
 import types
 import warnings
@@ -177,6 +178,8 @@ def read_weights(path: Path) -> Any:
         OSError: the file cannot be opened.
         ValueError: it is another file, is damaged, or holds anything else.
     """
+    if path.is_fifo():  # to open one would wait for a writer for ever
+        raise OSError(errno.ESPIPE, "it is a pipe, not a file", str(path))
     with open(path, "rb") as file, warnings.catch_warnings():
         # Torch asks to report each kind of pickle to its authors.
         warnings.filterwarnings("ignore", "Detected pickle protocol")
