@@ -61,6 +61,7 @@ class Measurement(Protocol):
 
     Attributes:
         name: part of the name of the file that keeps what was found.
+        row_schema: where there is one, what each row in that file must be, as ``check_schema`` takes it.
     """
 
     name: str
@@ -100,6 +101,12 @@ class FewShotAccuracy:
     classes: tuple[str, ...] = CLASSES
 
     name: ClassVar[str] = "accuracy"
+    row_schema: ClassVar[dict[str, Any]] = {
+        "classes": str,
+        **dict.fromkeys(("way", "shot", "queries"), int),
+        **dict.fromkeys(("accuracy", "interval"), float),
+        "correct": [int],
+    }
 
     def __post_init__(self) -> None:
         plain_numbers(self)
