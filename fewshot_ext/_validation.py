@@ -2,8 +2,10 @@
 
 import math
 import warnings
+from dataclasses import fields
 from numbers import Integral, Real
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,9 +122,11 @@ def check_fraction(name: str, value: object) -> float:
 
 
 def check_integer(name: str, value: object) -> int:
-    """An integer, numpy's too, and no bool."""
+    """An integer of at most 64 bits, numpy's too, and no bool."""
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt))):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: expected an integer of 64 bits, got {value}")
     return int(value)
 
 
@@ -131,6 +135,18 @@ def check_count(name: str, value: object, least: int) -> int:
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
     return value
+
+
+def plain_numbers(settings: object) -> None:
+    """Makes numpy's numbers among the fields of a frozen dataclass those of Python: files hold no others."""
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        plain = tuple(map(_plain, value)) if type(value) is tuple else _plain(value)
+        object.__setattr__(settings, field.name, plain)
+
+
+def _plain(value: object) -> object:
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def check_choice(name: str, value: object, *choices: str) -> None:

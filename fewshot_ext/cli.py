@@ -137,15 +137,19 @@ def _refuse_yaml_aliases() -> None:
     """Some hundred bytes of YAML may stand for more values than there is memory for, by aliases of aliases."""
     import yaml
     from jsonargparse import get_loader, set_loader
+    from jsonargparse._loaders_dumpers import get_yaml_default_loader
 
-    load, events = get_loader("yaml"), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    # Not a loader of our own: what set_loader sets does not see texts in numbers' places, which are YAML once more.
+    loader, events = get_yaml_default_loader(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    begin = loader.__init__
 
-    def load_without_aliases(text: str):
+    def begin_without_aliases(self, text: str) -> None:
         if "*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, events)):
             raise yaml.YAMLError("aliases such as *name are not taken in YAML: write the value out")
-        return load(text)
+        begin(self, text)
 
-    set_loader("yaml", load_without_aliases, (yaml.YAMLError, RecursionError))
+    loader.__init__ = begin_without_aliases
+    set_loader("yaml", get_loader("yaml"), (yaml.YAMLError, RecursionError, ValueError))
 
 
 @cache

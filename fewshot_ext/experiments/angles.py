@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from fewshot_ext._validation import check_count
+from fewshot_ext._validation import check_count, plain_numbers
 from fewshot_ext.data.fonts import figure_text
 from fewshot_ext.experiments.accuracies import Row, select, values
 from fewshot_ext.experiments.figures import COLUMN, STYLES, figure
@@ -45,6 +45,7 @@ class AngleMeasurement:
     name: ClassVar[str] = "angles"
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_count("bins", self.bins, 1)
 
     def settings(self) -> dict[str, Any]:

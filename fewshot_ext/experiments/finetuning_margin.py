@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fewshot_ext._validation import check_number
+from fewshot_ext._validation import check_number, plain_numbers
 from fewshot_ext.experiments.accuracies import Row, mean_accuracy, select, values
 from fewshot_ext.experiments.figures import CLASS_TITLES, draw_curves, figure
 from fewshot_ext.experiments.measurements import FewShotAccuracy, TrainedRun
@@ -37,6 +37,7 @@ class FineTuningMargins:
     name: ClassVar[str] = "finetuning_margin"
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if not self.margins or len(set(self.margins)) < len(self.margins):
             raise ValueError(f"margins: expected at least one margin, and none twice, got {list(self.margins)}")
         for margin in self.margins:

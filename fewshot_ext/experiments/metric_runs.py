@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fewshot_ext._validation import check_choice, check_count, check_positive
+from fewshot_ext._validation import check_choice, check_count, check_positive, plain_numbers
 from fewshot_ext.data import ImageArchive, Split
 from fewshot_ext.experiments.runs import folder_name
 from fewshot_ext.experiments.sweep_task import SweepTask, load_once
@@ -69,6 +69,7 @@ class MetricRun:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_count("seed", self.seed, 0)
 
     @property

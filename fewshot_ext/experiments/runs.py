@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fewshot_ext._random import derive_generator
-from fewshot_ext._validation import check_count
+from fewshot_ext._validation import check_count, plain_numbers
 from fewshot_ext.data import ImageArchive, Split
 from fewshot_ext.training import PreTrainingConfig
 
@@ -44,6 +44,7 @@ class SweepRun:
     variant: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_count("seed", self.seed, 0)
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out: expected a number in (0, 1), got {self.held_out}")

@@ -11,7 +11,7 @@ from torch import Tensor
 from fewshot_ext import _extras
 from fewshot_ext._precision import normalize
 from fewshot_ext._random import derive_generator, derive_seed
-from fewshot_ext._validation import check_count, check_positive
+from fewshot_ext._validation import check_count, check_positive, plain_numbers
 from fewshot_ext.data import ImageArchive
 from fewshot_ext.evaluation import ProtocolConfig
 from fewshot_ext.experiments.accuracies import Row, select, values
@@ -58,6 +58,7 @@ class Embedding:
     name: ClassVar[str] = "tsne"
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_count("num_classes", self.num_classes, 2)
         if self.num_classes > len(STYLES):
             raise ValueError(f"num_classes: expected at most {len(STYLES)} to be told apart, got {self.num_classes}")

@@ -21,6 +21,7 @@ from fewshot_ext._validation import (
     check_number,
     check_positive,
     check_similarity,
+    plain_numbers,
 )
 from fewshot_ext.ops import finetune_episodes
 
@@ -130,6 +131,7 @@ class FineTuningConfig:
     weight_decay: float = 1e-3
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_positive("scale", self.scale)
         check_number("margin", self.margin)
         check_count("steps", self.steps, 1)
@@ -204,6 +206,7 @@ class ProtoNet(Head):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_choice("metric", self.metric, "euclidean", "cosine")
         check_positive("scale", self.scale)
 
@@ -234,6 +237,7 @@ class MatchingNet(Head):
     attention_scale: float = 1.0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_positive("attention_scale", self.attention_scale)
 
     def _scores(self, support, target, query, way, generator):
@@ -263,6 +267,7 @@ class NearestNeighbor(Head):
     scale: float = 10.0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_choice("metric", self.metric, "cosine", "euclidean")
         check_positive("scale", self.scale)
 
@@ -296,6 +301,7 @@ class SimpleShot(Head):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_choice("transform", self.transform, "cl2n", "l2n", "un")
         check_positive("scale", self.scale)
 

@@ -8,7 +8,14 @@ from torch import Tensor, nn
 
 from fewshot_ext._episodes import check_support_target, class_means
 from fewshot_ext._precision import full_precision
-from fewshot_ext._validation import check_at_least, check_choice, check_count, check_like, check_positive
+from fewshot_ext._validation import (
+    check_at_least,
+    check_choice,
+    check_count,
+    check_like,
+    check_positive,
+    plain_numbers,
+)
 from fewshot_ext.models.backbone import Backbone
 from fewshot_ext.models.local_features import FCN, Grid, LocalFeatures, Sampling
 from fewshot_ext.models.matching import TEMPERATURE, Weighting, emd_logits
@@ -43,6 +50,7 @@ class LocalFeaturesConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_choice("name", self.name, "fcn", "grid", "sampling")
         for side in self.pyramid:
             check_count("pyramid", side, 1)

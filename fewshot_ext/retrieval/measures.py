@@ -118,7 +118,7 @@ def retrieval_metrics(
     gallery, own = _searched(embeddings, gallery, query_index)
     gallery_labels = labels if gallery_labels is None else gallery_labels
     neighbors = len(gallery) - (own is not None)
-    _check_ks(ks, neighbors)
+    ks = _check_ks(ks, neighbors)
     check_choice("distance", distance, *DISTANCES)
     check_choice("lone_queries", lone_queries, *LONE_QUERIES)
     if chunk_size is None:
@@ -254,8 +254,9 @@ def _searched(embeddings: Tensor, gallery: Tensor | None, query_index: Tensor | 
         )
     check_like("embeddings", embeddings, "gallery", gallery)
     if query_index is None:
-        # Sets that have collapsed to one point may well be equal and yet two.
-        if torch.equal(embeddings, gallery) and (gallery != gallery[0]).any():
+        # Two sets that have collapsed to one point may well be equal.
+        same = embeddings.shape == gallery.shape and embeddings.data_ptr() == gallery.data_ptr()
+        if torch.equal(embeddings, gallery) and (same or (gallery != gallery[0]).any()):
             raise ValueError(
                 "gallery: expected others than the queries, got the same, of which each would find itself; leave "
                 "gallery out, or name the row of each query by query_index"
@@ -295,17 +296,18 @@ def check_retrieval(
     _counted_queries(count_relevant(labels, gallery_labels) - int(with_itself), labels, lone_queries)
 
 
-def _check_ks(ks: Sequence[int], neighbors: int, name: str = "ks") -> None:
+def _check_ks(ks: Sequence[int], neighbors: int, name: str = "ks") -> list[int]:
     if not isinstance(ks, Sequence):
         raise TypeError(f"{name}: expected a sequence of integers, got {type(ks).__name__}")
     if neighbors < 1:
         raise ValueError(f"{name}: expected samples beside the query to search, got the query alone")
     if len(ks) == 0 or len(set(ks)) < len(ks):
         raise ValueError(f"{name}: expected at least one K, and none twice, got {list(ks)}")
+    ks = [check_integer(name, k) for k in ks]
     for k in ks:
-        check_integer(name, k)
         if not 1 <= k <= neighbors:
             raise ValueError(f"{name}: expected K in [1, {neighbors}], the neighbors that each query has, got {k}")
+    return ks
 
 
 def count_relevant(labels: Tensor, gallery_labels: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def rerank(
         >>> rerank(gallery[:2], gallery, torch.tensor([[3, 2, 0], [1, 4, 5]]))[:, 0]
         tensor([0, 1])
     """
-    check_positive("bytes_at_once", bytes_at_once)
+    bytes_at_once = check_count("bytes_at_once", bytes_at_once, 1)
     check_floating(query_maps=query_maps, gallery_maps=gallery_maps)
     for name, maps in (("query_maps", query_maps), ("gallery_maps", gallery_maps)):
         if maps.dim() != 3 or 0 in maps.shape[1:]:
@@ -212,7 +212,7 @@ def retrieve_and_rerank(
     check_retrieval(labels, gallery_labels, ks=ks, lone_queries=lone_queries)
     check_choice("distance", distance, "cosine", "euclidean")
     check_choice("weighting", weighting, "cross_reference", "uniform")
-    check_count("batch_size", batch_size, 1)
+    batch_size = check_count("batch_size", batch_size, 1)
     check_positive("map_memory", map_memory)
     if map_dtype not in (torch.float32, torch.float16):
         raise ValueError(f"map_dtype: expected torch.float32 or torch.float16, got {map_dtype}")

@@ -254,7 +254,7 @@ GOOD = torch.zeros(2, 3, 4, 6)
         ({"support": GOOD - float("inf")}, ValueError, "support: expected finite entries, got NaN or infinity"),
         ({"temperature": 0.0}, ValueError, "temperature: expected a number above 0"),
         ({"temperature": "1"}, TypeError, "temperature: expected a number, got str"),
-        ({"bytes_at_once": 0}, ValueError, "bytes_at_once: expected a number above 0"),
+        ({"bytes_at_once": 0}, ValueError, "bytes_at_once: expected at least 1"),
         (
             {"weighting": "attention"},
             ValueError,

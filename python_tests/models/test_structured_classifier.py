@@ -199,7 +199,7 @@ def test_carries_no_gradient():
         ({"order": [0]}, TypeError, "order: expected a tensor .*, got list"),
         ({"order": torch.zeros(3, 100, 7)}, TypeError, "order: expected dtype torch.int64, got torch.float32"),
         ({"temperature": -1.0}, ValueError, "temperature: expected a number above 0"),
-        ({"bytes_at_once": 0}, ValueError, "bytes_at_once: expected a number above 0"),
+        ({"bytes_at_once": 0}, ValueError, "bytes_at_once: expected at least 1"),
         ({"weighting": "norm"}, ValueError, "weighting: expected one of cross_reference, uniform"),
     ],
 )

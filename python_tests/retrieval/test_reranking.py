@@ -97,7 +97,7 @@ def test_nothing_to_order(queries, kept):
             "candidates: expected device",
         ),
         ({"weighting": "norm"}, ValueError, "weighting: expected one of cross_reference, uniform"),
-        ({"bytes_at_once": 0}, ValueError, "bytes_at_once: expected a number above 0"),
+        ({"bytes_at_once": 0}, ValueError, "bytes_at_once: expected at least 1"),
     ],
 )
 def test_bad_input_is_named(changes, error, message):
