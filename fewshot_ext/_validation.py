@@ -130,6 +130,14 @@ def check_integer(name: str, value: object) -> int:
     return int(value)
 
 
+def check_counts(name: str, values: object, least: int) -> None:
+    """A sequence of integers."""
+    if not isinstance(values, (tuple, list)):
+        raise TypeError(f"{name}: expected a tuple of integers, got {type(values).__name__}")
+    for value in values:
+        check_count(name, value, least)
+
+
 def check_count(name: str, value: object, least: int) -> int:
     value = check_integer(name, value)
     if value < least:

@@ -10,10 +10,11 @@ from torch import nn
 
 from fewshot_ext import FewShotClassifier
 from fewshot_ext.evaluation import ProtocolConfig, extract_features
-from fewshot_ext.heads import FineTuning, FineTuningConfig
-from fewshot_ext.models import BackboneConfig
+from fewshot_ext.heads import DeepEMDHead, FineTuning, FineTuningConfig
+from fewshot_ext.models import BackboneConfig, LocalFeaturesConfig
 from fewshot_ext.retrieval import nearest_neighbors, rerank, retrieval_metrics
 from fewshot_ext.training import MetaTrainingConfig, MetricTrainingConfig, PreTrainingConfig
+from fewshot_ext.training.metric_config import MeasurementConfig
 
 
 # 21
@@ -37,6 +38,23 @@ def test_counts_are_integers_of_python_or_numpy(make, name):
             make(value)
     with pytest.raises(ValueError, match=f"{name}: expected an integer of 64 bits, got {2**63}"):
         make(2**63)
+
+
+# 21
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LocalFeaturesConfig(pyramid=3), "pyramid: expected a tuple of integers, got int"),
+        (lambda: LocalFeaturesConfig(grids=3), "grids: expected a tuple of integers, got int"),
+        (lambda: MetricTrainingConfig(milestones=3), "milestones: expected a tuple of integers, got int"),
+        (lambda: MeasurementConfig(ks=3), "ks: expected a tuple of integers, got int"),
+        (lambda: ProtocolConfig(shots=3), "shots: expected a tuple of integers, got int"),
+        (lambda: DeepEMDHead(classifier="x"), "classifier: expected a StructuredClassifierConfig, got str"),
+    ],
+)
+def test_settings_of_another_kind_are_named(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
 
 
 # 21

@@ -8,7 +8,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from fewshot_ext._validation import check_count, plain_numbers
+from fewshot_ext._validation import check_count, check_counts, plain_numbers
 from fewshot_ext.data import Episodes
 from fewshot_ext.heads.vectors import HEADS, Head
 from fewshot_ext.models.matching import check_finite_maps
@@ -44,10 +44,9 @@ class ProtocolConfig:
         check_count("episodes", self.episodes, 1)
         check_count("way", self.way, 2)
         check_count("queries", self.queries, 1)
+        check_counts("shots", self.shots, 1)
         if not self.shots or len(set(self.shots)) < len(self.shots):
             raise ValueError(f"shots: expected at least one number of shots, and none twice, got {list(self.shots)}")
-        for shot in self.shots:
-            check_count("shots", shot, 1)
 
 
 def extract_features(

@@ -102,6 +102,9 @@ class DeepEMDHead(MapHead):
         plain_numbers(self)
         check_positive("temperature", self.temperature)
         check_choice("weighting", self.weighting, "cross_reference", "uniform")
+        if not isinstance(self.classifier, StructuredClassifierConfig):
+            kind = type(self.classifier).__name__
+            raise TypeError(f"classifier: expected a StructuredClassifierConfig, got {kind}")
 
     def condense(self, support, support_target, way, *, generator=None):
         prototypes = class_prototypes(

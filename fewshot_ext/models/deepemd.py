@@ -12,6 +12,7 @@ from fewshot_ext._validation import (
     check_at_least,
     check_choice,
     check_count,
+    check_counts,
     check_like,
     check_positive,
     plain_numbers,
@@ -52,12 +53,10 @@ class LocalFeaturesConfig:
     def __post_init__(self) -> None:
         plain_numbers(self)
         check_choice("name", self.name, "fcn", "grid", "sampling")
-        for side in self.pyramid:
-            check_count("pyramid", side, 1)
+        check_counts("pyramid", self.pyramid, 1)
+        check_counts("grids", self.grids, 1)
         if not self.grids:
             raise ValueError("grids: expected at least one side, got none")
-        for side in self.grids:
-            check_count("grids", side, 1)
         check_at_least("ratio", self.ratio, 1)
         check_count("regions", self.regions, 1)
         check_count("seed", self.seed, 0)

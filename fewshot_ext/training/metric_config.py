@@ -3,7 +3,14 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from fewshot_ext._validation import check_at_least, check_choice, check_count, check_positive, plain_numbers
+from fewshot_ext._validation import (
+    check_at_least,
+    check_choice,
+    check_count,
+    check_counts,
+    check_positive,
+    plain_numbers,
+)
 from fewshot_ext.losses.anti_collapse import CONVENTIONS, VARIANTS
 from fewshot_ext.losses.base_losses import BASE_LOSSES, PROXY_LOSSES
 from fewshot_ext.models import BackboneConfig
@@ -73,10 +80,9 @@ class MeasurementConfig:
         check_count("epochs", self.epochs, 1)
         check_count("seen_images", self.seen_images, 2)
         check_positive("eps", self.eps)
+        check_counts("ks", self.ks, 1)
         if not self.ks or len(set(self.ks)) < len(self.ks):
             raise ValueError(f"ks: expected at least one K, and none twice, got {list(self.ks)}")
-        for k in self.ks:
-            check_count("ks", k, 1)
 
 
 _CLASSES_PER_BATCH = 45  # of the official code
@@ -152,8 +158,7 @@ class MetricTrainingConfig(TrainingConfig):
             )
         check_positive("proxy_learning_rate", self.proxy_learning_rate)
         check_positive("decay_factor", self.decay_factor)
-        for epoch in self.milestones:
-            check_count("milestones", epoch, 1)
+        check_counts("milestones", self.milestones, 1)
         check_count("epochs", self.epochs, 1)
         check_positive("learning_rate", self.learning_rate)
         check_at_least("weight_decay", self.weight_decay, 0)

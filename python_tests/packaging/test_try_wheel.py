@@ -58,6 +58,7 @@ def test_install_that_fails_is_a_row_and_the_exit_status(tmp_path, monkeypatch, 
     assert "ERROR: no such wheel" in page.read_text()
 
 
-def test_last_line_of_a_command_is_what_failed():
+def test_last_line_of_a_command_is_what_failed(monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     with pytest.raises(try_wheel.Failure, match=r"^SystemExit: at last$|^at last$"):
         try_wheel.run(sys.executable, "-c", "print('first'); raise SystemExit('at last')")

@@ -35,6 +35,8 @@ class Failure(Exception):
 def run(*command, **settings):
     """The command's output; raises Failure where it does not end well."""
     print("$", *command, flush=True)
+    # Otherwise what Python has said would come after its last words on standard error.
+    settings.setdefault("env", os.environ | {"PYTHONUNBUFFERED": "1"})
     try:
         done = subprocess.run(
             command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TIME_LIMIT, **settings
