@@ -6,14 +6,11 @@ GPU's memory and bring their results back there, as a training step would need i
 
 from collections.abc import Callable, Mapping
 
-import gpu_rows
-import gpu_timing
+import gpu_comparison
 import torch
 from emd_peers import pot_flow
 from emd_problems import EPISODE, float32_batch
-from gpu_comparison import Comparison, Contender
-from gpu_document import Goal
-from gpu_worker import one_line
+from gpu_comparison import Comparison, Contender, Goal, one_line
 from torch import Tensor
 
 import fewshot_ext
@@ -124,7 +121,7 @@ def floors(job: str, rates: Mapping[str, float]) -> dict[str, float]:
 
 def measure(job: str, bench) -> list[dict]:
     kind, problems, points = parse(job)
-    count = gpu_timing.input_sets(bench.device, bytes_moved(job))
+    count = gpu_comparison.input_sets(bench.device, bytes_moved(job))
     sets = [Inputs(job, bench.device.device, seed) for seed in range(count)]
     comparison = Comparison(bench, sets, TOLERANCE)
     outcomes = [comparison.prepare(contender) for contender in contenders(job, bench.device.name)]
@@ -138,11 +135,11 @@ def measure(job: str, bench) -> list[dict]:
         "pivots": f"{pivots.double().mean().item():.1f}",
         "input_sets": count,
     }
-    return gpu_rows.of_outcomes(outcomes, OURS, common, floors(job, bench.rates))
+    return gpu_comparison.of_outcomes(outcomes, OURS, common, floors(job, bench.rates))
 
 
 TABLES_TEXT = f"""Cost, supply and demand in float32; medians of one forward + backward pass of all values, unless the
-line says otherwise. {gpu_rows.KINDS_TEXT}
+line says otherwise. {gpu_comparison.KINDS_TEXT}
 The floor is the least traffic of the forward pass. Memory is the peak beyond inputs and results; the error is the
 larger of values and flows, in norm, against solutions in float64 that were proved optimal.
 
@@ -151,19 +148,19 @@ larger of values and flows, in norm, against solutions in float64 that were prov
 
 def tables(rows: list[dict]) -> str:
     return TABLES_TEXT + "\n".join(
-        gpu_rows.case_table(found, caption(found)) for found in gpu_rows.by_case(rows).values()
+        gpu_comparison.case_table(found, caption(found)) for found in gpu_comparison.by_case(rows).values()
     )
 
 
 def caption(rows: list[dict]) -> str:
     row = rows[0]
-    floor = gpu_rows.microseconds(row, "floor_ms")
+    floor = gpu_comparison.microseconds(row, "floor_ms")
     text = f"{row['pivots']} pivots a problem; floor {'not measured' if floor == '0' else f'{floor} us'}."
-    rate = rate_of(gpu_rows.Numbers(rows), row["case"], int(row["problems"]))
+    rate = rate_of(gpu_comparison.Numbers(rows), row["case"], int(row["problems"]))
     return text if rate is None else f"{text} {rate / 1e6:.2f} million problems a second, forward alone."
 
 
-def rate_of(numbers: gpu_rows.Numbers, case: str, problems: int) -> float | None:
+def rate_of(numbers: gpu_comparison.Numbers, case: str, problems: int) -> float | None:
     """Problems a second of the forward pass, on the device's time."""
     time = numbers(case, FORWARD, "graph", "p50_ms")
     return None if time is None else 1e3 * problems / time
@@ -171,7 +168,7 @@ def rate_of(numbers: gpu_rows.Numbers, case: str, problems: int) -> float | None
 
 def goals(rows: list[dict]) -> list[Goal]:
     """For an H100."""
-    numbers = gpu_rows.Numbers(rows)
+    numbers = gpu_comparison.Numbers(rows)
     time = numbers(title(EPISODE_OF_25), FORWARD, "graph", "p50_ms")
     rate = rate_of(numbers, title(BATCH_OF_25), parse(BATCH_OF_25)[1])
     return [

@@ -7,13 +7,11 @@ in float32, with classifiers and orders given. The loop of torch.optim.SGD takes
 from collections.abc import Callable
 from functools import partial
 
-import gpu_rows
-import gpu_timing
+import gpu_comparison
 import torch
 from bench_episode_finetune import COMPILED, EPISODES, OURS, PASSES, QUERIES, WAY
 from episode_finetune_peers import batched, step
-from gpu_comparison import Comparison, Contender
-from gpu_document import Goal
+from gpu_comparison import Comparison, Contender, Goal
 from torch import Tensor
 
 import fewshot_ext
@@ -85,8 +83,8 @@ def contenders(device: str) -> list[Contender]:
 
 
 def measure(job: str, bench) -> list[dict]:
-    generator = gpu_timing.generator(bench.device)
-    with gpu_timing.precision("float32"):
+    generator = gpu_comparison.generator(bench.device)
+    with gpu_comparison.precision("float32"):
         # One set fills more than a cache.
         sets = [Inputs(job, bench.quick, bench.device.device, generator) for _ in range(2)]
         comparison = Comparison(bench, sets, TOLERANCE)
@@ -94,11 +92,11 @@ def measure(job: str, bench) -> list[dict]:
         comparison.time(outcomes, {})
     floor = sets[0].nbytes() / bench.rates["copy_gb_per_s"] / 1e6 if bench.rates else 0.0
     common = {"case": title(job), "input_sets": len(sets)}
-    return gpu_rows.of_outcomes(outcomes, OURS, common, {"floor_ms": floor})
+    return gpu_comparison.of_outcomes(outcomes, OURS, common, {"floor_ms": floor})
 
 
 TABLES_TEXT = f"""Medians of one call for {EPISODES} episodes, {QUERIES} queries a class, {PASSES} passes in minibatches
-of 4. {gpu_rows.KINDS_TEXT}
+of 4. {gpu_comparison.KINDS_TEXT}
 The floor reads every input and writes every score once, at the rate of a large copy.
 
 """
@@ -106,18 +104,18 @@ The floor reads every input and writes every score once, at the rate of a large 
 
 def tables(rows: list[dict]) -> str:
     return TABLES_TEXT + "\n".join(
-        gpu_rows.case_table(found, caption(found[0])) for found in gpu_rows.by_case(rows).values()
+        gpu_comparison.case_table(found, caption(found[0])) for found in gpu_comparison.by_case(rows).values()
     )
 
 
 def caption(row: dict) -> str:
-    floor = gpu_rows.microseconds(row, "floor_ms")
+    floor = gpu_comparison.microseconds(row, "floor_ms")
     return f"Floor {'not measured' if floor == '0' else f'{floor} us'}."
 
 
 def goals(rows: list[dict]) -> list[Goal]:
     """For an H100; torch's own loop takes a minute for the same on a core."""
-    numbers = gpu_rows.Numbers(rows)
+    numbers = gpu_comparison.Numbers(rows)
     mine, *others = (numbers(title(GOAL_JOB), name, "graph", "p50_ms") for name in (OURS, PLAIN, COMPILED))
     peers = [time for time in others if time is not None]
     known = mine is not None

@@ -10,15 +10,12 @@ import math
 from collections.abc import Callable, Mapping
 from functools import partial
 
-import gpu_rows
-import gpu_timing
+import gpu_comparison
 import harness
 import torch
 import torch.nn.functional as F
 from bench_margin_softmax import CASES, COMPILED, EAGER, MARGIN, OURS, SCALE, Case
-from gpu_comparison import Comparison, Contender
-from gpu_document import Goal
-from gpu_worker import one_line
+from gpu_comparison import Comparison, Contender, Goal, one_line
 from torch import Tensor
 
 import fewshot_ext
@@ -43,7 +40,7 @@ LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 def jobs(quick: bool) -> list[str]:
     """N,D,C,dtype: those with goals first, then dtype by dtype."""
     cases = [case for case in CASES if not quick or case.classes in (64, 1000)]
-    every = [f"{c.samples},{c.dimensions},{c.classes},{dtype}" for dtype in gpu_timing.DTYPES for c in cases]
+    every = [f"{c.samples},{c.dimensions},{c.classes},{dtype}" for dtype in gpu_comparison.DTYPES for c in cases]
     return sorted(every, key=lambda job: job not in GOALS_FIRST)
 
 
@@ -154,7 +151,7 @@ def contenders(case: Case, dtype: str, device: str) -> list[Contender]:
     return found + peers
 
 
-def products(case: Case, sets: list[Inputs], generator: torch.Generator) -> dict[str, list[gpu_timing.Call]]:
+def products(case: Case, sets: list[Inputs], generator: torch.Generator) -> dict[str, list[gpu_comparison.Call]]:
     """The three matrix products that nobody gets around, with the logits stored by rows and by columns."""
     x, w = sets[-1].features, sets[-1].weight
 
@@ -186,9 +183,9 @@ def time_of_products(timings: Mapping[str, harness.Timing]) -> float:
 
 def measure(job: str, bench) -> list[dict]:
     case, name = parse(job)
-    dtype, generator = gpu_timing.DTYPES[name][0], gpu_timing.generator(bench.device)
-    count = gpu_timing.input_sets(bench.device, (case.samples + case.classes) * case.dimensions * dtype.itemsize)
-    with gpu_timing.precision(name):
+    dtype, generator = gpu_comparison.DTYPES[name][0], gpu_comparison.generator(bench.device)
+    count = gpu_comparison.input_sets(bench.device, (case.samples + case.classes) * case.dimensions * dtype.itemsize)
+    with gpu_comparison.precision(name):
         sets = [Inputs(case, dtype, bench.device.device, generator) for _ in range(count)]
         comparison = Comparison(bench, sets, TOLERANCE[name])
         outcomes = [comparison.prepare(contender) for contender in contenders(case, name, bench.device.name)]
@@ -201,21 +198,21 @@ def measure(job: str, bench) -> list[dict]:
         "dtype": name,
         "input_sets": count,
     }
-    return gpu_rows.of_outcomes(outcomes, OURS, common, floor_columns(case, name, gemm, bench.rates))
+    return gpu_comparison.of_outcomes(outcomes, OURS, common, floor_columns(case, name, gemm, bench.rates))
 
 
 def floor_columns(case: Case, dtype: str, gemm: float, rates: Mapping[str, float]) -> dict[str, float]:
     """Least milliseconds by arithmetic and by traffic: every input read once, both gradients written once."""
     floors = {"gemm_ms": gemm}
     if rates:
-        vectors = (case.samples + case.classes) * case.dimensions * gpu_timing.DTYPES[dtype][0].itemsize
+        vectors = (case.samples + case.classes) * case.dimensions * gpu_comparison.DTYPES[dtype][0].itemsize
         operations = 6 * case.samples * case.dimensions * case.classes
         floors["square_gemm_ms"] = operations / rates[f"{dtype}_tflop_per_s"] / 1e9
         floors["copy_ms"] = (2 * vectors + 8 * case.samples) / rates["copy_gb_per_s"] / 1e6
     return {**floors, "floor_ms": max(gemm, floors.get("copy_ms", 0.0))}
 
 
-TABLES_TEXT = f"""N, D, C; medians of one forward + backward. {gpu_rows.KINDS_TEXT}
+TABLES_TEXT = f"""N, D, C; medians of one forward + backward. {gpu_comparison.KINDS_TEXT}
 The floor is the larger of the products and the traffic. Memory is the peak beyond inputs and gradients; the error is
 the largest of loss and gradients, in norm, against float64.
 
@@ -225,12 +222,14 @@ the largest of loss and gradients, in norm, against float64.
 def tables(rows: list[dict]) -> str:
     """One for each case and dtype."""
     return TABLES_TEXT + "\n".join(
-        gpu_rows.case_table(found, caption(found[0])) for found in gpu_rows.by_case(rows).values()
+        gpu_comparison.case_table(found, caption(found[0])) for found in gpu_comparison.by_case(rows).values()
     )
 
 
 def caption(row: dict) -> str:
-    floors = (gpu_rows.microseconds(row, f"{name}_ms") or "not measured" for name in ("gemm", "square_gemm", "copy"))
+    floors = (
+        gpu_comparison.microseconds(row, f"{name}_ms") or "not measured" for name in ("gemm", "square_gemm", "copy")
+    )
     gemm, square, copy = floors
     return (
         f"Floors in us: its three matrix products {gemm}; their arithmetic at the rate of a large square product "
@@ -240,7 +239,7 @@ def caption(row: dict) -> str:
 
 def goals(rows: list[dict]) -> list[Goal]:
     """For an H100: the device's time at few-shot sizes, the floor and the peers at 100,000 classes."""
-    numbers = gpu_rows.Numbers(rows)
+    numbers = gpu_comparison.Numbers(rows)
     *small, large = GOALS_FIRST
     result = []
     for job in small:

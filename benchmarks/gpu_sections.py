@@ -1,16 +1,17 @@
 """The GPU report from its first section to its last: order, shares of the time, and what happens when it is stopped."""
 
 import importlib
+import re
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-import gpu_tests
+import gpu_process
 import harness
-from gpu_document import Document, Goal, code_block, goals_table, table
+from gpu_comparison import Goal, table
 from gpu_process import Budget, Overdue, supervise
 
 WORKER = [sys.executable, str(Path(__file__).with_name("gpu_worker.py"))]
@@ -146,7 +147,7 @@ class Report:
 
     def machine(self) -> None:
         missing: dict[str, str] = {}
-        with closing(self.events("gpu_machine", ["facts", "packages"], MACHINE_SECONDS)) as events:
+        with closing(self.events("gpu_worker", ["facts", "packages"], MACHINE_SECONDS)) as events:
             for event in events:
                 if event["event"] == "result" and event["job"] == "facts":
                     self.open_document(event["result"])
@@ -173,19 +174,19 @@ class Report:
         self.write("Machine", table(["", ""], facts["details"].items()) + "\n" + code_block(facts["environment"]))
 
     def tests(self, share: float) -> None:
-        found = gpu_tests.SuiteRun()
-        command = gpu_tests.pytest_command(gpu_tests.SELECTED[self.options.device])
+        found = gpu_process.SuiteRun()
+        command = gpu_process.pytest_command(gpu_process.SELECTED[self.options.device])
         try:
-            gpu_tests.run(found, command, self.budget.deadline(share))
+            gpu_process.run(found, command, self.budget.deadline(share))
         finally:
             print(f"  {found.verdict()}", flush=True)
             if not found.passed:
                 (self.cut if found.out_of_time else self.failed).append(f"tests ({found.verdict()})")
                 self.document.file(f"gpu_report_{self.document.name}_tests.log", "\n".join(found.log) + "\n")
-            self.write("Tests", gpu_tests.suite_section(found))
+            self.write("Tests", suite_section(found))
 
     def sanitizer(self) -> None:
-        sanitizer = gpu_tests.find_sanitizer()
+        sanitizer = gpu_process.find_sanitizer()
         if sanitizer is None:
             self.failed.append(
                 "compute-sanitizer is neither on the PATH nor in CUDA_HOME/bin nor in /usr/local/cuda/bin"
@@ -193,19 +194,19 @@ class Report:
             self.write("compute-sanitizer", self.failed[-1] + "\n")
             return
         results = []
-        for index, tool in enumerate(gpu_tests.TOOLS):
+        for index, tool in enumerate(gpu_process.TOOLS):
             self.case = tool
-            found = gpu_tests.SuiteRun()
-            share = self.budget.remaining() / (len(gpu_tests.TOOLS) - index)
+            found = gpu_process.SuiteRun()
+            share = self.budget.remaining() / (len(gpu_process.TOOLS) - index)
             try:
-                gpu_tests.run(
+                gpu_process.run(
                     found,
-                    gpu_tests.sanitizer_command(sanitizer, tool),
+                    gpu_process.sanitizer_command(sanitizer, tool),
                     self.budget.deadline(share),
-                    **gpu_tests.SANITIZER_ENVIRONMENT,
+                    **gpu_process.SANITIZER_ENVIRONMENT,
                 )
             finally:
-                clean, summary = gpu_tests.sanitizer_verdict(found)
+                clean, summary = gpu_process.sanitizer_verdict(found)
                 results.append([tool, "clean" if clean else "**not clean**", summary, found.verdict()])
                 print(f"  {tool}: {summary}; {found.verdict()}", flush=True)
                 if not clean:
@@ -215,7 +216,7 @@ class Report:
 
     def measure_rates(self) -> None:
         reasons = []
-        with closing(self.events("gpu_machine", ["rates"], RATES_SECONDS)) as events:
+        with closing(self.events("gpu_worker", ["rates"], RATES_SECONDS)) as events:
             for event in events:
                 if event["event"] == "result":
                     self.rates = event["result"]
@@ -278,6 +279,68 @@ def wrong_results(rows: list[dict]) -> list[str]:
         if row["contender"].startswith(PACKAGE)
         and ("wrong" in row["note"] or (row["contender"] == PACKAGE and not row["timing"]))
     ]
+
+
+def slug(device: str) -> str:
+    """The device's name as a part of file names.
+
+    >>> slug("NVIDIA H100 80GB HBM3")
+    'nvidia_h100_80gb_hbm3'
+    """
+    return re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_")
+
+
+def goals_table(goals: Iterable[Goal]) -> str:
+    verdicts = {True: "met", False: "**not met**", None: "not measured"}
+    return table(["goal", "measured", ""], [[goal.goal, goal.measured, verdicts[goal.met]] for goal in goals])
+
+
+def code_block(text: str) -> str:
+    return f"```\n{text.rstrip()}\n```\n"
+
+
+class Document:
+    """Sections of Markdown by title, and rows of CSV by operator."""
+
+    def __init__(self, directory: Path, device: str, preface: str) -> None:
+        self.directory, self.device, self.preface = directory, device, preface
+        self.name = slug(device)
+        self.state = "Incomplete: still running."
+        self.sections: dict[str, str] = {}
+        self.columns: dict[str, object] = {}  # of every CSV row
+        self.rows: dict[str, list[dict]] = {}
+        self.files: list[Path] = []
+
+    def write(self) -> None:
+        parts = [f"# GPU report: {self.device}", self.preface, f"**{self.state}**"]
+        parts += [f"## {title}\n\n{text.rstrip()}" for title, text in self.sections.items()]
+        self.file(f"gpu_report_{self.name}.md", "\n\n".join(parts) + "\n")
+        for operator, rows in self.rows.items():
+            if rows:
+                path = self._path(f"{operator}_{self.name}.csv")
+                harness.write_csv(path, [{**row, **self.columns} for row in rows])
+
+    def file(self, name: str, text: str) -> Path:
+        path = self._path(name)
+        harness.write_text(path, text)
+        return path
+
+    def _path(self, name: str) -> Path:
+        path = self.directory / name
+        if path not in self.files:
+            self.files.append(path)
+        return path
+
+
+def suite_section(found: gpu_process.SuiteRun) -> str:
+    parts = [found.verdict() + "\n"]
+    if found.failures:
+        parts.append(table(["failed"], [[failure] for failure in found.failures[:30]]))
+    if len(found.failures) > 30:
+        parts.append(f"and {len(found.failures) - 30} more\n")
+    if not found.passed and not found.failures:
+        parts.append(code_block("\n".join(found.log[-15:])))
+    return "\n".join(parts)
 
 
 def run(options) -> int:

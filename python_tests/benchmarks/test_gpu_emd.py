@@ -2,9 +2,8 @@
 
 import sys
 
+import gpu_comparison
 import gpu_emd as operator
-import gpu_rows
-import gpu_timing
 import pytest
 import torch
 from gpu_comparison import Contender, Outcome
@@ -80,7 +79,7 @@ def rows_of(job, times, rates=True):
             outcome.timings = {kind: Timing(0.9 * time, time, 1.2 * time, 9) for kind, time in known.items()}
         outcomes.append(outcome)
     common = {"case": operator.title(job), "problems": operator.parse(job)[1], "pivots": "21.8", "input_sets": 2}
-    return gpu_rows.of_outcomes(
+    return gpu_comparison.of_outcomes(
         outcomes, operator.OURS, common, operator.floors(job, {"copy_gb_per_s": 3000.0} if rates else {})
     )
 
@@ -113,7 +112,7 @@ def test_goals_that_nobody_measured_are_not_measured():
 
 def test_a_whole_job_on_the_rehearsal_device(one_thread):
     class Bench:
-        device, quick, seconds, rates = gpu_timing.RehearsalOnCpu(), True, 0.0, {}
+        device, quick, seconds, rates = gpu_comparison.RehearsalOnCpu(), True, 0.0, {}
 
         def begin(self, *arguments, **settings):
             pass

@@ -1,7 +1,7 @@
 """Cases, contenders, tables and goals of the fine-tuning part of the GPU report. All times here are made up."""
 
+import gpu_comparison
 import gpu_episode_finetune as operator
-import gpu_rows
 import pytest
 import torch
 from episode_finetune_peers import batched
@@ -57,7 +57,7 @@ def outcomes(*times):
 
 def made_up(*times, floor=0.25):
     common = {"case": CASE, "input_sets": 2}
-    return gpu_rows.of_outcomes(list(outcomes(*times)), operator.OURS, common, {"floor_ms": floor})
+    return gpu_comparison.of_outcomes(list(outcomes(*times)), operator.OURS, common, {"floor_ms": floor})
 
 
 def test_rows_and_tables():

@@ -3,9 +3,8 @@
 import sys
 import types
 
+import gpu_comparison
 import gpu_margin_softmax as operator
-import gpu_rows
-import gpu_timing
 import pytest
 import torch
 from gpu_comparison import Contender, Outcome
@@ -24,7 +23,7 @@ def test_jobs_with_goals_come_first_and_none_is_missing():
 
 
 def test_every_dtype_has_a_tolerance():
-    assert operator.TOLERANCE.keys() == gpu_timing.DTYPES.keys()
+    assert operator.TOLERANCE.keys() == gpu_comparison.DTYPES.keys()
 
 
 def inputs(classes=7):
@@ -171,7 +170,7 @@ def rows_of(job, times, rates=True):
             outcome.timings = {kind: made_up(time) for kind, time in known.items()}
         outcomes.append(outcome)
     common = {"case": operator.title(job), "input_sets": 2}
-    return gpu_rows.of_outcomes(outcomes, operator.OURS, common, floors)
+    return gpu_comparison.of_outcomes(outcomes, operator.OURS, common, floors)
 
 
 def test_a_row_for_each_kind_of_timing_and_one_for_what_was_not_timed():
@@ -240,7 +239,7 @@ def test_goals_against_peers_compare_plain_calls_with_the_best_variant():
 
 def test_a_whole_job_on_the_rehearsal_device(one_thread):
     class Bench:
-        device, quick, seconds, rates = gpu_timing.RehearsalOnCpu(), True, 0.0, {}
+        device, quick, seconds, rates = gpu_comparison.RehearsalOnCpu(), True, 0.0, {}
 
         def begin(self, *arguments, **settings):
             pass

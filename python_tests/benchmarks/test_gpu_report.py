@@ -13,14 +13,15 @@ import types
 from collections import Counter
 from pathlib import Path
 
-import gpu_machine
 import gpu_margin_softmax
+import gpu_process
 import gpu_report
 import gpu_sections
-import gpu_tests
+import gpu_worker
 import pytest
-from gpu_document import Document, Goal, goals_table, slug
+from gpu_comparison import Goal
 from gpu_process import Overdue
+from gpu_sections import Document, goals_table, slug
 
 BENCHMARKS = Path(gpu_report.__file__).parent
 
@@ -179,7 +180,7 @@ def workers(monkeypatch):
     def run(suite, command, deadline, **variables):
         suite.counts, suite.selected, suite.returncode = Counter(PASSED=5), 5, 0
 
-    monkeypatch.setattr(gpu_tests, "run", run)
+    monkeypatch.setattr(gpu_process, "run", run)
     return found
 
 
@@ -229,7 +230,7 @@ def test_tests_get_a_share_of_the_time_and_all_of_it_alone(arguments, seconds, r
         given.append(deadline - time.monotonic())
         suite.returncode = 0
 
-    monkeypatch.setattr(gpu_tests, "run", run)
+    monkeypatch.setattr(gpu_process, "run", run)
     report(*arguments)
     assert given == [pytest.approx(seconds, abs=2)]
 
@@ -280,7 +281,7 @@ def test_a_signal_during_the_tests_keeps_their_count(report, monkeypatch):
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
         time.sleep(20)
 
-    monkeypatch.setattr(gpu_tests, "run", run)
+    monkeypatch.setattr(gpu_process, "run", run)
     found = report()
     assert found.code == 128 + signal.SIGTERM
     assert "2 of 9 selected tests ran in 0 s: 2 passed; cut: stopped" in found.text
@@ -291,7 +292,7 @@ def test_tests_that_fail_are_reported_and_the_rest_goes_on(report, monkeypatch, 
         suite.counts, suite.selected, suite.returncode = Counter(FAILED=1), 1, 1
         suite.failures, suite.log = ["a.py::test - no"], ["the log"]
 
-    monkeypatch.setattr(gpu_tests, "run", run)
+    monkeypatch.setattr(gpu_process, "run", run)
     found = report()
     assert found.code == 1
     assert "| a.py::test - no |" in found.text and len(found.rows) == 3
@@ -302,7 +303,7 @@ def test_tests_that_only_ran_out_of_time_make_the_report_incomplete(report, monk
     def run(suite, command, deadline, **variables):
         suite.counts, suite.selected, suite.cut, suite.out_of_time = Counter(PASSED=3), 9, "out of time", True
 
-    monkeypatch.setattr(gpu_tests, "run", run)
+    monkeypatch.setattr(gpu_process, "run", run)
     found = report()
     assert found.code == 0
     assert "**Incomplete: out of time; not all of tests (3 of 9 selected tests ran" in found.text
@@ -366,7 +367,7 @@ def test_quick_runs_and_rehearsals_do_not_overwrite_results(tmp_path, workers, m
 
 
 def test_a_missing_sanitizer_is_said(report, monkeypatch):
-    monkeypatch.setattr(gpu_tests, "find_sanitizer", lambda: None)
+    monkeypatch.setattr(gpu_process, "find_sanitizer", lambda: None)
     found = report("--sanitize")
     assert found.code == 1
     assert "compute-sanitizer is neither on the PATH nor in CUDA_HOME/bin" in found.text
@@ -379,8 +380,8 @@ def test_each_sanitizer_has_a_line_and_a_log(report, monkeypatch, tmp_path):
         suite.counts, suite.selected, suite.returncode = Counter(PASSED=2), 2, 0
         suite.log = [f"========= ERROR SUMMARY: {errors} errors"]
 
-    monkeypatch.setattr(gpu_tests, "find_sanitizer", lambda: "/usr/bin/compute-sanitizer")
-    monkeypatch.setattr(gpu_tests, "run", run)
+    monkeypatch.setattr(gpu_process, "find_sanitizer", lambda: "/usr/bin/compute-sanitizer")
+    monkeypatch.setattr(gpu_process, "run", run)
     found = report("--sanitize")
     assert found.code == 1
     lines = [line for line in found.text.splitlines() if "ERROR" not in line and "errors" in line]
@@ -398,15 +399,15 @@ def bench(left_out=None):
 
 
 def test_packages_that_cannot_be_imported_are_listed_with_the_reason(monkeypatch):
-    monkeypatch.setattr(gpu_machine, "PACKAGES", {"csv": "tables", "no_such_module": "the peer"})
-    missing = gpu_machine.packages(bench())
+    monkeypatch.setattr(gpu_worker, "PACKAGES", {"csv": "tables", "no_such_module": "the peer"})
+    missing = gpu_worker.packages(bench())
     assert "csv" not in missing
     assert missing["no_such_module"] == "ModuleNotFoundError: No module named 'no_such_module'; without it: the peer"
 
 
 def test_a_package_whose_import_killed_a_worker_is_not_tried_again(monkeypatch):
-    monkeypatch.setattr(gpu_machine, "PACKAGES", {"csv": "tables"})
-    assert gpu_machine.packages(bench("the process died of SIGSEGV"))["csv"].startswith("the process died of SIGSEGV")
+    monkeypatch.setattr(gpu_worker, "PACKAGES", {"csv": "tables"})
+    assert gpu_worker.packages(bench("the process died of SIGSEGV"))["csv"].startswith("the process died of SIGSEGV")
 
 
 @pytest.mark.parametrize(
@@ -422,8 +423,8 @@ def test_clocks_are_read_or_said_to_be_unreadable(answer, expected, tmp_path, mo
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     address = types.SimpleNamespace(pci_domain_id=0, pci_bus_id=0x3B, pci_device_id=0)
-    monkeypatch.setattr(gpu_machine.torch.cuda, "get_device_properties", lambda index: address)
-    found = gpu_machine.nvidia_smi(0)
+    monkeypatch.setattr(gpu_worker.torch.cuda, "get_device_properties", lambda index: address)
+    found = gpu_worker.nvidia_smi(0)
     assert found | expected == found
 
 

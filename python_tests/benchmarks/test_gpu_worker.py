@@ -8,7 +8,7 @@ import time
 import types
 from pathlib import Path
 
-import gpu_timing
+import gpu_comparison
 import gpu_worker
 import pytest
 
@@ -74,7 +74,7 @@ def test_a_job_that_breaks_the_device_ends_the_process(bench, exits, monkeypatch
 def test_a_failed_capture_ends_the_process_although_the_device_seems_healthy(bench, exits):
     worker = bench()
     with pytest.raises(Exited):
-        worker.survive(gpu_timing.CaptureError("cannot be captured: it synchronizes"))
+        worker.survive(gpu_comparison.CaptureError("cannot be captured: it synchronizes"))
     assert worker.said()[0]["reason"] == "CaptureError: cannot be captured: it synchronizes"
     worker.survive(ValueError("of no consequence"))
 
