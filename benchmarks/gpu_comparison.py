@@ -1,21 +1,21 @@
-"""Timing on a GPU, contenders of one problem, and what is found as rows, tables and goals.
+"""What the operators of the GPU report share: devices, timing, the contenders of one problem, rows, tables and goals.
 
-Two times tell different things. "graph" is the time of the device: the calls are captured into one CUDA graph, and what
-the host takes to launch them is gone. "stream" is what a plain call costs between idle and idle, the host included.
+"graph" is the device's time: calls are captured into one CUDA graph, and what the host takes to launch them is gone.
+"stream" is what a plain call costs between idle and idle, the host included.
 """
 
-import contextlib
 import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple
+from unittest import mock
 
 import harness
 import torch
-from harness import Timing
+from harness import Timing, significant
 from torch import Tensor
 
 Call = Callable[[], object]
@@ -29,6 +29,8 @@ DTYPES = {
 }
 MOST_INPUT_SETS = 256
 MOST_CALLS_A_TURN = 32  # on a stream
+PATIENCE = 90.0  # seconds for one call, of which those that compile take longest
+FIRST_COMPILE_SECONDS = 45.0  # what torch.compile may take until it has shown what it takes
 
 
 class CaptureError(Exception):
@@ -36,12 +38,12 @@ class CaptureError(Exception):
 
 
 class Cuda:
-    name = "cuda"
-    kinds = ("graph", "stream")
+    name, has_graphs = "cuda", True
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.properties = torch.cuda.get_device_properties(self.device)
+        self.cache_bytes = getattr(self.properties, "L2_cache_size", 0) or 64 << 20
         self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._side = torch.cuda.Stream()
 
@@ -72,18 +74,12 @@ class Cuda:
 
     def peak_memory(self, call: Call) -> int:
         """Bytes by which allocated memory rises at its highest."""
-        self.synchronize()
+        torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         call()
-        self.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-
-    def cache_bytes(self) -> int:
-        return getattr(self.properties, "L2_cache_size", 0) or 64 << 20
-
-    def synchronize(self) -> None:
         torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
 
     def is_healthy(self) -> bool:
         try:
@@ -91,46 +87,27 @@ class Cuda:
         except Exception:
             return False
 
-    def release_memory(self) -> None:
-        torch.cuda.empty_cache()
-
 
 class RehearsalOnCpu:
     """Enough of a device to run the report where there is none."""
 
-    name = "cpu"
-    kinds = ("stream",)
-    device = torch.device("cpu")
+    name, has_graphs = "cpu", False
+    device, cache_bytes = torch.device("cpu"), 1 << 20
     elapsed = staticmethod(harness.wall_clock)
 
     def peak_memory(self, call: Call) -> None:
         call()
 
-    def cache_bytes(self) -> int:
-        return 1 << 20
-
-    def synchronize(self) -> None:
-        pass
-
     def is_healthy(self) -> bool:
         return True
-
-    def release_memory(self) -> None:
-        pass
 
 
 DEVICES = {"cuda": Cuda, "cpu": RehearsalOnCpu}
 
 
-@contextlib.contextmanager
-def precision(name: str) -> Iterator[None]:
-    """Of float32 products, for a name of DTYPES."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(DTYPES[name][1])
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:300]
 
 
 def generator(device) -> torch.Generator:
@@ -140,43 +117,19 @@ def generator(device) -> torch.Generator:
 
 def input_sets(device, bytes_of_one: int) -> int:
     """How many sets of inputs to go through in rotation, so that none is in the cache when its turn comes."""
-    return min(max(2, math.ceil(2 * device.cache_bytes() / bytes_of_one)), MOST_INPUT_SETS)
+    return min(max(2, math.ceil(2 * device.cache_bytes / bytes_of_one)), MOST_INPUT_SETS)
 
 
-def time_calls(device, contenders: dict[str, Sequence[Call]], *, seconds: float, turns: int) -> dict[str, Timing]:
-    """Plain calls on the stream, a batch a turn, in rotation over each contender's calls."""
-    batches = {name: _Batch(calls) for name, calls in contenders.items()}
-    timings = harness.interleaved(batches, seconds=seconds, turns=turns, measure=device.elapsed)
-    return {name: timing.divided_by(batches[name].size) for name, timing in timings.items()}
+class Batch:
+    """Several plain calls a turn, in rotation."""
 
-
-class _Batch:
     def __init__(self, calls: Sequence[Call]) -> None:
         self.size = min(len(calls), MOST_CALLS_A_TURN)
-        self.calls = itertools.cycle(calls)
+        self._calls = itertools.cycle(calls)
 
     def __call__(self) -> None:
-        for call in itertools.islice(self.calls, self.size):
+        for call in itertools.islice(self._calls, self.size):
             call()
-
-
-def time_graphs(device, graphs: dict[str, Call], calls: int, *, seconds: float, turns: int) -> dict[str, Timing]:
-    """Replays of graphs that make that many calls each."""
-    timings = harness.interleaved(graphs, seconds=seconds, turns=turns, measure=device.elapsed)
-    return {name: timing.divided_by(calls) for name, timing in timings.items()}
-
-
-FIRST_COMPILE_SECONDS = 45.0  # what torch.compile may take until it has shown what it takes
-
-
-class Inputs(Protocol):
-    """Inputs of one call, of which a comparison has several sets with different values."""
-
-    def run(self, function: Callable) -> tuple[Tensor, ...]:
-        """Forward + backward; results and gradients in fresh memory."""
-
-    def exact(self, variant: object) -> tuple[Tensor, ...]:
-        """The same in float64."""
 
 
 @dataclass(frozen=True)
@@ -184,21 +137,19 @@ class Contender:
     name: str
     function: Callable | None = None
     missing: str = ""  # why there is no function
-    variant: object = None  # which problem it solves, for Inputs.exact
-    kernel: str = ""  # what fails where it fails, see gpu_worker.Bench.begin
+    variant: object = None  # which problem it solves
     environment: Mapping[str, str] = field(default_factory=dict)
     waits: str = ""  # why no CUDA graph can hold it
     compiles: bool = False
 
-    @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
-        before = {name: os.environ.get(name) for name in self.environment}
-        os.environ.update(self.environment)
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+def peer(name: str, function: Callable[[], Callable], **facts) -> Contender:
+    """Of another package, which ``function`` imports: one that does not fit the torch or the Triton it meets fails with
+    any exception there is."""
+    try:
+        return Contender(name, function(), **facts)
+    except Exception as error:
+        return Contender(name, missing=one_line(error))
 
 
 @dataclass
@@ -211,24 +162,22 @@ class Outcome:
     memory: int | None = None  # bytes at the peak of a call, beyond its inputs and results
     calls: list[Call] = field(default_factory=list)
     graph: Call | None = None
-    timings: dict[str, harness.Timing] = field(default_factory=dict)  # by kind, see gpu_timing
-
-    @property
-    def name(self) -> str:
-        return self.contender.name
+    timings: dict[str, Timing] = field(default_factory=dict)  # by kind
 
 
 class Comparison:
-    """
+    """One problem, several contenders: each is checked against float64, measured and captured, then all are timed.
+
     Args:
         bench: of gpu_worker.
-        sets: inputs to rotate over; the last one is checked.
+        sets: inputs with different values to rotate over; the last one is checked. ``run(function)`` gives results and
+            gradients in fresh memory, ``exact(variant)`` the same in float64.
         tolerance: largest relative error of any result, in norm.
     """
 
     longest_compile = 0.0
 
-    def __init__(self, bench, sets: Sequence[Inputs], tolerance: float) -> None:
+    def __init__(self, bench, sets: Sequence, tolerance: float) -> None:
         self.bench, self.device = bench, bench.device
         self.sets, self.checked, self.tolerance = sets, sets[-1], tolerance
         self.exact: dict[object, tuple[Tensor, ...]] = {}
@@ -236,35 +185,28 @@ class Comparison:
     def prepare(self, contender: Contender) -> Outcome:
         """Only what is right will be timed."""
         outcome = Outcome(contender)
-        reason = contender.missing or self.bench.left_out(contender.name, "check", contender.kernel)
-        if not reason and contender.compiles and not self.time_to_compile():
+        reason = contender.missing or self.bench.left_out(contender.name, "check")
+        needed = 30 + (Comparison.longest_compile or FIRST_COMPILE_SECONDS)
+        if not reason and contender.compiles and self.bench.remaining() <= needed:
             reason = "not compiled: no time left"
         if reason:
             outcome.notes.append(reason)
             return outcome
         if contender.variant not in self.exact:
             self.exact[contender.variant] = self.checked.exact(contender.variant)
-        self.begin("check", contender)
+        self.bench.begin("check", contender.name, patience=PATIENCE)
         try:
-            with contender.active():
+            with mock.patch.dict(os.environ, contender.environment):
                 self.check(outcome)
         except Exception as error:
             self.bench.survive(error)
             outcome.notes.append(one_line(error))
         return outcome
 
-    def time_to_compile(self) -> bool:
-        return self.bench.remaining() > 30 + (Comparison.longest_compile or FIRST_COMPILE_SECONDS)
-
-    def begin(self, phase: str, contender: Contender) -> None:
-        patience = 120.0 if contender.compiles else 60.0 if contender.kernel else 90.0  # Triton compiles too
-        self.bench.begin(phase, contender.name, contender.kernel or contender.name, patience)
-
     def check(self, outcome: Outcome) -> None:
         contender, run = outcome.contender, partial(self.checked.run, outcome.contender.function)
         before = self.bench.remaining()
         results = run()
-        self.device.synchronize()
         if contender.compiles:
             Comparison.longest_compile = max(Comparison.longest_compile, before - self.bench.remaining())
         for result in results:
@@ -280,7 +222,7 @@ class Comparison:
         peak = self.device.peak_memory(run)
         if peak is not None:
             outcome.memory = max(peak - returned, 0)
-        if "graph" in self.device.kinds:
+        if self.device.has_graphs:
             self.capture(outcome)
         if not contender.environment:  # to set it would take as long as a part of the call
             outcome.calls = [partial(inputs.run, contender.function) for inputs in self.sets]
@@ -294,14 +236,14 @@ class Comparison:
 
     def capture(self, outcome: Outcome) -> None:
         contender = outcome.contender
-        reason = contender.waits or self.bench.left_out(contender.name, "capture", contender.kernel)
+        reason = contender.waits or self.bench.left_out(contender.name, "capture")
         if reason:
             outcome.notes.append(f"no graph: {reason}")
             return
-        self.begin("capture", contender)
+        self.bench.begin("capture", contender.name, patience=PATIENCE)
         results: tuple[Tensor, ...] = ()
 
-        def call(inputs: Inputs) -> None:
+        def call(inputs) -> None:
             nonlocal results
             results = ()  # before the next call, which then gets the same memory as in training
             results = inputs.run(contender.function)
@@ -310,78 +252,63 @@ class Comparison:
         for result in results:
             result.fill_(math.nan)
         graph()
-        self.device.synchronize()
         error = self.largest_error(contender, results)
         if error <= self.tolerance:
             outcome.graph = graph
         else:
             outcome.notes.append(f"no graph: its replay is wrong by {error:.1e}")
 
-    def time(self, outcomes: list[Outcome], others: dict[str, list[Call]]) -> dict[str, harness.Timing]:
+    def time(self, outcomes: Sequence[Outcome], others: Mapping[str, list[Call]]) -> dict[str, Timing]:
         """Fills in the outcomes' timings; returns those of ``others``, which take part in the turns.
 
         Each of the others makes one call for each set, and is timed on a graph where there are graphs.
         """
-        settings = {"seconds": self.bench.seconds, "turns": 3 if self.bench.quick else 9}
-        calls = {outcome.name: outcome.calls for outcome in outcomes if outcome.calls}
+        calls = {outcome.contender.name: Batch(outcome.calls) for outcome in outcomes if outcome.calls}
         found = {}
-        if "graph" in self.device.kinds:
+        if self.device.has_graphs:
+            graphs = {outcome.contender.name: outcome.graph for outcome in outcomes if outcome.graph}
             self.bench.begin("graph timing", patience=60 + 10 * self.bench.seconds)
-            graphs = {outcome.name: outcome.graph for outcome in outcomes if outcome.graph}
             graphs.update({name: self.device.capture(others[name]) for name in others})
-            found["graph"] = time_graphs(self.device, graphs, len(self.sets), **settings)
+            timings = self.in_turns(graphs)
+            found["graph"] = {name: timing.divided_by(len(self.sets)) for name, timing in timings.items()}
         else:
-            calls.update(others)
+            calls.update({name: Batch(others[name]) for name in others})
         self.bench.begin("stream timing", patience=60 + 10 * self.bench.seconds)
-        found["stream"] = time_calls(self.device, calls, **settings)
+        timings = self.in_turns(calls)
+        found["stream"] = {name: timing.divided_by(calls[name].size) for name, timing in timings.items()}
         for outcome in outcomes:
-            name = outcome.name
+            name = outcome.contender.name
             outcome.timings = {kind: timings[name] for kind, timings in found.items() if name in timings}
         return {name: next(iter(found.values()))[name] for name in others}
 
-
-HEADER = [
-    "contender",
-    "graph, us",
-    "p20 - p80",
-    "times the floor",
-    "stream, us",
-    "p20 - p80",
-    "memory, MiB",
-    "error",
-    "",
-]
-KINDS_TEXT = (
-    '"graph": in a CUDA graph, the device\'s time alone; "stream": plain calls from idle to idle, the host included.'
-)
+    def in_turns(self, calls: dict[str, Call]) -> dict[str, Timing]:
+        turns = 3 if self.bench.quick else 9
+        return harness.interleaved(calls, seconds=self.bench.seconds, turns=turns, measure=self.device.elapsed)
 
 
-def of_outcomes(
+def rows_of(
     outcomes: Sequence[Outcome], ours: str, common: Mapping[str, object], floors: Mapping[str, float]
-) -> list[dict]:
+) -> Iterator[dict]:
     """One row for each contender and kind of timing, and one without times for a contender that was not timed.
 
     Args:
         ours: the contender that the others are compared with.
         common: columns of the case.
-        floors: milliseconds, ``floor_ms`` among them.
+        floors: milliseconds, ``floor_ms`` among them; 0 where it is not known.
     """
-    reference = next(outcome.timings for outcome in outcomes if outcome.name == ours)
-    return [{**common, **row} for outcome in outcomes for row in _of_outcome(outcome, floors, reference)]
-
-
-def _of_outcome(outcome: Outcome, floors: Mapping[str, float], ours: Mapping[str, harness.Timing]) -> Iterator[dict]:
-    for kind in outcome.timings or [""]:
-        timing = outcome.timings.get(kind)
+    reference = next(outcome.timings for outcome in outcomes if outcome.contender.name == ours)
+    for outcome, kind in [(each, kind) for each in outcomes for kind in each.timings or [""]]:
         times = dict.fromkeys(("p20_ms", "p50_ms", "p80_ms", "turns", "times_floor", "times_fewshot_ext"), "")
-        if timing is not None:
+        if timing := outcome.timings.get(kind):
             times.update({f"{name}_ms": f"{getattr(timing, name):.5f}" for name in ("p20", "p50", "p80")})
             times["turns"] = timing.turns
             if floors["floor_ms"]:
                 times["times_floor"] = f"{timing.p50 / floors['floor_ms']:.3f}"
-            times["times_fewshot_ext"] = f"{timing.p50 / ours[kind].p50:.3f}" if kind in ours else ""
+            if kind in reference:
+                times["times_fewshot_ext"] = f"{timing.p50 / reference[kind].p50:.3f}"
         yield {
-            "contender": outcome.name,
+            **common,
+            "contender": outcome.contender.name,
             "variant": outcome.contender.variant,
             "timing": kind,
             **times,
@@ -392,73 +319,64 @@ def _of_outcome(outcome: Outcome, floors: Mapping[str, float], ours: Mapping[str
         }
 
 
-def by_case(rows: Iterable[dict]) -> dict[str, list[dict]]:
-    found: dict[str, list[dict]] = {}
+KINDS_TEXT = (
+    '"graph": in a CUDA graph, the device\'s time alone; "stream": plain calls from idle to idle, the host included.'
+)
+TIMES_HEADER = ["graph, us", "p20 - p80", "times the floor", "stream, us", "p20 - p80"]
+
+
+def tables(rows: Iterable[dict], caption: Callable[[list[dict]], str]) -> str:
+    """A table for each case with a line for each contender, the kinds of timing side by side."""
+    cases: dict[str, dict[str, dict[str, dict]]] = {}
     for row in rows:
-        found.setdefault(row["case"], []).append(row)
-    return found
+        cases.setdefault(row["case"], {}).setdefault(row["contender"], {})[row["timing"]] = row
+    header, parts = ["contender", *TIMES_HEADER, "memory, MiB", "error", ""], []
+    for case, contenders in cases.items():
+        lines = []
+        for contender, kinds in contenders.items():
+            graph, stream = kinds.get("graph", {}), kinds.get("stream", {})
+            graph_times = microseconds(graph), spread(graph), graph.get("times_floor", "")
+            facts = [next(iter(kinds.values()))[name] for name in ("extra_memory_mib", "relative_error", "note")]
+            lines.append([contender, *graph_times, microseconds(stream), spread(stream), *facts])
+        of_case = [row for kinds in contenders.values() for row in kinds.values()]
+        parts.append(f"### {case}\n\n{caption(of_case)}\n\n{harness.markdown_table(header, lines)}")
+    return "\n".join(parts)
 
 
-def case_table(rows: Sequence[dict], caption: str) -> str:
-    """A line for each contender of a case, the kinds of timing side by side."""
-    by_contender: dict[str, dict[str, dict]] = {}
-    for row in rows:
-        by_contender.setdefault(row["contender"], {})[row["timing"]] = row
-    lines = []
-    for contender, kinds in by_contender.items():
-        anyhow, graph, stream = next(iter(kinds.values())), kinds.get("graph", {}), kinds.get("stream", {})
-        lines.append(
-            [
-                contender,
-                microseconds(graph, "p50_ms"),
-                spread(graph),
-                graph.get("times_floor", ""),
-                microseconds(stream, "p50_ms"),
-                spread(stream),
-                anyhow["extra_memory_mib"],
-                anyhow["relative_error"],
-                anyhow["note"],
-            ]
-        )
-    return f"### {rows[0]['case']}\n\n{caption}\n\n{table(HEADER, lines)}"
-
-
-def microseconds(row: Mapping[str, str], column: str) -> str:
-    return harness.significant(1e3 * float(row[column])) if row.get(column) else ""
+def microseconds(row: Mapping[str, str], column: str = "p50_ms") -> str:
+    return significant(1e3 * float(row[column])) if row.get(column) else ""
 
 
 def spread(row: Mapping[str, str]) -> str:
     return f"{microseconds(row, 'p20_ms')} - {microseconds(row, 'p80_ms')}" if row.get("p20_ms") else ""
 
 
-class Numbers:
-    """Looks up what rows say of a case, a contender and a kind of timing; None where it was not measured."""
-
-    def __init__(self, rows: Iterable[dict]) -> None:
-        self._rows = {(row["case"], row["contender"], row["timing"]): row for row in rows}
-
-    def __call__(self, case: str, contender: str, timing: str, column: str) -> float | None:
-        text = self._rows.get((case, contender, timing), {}).get(column)
-        return float(text) if text else None
+def floor_text(row: Mapping[str, str]) -> str:
+    return f"{microseconds(row, 'floor_ms')} us" if float(row["floor_ms"]) else "not measured"
 
 
-@dataclass(frozen=True)
-class Goal:
-    operator: str
+def number(rows: Iterable[dict], case: str, contender: str, timing: str, column: str = "p50_ms") -> float | None:
+    """What rows say; None where it was not measured."""
+    for row in rows:
+        if (row["case"], row["contender"], row["timing"]) == (case, contender, timing) and row.get(column):
+            return float(row[column])
+    return None
+
+
+class Goal(NamedTuple):
     goal: str
     measured: str
     met: bool | None  # None where it was not measured
 
 
-def table(header: list[str], rows: Iterable[Iterable[object]]) -> str:
-    """A Markdown table of cells with anything in them."""
-    return harness.markdown_table(header, ([_cell(value) for value in row] for row in rows))
+def at_most(goal: str, value: float | None, limit: float, measured: str, unit: float = 1.0) -> Goal:
+    """``measured`` formats the value over the unit."""
+    return Goal(goal, "", None) if value is None else Goal(goal, measured.format(value / unit), value <= limit)
 
 
-def _cell(value: object) -> str:
-    return " ".join(str(value).split()).replace("|", "\\|")
-
-
-def one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:300]
+def ahead(goal: str, ours: float | None, peers: Iterable[float | None], measured: str, unit: float = 1.0) -> Goal:
+    """``measured`` formats our time and that of the best peer, of those that were measured."""
+    known = [time for time in peers if time is not None]
+    if ours is None or not known:
+        return Goal(goal, "", None)
+    return Goal(goal, measured.format(ours / unit, min(known) / unit), ours < min(known))

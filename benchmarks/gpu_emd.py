@@ -5,18 +5,17 @@ GPU's memory and bring their results back there, as a training step would need i
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import gpu_comparison
 import torch
 from emd_peers import pot_flow
 from emd_problems import EPISODE, float32_batch
-from gpu_comparison import Comparison, Contender, Goal, one_line
+from gpu_comparison import Comparison, Contender, Goal, at_most, floor_text, number, peer
 from torch import Tensor
 
 import fewshot_ext
-from fewshot_ext._extras import is_installed
 
-NAME = "emd"
 OURS, FORWARD = "fewshot_ext", "fewshot_ext, forward alone"
 HOST, POT = "fewshot_ext on the host", "POT on the host, forward alone"
 TOLERANCE = 1e-5  # largest relative error, in norm, of values and flows
@@ -78,6 +77,14 @@ def on_host(cost: Tensor, supply: Tensor, demand: Tensor) -> tuple[Tensor, Tenso
     return tuple(result.to(cost.device) for result in results)
 
 
+def imported_pot(problems: int) -> Solver:
+    if problems > MOST_FOR_POT:
+        raise ValueError(f"one call takes seconds beyond {MOST_FOR_POT} problems")
+    import ot  # noqa: F401
+
+    return pot
+
+
 def pot(cost: Tensor, supply: Tensor, demand: Tensor) -> tuple[Tensor, Tensor]:
     arrays = (tensor.cpu().double().numpy() for tensor in (cost, supply, demand))
     flow = torch.stack([torch.from_numpy(pot_flow(*one)) for one in zip(*arrays, strict=True)])
@@ -87,24 +94,12 @@ def pot(cost: Tensor, supply: Tensor, demand: Tensor) -> tuple[Tensor, Tensor]:
 
 def contenders(job: str, device: str) -> list[Contender]:
     """The operator's own kernels first: if one hangs, the report has the reason before the time is spent."""
-    _, problems, points = parse(job)
-    kernel = f"{NAME} {'by warps' if 2 * points <= 64 else 'by blocks'}"
-    found = [Contender(OURS, ours, kernel=kernel), Contender(FORWARD, forward, kernel=kernel)]
+    _, problems, _ = parse(job)
+    found = [Contender(OURS, ours), Contender(FORWARD, forward)]
     waits = "it brings the problems to the host"
     if device == "cuda":
         found.append(Contender(HOST, on_host, waits=waits))
-    if not is_installed("ot"):
-        found.append(Contender(POT, missing="POT is not installed"))
-    elif problems > MOST_FOR_POT:
-        found.append(Contender(POT, missing=f"one call takes seconds beyond {MOST_FOR_POT} problems"))
-    else:
-        try:
-            import ot  # noqa: F401
-        except Exception as error:
-            found.append(Contender(POT, missing=one_line(error)))
-        else:
-            found.append(Contender(POT, pot, waits=waits))
-    return found
+    return [*found, peer(POT, partial(imported_pot, problems), waits=waits)]
 
 
 def bytes_moved(job: str) -> int:
@@ -115,8 +110,8 @@ def bytes_moved(job: str) -> int:
     return 4 * problems * (read + written)
 
 
-def floors(job: str, rates: Mapping[str, float]) -> dict[str, float]:
-    return {"floor_ms": bytes_moved(job) / rates["copy_gb_per_s"] / 1e6 if rates else 0.0}
+def floor(job: str, rates: Mapping[str, float]) -> float:
+    return bytes_moved(job) / rates["copy_gb_per_s"] / 1e6 if rates else 0.0
 
 
 def measure(job: str, bench) -> list[dict]:
@@ -135,10 +130,10 @@ def measure(job: str, bench) -> list[dict]:
         "pivots": f"{pivots.double().mean().item():.1f}",
         "input_sets": count,
     }
-    return gpu_comparison.of_outcomes(outcomes, OURS, common, floors(job, bench.rates))
+    return list(gpu_comparison.rows_of(outcomes, OURS, common, {"floor_ms": floor(job, bench.rates)}))
 
 
-TABLES_TEXT = f"""Cost, supply and demand in float32; medians of one forward + backward pass of all values, unless the
+TEXT = f"""Cost, supply and demand in float32; medians of one forward + backward pass of all values, unless the
 line says otherwise. {gpu_comparison.KINDS_TEXT}
 The floor is the least traffic of the forward pass. Memory is the peak beyond inputs and results; the error is the
 larger of values and flows, in norm, against solutions in float64 that were proved optimal.
@@ -146,42 +141,26 @@ larger of values and flows, in norm, against solutions in float64 that were prov
 """
 
 
-def tables(rows: list[dict]) -> str:
-    return TABLES_TEXT + "\n".join(
-        gpu_comparison.case_table(found, caption(found)) for found in gpu_comparison.by_case(rows).values()
-    )
-
-
 def caption(rows: list[dict]) -> str:
     row = rows[0]
-    floor = gpu_comparison.microseconds(row, "floor_ms")
-    text = f"{row['pivots']} pivots a problem; floor {'not measured' if floor == '0' else f'{floor} us'}."
-    rate = rate_of(gpu_comparison.Numbers(rows), row["case"], int(row["problems"]))
+    text = f"{row['pivots']} pivots a problem; floor {floor_text(row)}."
+    rate = rate_of(rows, row["case"], int(row["problems"]))
     return text if rate is None else f"{text} {rate / 1e6:.2f} million problems a second, forward alone."
 
 
-def rate_of(numbers: gpu_comparison.Numbers, case: str, problems: int) -> float | None:
+def rate_of(rows: list[dict], case: str, problems: int) -> float | None:
     """Problems a second of the forward pass, on the device's time."""
-    time = numbers(case, FORWARD, "graph", "p50_ms")
+    time = number(rows, case, FORWARD, "graph")
     return None if time is None else 1e3 * problems / time
 
 
 def goals(rows: list[dict]) -> list[Goal]:
     """For an H100."""
-    numbers = gpu_comparison.Numbers(rows)
-    time = numbers(title(EPISODE_OF_25), FORWARD, "graph", "p50_ms")
-    rate = rate_of(numbers, title(BATCH_OF_25), parse(BATCH_OF_25)[1])
+    episode, batch = title(EPISODE_OF_25), title(BATCH_OF_25)
+    time = number(rows, episode, FORWARD, "graph")
+    rate = rate_of(rows, batch, parse(BATCH_OF_25)[1])
+    goal = f"{batch}: forward of 5 million problems a second in a CUDA graph"
     return [
-        Goal(
-            NAME,
-            f"{title(EPISODE_OF_25)}: forward in at most 60 us in a CUDA graph",
-            "" if time is None else f"{1e3 * time:.1f} us",
-            None if time is None else time <= 0.06,
-        ),
-        Goal(
-            NAME,
-            f"{title(BATCH_OF_25)}: forward of 5 million problems a second in a CUDA graph",
-            "" if rate is None else f"{rate / 1e6:.2f} million a second",
-            None if rate is None else rate >= 5e6,
-        ),
+        at_most(f"{episode}: forward in at most 60 us in a CUDA graph", time, 0.06, "{:.1f} us", unit=1e-3),
+        Goal(goal, "", None) if rate is None else Goal(goal, f"{rate / 1e6:.2f} million a second", rate >= 5e6),
     ]

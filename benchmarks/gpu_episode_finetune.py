@@ -11,12 +11,11 @@ import gpu_comparison
 import torch
 from bench_episode_finetune import COMPILED, EPISODES, OURS, PASSES, QUERIES, WAY
 from episode_finetune_peers import batched, step
-from gpu_comparison import Comparison, Contender, Goal
+from gpu_comparison import Comparison, Contender, Goal, ahead, at_most, floor_text, number
 from torch import Tensor
 
 import fewshot_ext
 
-NAME = "episode_finetune"
 PLAIN = "plain PyTorch, all episodes at once"
 SPAN, DIRECT = f"{OURS} (span)", f"{OURS} (direct)"
 TOLERANCE = 1e-4  # largest relative error of the scores, in norm
@@ -71,12 +70,12 @@ def contenders(device: str) -> list[Contender]:
     if device == "cuda":
         for name, form in ((SPAN, "span"), (DIRECT, "direct")):
             forced = {"FEWSHOT_EXT_EPISODE_FINETUNE_FORM": form}
-            found.append(Contender(name, ours, kernel=f"{NAME} {form}", environment=forced))
+            found.append(Contender(name, ours, environment=forced))
     torch.compiler.reset()
     compiled = torch.compile(step, fullgraph=True, dynamic=False)
     return [
         *found,
-        Contender(OURS, ours, kernel=f"{NAME} span"),
+        Contender(OURS, ours),
         Contender(PLAIN, batched),
         Contender(COMPILED, partial(batched, step=compiled), compiles=True),
     ]
@@ -84,52 +83,32 @@ def contenders(device: str) -> list[Contender]:
 
 def measure(job: str, bench) -> list[dict]:
     generator = gpu_comparison.generator(bench.device)
-    with gpu_comparison.precision("float32"):
-        # One set fills more than a cache.
-        sets = [Inputs(job, bench.quick, bench.device.device, generator) for _ in range(2)]
-        comparison = Comparison(bench, sets, TOLERANCE)
-        outcomes = [comparison.prepare(contender) for contender in contenders(bench.device.name)]
-        comparison.time(outcomes, {})
+    torch.set_float32_matmul_precision("highest")
+    # One set fills more than a cache.
+    sets = [Inputs(job, bench.quick, bench.device.device, generator) for _ in range(2)]
+    comparison = Comparison(bench, sets, TOLERANCE)
+    outcomes = [comparison.prepare(contender) for contender in contenders(bench.device.name)]
+    comparison.time(outcomes, {})
     floor = sets[0].nbytes() / bench.rates["copy_gb_per_s"] / 1e6 if bench.rates else 0.0
     common = {"case": title(job), "input_sets": len(sets)}
-    return gpu_comparison.of_outcomes(outcomes, OURS, common, {"floor_ms": floor})
+    return list(gpu_comparison.rows_of(outcomes, OURS, common, {"floor_ms": floor}))
 
 
-TABLES_TEXT = f"""Medians of one call for {EPISODES} episodes, {QUERIES} queries a class, {PASSES} passes in minibatches
+TEXT = f"""Medians of one call for {EPISODES} episodes, {QUERIES} queries a class, {PASSES} passes in minibatches
 of 4. {gpu_comparison.KINDS_TEXT}
 The floor reads every input and writes every score once, at the rate of a large copy.
 
 """
 
 
-def tables(rows: list[dict]) -> str:
-    return TABLES_TEXT + "\n".join(
-        gpu_comparison.case_table(found, caption(found[0])) for found in gpu_comparison.by_case(rows).values()
-    )
-
-
-def caption(row: dict) -> str:
-    floor = gpu_comparison.microseconds(row, "floor_ms")
-    return f"Floor {'not measured' if floor == '0' else f'{floor} us'}."
+def caption(rows: list[dict]) -> str:
+    return f"Floor {floor_text(rows[0])}."
 
 
 def goals(rows: list[dict]) -> list[Goal]:
     """For an H100; torch's own loop takes a minute for the same on a core."""
-    numbers = gpu_comparison.Numbers(rows)
-    mine, *others = (numbers(title(GOAL_JOB), name, "graph", "p50_ms") for name in (OURS, PLAIN, COMPILED))
-    peers = [time for time in others if time is not None]
-    known = mine is not None
-    return [
-        Goal(
-            NAME,
-            f"{title(GOAL_JOB)}: {EPISODES} episodes in at most {GOAL_MS:g} ms in a CUDA graph",
-            f"{mine:.2f} ms" if known else "",
-            mine <= GOAL_MS if known else None,
-        ),
-        Goal(
-            NAME,
-            f"{title(GOAL_JOB)}: ahead of plain PyTorch and torch.compile in CUDA graphs",
-            f"{mine:.2f} ms against {min(peers):.2f} ms" if known and peers else "",
-            mine < min(peers) if known and peers else None,
-        ),
-    ]
+    case = title(GOAL_JOB)
+    mine, *peers = (number(rows, case, name, "graph") for name in (OURS, PLAIN, COMPILED))
+    goal = f"{case}: {EPISODES} episodes in at most {GOAL_MS:g} ms in a CUDA graph"
+    first = f"{case}: ahead of plain PyTorch and torch.compile in CUDA graphs"
+    return [at_most(goal, mine, GOAL_MS, "{:.2f} ms"), ahead(first, mine, peers, "{:.2f} ms against {:.2f} ms")]

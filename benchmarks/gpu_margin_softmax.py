@@ -11,17 +11,16 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 import gpu_comparison
-import harness
 import torch
 import torch.nn.functional as F
 from bench_margin_softmax import CASES, COMPILED, EAGER, MARGIN, OURS, SCALE, Case
-from gpu_comparison import Comparison, Contender, Goal, one_line
+from gpu_comparison import Comparison, Contender, Goal, ahead, at_most, microseconds, number, peer
+from harness import Timing
 from torch import Tensor
 
 import fewshot_ext
 from fewshot_ext import reference
 
-NAME = "margin_softmax"
 ONE_LAUNCH, CHUNKED = f"{OURS} (one launch)", f"{OURS} (chunked)"
 TORCH_LINEAR = "torch linear_cross_entropy (no margin)"
 CCE = "cut-cross-entropy (no margin)"
@@ -32,6 +31,7 @@ LIGER, LIGER_16 = "liger-kernel (no margin)", "liger-kernel, chunk_mem_const=16 
 # differences.
 TOLERANCE = {"float32": 1e-4, "tf32": 5e-3, "bfloat16": 1e-1, "float16": 2e-2}
 SMALL = 1000  # classes, up to which both kernels are timed and one launch is what the operator chooses
+COUNTS = "it counts its targets on the host"
 
 GOALS_FIRST = ("256,512,64,float32", "256,640,351,float32", "512,512,100000,bfloat16")
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -79,48 +79,41 @@ def forward_backward(function: LossFunction, features: Tensor, weight: Tensor, t
     return results
 
 
-def without_margin(linear_cross_entropy: LossFunction) -> LossFunction:
-    def loss(features: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return linear_cross_entropy(SCALE * F.normalize(features, dim=1), F.normalize(weight, dim=1), target)
+def without_margin(name: str, function: Callable[[], LossFunction], **facts) -> Contender:
+    def get() -> LossFunction:
+        linear_cross_entropy = function()
+        return lambda features, weight, target: linear_cross_entropy(
+            SCALE * F.normalize(features, dim=1), F.normalize(weight, dim=1), target
+        )
 
-    return loss
+    return peer(name, get, variant=0.0, **facts)
 
 
-def torch_linear_cross_entropy() -> Contender:
+def torch_linear_cross_entropy() -> LossFunction:
     if not hasattr(F, "linear_cross_entropy"):
-        return Contender(TORCH_LINEAR, missing=f"torch {torch.__version__} has none, 2.13 is the first")
+        raise ImportError(f"torch {torch.__version__} has none, 2.13 is the first")
     # Without options it is eager by another name: the logits are stored.
-    function = partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
-    return Contender(TORCH_LINEAR, without_margin(function), variant=0.0)
+    return partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
 
 
-def cut_cross_entropy(dtype: str) -> Contender:
+def cut_cross_entropy(dtype: str) -> LossFunction:
     if dtype not in ("bfloat16", "float16"):
-        return Contender(CCE, missing="its backward pass takes bfloat16 and float16 alone")
-    try:
-        from cut_cross_entropy import linear_cross_entropy
-    except Exception as error:
-        return Contender(CCE, missing=one_line(error))
-    return Contender(CCE, without_margin(linear_cross_entropy), variant=0.0, waits="it counts its targets on the host")
+        raise TypeError("its backward pass takes bfloat16 and float16 alone")
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy
 
 
-def liger(name: str, **settings: object) -> Contender:
+def liger(**settings: object) -> LossFunction:
     """Its default chunk holds as many logits as the features hold numbers: 4 rows of 100,000 classes."""
-    try:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Function
-    except Exception as error:
-        return Contender(name, missing=one_line(error))
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Function
+
     # Functions of autograd take arguments by position alone, and this one keeps gaining some.
     _, _, _, _, *optional = inspect.signature(Function.forward).parameters.values()
-    unknown = settings.keys() - {parameter.name for parameter in optional}
-    if unknown:
-        return Contender(name, missing=f"this version takes no {', '.join(unknown)}")
+    if unknown := settings.keys() - {parameter.name for parameter in optional}:
+        raise TypeError(f"this version takes no {', '.join(unknown)}")
     arguments = [settings.get(parameter.name, parameter.default) for parameter in optional]
-
-    def linear_cross_entropy(features: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return Function.apply(features, weight, target, *arguments)[0]
-
-    return Contender(name, without_margin(linear_cross_entropy), variant=0.0, waits="it counts its targets on the host")
+    return lambda features, weight, target: Function.apply(features, weight, target, *arguments)[0]
 
 
 def ours(features: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -138,17 +131,20 @@ def contenders(case: Case, dtype: str, device: str) -> list[Contender]:
     if small and device == "cuda":
         for name, value in ((ONE_LAUNCH, "one_launch"), (CHUNKED, "chunked")):
             forced = {"FEWSHOT_EXT_MARGIN_SOFTMAX_KERNEL": value}
-            found.append(Contender(name, ours, variant=MARGIN, kernel=f"{NAME} {value}", environment=forced))
-    found.append(Contender(OURS, ours, variant=MARGIN, kernel=f"{NAME} {'one_launch' if small else 'chunked'}"))
-    found.append(Contender(EAGER, eager, variant=MARGIN))
+            found.append(Contender(name, ours, variant=MARGIN, environment=forced))
     torch.compiler.reset()  # else the cases would count towards torch's limit of recompilations
-    found.append(
-        Contender(COMPILED, torch.compile(eager, fullgraph=True, dynamic=False), variant=MARGIN, compiles=True)
-    )
-    peers = [torch_linear_cross_entropy(), cut_cross_entropy(dtype), liger(LIGER)]
+    compiled = torch.compile(eager, fullgraph=True, dynamic=False)
+    found += [
+        Contender(OURS, ours, variant=MARGIN),
+        Contender(EAGER, eager, variant=MARGIN),
+        Contender(COMPILED, compiled, variant=MARGIN, compiles=True),
+        without_margin(TORCH_LINEAR, torch_linear_cross_entropy),
+        without_margin(CCE, partial(cut_cross_entropy, dtype), waits=COUNTS),
+        without_margin(LIGER, liger, waits=COUNTS),
+    ]
     if case.classes > case.dimensions:
-        peers.append(liger(LIGER_16, chunk_mem_const=16))
-    return found + peers
+        found.append(without_margin(LIGER_16, partial(liger, chunk_mem_const=16), waits=COUNTS))
+    return found
 
 
 def products(case: Case, sets: list[Inputs], generator: torch.Generator) -> dict[str, list[gpu_comparison.Call]]:
@@ -172,7 +168,7 @@ def products(case: Case, sets: list[Inputs], generator: torch.Generator) -> dict
     }
 
 
-def time_of_products(timings: Mapping[str, harness.Timing]) -> float:
+def time_of_products(timings: Mapping[str, Timing]) -> float:
     """Milliseconds of the three, each in the better layout."""
     best: dict[str, float] = {}
     for name, timing in timings.items():
@@ -183,13 +179,13 @@ def time_of_products(timings: Mapping[str, harness.Timing]) -> float:
 
 def measure(job: str, bench) -> list[dict]:
     case, name = parse(job)
-    dtype, generator = gpu_comparison.DTYPES[name][0], gpu_comparison.generator(bench.device)
+    (dtype, precision), generator = gpu_comparison.DTYPES[name], gpu_comparison.generator(bench.device)
     count = gpu_comparison.input_sets(bench.device, (case.samples + case.classes) * case.dimensions * dtype.itemsize)
-    with gpu_comparison.precision(name):
-        sets = [Inputs(case, dtype, bench.device.device, generator) for _ in range(count)]
-        comparison = Comparison(bench, sets, TOLERANCE[name])
-        outcomes = [comparison.prepare(contender) for contender in contenders(case, name, bench.device.name)]
-        gemm = time_of_products(comparison.time(outcomes, products(case, sets, generator)))
+    torch.set_float32_matmul_precision(precision)
+    sets = [Inputs(case, dtype, bench.device.device, generator) for _ in range(count)]
+    comparison = Comparison(bench, sets, TOLERANCE[name])
+    outcomes = [comparison.prepare(contender) for contender in contenders(case, name, bench.device.name)]
+    gemm = time_of_products(comparison.time(outcomes, products(case, sets, generator)))
     common = {
         "case": title(job),
         "samples": case.samples,
@@ -198,7 +194,7 @@ def measure(job: str, bench) -> list[dict]:
         "dtype": name,
         "input_sets": count,
     }
-    return gpu_comparison.of_outcomes(outcomes, OURS, common, floor_columns(case, name, gemm, bench.rates))
+    return list(gpu_comparison.rows_of(outcomes, OURS, common, floor_columns(case, name, gemm, bench.rates)))
 
 
 def floor_columns(case: Case, dtype: str, gemm: float, rates: Mapping[str, float]) -> dict[str, float]:
@@ -212,56 +208,39 @@ def floor_columns(case: Case, dtype: str, gemm: float, rates: Mapping[str, float
     return {**floors, "floor_ms": max(gemm, floors.get("copy_ms", 0.0))}
 
 
-TABLES_TEXT = f"""N, D, C; medians of one forward + backward. {gpu_comparison.KINDS_TEXT}
+TEXT = f"""N, D, C; medians of one forward + backward. {gpu_comparison.KINDS_TEXT}
 The floor is the larger of the products and the traffic. Memory is the peak beyond inputs and gradients; the error is
 the largest of loss and gradients, in norm, against float64.
 
 """
 
 
-def tables(rows: list[dict]) -> str:
-    """One for each case and dtype."""
-    return TABLES_TEXT + "\n".join(
-        gpu_comparison.case_table(found, caption(found[0])) for found in gpu_comparison.by_case(rows).values()
-    )
-
-
-def caption(row: dict) -> str:
-    floors = (
-        gpu_comparison.microseconds(row, f"{name}_ms") or "not measured" for name in ("gemm", "square_gemm", "copy")
-    )
-    gemm, square, copy = floors
+def caption(rows: list[dict]) -> str:
+    names = ("gemm_ms", "square_gemm_ms", "copy_ms")
+    gemm, square, copy = (microseconds(rows[0], name) or "not measured" for name in names)
     return (
         f"Floors in us: its three matrix products {gemm}; their arithmetic at the rate of a large square product "
-        f"{square}; its least traffic {copy}. {row['input_sets']} sets of inputs."
+        f"{square}; its least traffic {copy}. {rows[0]['input_sets']} sets of inputs."
     )
 
 
 def goals(rows: list[dict]) -> list[Goal]:
     """For an H100: the device's time at few-shot sizes, the floor and the peers at 100,000 classes."""
-    numbers = gpu_comparison.Numbers(rows)
-    *small, large = GOALS_FIRST
-    result = []
-    for job in small:
-        time = numbers(title(job), OURS, "graph", "p50_ms")
-        measured = "" if time is None else f"{1e3 * time:.1f} us"
-        goal = f"{title(job)}: at most 25 us in a CUDA graph"
-        result.append(Goal(NAME, goal, measured, None if time is None else time <= 0.025))
-    ratio = numbers(title(large), OURS, "graph", "times_floor")
-    measured = ""
-    if ratio is not None:
-        measured = f"{ratio:.2f} times"
-        if square := numbers(title(large), OURS, "graph", "square_gemm_ms"):
-            of_square = numbers(title(large), OURS, "graph", "p50_ms") / square
-            measured += f"; {of_square:.2f} times the arithmetic at the rate of a large square product"
-    goal = f"{title(large)}: at most 2 times the floor in a CUDA graph"
-    result.append(Goal(NAME, goal, measured, None if ratio is None else ratio <= 2))
+    *small, large = map(title, GOALS_FIRST)
+    found = []
+    for case in small:
+        time = number(rows, case, OURS, "graph")
+        found.append(at_most(f"{case}: at most 25 us in a CUDA graph", time, 0.025, "{:.1f} us", unit=1e-3))
+    measured = "{:.2f} times"
+    if square := number(rows, large, OURS, "graph", "square_gemm_ms"):
+        of_square = number(rows, large, OURS, "graph") / square
+        measured += f"; {of_square:.2f} times the arithmetic at the rate of a large square product"
+    times_floor = number(rows, large, OURS, "graph", "times_floor")
+    found.append(at_most(f"{large}: at most 2 times the floor in a CUDA graph", times_floor, 2, measured))
     # Some peers wait for the host, so no graph holds them: the plain calls are what can be compared.
-    ours = numbers(title(large), OURS, "stream", "p50_ms")
+    mine = number(rows, large, OURS, "stream")
     for peers in ((CCE,), (LIGER, LIGER_16), (TORCH_LINEAR,)):
-        times = [time for peer in peers if (time := numbers(title(large), peer, "stream", "p50_ms")) is not None]
-        known = bool(times) and ours is not None
-        measured = f"{1e3 * ours:.0f} us against {1e3 * min(times):.0f} us" if known else ""
-        goal = f"{title(large)}: ahead of {peers[0]} in plain calls"
-        result.append(Goal(NAME, goal, measured, ours < min(times) if known else None))
-    return result
+        times = [number(rows, large, name, "stream") for name in peers]
+        goal = f"{large}: ahead of {peers[0]} in plain calls"
+        found.append(ahead(goal, mine, times, "{:.0f} us against {:.0f} us", unit=1e-3))
+    return found

@@ -24,8 +24,7 @@ from pathlib import Path
 # that Python 3.10 has, would also keep them alive where a whole session is ended.
 OWN_GROUP = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
 START_PATIENCE = 120.0  # seconds for a worker to import torch and to create a CUDA context, from a cold disk
-SAME_KERNEL_FAILURES = 2  # so often the same kernel may fail before it is left out everywhere
-AT_START = {"job": "", "contender": "", "phase": "start", "kernel": ""}
+AT_START = {"job": "", "contender": "", "phase": "start"}
 
 
 class Overdue(Exception):
@@ -34,20 +33,6 @@ class Overdue(Exception):
 
 class Silent(Exception):
     """The child has said nothing for as long as it may."""
-
-
-class Budget:
-    """Seconds for everything, from which sections take their shares."""
-
-    def __init__(self, seconds: float) -> None:
-        self._end = time.monotonic() + seconds
-
-    def remaining(self) -> float:
-        return self._end - time.monotonic()
-
-    def deadline(self, share: float = float("inf")) -> float:
-        """Of a section that may take ``share`` seconds where as much is left; a time of time.monotonic()."""
-        return min(time.monotonic() + share, self._end)
 
 
 class Child:
@@ -99,38 +84,19 @@ class Child:
                     yield line.decode(errors="replace")
 
 
-class _Failures:
-    """What workers have died of, and what later ones leave out for it."""
-
-    def __init__(self) -> None:
-        self.known: list[dict[str, str]] = []
-
-    def add(self, failure: dict[str, str]) -> bool:
-        """False if a worker has died of it before, although told to leave it out."""
-        if any(all(known[key] == failure[key] for key in ("job", "contender", "phase")) for known in self.known):
-            return False
-        self.known.append(failure)
-        return True
-
-    def left_out(self) -> list[dict[str, str]]:
-        kernels = [failure["kernel"] for failure in self.known]
-        everywhere = {name for name in kernels if name and kernels.count(name) >= SAME_KERNEL_FAILURES}
-        return [{**failure, "everywhere": failure["kernel"] in everywhere} for failure in self.known]
-
-
 def supervise(command: list[str], settings: dict, jobs: list[str], deadline: float) -> Iterator[dict]:
     """Has workers do the jobs and yields their events, see gpu_worker.py; raises Overdue.
 
     A worker that dies or hangs is followed by another that leaves out what the first was at: the contender, or the
     whole job where it was no single contender. Each of them yields an event "failure" with a reason.
     """
-    jobs, failures = list(jobs), _Failures()
+    jobs, failures = list(jobs), []
     while jobs:
         at, reason, open_jobs = AT_START, None, len(jobs)
         # Wall-clock time, because the worker has another monotonic clock.
         until = time.time() + deadline - time.monotonic()
-        orders = {**settings, "jobs": jobs, "left_out": failures.left_out(), "until": until}
-        with tempfile.TemporaryFile() as errors, Child([*command, json.dumps(orders)], stderr=errors) as worker:
+        orders = json.dumps({**settings, "jobs": jobs, "left_out": failures, "until": until})
+        with tempfile.TemporaryFile() as errors, Child([*command, orders], stderr=errors) as worker:
             worker.patience = START_PATIENCE
             try:
                 for line in worker.lines(deadline):
@@ -150,22 +116,28 @@ def supervise(command: list[str], settings: dict, jobs: list[str], deadline: flo
             else:
                 if not jobs:
                     return
-                reason = reason or _death(worker.process.returncode)
+                reason = reason or death(worker.process.returncode)
             errors.seek(0)
             output = errors.read().decode(errors="replace")
         yield {"event": "failure", **at, "reason": reason, "output": output[-4000:]}
         if not at["job"]:
             if len(jobs) == open_jobs:
                 return
-        elif not failures.add({**at, "reason": reason}) or not at["contender"]:
+            continue
+        again = any(failure.items() >= at.items() for failure in failures)  # although it was told to leave that out
+        if not again:
+            failures.append({**at, "reason": reason})
+        if again or not at["contender"]:
             jobs.remove(at["job"])
 
 
-def _death(returncode: int) -> str:
+def death(returncode: int) -> str:
     if returncode < 0:
         return f"the process died of {signal.Signals(-returncode).name}"
     return f"the process ended with exit code {returncode}"
 
+
+# The CUDA half of the test suite, by itself or under compute-sanitizer.
 
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "python_tests" / "ops"  # what runs kernels; the rest wants packages that a GPU machine may not have
@@ -227,6 +199,10 @@ class SuiteRun:
         self.log.append(line)
         if match := OUTCOME.match(line):
             self.counts[match["outcome"]] += 1
+            if match["outcome"] in ("FAILED", "ERROR"):
+                print(f"  {match['outcome']} {match['test']}", flush=True)
+            elif self.ran % 50 == 0:
+                print(f"  {self.ran} of {self.selected} tests", flush=True)
         elif match := FAILURE.match(line):
             self.failures.append(match[1])
         elif match := SELECTION.search(line):
@@ -248,44 +224,28 @@ def environment(**more: str) -> dict[str, str]:
 def run(found: SuiteRun, command: list[str], deadline: float, **variables: str) -> None:
     """Fills ``found`` as the tests go on, so that it holds what there is whoever stops this."""
     begin = time.monotonic()
-    deadline -= GRACE
     # Standard error too: it has what a crash leaves behind.
     with Child(command, stderr=subprocess.STDOUT, cwd=ROOT, env=environment(**variables)) as child:
         child.patience = PATIENCE
         found.cut = "stopped"
         try:
-            for line in child.lines(deadline):
+            for line in child.lines(deadline - GRACE):
                 found.read(line)
                 found.seconds = time.monotonic() - begin
-                _show(found, line)
             found.cut = ""
         except (Overdue, Silent) as stop:
             test = child.unfinished_line.decode(errors="replace").strip()
             found.out_of_time = isinstance(stop, Overdue)
-            why = "out of time" if found.out_of_time else f"no sign of life for {PATIENCE:g} s"
-            found.cut = f"{why} in {test}" if "::" in test else why
-            for line in _last_words(child):
-                found.read(line)
+            found.cut = "out of time" if found.out_of_time else f"no sign of life for {PATIENCE:g} s"
+            found.cut += f" in {test}" if "::" in test else ""
+            child.signal(signal.SIGINT)  # pytest then says what failed
+            child.patience = GRACE
+            with contextlib.suppress(Overdue, Silent):
+                for line in child.lines(time.monotonic() + GRACE):
+                    found.read(line)
             found.out_of_time &= not (found.counts["FAILED"] or found.counts["ERROR"])
         found.returncode = child.process.poll()
     found.seconds = time.monotonic() - begin
-
-
-def _show(found: SuiteRun, line: str) -> None:
-    match = OUTCOME.match(line)
-    if match and match["outcome"] in ("FAILED", "ERROR"):
-        print(f"  {match['outcome']} {match['test']}", flush=True)
-    elif match and found.ran % 50 == 0:
-        print(f"  {found.ran} of {found.selected} tests", flush=True)
-
-
-def _last_words(child: Child) -> Iterator[str]:
-    child.signal(signal.SIGINT)
-    child.patience = GRACE
-    try:
-        yield from child.lines(time.monotonic() + GRACE)
-    except (Overdue, Silent):
-        return
 
 
 def find_sanitizer() -> str | None:

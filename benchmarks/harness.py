@@ -198,7 +198,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def markdown_table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    lines = [list(header), *([str(cell) for cell in row] for row in rows)]
+    """With anything in its cells."""
+    lines = [[" ".join(str(cell).split()).replace("|", "\\|") for cell in line] for line in (header, *rows)]
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 

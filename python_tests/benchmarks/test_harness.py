@@ -32,3 +32,20 @@ def test_files_are_written_with_save_alone(arguments, written, results, capsys):
 def test_the_caption_is_the_command_without_save(save, monkeypatch):
     monkeypatch.setattr(harness.sys, "argv", ["bench.py", *save, "--seconds", "8"])
     assert harness.command().endswith("bench.py --seconds 8")
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "report.md"
+    harness.write_text(path, "first")
+
+    def fail(self, target):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(type(path), "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        harness.write_text(path, "second")
+    assert path.read_text() == "first"
+
+
+def test_cells_of_a_table_hold_anything():
+    assert harness.markdown_table(["a"], [["x|y\nz"], [1]]).splitlines()[2:] == ["| x\\|y z |", "| 1 |"]
