@@ -19,7 +19,7 @@ import fewshot_ext
 PLAIN = "plain PyTorch, all episodes at once"
 SPAN, DIRECT = f"{OURS} (span)", f"{OURS} (direct)"
 TOLERANCE = 1e-4  # largest relative error of the scores, in norm
-GOAL_JOB, GOAL_MS = "5,512", 5.0
+GOAL_JOB, GOALS_MS = "5,512", (5.0, 1.5)
 QUICK_EPISODES, QUICK_PASSES = 8, 3
 
 
@@ -109,6 +109,9 @@ def goals(rows: list[dict]) -> list[Goal]:
     """For an H100; torch's own loop takes a minute for the same on a core."""
     case = title(GOAL_JOB)
     mine, *peers = (number(rows, case, name, "graph") for name in (OURS, PLAIN, COMPILED))
-    goal = f"{case}: {EPISODES} episodes in at most {GOAL_MS:g} ms in a CUDA graph"
+    goal = f"{case}: {EPISODES} episodes in at most {{:g}} ms in a CUDA graph"
     first = f"{case}: ahead of plain PyTorch and torch.compile in CUDA graphs"
-    return [at_most(goal, mine, GOAL_MS, "{:.2f} ms"), ahead(first, mine, peers, "{:.2f} ms against {:.2f} ms")]
+    return [
+        *(at_most(goal.format(limit), mine, limit, "{:.2f} ms") for limit in GOALS_MS),
+        ahead(first, mine, peers, "{:.2f} ms against {:.2f} ms"),
+    ]

@@ -34,7 +34,12 @@ PACKAGES = {
     "triton": "torch.compile, cut-cross-entropy, liger-kernel",
     "cut_cross_entropy": "its comparison",
     "liger_kernel.ops.fused_linear_cross_entropy": "its comparison",
+    "liger_kernel.ops.cutedsl.ops": "the comparison with its kernel for Hopper",
+    "quack.linear_cross_entropy": "its comparison",
+    "ot": "its comparison",
+    "torch_linear_assignment": "its comparison",
 }
+VERSIONS = ("torch", "triton", "cut-cross-entropy", "liger-kernel", "quack-kernels", "POT", "torch-linear-assignment")
 SMI = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,compute_mode,mig.mode.current"
 
 
@@ -91,7 +96,7 @@ class Bench:
 
 def facts(bench: Bench) -> dict:
     """``columns`` goes into every CSV row, ``details`` into the report."""
-    versions = harness.versions("torch", "triton", "cut-cross-entropy", "liger-kernel")
+    versions = harness.versions(*VERSIONS)
     report = env.render(env.report())
     if bench.device.name == "cpu":
         name = f"{harness.processor()} (rehearsal, no GPU)"

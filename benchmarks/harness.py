@@ -80,10 +80,10 @@ def interleaved(
                 samples[name].append(measure(call))
     finally:
         gc.enable()
-    return {name: _timing(values) for name, values in samples.items()}
+    return {name: timing_of(values) for name, values in samples.items()}
 
 
-def _timing(values: list[float]) -> Timing:
+def timing_of(values: list[float]) -> Timing:
     quantiles = statistics.quantiles(values, n=10, method="inclusive")
     return Timing(quantiles[1], statistics.median(values), quantiles[7], len(values))
 

@@ -26,7 +26,7 @@ class FakeCuda:
         return 0
 
     def get_device_properties(self, device):
-        return types.SimpleNamespace(L2_cache_size=1000)
+        return types.SimpleNamespace(L2_cache_size=1000, total_memory=1 << 30)
 
     def Event(self, enable_timing):
         fake = self
@@ -137,13 +137,46 @@ def counting(log, name, count):
 
 def test_plain_calls_go_through_all_inputs_in_turn():
     log = []
-    a, b = (gpu_comparison.Batch(counting(log, name, count)) for name, count in (("a", 3), ("b", 40)))
+    device = types.SimpleNamespace(elapsed=lambda call: 1.0)
+    a, b = (gpu_comparison.Batch(device, counting(log, name, count)) for name, count in (("a", 3), ("b", 40)))
     for _ in range(3):
         a(), b()
     assert (a.size, b.size) == (3, gpu_comparison.MOST_CALLS_A_TURN)
     assert [index for name, index in log if name == "a"] == [0, 1, 2] * 3
     assert [index for name, index in log if name == "b"][:80] == [*range(40), *range(40)]
     assert [name for name, _ in log][:36] == ["a"] * 3 + ["b"] * 32 + ["a"]
+    assert len(a.host) == 3 and min(a.host) > 0
+
+
+@pytest.mark.parametrize("milliseconds, size", ((3.0, 32), (30.0, 3), (3000.0, 1)))
+def test_a_turn_of_what_is_slow_has_fewer_calls(milliseconds, size):
+    device = types.SimpleNamespace(elapsed=lambda call: milliseconds)
+    assert gpu_comparison.Batch(device, counting([], "a", 40)).size == size
+
+
+def test_the_host_is_timed_until_calls_return():
+    class Asynchronous(Device):
+        def elapsed(self, call):
+            call()
+            return 1e6  # the device takes much longer
+
+    (outcome,) = compare(Bench(Asynchronous()), Contender("ours", double, variant=2))
+    assert 0 < outcome.timings["host"].p50 < 1e3 < outcome.timings["stream"].p50
+    assert outcome.timings["host"].turns == outcome.timings["stream"].turns == 3
+
+
+def test_what_is_inexact_by_nature_is_timed_with_its_error():
+    (outcome,) = compare(Bench(), Contender("blurred", lambda x: 2.2 * x, variant=2, inexact=True))
+    assert outcome.error == pytest.approx(0.1, rel=1e-3) and outcome.timings and not outcome.notes
+    (outcome,) = compare(Bench(), Contender("blurred", lambda x: x * torch.nan, variant=2, inexact=True))
+    assert not outcome.timings
+
+
+def test_what_compiles_for_too_long_leaves_time_to_do_without_it():
+    bench = Bench(remaining=100.0)
+    bench.begin = lambda phase, contender="", patience=60.0: bench.phases.append((phase, patience))
+    compare(bench, Contender("compiled", double, variant=2, compiles=True), Contender("ours", double, variant=2))
+    assert [patience for phase, patience in bench.phases if phase == "check"] == [50.0, gpu_comparison.PATIENCE]
 
 
 @pytest.mark.parametrize("kind", ("graph", "stream"))
@@ -239,7 +272,7 @@ def test_what_is_right_is_measured_captured_and_timed():
     assert outcome.notes == []
     assert outcome.error < 1e-6
     assert outcome.memory == 100 - 16  # less the result
-    assert outcome.timings.keys() == {"graph", "stream"}
+    assert outcome.timings.keys() == {"graph", "stream", "host"}
     assert bench.phases == [
         ("check", "ours"),
         ("capture", "ours"),
@@ -319,13 +352,13 @@ def test_a_capture_that_fails_ends_the_worker_and_the_next_one_does_without():
         Comparison(Bench(Uncapturable()), [Inputs(0)], 1e-4).prepare(contender)
     (outcome,) = compare(Bench(left_out=[("ours", "capture")]), contender)
     assert outcome.notes == ["no graph: it hung"]
-    assert outcome.timings.keys() == {"stream"}
+    assert outcome.timings.keys() == {"stream", "host"}
 
 
 def test_what_waits_for_the_host_is_never_captured():
     (outcome,) = compare(Bench(), Contender("peer", double, variant=2, waits="it asks for a number"))
     assert outcome.notes == ["no graph: it asks for a number"]
-    assert outcome.timings.keys() == {"stream"}
+    assert outcome.timings.keys() == {"stream", "host"}
 
 
 def test_what_killed_an_earlier_worker_is_left_out():
@@ -341,7 +374,7 @@ def test_what_is_missing_is_listed():
 
 
 def test_nothing_is_compiled_when_time_runs_out(monkeypatch):
-    monkeypatch.setattr(Comparison, "longest_compile", 0.0)
+    monkeypatch.setattr(Comparison, "longest_compile", {})
     contender = Contender("compiled", double, variant=2, compiles=True)
     for remaining, compiled in ((50.0, False), (500.0, True)):
         (outcome,) = compare(Bench(remaining=remaining), contender)
@@ -370,5 +403,5 @@ def test_a_device_without_graphs_times_the_others_on_the_stream():
     comparison = Comparison(Bench(gpu_comparison.RehearsalOnCpu()), [Inputs(0)], 1e-4)
     outcome = comparison.prepare(Contender("ours", double, variant=2))
     others = comparison.time([outcome], {"product": [lambda: None]})
-    assert outcome.timings.keys() == {"stream"} and outcome.memory is None
+    assert outcome.timings.keys() == {"stream", "host"} and outcome.memory is None
     assert isinstance(others["product"].p50, float)
