@@ -5,6 +5,7 @@
 call returns, while the device may still be at work: as fast as a training loop can go whose kernels are small.
 """
 
+import importlib
 import itertools
 import math
 import os
@@ -151,18 +152,13 @@ class Contender:
     inexact: bool = False  # timed whatever its error, which stands beside
 
 
-class Unsuited(Exception):
-    """Why a peer is not asked for this problem."""
-
-
-def peer(name: str, function: Callable[[], Callable], **facts) -> Contender:
-    """Of another package, which ``function`` imports: one that does not fit the torch or the Triton it meets fails with
-    any exception there is."""
+def peer(name: str, package: str, function: Callable, *, unless: str = "", **facts) -> Contender:
+    """The contender that ``function`` makes of the package, unless there is a reason not to ask it for this problem."""
+    if unless:
+        return Contender(name, missing=unless)
     try:
-        return Contender(name, function(), **facts)
-    except Unsuited as reason:
-        return Contender(name, missing=str(reason))
-    except Exception as error:
+        return Contender(name, function(importlib.import_module(package)), **facts)
+    except Exception as error:  # any there is, where a package does not fit the torch or the Triton it meets
         return Contender(name, missing=one_line(error))
 
 
@@ -393,14 +389,28 @@ class Goal(NamedTuple):
     met: bool | None  # None where it was not measured
 
 
-def at_most(goal: str, value: float | None, limit: float, measured: str, unit: float = 1.0) -> Goal:
-    """``measured`` formats the value over the unit."""
-    return Goal(goal, "", None) if value is None else Goal(goal, measured.format(value / unit), value <= limit)
+UNITS = {"us": (1e-3, ".1f"), "ms": (1.0, ".2f")}
+PLACES = {"graph": "in a CUDA graph", "stream": "in plain calls", "host": "of the host's time"}
 
 
-def ahead(goal: str, ours: float | None, peers: Iterable[float | None], measured: str, unit: float = 1.0) -> Goal:
-    """``measured`` formats our time and that of the best peer, of those that were measured."""
-    known = [time for time in peers if time is not None]
-    if ours is None or not known:
+def within(
+    rows: Sequence[dict], case: str, ours: str, limit: float, unit: str, what: str = "at most", timing: str = "graph"
+) -> Goal:
+    time, (scale, form) = number(rows, case, ours, timing), UNITS[unit]
+    goal = f"{case}: {what} {limit:g} {unit} {PLACES[timing]}"
+    if time is None:
         return Goal(goal, "", None)
-    return Goal(goal, measured.format(ours / unit, min(known) / unit), ours < min(known))
+    return Goal(goal, f"{time / scale:{form}} {unit}", time <= limit * scale)
+
+
+def ahead(
+    rows: Sequence[dict], case: str, ours: str, peers: Iterable[str], unit: str, what: str, timing: str = "graph"
+) -> Goal:
+    """Of the fastest peer, of those that were measured."""
+    time, (scale, form) = number(rows, case, ours, timing), UNITS[unit]
+    known = [other for name in peers if (other := number(rows, case, name, timing)) is not None]
+    goal = f"{case}: ahead of {what} {PLACES[timing]}"
+    if time is None or not known:
+        return Goal(goal, "", None)
+    measured = f"{time / scale:{form}} {unit} against {min(known) / scale:{form}} {unit}"
+    return Goal(goal, measured, time < min(known))

@@ -11,7 +11,7 @@ import gpu_comparison
 import torch
 from bench_episode_finetune import COMPILED, EPISODES, OURS, PASSES, QUERIES, WAY
 from episode_finetune_peers import batched, step
-from gpu_comparison import Comparison, Contender, Goal, ahead, at_most, floor_text, number
+from gpu_comparison import Comparison, Contender, Goal, ahead, floor_text, within
 from torch import Tensor
 
 import fewshot_ext
@@ -108,10 +108,7 @@ def caption(rows: list[dict]) -> str:
 def goals(rows: list[dict]) -> list[Goal]:
     """For an H100; torch's own loop takes a minute for the same on a core."""
     case = title(GOAL_JOB)
-    mine, *peers = (number(rows, case, name, "graph") for name in (OURS, PLAIN, COMPILED))
-    goal = f"{case}: {EPISODES} episodes in at most {{:g}} ms in a CUDA graph"
-    first = f"{case}: ahead of plain PyTorch and torch.compile in CUDA graphs"
     return [
-        *(at_most(goal.format(limit), mine, limit, "{:.2f} ms") for limit in GOALS_MS),
-        ahead(first, mine, peers, "{:.2f} ms against {:.2f} ms"),
+        *(within(rows, case, OURS, limit, "ms", f"{EPISODES} episodes in at most") for limit in GOALS_MS),
+        ahead(rows, case, OURS, (PLAIN, COMPILED), "ms", "plain PyTorch and torch.compile"),
     ]

