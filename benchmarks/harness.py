@@ -10,6 +10,7 @@ import csv
 import ctypes
 import gc
 import io
+import itertools
 import multiprocessing
 import platform
 import statistics
@@ -43,11 +44,21 @@ class Timing:
         return Timing(self.p20 / calls, self.p50 / calls, self.p80 / calls, self.turns)
 
 
-def wall_clock(call: Callable[[], object]) -> float:
-    """Milliseconds of a call that has done its work when it returns."""
+def wall_clock(call: Callable[[], object], at_least: float = 0.1) -> float:
+    """Milliseconds of a call that has done its work when it returns: the mean of as many as take ``at_least`` seconds.
+
+    They follow an untimed one, unless that takes ten times as long: the first call after other contenders finds nothing
+    of its own in the caches, nor always in the memory of a virtual machine, and takes up to four times as long.
+    """
     begin = time.perf_counter()
     call()
-    return 1e3 * (time.perf_counter() - begin)
+    if (elapsed := time.perf_counter() - begin) >= 10 * at_least:
+        return 1e3 * elapsed
+    begin = time.perf_counter()
+    for calls in itertools.count(1):
+        call()
+        if (elapsed := time.perf_counter() - begin) >= at_least:
+            return 1e3 * elapsed / calls
 
 
 def interleaved(
@@ -57,20 +68,22 @@ def interleaved(
     turns: int = 7,
     measure: Callable[[Callable[[], object]], float] = wall_clock,
 ) -> dict[str, Timing]:
-    """Times the contenders in turns, after two untimed calls each.
+    """Times the contenders in turns, after two untimed ones each.
 
     Args:
         contenders: name -> call. A call must leave nothing behind that makes the next one faster.
         seconds: spends about this much in all.
-        turns: at least this many calls of each, however long they take.
+        turns: at least this many of each, however long they take.
         measure: milliseconds of a call.
     """
     if not contenders:
         return {}
     for call in contenders.values():
         measure(call)
-    one_turn = sum(measure(call) for call in contenders.values())
-    turns = max(turns, min(2000, int(1e3 * seconds / one_turn)))
+    begin = time.perf_counter()
+    for call in contenders.values():
+        measure(call)
+    turns = max(turns, min(2000, int(seconds / (time.perf_counter() - begin))))
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     gc.collect()
     gc.disable()

@@ -1,6 +1,7 @@
 """Benchmarks write only what they are asked to save."""
 
 import csv
+import time
 
 import harness
 import pytest
@@ -49,3 +50,12 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_cells_of_a_table_hold_anything():
     assert harness.markdown_table(["a"], [["x|y\nz"], [1]]).splitlines()[2:] == ["| x\\|y z |", "| 1 |"]
+
+
+def test_a_quick_call_is_repeated_and_a_slow_one_is_not():
+    calls = []
+    each = harness.wall_clock(lambda: calls.append(time.sleep(0.002)), at_least=0.02)
+    assert 2 <= each <= 20 / len(calls) * 2 and 1 < len(calls) <= 11
+    calls.clear()
+    assert harness.wall_clock(lambda: calls.append(time.sleep(0.002)), at_least=0) >= 2
+    assert len(calls) == 1
