@@ -124,11 +124,16 @@ def input_sets(device, bytes_of_one: int) -> int:
     return min(max(2, math.ceil(2 * device.cache_bytes / bytes_of_one)), MOST_INPUT_SETS)
 
 
+def copy_ms(nbytes: int, rates: Mapping[str, float]) -> float:
+    """At the rate of a large copy; 0 where it was not measured."""
+    return nbytes / rates["copy_gb_per_s"] / 1e6 if rates else 0.0
+
+
 class Batch:
     """Several plain calls a turn, in rotation, and for how many milliseconds each turn kept the host busy."""
 
     def __init__(self, device, calls: Sequence[Call]) -> None:
-        fit = int(MOST_MS_A_TURN / device.elapsed(calls[0]))
+        fit = int(MOST_MS_A_TURN / max(device.elapsed(calls[0]), 1e-3))
         self.size = max(1, min(len(calls), MOST_CALLS_A_TURN, fit))
         self.host: list[float] = []
         self._calls = itertools.cycle(calls)

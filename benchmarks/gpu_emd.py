@@ -5,13 +5,13 @@ torch-linear-assignment one for equal masses. Peers on the host get their proble
 results back there, as a training step would need it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import gpu_comparison
 import torch
 from emd_peers import SINKHORN_REG, pot_batch_flow, pot_flow, torch_linear_assignment_flow
 from emd_problems import EPISODE, float32_batch
-from gpu_comparison import Comparison, Contender, Goal, floor_text, number, peer, within
+from gpu_comparison import Comparison, Contender, Goal, copy_ms, floor_text, number, peer, within
 from torch import Tensor
 
 import fewshot_ext
@@ -126,10 +126,6 @@ def bytes_moved(job: str) -> int:
     return 4 * problems * (read + written)
 
 
-def floor(job: str, rates: Mapping[str, float]) -> float:
-    return bytes_moved(job) / rates["copy_gb_per_s"] / 1e6 if rates else 0.0
-
-
 def measure(job: str, bench) -> list[dict]:
     kind, problems, points = parse(job)
     count = gpu_comparison.input_sets(bench.device, bytes_moved(job))
@@ -146,7 +142,7 @@ def measure(job: str, bench) -> list[dict]:
         "pivots": f"{pivots.double().mean().item():.1f}",
         "input_sets": count,
     }
-    return list(gpu_comparison.rows_of(outcomes, OURS, common, {"floor_ms": floor(job, bench.rates)}))
+    return list(gpu_comparison.rows_of(outcomes, OURS, common, {"floor_ms": copy_ms(bytes_moved(job), bench.rates)}))
 
 
 TEXT = f"""Cost, supply and demand in float32; medians of one forward + backward pass of all values, unless the

@@ -11,7 +11,7 @@ import gpu_comparison
 import torch
 from bench_episode_finetune import COMPILED, EPISODES, OURS, PASSES, QUERIES, WAY
 from episode_finetune_peers import batched, step
-from gpu_comparison import Comparison, Contender, Goal, ahead, floor_text, within
+from gpu_comparison import Comparison, Contender, Goal, ahead, copy_ms, floor_text, within
 from torch import Tensor
 
 import fewshot_ext
@@ -89,7 +89,7 @@ def measure(job: str, bench) -> list[dict]:
     comparison = Comparison(bench, sets, TOLERANCE)
     outcomes = [comparison.prepare(contender) for contender in contenders(bench.device.name)]
     comparison.time(outcomes, {})
-    floor = sets[0].nbytes() / bench.rates["copy_gb_per_s"] / 1e6 if bench.rates else 0.0
+    floor = copy_ms(sets[0].nbytes(), bench.rates)
     common = {"case": title(job), "input_sets": len(sets)}
     return list(gpu_comparison.rows_of(outcomes, OURS, common, {"floor_ms": floor}))
 

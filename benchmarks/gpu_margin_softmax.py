@@ -15,7 +15,7 @@ import gpu_comparison
 import torch
 import torch.nn.functional as F
 from bench_margin_softmax import CASES, COMPILED, EAGER, MARGIN, OURS, SCALE, Case
-from gpu_comparison import Comparison, Contender, Goal, Outcome, ahead, microseconds, number, peer, within
+from gpu_comparison import Comparison, Contender, Goal, Outcome, ahead, copy_ms, microseconds, number, peer, within
 from harness import Timing
 from torch import Tensor
 
@@ -219,7 +219,7 @@ def floor_columns(case: Case, dtype: str, gemm: float, rates: Mapping[str, float
         vectors = (case.samples + case.classes) * case.dimensions * gpu_comparison.DTYPES[dtype][0].itemsize
         operations = 6 * case.samples * case.dimensions * case.classes
         floors["square_gemm_ms"] = operations / rates[f"{dtype}_tflop_per_s"] / 1e9
-        floors["copy_ms"] = (2 * vectors + 8 * case.samples) / rates["copy_gb_per_s"] / 1e6
+        floors["copy_ms"] = copy_ms(2 * vectors + 8 * case.samples, rates)
     return {**floors, "floor_ms": max(gemm, floors.get("copy_ms", 0.0))}
 
 

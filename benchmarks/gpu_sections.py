@@ -20,8 +20,8 @@ WORKER = [sys.executable, str(Path(__file__).with_name("gpu_worker.py"))]
 TESTS_SHARE = 3 / 8  # of the time where others want some too: three minutes of the usual eight
 MACHINE_SECONDS = 150.0
 LAST_SECONDS = 4.0  # kept back for ending children and writing files
+REHEARSAL = "\n\n**A rehearsal on the CPU: its times say nothing about a GPU.**"
 PACKAGE = "fewshot_ext"  # and how the names of its own contenders begin
-RATES_TEXT = "A large device-to-device copy, bytes read plus bytes written, and large square products.\n\n"
 
 
 class Stopped(BaseException):
@@ -55,7 +55,7 @@ class Report:
         self.end = time.monotonic() + 60 * options.minutes - LAST_SECONDS
         self.state = "Incomplete: still running"
         self.device = ""  # as files are named after it; nothing is written before it is known
-        self.preface = f"`{harness.command()}`"
+        self.preface = f"`{harness.command()}`" + (REHEARSAL if options.device == "cpu" else "")
         self.columns: dict[str, object] = {}  # of every CSV row
         self.sections = {"Goals": "Nothing is measured yet.\n"}
         self.rows: dict[str, list[dict]] = {}
@@ -102,7 +102,7 @@ class Report:
         sections = ["sanitizer"] if self.options.sanitize else self.options.sections
         operators = [name for name in sections if name not in ("tests", "sanitizer")]
         self.start("machine")
-        self.machine(["facts", "packages", *(["rates"] if operators else [])])
+        self.machine(["Machine", "Packages", *(["Rates"] if operators else [])])
         if "sanitizer" in sections:
             self.start("sanitizer")
             self.sanitizer()
@@ -166,32 +166,16 @@ class Report:
         with closing(self.events("", jobs, MACHINE_SECONDS)) as events:
             for event in events:
                 if event["event"] == "result":
-                    {"facts": self.open, "packages": self.packages, "rates": self.measured}[event["job"]](
-                        event["result"]
-                    )
+                    found = event["result"]
+                    self.rates.update(found.get("rates", {}))
+                    self.columns.update(found.get("columns", {}))
+                    self.device = self.columns["device"] + (" quick" if self.options.quick else "")
+                    print(found["text"], flush=True)
+                    self.write(event["job"], found["text"])
                 elif event["event"] in ("error", "failure") and not self.device:
                     raise NoDevice(f"torch cannot use the GPU: {event['reason']}")
                 elif event["event"] in ("error", "failure"):
-                    self.write(event["job"].capitalize(), f"Not known: {failure_text(event)}.\n")
-
-    def open(self, facts: dict) -> None:
-        self.columns = facts["columns"]
-        self.device = facts["columns"]["device"] + (" quick" if self.options.quick else "")
-        if self.options.device == "cpu":
-            self.preface += "\n\n**A rehearsal on the CPU: its times say nothing about a GPU.**"
-        self.write("Machine", markdown_table(["", ""], facts["details"].items()) + "\n" + block(facts["environment"]))
-
-    def packages(self, missing: dict[str, str]) -> None:
-        for package, reason in missing.items():
-            print(f"  cannot import {package}: {reason}", flush=True)
-        text = markdown_table(["could not import", "reason"], missing.items())
-        self.write("Packages", text if missing else "Every package was imported.\n")
-
-    def measured(self, rates: dict[str, float]) -> None:
-        self.rates = rates
-        text = markdown_table(["rate", "measured"], [[name, f"{rate:.4g}"] for name, rate in rates.items()])
-        print(text, flush=True)
-        self.write("Rates", RATES_TEXT + text)
+                    self.write(event["job"], f"Not known: {failure_text(event)}.\n")
 
     def tests(self, share: float) -> None:
         found = gpu_process.SuiteRun()

@@ -22,6 +22,7 @@ import gpu_comparison
 import harness
 import torch
 from gpu_comparison import one_line
+from harness import markdown_table
 
 from fewshot_ext import env
 
@@ -95,28 +96,27 @@ class Bench:
 
 
 def facts(bench: Bench) -> dict:
-    """``columns`` goes into every CSV row, ``details`` into the report."""
+    """What machine it is; ``columns`` goes into every CSV row."""
     versions = harness.versions(*VERSIONS)
-    report = env.render(env.report())
-    if bench.device.name == "cpu":
-        name = f"{harness.processor()} (rehearsal, no GPU)"
-        columns = {"device": name, "capability": "", "driver": "", "cuda": "", **versions}
-        return {"columns": columns, "details": {"device": name}, "environment": report}
-    properties = bench.device.properties
-    smi = nvidia_smi(properties)
-    columns = {
-        "device": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "driver": smi.get("driver_version", "not readable"),
-        "cuda": torch.version.cuda,
-        **versions,
-    }
-    details = {
-        "multiprocessors": properties.multi_processor_count,
-        "memory": f"{properties.total_memory / 2**30:.1f} GiB",
-        "L2 cache": f"{bench.device.cache_bytes / 2**20:.0f} MiB",
-    }
-    return {"columns": columns, "details": {**columns, **details, **smi}, "environment": report}
+    columns = {"device": f"{harness.processor()} (rehearsal, no GPU)", "capability": "", "driver": "", "cuda": ""}
+    details = {}
+    if bench.device.name == "cuda":
+        properties = bench.device.properties
+        smi = nvidia_smi(properties)
+        columns = {
+            "device": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "driver": smi.get("driver_version", "not readable"),
+            "cuda": torch.version.cuda,
+        }
+        details = {
+            "multiprocessors": properties.multi_processor_count,
+            "memory": f"{properties.total_memory / 2**30:.1f} GiB",
+            "L2 cache": f"{bench.device.cache_bytes / 2**20:.0f} MiB",
+            **smi,
+        }
+    table = markdown_table(["", ""], {**columns, **versions, **details}.items())
+    return {"columns": {**columns, **versions}, "text": f"{table}\n```\n{env.render(env.report()).rstrip()}\n```\n"}
 
 
 def nvidia_smi(device) -> dict[str, str]:
@@ -133,8 +133,8 @@ def nvidia_smi(device) -> dict[str, str]:
         return {"clocks": f"not readable: {one_line(error)}"}
 
 
-def packages(bench: Bench) -> dict[str, str]:
-    """Package -> why it cannot be imported and what goes without it."""
+def packages(bench: Bench) -> dict:
+    """Why some cannot be imported, and what goes without them."""
     missing = {}
     for module, without in PACKAGES.items():
         bench.begin("import", contender=module)
@@ -148,10 +148,11 @@ def packages(bench: Bench) -> dict[str, str]:
             missing[module] = f"{reason}; without it: {without}"
     if not hasattr(torch.nn.functional, "linear_cross_entropy"):
         missing["torch.nn.functional.linear_cross_entropy"] = "torch has it from 2.13 on; without it: its comparison"
-    return missing
+    table = markdown_table(["could not import", "reason"], missing.items())
+    return {"text": table if missing else "Every package was imported.\n"}
 
 
-def rates(bench: Bench) -> dict[str, float]:
+def rates(bench: Bench) -> dict:
     """GB/s of a copy, bytes read plus bytes written, and TFLOP/s of a large square product in each precision."""
     on, small = bench.device.device, bench.device.name == "cpu"
     generator = gpu_comparison.generator(bench.device)
@@ -171,11 +172,13 @@ def rates(bench: Bench) -> dict[str, float]:
         torch.set_float32_matmul_precision(precision)
         product = partial(torch.mm, a, b, out=torch.empty_like(a))
         found[f"{name}_tflop_per_s"] = 2 * side**3 / milliseconds(product) / 1e9
-    return found
+    text = "A large device-to-device copy, bytes read plus bytes written, and large square products.\n\n"
+    table = markdown_table(["rate", "measured"], [[name, f"{rate:.4g}"] for name, rate in found.items()])
+    return {"rates": found, "text": text + table}
 
 
 def of_machine(job: str, bench: Bench) -> dict:
-    return {"facts": facts, "packages": packages, "rates": rates}[job](bench)
+    return {"Machine": facts, "Packages": packages, "Rates": rates}[job](bench)
 
 
 def main() -> None:

@@ -57,9 +57,9 @@ def of_margin_softmax(job, times, rates=True):
 
 
 def of_emd(job, times, rates=True):
-    problems = gpu_emd.parse(job)[1]
-    common = {"case": gpu_emd.title(job), "problems": problems, "pivots": "21.8"}
-    return rows_of(times, common, {"floor_ms": gpu_emd.floor(job, {"copy_gb_per_s": 3000.0} if rates else {})})
+    common = {"case": gpu_emd.title(job), "problems": gpu_emd.parse(job)[1], "pivots": "21.8"}
+    floor = gpu_comparison.copy_ms(gpu_emd.bytes_moved(job), {"copy_gb_per_s": 3000.0} if rates else {})
+    return rows_of(times, common, {"floor_ms": floor})
 
 
 def of_finetuning(times, floor=0.25):
@@ -313,7 +313,7 @@ def test_the_floor_is_the_larger_of_arithmetic_and_traffic():
 
 def test_floors_of_traffic_count_every_tensor_once():
     assert gpu_emd.bytes_moved("uniform,10,3") == 4 * 10 * (9 + 6 + 1 + 9 + 6 + 5 + 1)
-    assert gpu_emd.floor("uniform,10,3", {"copy_gb_per_s": 1.0}) == pytest.approx(1480e-6)
+    assert gpu_comparison.copy_ms(1480, {"copy_gb_per_s": 1.0}) == pytest.approx(1480e-6)
     inputs = gpu_episode_finetune.Inputs("1,16", True, CPU, torch.Generator().manual_seed(0))
     support, target, query, weight, order = inputs.tensors
     floats = support.numel() + query.numel() + weight.numel() + query.shape[0] * query.shape[1] * 5
@@ -368,7 +368,7 @@ def verdicts(operator, rows):
     return {goal.goal: goal.met for goal in operator.goals(rows) if goal.met is not None}
 
 
-@pytest.mark.parametrize("operator, goals", zip(OPERATORS, (18, 3, 3), strict=True))
+@pytest.mark.parametrize("operator, goals", list(zip(OPERATORS, (18, 3, 3), strict=True)))
 def test_goals_that_nobody_measured_are_not_measured(operator, goals):
     assert [(goal.measured, goal.met) for goal in operator.goals([])] == [("", None)] * goals
 
