@@ -170,7 +170,8 @@ class Report:
                     self.rates.update(found.get("rates", {}))
                     self.columns.update(found.get("columns", {}))
                     self.device = self.columns["device"] + (" quick" if self.options.quick else "")
-                    print(found["text"], flush=True)
+                    if "columns" not in found:  # the machine is known to who sits before it
+                        print(found["text"], flush=True)
                     self.write(event["job"], found["text"])
                 elif event["event"] in ("error", "failure") and not self.device:
                     raise NoDevice(f"torch cannot use the GPU: {event['reason']}")

@@ -216,6 +216,14 @@ def test_a_share_that_is_spent_ends_its_section_alone(report, workers):
     assert len(found.rows) == 3
 
 
+def test_rates_that_cannot_be_measured_are_said_and_the_rest_goes_on(report, workers):
+    del workers.results["Rates"]
+    workers.troubles["Rates"] = {"event": "error", "reason": "RuntimeError: no memory"}
+    found = report()
+    assert found.code == 0 and len(found.rows) == 3
+    assert "## Rates\n\nNot known: Rates: RuntimeError: no memory.\n" in found.text
+
+
 @pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
 def test_a_signal_leaves_what_was_finished(number, report, workers, capsys):
     workers.troubles[JOBS[1]] = lambda: (os.kill(os.getpid(), number), time.sleep(5))
@@ -408,7 +416,8 @@ def test_rehearsal_from_end_to_end(tmp_path):
         cases = {row["case"] for row in rows}
         assert cases == {operator.title(job) for job in operator.jobs(quick=True)}
         timed = [row for row in rows if row["contender"] == "fewshot_ext"]
-        assert len(timed) == len(cases) and all(float(row["p50_ms"]) > 0 for row in timed)
+        assert [row["timing"] for row in timed] == ["stream", "host"] * len(cases)
+        assert all(float(row["p50_ms"]) > 0 for row in timed)
 
 
 @pytest.mark.slow
@@ -416,7 +425,7 @@ def test_rehearsal_that_is_stopped_leaves_its_files_and_no_process(tmp_path):
     command, marked = rehearse(tmp_path, "--only", "margin_softmax"), {**os.environ, "REHEARSAL": str(tmp_path)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=marked) as process:
         for line in process.stdout:
-            if "fewshot_ext" in line:  # the first case is finished
+            if "ms: fewshot_ext" in line:  # the first case is finished
                 process.send_signal(signal.SIGTERM)
                 break
         rest = process.stdout.read()
