@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewshot_ext._validation import check_count
+from fewshot_ext._validation import check_count, check_integers, check_like
 
 
 def check_support_target(support_target: Tensor, support: Tensor, way: int) -> None:
@@ -20,15 +20,10 @@ def check_support_target(support_target: Tensor, support: Tensor, way: int) -> N
         ValueError: another shape or device, fewer than 2 classes, a target out of range, or a class without a
             support image.
     """
-    if not isinstance(support_target, Tensor) or support_target.dtype != torch.int64:
-        came = support_target.dtype if isinstance(support_target, Tensor) else type(support_target).__name__
-        raise TypeError(f"support_target: expected an int64 tensor, got {came}")
+    check_integers("support_target", support_target, "[E, S]", 2)
     if support_target.shape != support.shape[:2]:
         raise ValueError(f"support_target: expected shape {list(support.shape[:2])}, got {list(support_target.shape)}")
-    if support_target.device != support.device:
-        raise ValueError(
-            f"support_target: expected the device of support, {support.device}, got {support_target.device}"
-        )
+    check_like("support", support, "support_target", support_target, any_dtype=True)
     check_count("way", way, 2)
     if ((support_target < 0) | (support_target >= way)).any():
         low, high = support_target.min().item(), support_target.max().item()

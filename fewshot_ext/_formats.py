@@ -1,7 +1,9 @@
 """Files that others have written: reading without running code, and checks against a schema."""
 
+import errno
 import json
 import types
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -92,6 +94,9 @@ def typed(cls: type[Settings], values: Mapping[str, Any]) -> Settings:
             raise ValueError(f"there is no setting {name!r} of {cls.__name__}")
         if not _is_a(value, hints[name]):
             raise ValueError(f"{name} of {cls.__name__}: expected {_hint_name(hints[name])}, got {_kind(value)}")
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, Integral) and int(part).bit_length() > 63:
+                raise ValueError(f"{name} of {cls.__name__}: expected numbers of 64 bits, got a longer one")
     return cls(**values)
 
 
@@ -173,7 +178,11 @@ def read_weights(path: Path) -> Any:
         OSError: the file cannot be opened.
         ValueError: it is another file, is damaged, or holds anything else.
     """
-    with open(path, "rb") as file:
+    if path.is_fifo():  # to open one would wait for a writer for ever
+        raise OSError(errno.ESPIPE, "it is a pipe, not a file", str(path))
+    with open(path, "rb") as file, warnings.catch_warnings():
+        # Torch asks to report each kind of pickle to its authors.
+        warnings.filterwarnings("ignore", "Detected pickle protocol")
         try:
             if zipfile.is_zipfile(file):
                 with zipfile.ZipFile(file) as members:
@@ -184,7 +193,7 @@ def read_weights(path: Path) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # what torch raises depends on where the file is damaged, or what lies there instead
             reason = str(error).partition("\n")[0]
-            # Torch's own words advise to run whatever code is in the file.
-            if not reason or "weights_only" in str(error):
+            # Torch's own words advise to run whatever code is in the file; a KeyError's are the key alone.
+            if not reason or "weights_only" in str(error) or isinstance(error, LookupError):
                 reason = "it holds something that is not weights and settings"
             raise ValueError(reason) from error

@@ -2,8 +2,10 @@
 
 import math
 import warnings
+from dataclasses import fields
 from numbers import Integral, Real
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,11 +55,25 @@ def check_floating(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: expected dtype {_FLOATING_NAMES}, got {value.dtype}")
 
 
+def check_integers(name: str, value: object, shape: str, dimensions: int) -> None:
+    """A dense int64 tensor of so many dimensions."""
+    check_tensor(name, value, shape, dimensions)
+    if value.dtype != torch.int64:
+        raise TypeError(f"{name}: expected dtype torch.int64, got {value.dtype}")
+
+
+def check_like(first_name: str, first: Tensor, name: str, value: Tensor, *, any_dtype: bool = False) -> None:
+    """The dtype, unless it may be any, and the device of ``first``."""
+    if value.dtype != first.dtype and not any_dtype:
+        raise TypeError(f"{name}: expected dtype {first.dtype} as {first_name} has, got {value.dtype}")
+    if value.device != first.device:
+        raise ValueError(f"{name}: expected device {first.device} as {first_name} is on, got {value.device}")
+
+
 def check_device(first_name: str, first: Tensor, **others: Tensor) -> None:
     """All on the device of ``first``, and one that has kernels."""
     for name, value in others.items():
-        if value.device != first.device:
-            raise ValueError(f"{name}: expected device {first.device} as {first_name} is on, got {value.device}")
+        check_like(first_name, first, name, value, any_dtype=True)
     if first.is_cpu or first.is_meta:
         return
     if not first.is_cuda:
@@ -106,9 +122,11 @@ def check_fraction(name: str, value: object) -> float:
 
 
 def check_integer(name: str, value: object) -> int:
-    """An integer, numpy's too, and no bool."""
+    """An integer of at most 64 bits, numpy's too, and no bool."""
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt))):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: expected an integer of 64 bits, got {value}")
     return int(value)
 
 
@@ -117,6 +135,18 @@ def check_count(name: str, value: object, least: int) -> int:
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
     return value
+
+
+def plain_numbers(settings: object) -> None:
+    """Makes numpy's numbers among the fields of a frozen dataclass those of Python: files hold no others."""
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        plain = tuple(map(_plain, value)) if type(value) is tuple else _plain(value)
+        object.__setattr__(settings, field.name, plain)
+
+
+def _plain(value: object) -> object:
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def check_choice(name: str, value: object, *choices: str) -> None:

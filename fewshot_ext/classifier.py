@@ -97,10 +97,9 @@ class FewShotClassifier:
         base_mean: Tensor | None = None,
         local_features: LocalFeaturesConfig = _LOCAL_FEATURES,
     ) -> None:
-        check_count("batch_size", batch_size, 1)
-        check_count("seed", seed, 0)
+        batch_size, seed = check_count("batch_size", batch_size, 1), check_count("seed", seed, 0)
         if image_size is not None:
-            check_count("image_size", image_size, 1)
+            image_size = check_count("image_size", image_size, 1)
         if not isinstance(head, str | Head):
             raise TypeError(f"head: expected a name or a Head, got {type(head).__name__}")
         settings = HeadSettings(local_features=local_features)
@@ -442,9 +441,14 @@ def _labeled(images: Any, labels: Iterable[Hashable] | None) -> tuple[Any, list[
             hash(label)
         except TypeError:
             raise TypeError(f"labels: expected hashable values, got {label!r}") from None
-        if label != label:  # each NaN would be a class of its own
+        if _is_nan(label):  # each would be a class of its own
             raise ValueError("labels: expected values that equal themselves, got NaN")
     return images, labels
+
+
+def _is_nan(label: Hashable) -> bool:
+    # Tuples take an object for equal to itself without asking it.
+    return any(map(_is_nan, label)) if isinstance(label, tuple) else label != label
 
 
 def _check_count(images: int, labels: Sequence[Hashable]) -> None:

@@ -22,6 +22,8 @@ _FORMAT_VERSION = 2
 _HEAD_TYPES = {type(head).__name__: type(head) for head in (*HEADS.values(), *MAP_HEADS.values())}
 # What else a head may have among its settings.
 _SETTING_TYPES = {**_HEAD_TYPES, "StructuredClassifierConfig": StructuredClassifierConfig}
+# Passes over the support set that a file may ask for: their order is drawn first, and fills memory.
+_MOST_PASSES = 1_000_000
 # A file of ``save``, and what it may hold of a backbone: always with weights, for a name alone would be downloaded.
 _SCHEMA = {
     "head": dict,
@@ -89,7 +91,11 @@ def rebuild_head(value: Any) -> Any:
     settings = {name: rebuild_head(part) for name, part in value["settings"].items()}
     if settings.get("similarity") == "softmax":  # of version 0.1
         settings["similarity"] = "dot"
-    return typed(_SETTING_TYPES[value["type"]], settings)
+    head = typed(_SETTING_TYPES[value["type"]], settings)
+    for name in ("steps", "passes"):
+        if getattr(head, name, 0) > _MOST_PASSES:
+            raise ValueError(f"{name}: expected at most {_MOST_PASSES:,} in a file, got {getattr(head, name):,}")
+    return head
 
 
 def write_classifier(path: Path, content: dict[str, Any]) -> None:

@@ -3,9 +3,11 @@
 import argparse
 import re
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 from fewshot_ext import _extras
 from fewshot_ext._version import __version__
@@ -23,12 +25,13 @@ from fewshot_ext.commands import (
 )
 from fewshot_ext.commands.locks import release_locks
 from fewshot_ext.commands.process import signals_as_interrupt, unbroken_output
+from fewshot_ext.commands.training import recipe_action
+from fewshot_ext.recipes import RECIPE_FOLDERS
 
 # Each command is a module with SUMMARY, add_arguments(parser) and prepare(arguments, resolved) -> run. `prepare`
 # finds every mistake of the user and raises it as ImportError, OSError, TypeError or ValueError; `run` does the
 # work, and what it raises is a defect of ours that deserves its traceback. A module with SUMMARY and COMMANDS, a
-# mapping of the same kind, is a group: "fewshot-ext data pack". A module may have config_action() -> the argparse
-# action of its --config.
+# mapping of the same kind, is a group: "fewshot-ext data pack".
 COMMANDS: dict[str, ModuleType] = {
     "analyze": analyze,
     "classify": classify,
@@ -74,10 +77,11 @@ def _main(arguments: Sequence[str] | None) -> int:
     name = " ".join(["fewshot-ext", *path])
     try:
         _extras.require("train", "jsonargparse", "yaml")
-        parser = _build_parser()
-        settings = parser.parse_args(arguments)
+        parsers = _build_parsers()
+        settings = parsers["fewshot-ext"].parse_args(arguments)
         for part in path:
-            parser, settings = parser._subcommands_action._name_parser_map[part], settings[part]
+            settings = settings[part]
+        parser = parsers[name]
         run = command.prepare(parser.instantiate(settings), parser.dump(settings))
     except (argparse.ArgumentError, ImportError, OSError, TypeError, ValueError) as error:
         message = " ".join(str(error).split())
@@ -100,15 +104,19 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 
 def _as_declared(arguments: Sequence[str]) -> list[str]:
-    """Arguments with the names that the parser knows: a command's new one, and options with underscores, which are the
-    names of settings in Python and YAML. Help shows hyphens; both are taken."""
+    """Arguments with the names that the parser knows: hyphens in commands, and in options underscores, as settings have
+    them in Python and YAML. Help shows hyphens; both are taken, and a command's old name."""
     declared = []
     for argument in arguments:
         name, equals, value = argument.partition("=")
         is_option = name.startswith("--") and len(name) > 2
         declared.append(f"--{name[2:].replace('-', '_')}{equals}{value}" if is_option else argument)
-    if declared:
-        declared[0] = RENAMED.get(declared[0], declared[0])
+    commands = COMMANDS
+    for place, argument in enumerate(declared):
+        name = RENAMED.get(argument, argument.replace("_", "-"))
+        if name not in commands:
+            break
+        declared[place], commands = name, getattr(commands[name], "COMMANDS", {})
     return declared
 
 
@@ -129,15 +137,19 @@ def _refuse_yaml_aliases() -> None:
     """Some hundred bytes of YAML may stand for more values than there is memory for, by aliases of aliases."""
     import yaml
     from jsonargparse import get_loader, set_loader
+    from jsonargparse._loaders_dumpers import get_yaml_default_loader
 
-    load, events = get_loader("yaml"), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    # Not a loader of our own: what set_loader sets does not see texts in numbers' places, which are YAML once more.
+    loader, events = get_yaml_default_loader(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    begin = loader.__init__
 
-    def load_without_aliases(text: str):
+    def begin_without_aliases(self, text: str) -> None:
         if "*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, events)):
             raise yaml.YAMLError("aliases such as *name are not taken in YAML: write the value out")
-        return load(text)
+        begin(self, text)
 
-    set_loader("yaml", load_without_aliases, (yaml.YAMLError, RecursionError))
+    loader.__init__ = begin_without_aliases
+    set_loader("yaml", get_loader("yaml"), (yaml.YAMLError, RecursionError, ValueError))
 
 
 @cache
@@ -157,10 +169,10 @@ def _parser_class() -> type:
             return re.sub(r"\.? \((type|default): ", r" (\1: ", text)
 
         def _fill_text(self, text, width, indent):
-            paragraphs = text.strip().split("\n\n")
-            fill = super()._fill_text
+            settings = {"initial_indent": indent, "subsequent_indent": indent, "break_on_hyphens": False}
             return "\n\n".join(
-                part if part.startswith("    ") else fill(part, width, indent) for part in paragraphs
+                part if part.startswith("    ") else textwrap.fill(" ".join(part.split()), width, **settings)
+                for part in text.strip().split("\n\n")
             )  # commands are indented, and stay as they are
 
     class Parser(ArgumentParser):
@@ -170,7 +182,8 @@ def _parser_class() -> type:
     return Parser
 
 
-def _build_parser():
+def _build_parsers() -> dict[str, Any]:
+    """Parsers by the commands that they parse: "fewshot-ext", "fewshot-ext data", "fewshot-ext data pack"."""
     _refuse_yaml_aliases()
     parser = _parser_class()(
         prog="fewshot-ext",
@@ -178,24 +191,25 @@ def _build_parser():
         version=__version__,
         exit_on_error=False,
     )
-    _add_commands(parser, "fewshot-ext", COMMANDS)
-    return parser
+    parsers = {"fewshot-ext": parser}
+    _add_commands(parsers, "fewshot-ext", COMMANDS)
+    return parsers
 
 
-def _add_commands(parser, prog: str, commands: Mapping[str, ModuleType]) -> None:
-    subcommands = parser.add_subcommands(dest="command", metavar="COMMAND")
+def _add_commands(parsers: dict[str, Any], prog: str, commands: Mapping[str, ModuleType]) -> None:
+    subcommands = parsers[prog].add_subcommands(dest="command", metavar="COMMAND")
     for name, module in commands.items():
         path = f"{prog} {name}"
         is_group = hasattr(module, "COMMANDS")
         usage = f"{path} COMMAND ..." if is_group else f"{path} [options]"
-        subparser = _parser_class()(usage=usage, description=module.__doc__, exit_on_error=False)
+        subparser = parsers[path] = _parser_class()(usage=usage, description=module.__doc__, exit_on_error=False)
         # Jsonargparse wants a group to have its place among its elders before it gets commands of its own.
         subcommands.add_subcommand(name, subparser, help=module.SUMMARY)
         if is_group:
-            _add_commands(subparser, path, module.COMMANDS)
+            _add_commands(parsers, path, module.COMMANDS)
         else:
-            config_action = module.config_action() if hasattr(module, "config_action") else "config"
-            subparser.add_argument("--config", action=config_action, help="YAML file with any of the settings below")
+            action = recipe_action(name) if name in RECIPE_FOLDERS else "config"
+            subparser.add_argument("--config", action=action, help="YAML file with any of the settings below")
             module.add_arguments(subparser)
 
 

@@ -1,3 +1,5 @@
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -430,7 +432,8 @@ def test_nothing_learned_yet():
 
 def test_11_labels_that_are_not_a_number_are_no_classes():
     images = torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8)
-    for labels in ([0.0, float("nan"), 0.0, float("nan")], np.array([1, np.nan, 1, 2])):
+    nan = float("nan")
+    for labels in ([0.0, nan, 0.0, nan], np.array([1, np.nan, 1, 2]), [(1, nan), (1, nan), (1, 2), (1, 2)]):
         with pytest.raises(ValueError, match="labels: expected values that equal themselves, got NaN"):
             FewShotClassifier(nn.Flatten(), head="protonet").fit(images, labels)
 
@@ -458,7 +461,9 @@ def test_one_picture_is_no_set_of_them(picture):
 
 
 # 18
-@pytest.mark.parametrize("content", [b"no checkpoint", b"", b"\x80\x02cos\nsystem\n(S'true'\ntR.", b"PK\x03\x04cut"])
+@pytest.mark.parametrize(
+    "content", [b"no checkpoint", b"hello\n", b"", b"\x80\x02cos\nsystem\n(S'true'\ntR.", b"PK\x03\x04cut"]
+)
 def test_no_message_gives_the_advice_to_run_code(tmp_path, content):
     from fewshot_ext.models import load_network
 
@@ -467,6 +472,15 @@ def test_no_message_gives_the_advice_to_run_code(tmp_path, content):
         with pytest.raises(ValueError, match=r"file\.ckpt (does not hold|is not the checkpoint)") as caught:
             read(tmp_path / "file.ckpt")
         assert "weights_only" not in str(caught.value)
+        assert not str(caught.value).rpartition(" ")[2].isdigit(), "the number of a byte tells nobody anything"
+
+
+# 18
+def test_torch_does_not_ask_users_to_report_pickles(tmp_path, recwarn):
+    (tmp_path / "file.ckpt").write_bytes(pickle.dumps(print))
+    with pytest.raises(ValueError, match="it holds something that is not weights and settings"):
+        FewShotClassifier(tmp_path / "file.ckpt")
+    assert not recwarn.list
 
 
 # 18

@@ -180,11 +180,12 @@ main(["demo", "--help"])
 
 def test_hyphens_are_shown_and_underscores_are_taken_too(capsys):
     shown = {}
-    for name in ("meta-train", "metatrain"):
+    for name in ("meta-train", "metatrain", "analyze label-smoothing", "analyze label_smoothing"):
         with pytest.raises(SystemExit):
-            main([name, "--help"])
+            main([*name.split(), "--help"])
         shown[name] = capsys.readouterr().out
     assert shown["meta-train"] == shown["metatrain"]
+    assert shown["analyze label-smoothing"] == shown["analyze label_smoothing"]
     assert "--local-features.name" in shown["meta-train"]
     assert not re.search(r"--\w+_", shown["meta-train"])
     printed = []

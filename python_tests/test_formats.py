@@ -129,6 +129,15 @@ class TestItem24:
         assert "aliases such as *name are not taken in YAML: write the value out" in error
         assert len(error.splitlines()) == 1
 
+    def test_yaml_aliases_in_a_text_where_a_number_belongs(self, tmp_path, capsys):
+        """Such a text is read as YAML once more."""
+        anchors = ["a0: &a0 [x,x,x,x,x,x,x,x,x]", *(f"a{n}: &a{n} [{f'*a{n - 1},' * 9}]" for n in range(1, 4))]
+        (tmp_path / "bomb.yaml").write_text(json.dumps({"seed": f"{{{', '.join(anchors)}}}"}))
+        assert main(["pretrain", "--config", str(tmp_path / "bomb.yaml")]) == 2
+        error = capsys.readouterr().err
+        assert "Parser key \"seed\": Expected a <class 'int'>" in error
+        assert len(error) < 1000, "the aliases were followed"
+
     def test_yaml_that_is_too_deep(self, tmp_path, capsys):
         (tmp_path / "deep.yaml").write_text("cosine_margins: " + "[" * 100_000)
         assert main(["demo", "--config", str(tmp_path / "deep.yaml")]) == 2
@@ -241,6 +250,21 @@ class TestItem25:
                 assert source == "module" and "images: expected the size of those learned" in str(error)
         assert refused > 40
 
+    @pytest.mark.parametrize(("head", "path"), [("finetune", ("steps",)), ("deepemd_mean", ("classifier", "passes"))])
+    def test_classifiers_that_ask_for_endless_fitting(self, head, path, checkpoints, tmp_path):
+        images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+        FewShotClassifier(checkpoints[0], head).fit(images, ["a", "b"]).save(tmp_path / "a.pt")
+        content = torch.load(tmp_path / "a.pt", weights_only=True)
+        part = content["head"]
+        for name in path[:-1]:
+            part = part["settings"][name]
+        part["settings"][path[-1]] = 2**40
+        torch.save(content, tmp_path / "a.pt")
+        with pytest.raises(
+            ValueError, match=rf"a\.pt does not hold .* {path[-1]}: expected at most 1,000,000 in a file"
+        ):
+            FewShotClassifier.load(tmp_path / "a.pt")
+
     def test_saved_files_never_cause_a_download(self, checkpoints, tmp_path, monkeypatch):
         timm = types.ModuleType("timm")
         timm.is_model, timm.create_model = lambda name: True, lambda *_, **__: pytest.fail("a model is made")
@@ -302,6 +326,7 @@ def test_typed_settings():
         ({"name": []}, "name of Settings: expected .*, got list"),
         ({"rate": "1"}, "rate of Settings: expected float, got '1'"),
         ({"rate": True}, "rate of Settings: expected float, got bool"),
+        ({"rate": 2**70}, "rate of Settings: expected numbers of 64 bits, got a longer one"),
         ({"sizes": (1, 2.5)}, "sizes of Settings: expected .*, got tuple"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -65,9 +65,13 @@ def section(results: Mapping[str, Any], link: str) -> list[str]:
     for analysis, caption in CAPTIONS.items():
         if analysis in results:
             sweep = " --sweep SWEEP" if analysis in _WITH_SWEEP else ""
-            command = f"fewshot-ext analyze {analysis} --config {link}/{analysis}.yaml{sweep} --output OUTPUT"
+            command = f"{_command(analysis)} --config {link}/{analysis}.yaml{sweep} --output OUTPUT"
             lines += picture_markdown(f"{link}/{analysis}.png", caption, command)
     return lines
+
+
+def _command(analysis: str) -> str:
+    return f"fewshot-ext analyze {analysis.replace('_', '-')}"
 
 
 def missing(results: Mapping[Path, Mapping[str, Any]]) -> list[str]:
@@ -77,7 +81,7 @@ def missing(results: Mapping[Path, Mapping[str, Any]]) -> list[str]:
     for analysis in (name for name in CAPTIONS if name not in there):
         data = "mnist" if analysis == "angles" else "DATA"
         arguments = "--sweep SWEEP" if analysis in _WITH_SWEEP else f"--data {data} --output OUTPUT"
-        lines.append(f"- `fewshot-ext analyze {analysis} {arguments}`")
+        lines.append(f"- `{_command(analysis)} {arguments}`")
     return lines
 
 

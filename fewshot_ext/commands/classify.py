@@ -24,9 +24,10 @@ from fewshot_ext._threads import in_threads
 from fewshot_ext._validation import check_at_least
 from fewshot_ext.classifier import FewShotClassifier
 from fewshot_ext.commands.common import (
+    add_machine_arguments,
+    add_settings,
     print_written,
-    resolve_device,
-    set_threads,
+    set_up_machine,
     tell_passed_over,
     writable_folder,
 )
@@ -57,10 +58,7 @@ def add_arguments(parser) -> None:
     )
     run.add_argument("--query", required=True, metavar="DIR", help="folder of the pictures to classify")
     run.add_argument("--output", default="classification", metavar="DIR", help="folder that the results are written to")
-    run.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu or cuda")
-    run.add_argument(
-        "--threads", type=int | None, default=None, help="number of CPU threads; null leaves torch's own choice"
-    )
+    add_machine_arguments(run)
     run.add_argument("--seed", type=int, default=0, help="seed of the initial classifier of the head finetune")
     run.add_argument("--skip_corrupt", action="store_true", help="leave out pictures that cannot be read")
     run.add_argument("--sheet_pictures", type=int, default=64, help="largest number of pictures on the contact sheet")
@@ -81,9 +79,7 @@ def add_arguments(parser) -> None:
         "--image_size", type=int | None, default=None, help="side to resize to; null takes the backbone's own"
     )
     model.add_argument("--batch_size", type=int, default=256, help="number of images in a forward pass")
-    parser.add_class_arguments(LocalFeaturesConfig, "local_features")
-    # Otherwise the title is a sentence of the docstring.
-    parser.groups["local_features"].title = "regions, for the heads that look at them"
+    add_settings(parser, LocalFeaturesConfig, "local_features", "regions, for the heads that look at them")
 
 
 @dataclass(frozen=True)
@@ -126,7 +122,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     if (arguments.checkpoint is None) == (arguments.backbone is None):
         raise ValueError("expected either --checkpoint or --backbone, and not both")
     check_at_least("sheet_pictures", arguments.sheet_pictures, 1)
-    set_threads(arguments.threads)
+    device = set_up_machine(arguments)
     examples = list_folder(arguments.support, Split.NOVEL)
     classes = examples.class_names
     if len(classes) < 2:
@@ -139,7 +135,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         Path(arguments.checkpoint) if arguments.backbone is None else load_network(f"timm:{arguments.backbone}"),
         arguments.head,
         image_size=arguments.image_size,
-        device=resolve_device(arguments.device),
+        device=device,
         batch_size=arguments.batch_size,
         seed=arguments.seed,
         local_features=arguments.local_features,

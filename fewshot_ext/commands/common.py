@@ -2,7 +2,7 @@
 
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 
 import torch
@@ -27,15 +27,31 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
-def set_threads(count: int | None) -> None:
-    """Sets the number of CPU threads of this process; None leaves torch's own choice.
+def add_machine_arguments(group, threads: int | None = None) -> None:
+    """Adds ``--device`` and ``--threads``."""
+    group.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu or cuda")
+    group.add_argument(
+        "--threads", type=int | None, default=threads, help="number of CPU threads; null leaves torch's own choice"
+    )
+
+
+def set_up_machine(arguments) -> torch.device:
+    """Sets the number of CPU threads of this process, and returns the device, as ``add_machine_arguments`` asked.
 
     Raises:
-        ValueError: a count below 1.
+        ValueError: fewer than one thread, or no such device.
     """
-    if count is not None:
-        check_at_least("threads", count, 1)
-        torch.set_num_threads(count)
+    if arguments.threads is not None:
+        check_at_least("threads", arguments.threads, 1)
+        torch.set_num_threads(arguments.threads)
+    return resolve_device(arguments.device)
+
+
+def add_settings(parser, config: type, name: str, title: str, skip: Set[str] = frozenset()) -> None:
+    """Adds the fields of a typed config as ``--NAME.FIELD``, in a group with a title."""
+    parser.add_class_arguments(config, name, skip=set(skip))
+    # Otherwise the title is a sentence of the docstring.
+    parser.groups[name].title = title
 
 
 def load_data(name: str) -> ImageArchive:

@@ -28,7 +28,14 @@ from pathlib import Path
 
 from fewshot_ext import _extras
 from fewshot_ext._files import remove_leftovers, replace_text
-from fewshot_ext.commands.common import load_data, print_written, resolve_device, set_threads, writable_folder
+from fewshot_ext.commands.common import (
+    add_machine_arguments,
+    add_settings,
+    load_data,
+    print_written,
+    set_up_machine,
+    writable_folder,
+)
 from fewshot_ext.commands.locks import hold_folder
 from fewshot_ext.data.walk import FOLDER_RULE
 from fewshot_ext.evaluation import Comparison, ComparisonConfig, FeatureCache, FrozenBackbone, ProtocolConfig
@@ -56,10 +63,7 @@ def add_arguments(parser) -> None:
         "--data", required=True, metavar="NAME_OR_PATH", help="image set: a known name, a file or a folder"
     )
     run.add_argument("--output", default="evaluation", metavar="FOLDER", help="folder that the results are written to")
-    run.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu or cuda")
-    run.add_argument(
-        "--threads", type=int | None, default=None, help="number of CPU threads; null leaves torch's own choice"
-    )
+    add_machine_arguments(run)
     run.add_argument(
         "--seed", type=int, default=config.seed, help="seed of the episodes and of the initial classifiers"
     )
@@ -108,9 +112,7 @@ def add_arguments(parser) -> None:
         ("deepemd", DeepEMDHead, {"weighting"}, "heads deepemd"),
         ("local_features", LocalFeaturesConfig, set(), "local features"),
     ):
-        parser.add_class_arguments(settings, name, skip=skip)
-        # Otherwise the title is a sentence of the docstring.
-        parser.groups[name].title = title
+        add_settings(parser, settings, name, title, skip)
     parser.groups["deepemd.classifier"].title = "heads deepemd: structured layer"
 
 
@@ -139,8 +141,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         map_dtype=arguments.map_dtype,
         map_memory=arguments.map_memory,
     )
-    set_threads(arguments.threads)
-    device = resolve_device(arguments.device)
+    device = set_up_machine(arguments)
     names = distinct_names(arguments.checkpoint)
     backbones = [
         replace(FrozenBackbone.from_checkpoint(path), name=name)

@@ -11,7 +11,7 @@ Published settings come by name:
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from fewshot_ext.commands.training import (
     add_config_arguments,
     add_run_arguments,
     check_run,
-    recipe_action,
+    fields_of,
     train,
     validation_line,
 )
@@ -31,11 +31,6 @@ if TYPE_CHECKING:
 
 SUMMARY = "meta-train DeepEMD on episodes of base classes"
 SCRATCH = "scratch"
-
-
-def config_action() -> type:
-    """What ``--config`` does here: it takes the name of a recipe beside a file."""
-    return recipe_action("meta-train")
 
 
 def add_arguments(parser) -> None:
@@ -58,7 +53,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     """
     if arguments.checkpoint is None:
         raise ValueError(f"--checkpoint: expected a file of any training, or {SCRATCH}, got none")
-    config = MetaTrainingConfig(**{field.name: arguments[field.name] for field in fields(MetaTrainingConfig)})
+    config = MetaTrainingConfig(**fields_of(MetaTrainingConfig, arguments))
     checkpoint = None if arguments.checkpoint == SCRATCH else arguments.checkpoint
     if checkpoint is not None:
         # A large image set takes minutes to load: a wrong path should not.

@@ -11,10 +11,10 @@ does whatever takes those of pretrain. Settings come by name:
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from fewshot_ext.commands.training import add_config_arguments, add_run_arguments, check_run, recipe_action, train
+from fewshot_ext.commands.training import add_config_arguments, add_run_arguments, check_run, fields_of, train
 from fewshot_ext.losses.base_losses import require_packages
 from fewshot_ext.training.metric_config import NO_ANTI_COLLAPSE, MetricTrainingConfig
 
@@ -22,11 +22,6 @@ if TYPE_CHECKING:
     from fewshot_ext.training import MetricTrainingRun
 
 SUMMARY = "train an embedding for retrieval, with or without Anti-Collapse"
-
-
-def config_action() -> type:
-    """What ``--config`` does here: it takes the name of a recipe beside a file."""
-    return recipe_action("metric-train")
 
 
 def add_arguments(parser) -> None:
@@ -45,7 +40,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         resolved: the same as YAML, to be written beside the results.
     """
     require_packages(arguments.loss)
-    config = MetricTrainingConfig(**{field.name: arguments[field.name] for field in fields(MetricTrainingConfig)})
+    config = MetricTrainingConfig(**fields_of(MetricTrainingConfig, arguments))
     inputs = check_run(arguments)
 
     from fewshot_ext.training import MetricTrainingRun

@@ -11,13 +11,13 @@ SGD in steps (--optimizer sgd) in place of Adam with warm-up and cosine decay.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict
 
 from fewshot_ext.commands.training import (
     add_config_arguments,
     add_run_arguments,
     check_run,
-    recipe_action,
+    fields_of,
     train,
     validation_line,
 )
@@ -27,11 +27,6 @@ SUMMARY = "train a backbone on base classes"
 
 # What `--loss`, `--margin` and `--scale` decide together; see PreTrainingConfig.for_loss.
 _LOSS_FIELDS = {"similarity", "margin", "scale"}
-
-
-def config_action() -> type:
-    """What ``--config`` does here: it takes the name of a recipe beside a file."""
-    return recipe_action("pretrain")
 
 
 def add_arguments(parser) -> None:
@@ -63,9 +58,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         arguments: the parsed options.
         resolved: the same as YAML, to be written beside the results.
     """
-    settings = {
-        field.name: arguments[field.name] for field in fields(PreTrainingConfig) if field.name not in _LOSS_FIELDS
-    }
+    settings = fields_of(PreTrainingConfig, arguments, skip=_LOSS_FIELDS)
     config = PreTrainingConfig.for_loss(arguments.loss, margin=arguments.margin, scale=arguments.scale, **settings)
     inputs = check_run(arguments)
 

@@ -67,10 +67,12 @@ def unbroken_output() -> Iterator["_Unbroken"]:
     Yields standard output, whose ``trouble`` is what went wrong with it.
     """
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = output, _ = _Unbroken(before[0]), _Unbroken(before[1])
-    try:
-        yield output
-    finally:
-        output.flush()
-        sys.stderr.flush()
-        sys.stdout, sys.stderr = before
+    # One that the caller has closed is None.
+    with open(os.devnull, "w") as null:
+        sys.stdout, sys.stderr = output, _ = [_Unbroken(stream or null) for stream in before]
+        try:
+            yield output
+        finally:
+            output.flush()
+            sys.stderr.flush()
+            sys.stdout, sys.stderr = before

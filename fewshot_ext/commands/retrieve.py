@@ -35,10 +35,11 @@ from fewshot_ext._random import derive_generator
 from fewshot_ext._record import versions
 from fewshot_ext._validation import check_at_least, check_choice, check_positive
 from fewshot_ext.commands.common import (
+    add_machine_arguments,
+    add_settings,
     load_data,
     print_written,
-    resolve_device,
-    set_threads,
+    set_up_machine,
     tell_passed_over,
     writable_folder,
 )
@@ -74,10 +75,7 @@ def add_arguments(parser) -> None:
         "--checkpoint", required=True, metavar="FILE", help="checkpoint of metric-train or of another training"
     )
     run.add_argument("--output", default="retrieval", metavar="FOLDER", help="folder that the results are written to")
-    run.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu or cuda")
-    run.add_argument(
-        "--threads", type=int | None, default=None, help="number of CPU threads; null leaves torch's own choice"
-    )
+    add_machine_arguments(run)
     run.add_argument("--batch_size", type=int, default=256, help="number of images in a forward pass")
     images = parser.add_argument_group("images")
     images.add_argument(
@@ -137,9 +135,7 @@ def add_arguments(parser) -> None:
         "--neighbors", type=int, default=8, help="number of neighbors of each query in neighbors.csv and .png"
     )
     picture.add_argument("--rows", type=int, default=10, help="number of queries in the picture")
-    parser.add_class_arguments(LocalFeaturesConfig, "local_features")
-    # Otherwise the title is a sentence of the docstring.
-    parser.groups["local_features"].title = "regions, for --rerank"
+    add_settings(parser, LocalFeaturesConfig, "local_features", "regions, for --rerank")
 
 
 def prepare(arguments, resolved: str) -> Callable[[], int]:
@@ -160,8 +156,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     check_choice("map_dtype", arguments.map_dtype, "float32", "float16")
     check_positive("map_memory", arguments.map_memory)
     check_choice("split", arguments.split, *(split.name.lower() for split in Split))
-    set_threads(arguments.threads)
-    device = resolve_device(arguments.device)
+    device = set_up_machine(arguments)
     if (arguments.data is None) == (arguments.query is None):
         raise ValueError("expected either --data or --query, and not both")
     if arguments.data is not None and arguments.gallery is not None:

@@ -5,7 +5,8 @@ import os
 import sys
 import time
 from argparse import SUPPRESS, Action
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +16,13 @@ from fewshot_ext import _extras
 from fewshot_ext._files import replace_text
 from fewshot_ext._record import versions
 from fewshot_ext._validation import check_at_least
-from fewshot_ext.commands.common import load_data, print_written, resolve_device, set_threads, writable_folder
+from fewshot_ext.commands.common import (
+    add_machine_arguments,
+    load_data,
+    print_written,
+    set_up_machine,
+    writable_folder,
+)
 from fewshot_ext.commands.locks import hold_folder
 from fewshot_ext.data import ImageArchive, Split
 from fewshot_ext.data.walk import FOLDER_RULE
@@ -62,7 +69,7 @@ def add_run_arguments(parser, command: str, *, seed: str, processes: bool = True
         "except in pretrain with Adam, where their number decides the learning rates",
     )
     run.add_argument("--seed", type=int, default=0, help=seed)
-    run.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu or cuda")
+    add_machine_arguments(run)
     if processes:
         run.add_argument(
             "--devices",
@@ -73,7 +80,6 @@ def add_run_arguments(parser, command: str, *, seed: str, processes: bool = True
         run.add_argument(
             "--num_nodes", type=int, default=1, help="number of machines; start the command on each by torchrun"
         )
-    run.add_argument("--threads", type=int, default=None, help="number of CPU threads; null leaves torch's own choice")
     return run
 
 
@@ -83,6 +89,11 @@ def add_config_arguments(parser, config: type, **options: Any) -> None:
     # Otherwise the titles are sentences of docstrings.
     for name, group in parser.groups.items():
         group.title = "training" if name == config.__name__ else name
+
+
+def fields_of(config: type, arguments, skip: Collection[str] = ()) -> dict[str, Any]:
+    """The parsed options that are fields of a typed config."""
+    return {field.name: arguments[field.name] for field in fields(config) if field.name not in skip}
 
 
 class RunInputs(NamedTuple):
@@ -116,8 +127,7 @@ def check_run(arguments) -> RunInputs:
         check_at_least(name, count, 1)
     devices, num_nodes = processes.get("devices", 1), processes.get("num_nodes", 1)
     _check_launch(devices, num_nodes)
-    set_threads(arguments.threads)
-    device = resolve_device(arguments.device)
+    device = set_up_machine(arguments)
     if device.type == "cuda" and devices > torch.cuda.device_count():
         raise ValueError(f"devices: expected at most {torch.cuda.device_count()}, the GPUs here, got {devices}")
     archive = load_data(arguments.data)

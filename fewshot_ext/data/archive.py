@@ -146,6 +146,8 @@ class ImageArchive:
         for name, value in (("labels", labels), ("class_split", class_split), *image_fields.items()):
             if not np.issubdtype(value.dtype, np.integer):
                 raise TypeError(f"{name}: expected an integer array, got {value.dtype}")
+            if value.dtype == np.uint64 and value.size and value.max() > np.iinfo(np.int64).max:
+                raise ValueError(f"{name}: expected integers that int64 holds, got {value.max()}")
         if images.ndim not in (3, 4):
             raise ValueError(f"images: expected shape [N, H, W] or [N, H, W, C], got shape {images.shape}")
         if class_split.size and not 0 <= class_split.min() <= class_split.max() <= max(Split):

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fewshot_ext import _extras
-from fewshot_ext._validation import check_at_least, check_count, check_fraction, check_positive
+from fewshot_ext._validation import (
+    check_at_least,
+    check_count,
+    check_fraction,
+    check_number,
+    check_positive,
+    plain_numbers,
+)
 
 _TRIES = 10
 
@@ -40,6 +47,7 @@ class AugmentationConfig:
     horizontal_flip: bool = False
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_at_least("rotation", self.rotation, 0)
         for name in ("crop_scale", "translation", "zoom", "color_jitter"):
             check_fraction(name, getattr(self, name))
@@ -62,8 +70,9 @@ class ImageInput(nn.Module):
 
     Raises:
         ImportError: rotation, translation or zoom is asked for and kornia is missing.
-        TypeError: images that are not uint8.
-        ValueError: an image size below 1, another number of deviations than of means, or one that is not above 0.
+        TypeError: images that are not uint8, a mean or a deviation that is no number.
+        ValueError: an image size below 1, another number of deviations than of means, a mean that is not finite, or a
+            deviation that is not above 0.
 
     Shape:
         ``[B, C, H, W]`` uint8 -> ``[B, C, image_size, image_size]`` (or H, W) float32, channels-last if the input is.
@@ -86,10 +95,9 @@ class ImageInput(nn.Module):
             check_count("image_size", image_size, 1)
         if len(mean) != len(std):
             raise ValueError(f"std: expected a number a channel as mean has, {len(mean)}, got {len(std)}")
-        for value in std:
-            check_positive("std", value)
-        for name, values in (("mean", mean), ("std", std)):
-            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1))
+        for name, values, check in (("mean", mean, check_number), ("std", std, check_positive)):
+            numbers = torch.tensor([check(name, value) for value in values], dtype=torch.float32)
+            self.register_buffer(name, numbers.view(-1, 1, 1))
         self.image_size = image_size
         self.crops = augmentation.crop_scale > 0
         self.augmentation = _build_augmentation(augmentation, image_size)

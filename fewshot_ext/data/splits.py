@@ -196,7 +196,7 @@ def _add_file(draft: _Draft, path: Path, role: Split | None) -> None:
         text = content.decode("utf-8-sig")
         kind = Path(path.name.removesuffix(".gz")).suffix
         if kind == ".json":
-            _add_json(draft, json.loads(text), role, str(path))
+            _add_json(draft, json.loads(text, object_pairs_hook=_unrepeated, parse_int=_number), role, str(path))
         elif kind == ".csv":
             _add_csv(draft, text, role, str(path))
         elif kind == ".txt":
@@ -217,8 +217,27 @@ def _add_file(draft: _Draft, path: Path, role: Split | None) -> None:
         zlib.error,
         csv.Error,
         RecursionError,
+        _Unfit,
     ) as error:
         raise ValueError(f"split file {str(path)!r} is damaged: {error}") from error
+
+
+class _Unfit(ValueError):
+    """What a parser of JSON lets pass, or refuses without the name of the file."""
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Unfit(f"it has {next(name for name in names if names.count(name) > 1)!r} twice")
+    return content
+
+
+def _number(text: str) -> int:
+    if len(text) > 20:
+        raise _Unfit(f"it has a number of {len(text):,} digits")
+    return int(text)
 
 
 def _add_csv(draft: _Draft, text: str, role: Split | None, path: str) -> None:

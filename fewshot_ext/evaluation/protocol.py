@@ -8,7 +8,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from fewshot_ext._validation import check_count
+from fewshot_ext._validation import check_count, plain_numbers
 from fewshot_ext.data import Episodes
 from fewshot_ext.heads.vectors import HEADS, Head
 from fewshot_ext.models.matching import check_finite_maps
@@ -40,6 +40,7 @@ class ProtocolConfig:
     queries: int = 16
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_count("episodes", self.episodes, 1)
         check_count("way", self.way, 2)
         check_count("queries", self.queries, 1)
@@ -71,6 +72,7 @@ def extract_features(
         ``[N, D]`` or ``[N, P, D]`` on the device of the model. They are written where they stay: nothing but one
         batch is there twice.
     """
+    batch_size = check_count("batch_size", batch_size, 1)
     tensor = next(chain(model.parameters(), model.buffers()), images)
     was_training = model.training
     model.eval()

@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from fewshot_ext._files import replace_file
-from fewshot_ext._validation import check_count
+from fewshot_ext._validation import check_count, plain_numbers
 from fewshot_ext.data.fonts import figure_text
 from fewshot_ext.experiments.accuracies import Row, select, values
 from fewshot_ext.experiments.figures import COLUMN, STYLES, figure
@@ -20,7 +19,7 @@ from fewshot_ext.experiments.measures import (
     measure_discriminability,
 )
 from fewshot_ext.experiments.runs import SweepImages, SweepRun
-from fewshot_ext.experiments.tables import write_table
+from fewshot_ext.experiments.tables import writer
 
 NAME = "angles"
 _CLASSES = ("base", "novel")
@@ -46,6 +45,7 @@ class AngleMeasurement:
     name: ClassVar[str] = "angles"
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_count("bins", self.bins, 1)
 
     def settings(self) -> dict[str, Any]:
@@ -89,19 +89,6 @@ class AngleMeasurement:
         return rows
 
 
-def write_angles(folder: Path, rows: Sequence[Row], **head: Any) -> list[Path]:
-    """Writes ``angles.json``, ``angles.csv`` and ``angles.png``.
-
-    Args:
-        folder: must exist.
-        rows: of ``Sweep.run`` with ``AngleMeasurement``.
-        head: what is needed to repeat the analysis.
-    """
-    written = write_table(folder, NAME, rows, **head)
-    replace_file(folder / f"{NAME}.png", lambda path: plot_angles(rows, path))
-    return [*written, folder / f"{NAME}.png"]
-
-
 def plot_angles(rows: Sequence[Row], path: str | Path) -> None:
     """Draws the histograms of one seed: base classes above, novel classes below, the margin rising to the right."""
     rows = select(rows, seed=values(rows, "seed")[0])
@@ -130,6 +117,9 @@ def plot_angles(rows: Sequence[Row], path: str | Path) -> None:
         for axis in axes[-1]:
             axis.set_xlabel("angle (degrees)", fontsize=8)
             axis.set_xticks([-180, 0, 180])
+
+
+write_angles = writer(NAME, plot_angles)
 
 
 def angles_table(rows: Sequence[Row]) -> str:

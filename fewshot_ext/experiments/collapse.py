@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from fewshot_ext import _extras
-from fewshot_ext._files import replace_file
 from fewshot_ext.data import ImageArchive
 from fewshot_ext.experiments.accuracies import Row, select, values
 from fewshot_ext.experiments.figures import Curve, curve_styles, draw_curves, figure
@@ -22,7 +21,7 @@ from fewshot_ext.experiments.metric_runs import (
     class_sets,
 )
 from fewshot_ext.experiments.sweep import TaskSweep
-from fewshot_ext.experiments.tables import write_table
+from fewshot_ext.experiments.tables import writer
 from fewshot_ext.losses.base_losses import require_packages
 from fewshot_ext.models import build_backbone
 
@@ -225,19 +224,6 @@ def blocks_of(rows: Sequence[Row]) -> dict[str, list[tuple[str, list[str]]]]:
     return blocks
 
 
-def write_collapse(folder: Path, rows: Sequence[Row], **head: Any) -> list[Path]:
-    """Writes ``collapse.json``, ``collapse.csv`` and ``collapse.png``.
-
-    Args:
-        folder: must exist.
-        rows: of ``CollapseSweep.run``.
-        head: what is needed to repeat the sweep.
-    """
-    written = write_table(folder, NAME, rows, **head, summary=summarize(rows))
-    replace_file(folder / f"{NAME}.png", lambda path: plot_collapse(rows, path))
-    return [*written, folder / f"{NAME}.png"]
-
-
 def plot_collapse(rows: Sequence[Row], path: str | Path) -> None:
     """Draws the spectra after the last epoch, and Recall@1 and coding rate over the epochs, a column a loss.
 
@@ -271,6 +257,9 @@ def plot_collapse(rows: Sequence[Row], path: str | Path) -> None:
         lines = {label: handle for handles, labels in shown for handle, label in zip(handles, labels, strict=True)}
         legend = {"fontsize": 7, "frameon": False, "loc": "outside upper center", "ncols": 4}
         axes[0, 0].figure.legend(list(lines.values()), list(lines), **legend)
+
+
+write_collapse = writer(NAME, plot_collapse, summarize)
 
 
 def _draw_spectra(axis, rows: Sequence[Row], styles: Mapping[str, Mapping[str, str]], title: str) -> None:

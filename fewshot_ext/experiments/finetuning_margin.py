@@ -5,13 +5,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fewshot_ext._files import replace_file
-from fewshot_ext._validation import check_number
+from fewshot_ext._validation import check_number, plain_numbers
 from fewshot_ext.experiments.accuracies import Row, mean_accuracy, select, values
 from fewshot_ext.experiments.figures import CLASS_TITLES, draw_curves, figure
 from fewshot_ext.experiments.measurements import FewShotAccuracy, TrainedRun
 from fewshot_ext.experiments.runs import SweepImages, SweepRun
-from fewshot_ext.experiments.tables import write_table
+from fewshot_ext.experiments.tables import writer
 from fewshot_ext.heads import FineTuning
 
 NAME = "finetuning_margin"
@@ -38,6 +37,7 @@ class FineTuningMargins:
     name: ClassVar[str] = "finetuning_margin"
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if not self.margins or len(set(self.margins)) < len(self.margins):
             raise ValueError(f"margins: expected at least one margin, and none twice, got {list(self.margins)}")
         for margin in self.margins:
@@ -64,19 +64,6 @@ class FineTuningMargins:
         return rows
 
 
-def write_finetuning_margin(folder: Path, rows: Sequence[Row], **head: Any) -> list[Path]:
-    """Writes ``finetuning_margin.json``, ``.csv`` and ``.png``.
-
-    Args:
-        folder: must exist.
-        rows: of ``Sweep.run`` with ``FineTuningMargins``.
-        head: what is needed to repeat the analysis.
-    """
-    written = write_table(folder, NAME, rows, **head)
-    replace_file(folder / f"{NAME}.png", lambda path: plot_finetuning_margin(rows, path))
-    return [*written, folder / f"{NAME}.png"]
-
-
 def plot_finetuning_margin(rows: Sequence[Row], path: str | Path) -> None:
     """Draws accuracy over the margin of the fine-tuning: a panel a number of shots, a curve a pre-training margin."""
     shots = values(rows, "shot")
@@ -93,3 +80,6 @@ def plot_finetuning_margin(rows: Sequence[Row], path: str | Path) -> None:
             way, classes = of_shot[0]["way"], of_shot[0]["classes"]
             draw_curves(axis, curves, title=f"{CLASS_TITLES[classes]}, {shot}-shot", y=f"{way}-way accuracy (%)")
         axes[-1, 0].set_xlabel("margin of the fine-tuning", fontsize=8)
+
+
+write_finetuning_margin = writer(NAME, plot_finetuning_margin)

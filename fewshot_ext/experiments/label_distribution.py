@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from fewshot_ext._files import replace_file
-from fewshot_ext._validation import check_count
+from fewshot_ext._validation import check_count, plain_numbers
 from fewshot_ext.experiments.accuracies import Row, mean_accuracy, select, values
 from fewshot_ext.experiments.figures import draw_curves, figure, shared_legend
 from fewshot_ext.experiments.measurements import FewShotAccuracy, TrainedRun
@@ -48,6 +48,7 @@ class LabelDistribution:
     name: ClassVar[str] = "label_distribution"
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_count("groups", self.groups, 1)
 
     def settings(self) -> dict[str, Any]:

@@ -5,12 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fewshot_ext._files import replace_file
 from fewshot_ext._validation import check_choice, check_number
 from fewshot_ext.experiments.accuracies import Row, difference, mean_accuracy, select, values
 from fewshot_ext.experiments.figures import CLASS_TITLES, LOSS_TITLES, draw_grid
 from fewshot_ext.experiments.runs import CLASSES, SweepRun
-from fewshot_ext.experiments.tables import write_table
+from fewshot_ext.experiments.tables import writer
 from fewshot_ext.training import PreTrainingConfig
 
 NAME = "margins"
@@ -53,19 +52,6 @@ def margin_runs(
     return [SweepRun(data, config, seed, held_out) for seed in seeds for config in configs]
 
 
-def write_margins(folder: Path, rows: Sequence[Row], **head: Any) -> list[Path]:
-    """Writes ``margins.json``, ``margins.csv`` and ``margins.png``.
-
-    Args:
-        folder: must exist.
-        rows: of ``Sweep.run``.
-        head: what is needed to repeat the sweep.
-    """
-    written = write_table(folder, NAME, rows, **head, summary=summarize(rows))
-    replace_file(folder / f"{NAME}.png", lambda path: plot_margins(rows, path))
-    return [*written, folder / f"{NAME}.png"]
-
-
 def summarize(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Mean accuracy and interval over seeds and episodes for each loss, set of classes, number of shots and margin."""
     keys = ("loss", "classes", "shot", "margin")
@@ -103,6 +89,9 @@ def plot_margins(rows: Sequence[Row], path: str | Path) -> None:
         y=f"{rows[0]['way']}-way accuracy (%)",
         titles={**CLASS_TITLES, **LOSS_TITLES},
     )
+
+
+write_margins = writer(NAME, plot_margins, summarize)
 
 
 def margins_table(rows: Sequence[Row]) -> str:

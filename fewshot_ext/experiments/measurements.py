@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 from fewshot_ext._random import derive_generator, derive_seed
-from fewshot_ext._validation import check_count
+from fewshot_ext._validation import check_count, plain_numbers
 from fewshot_ext.data import Episodes, ImageArchive, sample_episodes
 from fewshot_ext.evaluation import (
     FrozenBackbone,
@@ -61,6 +61,7 @@ class Measurement(Protocol):
 
     Attributes:
         name: part of the name of the file that keeps what was found.
+        row_schema: where there is one, what each row in that file must be, as ``check_schema`` takes it.
     """
 
     name: str
@@ -100,8 +101,15 @@ class FewShotAccuracy:
     classes: tuple[str, ...] = CLASSES
 
     name: ClassVar[str] = "accuracy"
+    row_schema: ClassVar[dict[str, Any]] = {
+        "classes": str,
+        **dict.fromkeys(("way", "shot", "queries"), int),
+        **dict.fromkeys(("accuracy", "interval"), float),
+        "correct": [int],
+    }
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if self.base_queries is not None:
             check_count("base_queries", self.base_queries, 1)
         if not self.classes or len(set(self.classes)) < len(self.classes) or not set(self.classes) <= set(CLASSES):

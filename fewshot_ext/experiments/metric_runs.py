@@ -1,15 +1,14 @@
 """Metric trainings of a sweep: each in a folder of its own, found again by its settings, as a task for any process."""
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fewshot_ext._validation import check_choice, check_count, check_positive
+from fewshot_ext._validation import check_choice, check_count, check_positive, plain_numbers
 from fewshot_ext.data import ImageArchive, Split
-from fewshot_ext.experiments.runs import without_defaults
+from fewshot_ext.experiments.runs import folder_name
 from fewshot_ext.experiments.sweep_task import SweepTask, load_once
 from fewshot_ext.training import MetricTrainingConfig
 from fewshot_ext.training.metric_config import NO_ANTI_COLLAPSE, PROXY_LOSSES
@@ -70,6 +69,7 @@ class MetricRun:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_count("seed", self.seed, 0)
 
     @property
@@ -100,16 +100,11 @@ class MetricRun:
         return {"data": checksum, "training": config, "seed": self.seed}
 
     def folder(self, runs: Path, checksum: str) -> Path:
-        """Where the run lives below ``runs``: named for a person to find, and by a hash of its settings.
-
-        Settings that have their default stay out of the hash, as in ``SweepRun.folder``.
-        """
-        settings = self.settings(checksum)
-        default = json.loads(json.dumps(asdict(MetricTrainingConfig())))
-        settings["training"] = without_defaults(settings["training"], default)
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        """Where the run lives below ``runs``, see ``folder_name``."""
         arm = f"{self.arm.variant}{self.arm.weight:g}" if self.arm.weight else "without"
-        return runs / f"{self.training.loss}_{arm}_seed{self.seed}_{digest[:12]}"
+        default = json.loads(json.dumps(asdict(MetricTrainingConfig())))
+        name = f"{self.training.loss}_{arm}_seed{self.seed}"
+        return runs / folder_name(name, self.settings(checksum), {"training": default})
 
 
 def metric_runs(

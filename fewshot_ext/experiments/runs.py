@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fewshot_ext._random import derive_generator
-from fewshot_ext._validation import check_count
+from fewshot_ext._validation import check_count, plain_numbers
 from fewshot_ext.data import ImageArchive, Split
 from fewshot_ext.training import PreTrainingConfig
 
@@ -44,6 +44,7 @@ class SweepRun:
     variant: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_count("seed", self.seed, 0)
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out: expected a number in (0, 1), got {self.held_out}")
@@ -76,16 +77,9 @@ class SweepRun:
         }
 
     def folder(self, runs: Path, checksum: str) -> Path:
-        """Where the run lives below ``runs``: named for a person to find, and by a hash of its settings.
-
-        Settings that have their default stay out of the hash, so that runs are still found once a release knows more
-        settings; ``run.json`` holds all of them and is compared before a run is taken over.
-        """
-        config = self.pretraining
-        settings = self.settings(checksum)
-        settings["pretraining"] = without_defaults(settings["pretraining"], _plain(PreTrainingConfig()))
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        return runs / f"{config.loss}_margin{config.margin:+g}_seed{self.seed}_{digest[:12]}"
+        """Where the run lives below ``runs``, see ``folder_name``."""
+        name = f"{self.pretraining.loss}_margin{self.pretraining.margin:+g}_seed{self.seed}"
+        return runs / folder_name(name, self.settings(checksum), {"pretraining": _plain(PreTrainingConfig())})
 
 
 def _plain(config: PreTrainingConfig) -> dict[str, Any]:
@@ -123,6 +117,22 @@ class SweepImages:
         if (archive.class_split == Split.VALIDATION).any():
             test["validation"] = archive.subset(Split.VALIDATION)
         return cls(training, {**test, "novel": archive.subset(Split.NOVEL)})
+
+
+def folder_name(name: str, settings: Mapping[str, Any], default: Mapping[str, Any]) -> str:
+    """The name of a run's folder: for a person to find, and by a hash of its settings.
+
+    Settings that have their default stay out of the hash, so that runs are still found once a release knows more
+    settings; ``run.json`` holds all of them and is compared before a run is taken over.
+
+    Args:
+        name: what a person looks for.
+        settings: everything that decides the run.
+        default: of some of the settings.
+    """
+    told = {key: without_defaults(value, default[key]) if key in default else value for key, value in settings.items()}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return f"{name}_{digest[:12]}"
 
 
 def without_defaults(values: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:

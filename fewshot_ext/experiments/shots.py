@@ -4,27 +4,12 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from fewshot_ext._files import replace_file
 from fewshot_ext.experiments.accuracies import Row, difference, mean_accuracy, select, values
 from fewshot_ext.experiments.figures import CLASS_TITLES, curve_styles, draw_curves, figure
-from fewshot_ext.experiments.tables import write_table
+from fewshot_ext.experiments.tables import writer
 
 NAME = "shots"
-
-
-def write_shots(folder: Path, rows: Sequence[Row], **head: Any) -> list[Path]:
-    """Writes ``shots.json``, ``shots.csv`` and ``shots.png``.
-
-    Args:
-        folder: must exist.
-        rows: of ``Sweep.run`` with a ``FewShotAccuracy`` of many shots on one set of classes.
-        head: what is needed to repeat the analysis.
-    """
-    written = write_table(folder, NAME, rows, **head)
-    replace_file(folder / f"{NAME}.png", lambda path: plot_shots(rows, path))
-    return [*written, folder / f"{NAME}.png"]
 
 
 def plot_shots(rows: Sequence[Row], path: str | Path) -> None:
@@ -55,6 +40,9 @@ def plot_shots(rows: Sequence[Row], path: str | Path) -> None:
         axes[-1, 0].set_xticks(shots, _tick_labels(sorted(shots)))
         axes[-1, 0].minorticks_off()
         axes[-1, 0].set_xlabel("shots", fontsize=8)
+
+
+write_shots = writer(NAME, plot_shots)
 
 
 def _tick_labels(shots: Sequence[int]) -> list[str]:

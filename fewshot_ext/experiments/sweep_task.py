@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fewshot_ext._files import alone_in, replace_file
-from fewshot_ext._formats import read_json
+from fewshot_ext._formats import check_schema, misfits_named, read_json
 from fewshot_ext._record import check_same_settings, versions
 from fewshot_ext.data import ImageArchive
 from fewshot_ext.data.named import open_images
@@ -124,16 +124,21 @@ class TrainAndMeasure(SweepTask):
         if self.measurement is None:
             return []
         path = self._measured
-        return read_json(path, _ROWS, "measurements of a run") if self.is_trained and path.exists() else None
+        if not (self.is_trained and path.exists()):
+            return None
+        return read_json(path, [getattr(self.measurement, "row_schema", {str: object})], "measurements of a run")
 
     def check_record(self) -> None:
         if self.is_trained:
             before, now = self._record["settings"], self.run.settings(self._checksum)
+            with misfits_named(f"{self.folder / RECORD} does not hold the record of a run"):
+                check_schema(before, {"pretraining": {str: object}}, "settings")
             # What only one of two releases knows had its default in the other.
             common = before["pretraining"].keys() & now["pretraining"].keys()
             for settings in (before, now):
                 settings["pretraining"] = {key: settings["pretraining"][key] for key in common}
             check_same_settings(before, now, self.folder)
+            self.rows()  # what cannot be read is found before the work
 
     def _do(self, report: Callable[..., None]) -> list[dict[str, Any]]:
         images = SweepImages.part(load_once(self.run.data, self._checksum), self.run)

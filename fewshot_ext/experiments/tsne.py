@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 
 from fewshot_ext import _extras
-from fewshot_ext._files import replace_file
 from fewshot_ext._precision import normalize
 from fewshot_ext._random import derive_generator, derive_seed
-from fewshot_ext._validation import check_count, check_positive
+from fewshot_ext._validation import check_count, check_positive, plain_numbers
 from fewshot_ext.data import ImageArchive
 from fewshot_ext.evaluation import ProtocolConfig
 from fewshot_ext.experiments.accuracies import Row, select, values
 from fewshot_ext.experiments.figures import COLUMN, STYLES, figure
 from fewshot_ext.experiments.measurements import FewShotAccuracy, TrainedRun
 from fewshot_ext.experiments.runs import SweepImages, SweepRun
-from fewshot_ext.experiments.tables import write_table
+from fewshot_ext.experiments.tables import writer
 from fewshot_ext.heads import FineTuning
 
 NAME = "tsne"
@@ -59,6 +58,7 @@ class Embedding:
     name: ClassVar[str] = "tsne"
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_count("num_classes", self.num_classes, 2)
         if self.num_classes > len(STYLES):
             raise ValueError(f"num_classes: expected at most {len(STYLES)} to be told apart, got {self.num_classes}")
@@ -123,19 +123,6 @@ class Embedding:
         return torch.cat([own[torch.randperm(len(own), generator=generator)[: self.images]] for own in members])
 
 
-def write_tsne(folder: Path, rows: Sequence[Row], **head: Any) -> list[Path]:
-    """Writes ``tsne.json``, ``tsne.csv`` (the accuracies) and ``tsne.png``.
-
-    Args:
-        folder: must exist.
-        rows: of ``Sweep.run`` with ``Embedding``, of one loss and one seed.
-        head: what is needed to repeat the analysis.
-    """
-    written = write_table(folder, NAME, rows, **head)
-    replace_file(folder / f"{NAME}.png", lambda path: plot_tsne(rows, path))
-    return [*written, folder / f"{NAME}.png"]
-
-
 def plot_tsne(rows: Sequence[Row], path: str | Path) -> None:
     """Draws the embeddings: base classes above, novel classes below, the margin rising from left to right."""
     margins = values(rows, "margin")
@@ -156,3 +143,6 @@ def plot_tsne(rows: Sequence[Row], path: str | Path) -> None:
                 )
                 axis.set_xticks([])
                 axis.set_yticks([])
+
+
+write_tsne = writer(NAME, plot_tsne)

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from fewshot_ext._files import replace_file
 from fewshot_ext._precision import normalize
 from fewshot_ext.experiments.accuracies import Row, select, values
 from fewshot_ext.experiments.figures import draw_curves, figure, shared_legend
@@ -21,7 +20,7 @@ from fewshot_ext.experiments.measures import (
     same_class_probability,
 )
 from fewshot_ext.experiments.runs import CLASSES, SweepImages, SweepRun
-from fewshot_ext.experiments.tables import write_table
+from fewshot_ext.experiments.tables import write_table, writer
 from fewshot_ext.models.network import read_checkpoint
 from fewshot_ext.training import PreTrainingConfig
 
@@ -125,9 +124,7 @@ def write_variance(folder: Path, rows: Sequence[Row], **head: Any) -> list[Path]
         rows: of ``Sweep.run`` with ``VarianceMeasurement``.
         head: what is needed to repeat the analysis.
     """
-    written = write_table(folder, NAME, rows, **head)
-    replace_file(folder / f"{NAME}.png", lambda path: plot_variance(rows, path))
-    written.append(folder / f"{NAME}.png")
+    written = writer(NAME, plot_variance)(folder, rows, **head)
     if propositions := check_propositions(rows):
         written += write_table(folder, "proposition", propositions, **head)
     return written

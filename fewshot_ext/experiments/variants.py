@@ -1,17 +1,16 @@
 """Variants of one training: regularizers one at a time (Table 4), label smoothing beside the margin (Table 5)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fewshot_ext._files import replace_file
 from fewshot_ext._validation import check_positive
 from fewshot_ext.data import AugmentationConfig
 from fewshot_ext.experiments.accuracies import Row, difference, mean_accuracy, select, values
 from fewshot_ext.experiments.figures import CLASS_TITLES, STYLES, figure, shared_legend
 from fewshot_ext.experiments.runs import CLASSES, SweepRun
-from fewshot_ext.experiments.tables import write_table
+from fewshot_ext.experiments.tables import writer
 from fewshot_ext.training import PreTrainingConfig
 
 # What the first variant of both tables is called: all others are compared with it.
@@ -131,20 +130,6 @@ def summarize(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return found
 
 
-def write_variants(folder: Path, name: str, rows: Sequence[Row], **head: Any) -> list[Path]:
-    """Writes ``NAME.json``, ``NAME.csv`` and ``NAME.png``.
-
-    Args:
-        folder: must exist.
-        name: of the analysis.
-        rows: of ``Sweep.run`` with a ``FewShotAccuracy``.
-        head: what is needed to repeat the analysis.
-    """
-    written = write_table(folder, name, rows, **head, summary=summarize(rows))
-    replace_file(folder / f"{name}.png", lambda path: plot_variants(rows, path))
-    return [*written, folder / f"{name}.png"]
-
-
 def plot_variants(rows: Sequence[Row], path: str | Path) -> None:
     """Draws the accuracy of each variant with its interval, a panel a set of classes."""
     summary = summarize(rows)
@@ -172,6 +157,11 @@ def plot_variants(rows: Sequence[Row], path: str | Path) -> None:
             axis.grid(alpha=0.25, linewidth=0.5)
         shared_legend(axes[0, 0])
         axes[-1, 0].set_xlabel(f"{rows[0]['way']}-way accuracy (%)", fontsize=8)
+
+
+def variants_writer(name: str) -> Callable[..., list[Path]]:
+    """The function that writes the results of the analysis ``name``, see ``writer``."""
+    return writer(name, plot_variants, summarize)
 
 
 def variants_table(rows: Sequence[Row]) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewshot_ext._episodes import check_support_target, class_means
 from fewshot_ext._precision import normalize
-from fewshot_ext._validation import check_choice, check_count, check_positive
+from fewshot_ext._validation import check_choice, check_count, check_positive, plain_numbers
 from fewshot_ext.heads.vectors import FineTuning, Head, MatchingNet, ProtoNet
 from fewshot_ext.models import StructuredClassifierConfig, class_prototypes, emd_logits
 from fewshot_ext.models.matching import TEMPERATURE, Weighting, check_finite_maps, checked_maps
@@ -79,9 +79,9 @@ class DeepEMDHead(MapHead):
     The scores are the logits of the paper; gradients reach the features as in ``fewshot_ext.models.DeepEMD``.
 
     Args:
-        temperature: of the logits.
+        temperature: temperature of the logits.
         weighting: "cross_reference" or "uniform"; see ``fewshot_ext.models.emd_logits``.
-        classifier: of the structured fully connected layer; see ``fewshot_ext.models.StructuredClassifierConfig``.
+        classifier: settings of the structured layer; see ``fewshot_ext.models.StructuredClassifierConfig``.
 
     Reference:
         Zhang et al., DeepEMD, CVPR 2020.
@@ -99,6 +99,7 @@ class DeepEMDHead(MapHead):
     classifier: StructuredClassifierConfig = _CLASSIFIER
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_positive("temperature", self.temperature)
         check_choice("weighting", self.weighting, "cross_reference", "uniform")
 
@@ -139,6 +140,7 @@ class LocalNearestNeighbors(MapHead):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_count("neighbors", self.neighbors, 1)
         check_positive("scale", self.scale)
 
@@ -194,6 +196,7 @@ class PredictionFusion(MapHead):
     local_scale: float = 10.0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_positive("local_scale", self.local_scale)
 
     def _scores(self, support, target, query, way, generator):

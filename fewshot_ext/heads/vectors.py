@@ -17,9 +17,11 @@ from fewshot_ext._validation import (
     check_choice,
     check_count,
     check_fraction,
+    check_like,
     check_number,
     check_positive,
     check_similarity,
+    plain_numbers,
 )
 from fewshot_ext.ops import finetune_episodes
 
@@ -106,14 +108,14 @@ class FineTuningConfig:
     """Fine-tuning of the episode's classifier, by default the official protocol; see ``finetune_episodes``.
 
     Args:
-        scale: multiplies the similarities before the softmax.
-        margin: subtracted from the similarity with the true class (the paper's Fig. 9 varies it).
-        steps: passes over the support set.
-        batch_size: support images a minibatch.
+        scale: factor that the similarities are multiplied by before the softmax.
+        margin: number subtracted from the similarity with the true class (the paper's Fig. 9 varies it).
+        steps: number of passes over the support set.
+        batch_size: number of support images in a step.
         lr: learning rate of SGD.
-        momentum: of SGD.
-        dampening: of SGD.
-        weight_decay: of SGD.
+        momentum: momentum of SGD.
+        dampening: dampening of SGD.
+        weight_decay: weight decay of SGD.
 
     Raises:
         ValueError: a value out of range; the message names it.
@@ -129,6 +131,7 @@ class FineTuningConfig:
     weight_decay: float = 1e-3
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_positive("scale", self.scale)
         check_number("margin", self.margin)
         check_count("steps", self.steps, 1)
@@ -203,6 +206,7 @@ class ProtoNet(Head):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_choice("metric", self.metric, "euclidean", "cosine")
         check_positive("scale", self.scale)
 
@@ -233,6 +237,7 @@ class MatchingNet(Head):
     attention_scale: float = 1.0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_positive("attention_scale", self.attention_scale)
 
     def _scores(self, support, target, query, way, generator):
@@ -262,6 +267,7 @@ class NearestNeighbor(Head):
     scale: float = 10.0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_choice("metric", self.metric, "cosine", "euclidean")
         check_positive("scale", self.scale)
 
@@ -295,6 +301,7 @@ class SimpleShot(Head):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_choice("transform", self.transform, "cl2n", "l2n", "un")
         check_positive("scale", self.scale)
 
@@ -349,10 +356,7 @@ def _check_episodes(support: Tensor, support_target: Tensor, query: Tensor, way:
     check_support_target(support_target, support, way)
     if query.dim() != 3 or query.shape[0] != episodes or query.shape[2] != dimension:
         raise ValueError(f"query: expected shape [{episodes}, Q, {dimension}], got {list(query.shape)}")
-    if query.dtype != support.dtype:
-        raise TypeError(f"query: expected the dtype of support, {support.dtype}, got {query.dtype}")
-    if query.device != support.device:
-        raise ValueError(f"query: expected the device of support, {support.device}, got {query.device}")
+    check_like("support", support, "query", query)
 
 
 def _similarities(query: Tensor, points: Tensor, metric: Literal["cosine", "euclidean"]) -> Tensor:

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from fewshot_ext._precision import accumulate_dtype, normalize
-from fewshot_ext._validation import check_at_least, check_choice, check_floating, check_positive, check_tensor
+from fewshot_ext._validation import (
+    check_at_least,
+    check_choice,
+    check_floating,
+    check_integers,
+    check_positive,
+    check_tensor,
+)
 from fewshot_ext.ops import coding_rate
 
 VARIANTS = ("pair", "batch_proxy", "all_proxy")
@@ -122,9 +129,7 @@ class AntiCollapseLoss(nn.Module):
         """The loss and its parts. The loss carries the gradients; detach the others before logging them."""
         check_tensor("embeddings", embeddings, "[n, D]", 2)
         check_floating("embeddings", embeddings)
-        check_tensor("labels", labels, "[n]", 1)
-        if labels.dtype != torch.int64:
-            raise TypeError(f"labels: expected dtype torch.int64, got {labels.dtype}")
+        check_integers("labels", labels, "[n]", 1)
         samples = embeddings.shape[0]
         if samples == 0:
             raise ValueError("embeddings: expected at least one sample, got none")

@@ -5,7 +5,14 @@ from torch import Tensor, nn
 
 from fewshot_ext._extras import require
 from fewshot_ext._precision import full_precision, normalize
-from fewshot_ext._validation import check_choice, check_count, check_floating, check_tensor
+from fewshot_ext._validation import (
+    check_choice,
+    check_count,
+    check_floating,
+    check_integers,
+    check_like,
+    check_tensor,
+)
 
 PROXY_LOSSES = ("proxy_anchor", "proxy_nca")
 BASE_LOSSES = (*PROXY_LOSSES, "contrastive", "triplet")
@@ -142,11 +149,8 @@ def _log_one_plus_sum(exponents: Tensor, mask: Tensor, dim: int) -> Tensor:
 def _check_batch(embeddings: object, labels: object) -> None:
     check_tensor("embeddings", embeddings, "[n, D]", 2)
     check_floating("embeddings", embeddings)
-    check_tensor("labels", labels, "[n]", 1)
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels: expected dtype torch.int64, got {labels.dtype}")
-    if labels.device != embeddings.device:
-        raise ValueError(f"labels: expected device {embeddings.device} as embeddings is on, got {labels.device}")
+    check_integers("labels", labels, "[n]", 1)
+    check_like("embeddings", embeddings, "labels", labels, any_dtype=True)
     if len(embeddings) == 0:
         raise ValueError("embeddings: expected at least one sample, got none")
     if len(labels) != len(embeddings):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fewshot_ext._validation import check_count, check_fraction
+from fewshot_ext._validation import check_count, check_fraction, plain_numbers
 from fewshot_ext.models.backbone import Backbone
 from fewshot_ext.models.conv import conv4
 from fewshot_ext.models.drop_block import RAMP_STEPS
@@ -42,6 +42,7 @@ class BackboneConfig:
     embedding: int | None = None
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if self.name not in ("conv4", "wrn28_10", *_RESNETS):
             raise ValueError(f"name: expected conv4, resnet12, resnet18 or wrn28_10, got {self.name!r}")
         if self.width is not None:

@@ -8,7 +8,14 @@ from torch import Tensor, nn
 
 from fewshot_ext._episodes import check_support_target, class_means
 from fewshot_ext._precision import full_precision
-from fewshot_ext._validation import check_at_least, check_choice, check_count, check_positive
+from fewshot_ext._validation import (
+    check_at_least,
+    check_choice,
+    check_count,
+    check_like,
+    check_positive,
+    plain_numbers,
+)
 from fewshot_ext.models.backbone import Backbone
 from fewshot_ext.models.local_features import FCN, Grid, LocalFeatures, Sampling
 from fewshot_ext.models.matching import TEMPERATURE, Weighting, emd_logits
@@ -43,6 +50,7 @@ class LocalFeaturesConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_choice("name", self.name, "fcn", "grid", "sampling")
         for side in self.pyramid:
             check_count("pyramid", side, 1)
@@ -163,8 +171,7 @@ class DeepEMD(nn.Module):
         if query.shape[0] != support.shape[0] or query.shape[2:] != support.shape[2:]:
             expected = ", ".join(map(str, (support.shape[0], "Q", *support.shape[2:])))
             raise ValueError(f"query: expected shape [{expected}] for these support images, got {list(query.shape)}")
-        if query.dtype != support.dtype:
-            raise TypeError(f"query: expected the dtype of support, {support.dtype}, got {query.dtype}")
+        check_like("support", support, "query", query)
         check_support_target(support_target, support, way)
         maps = self.local_features(torch.cat([support, query], 1).flatten(0, 1))
         # The structured layer computes in float32 or better, and what it is compared with must have its dtype.

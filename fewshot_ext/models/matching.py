@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fewshot_ext._precision import full_precision, normalize
-from fewshot_ext._validation import check_choice, check_positive
+from fewshot_ext._validation import check_choice, check_count, check_like, check_positive
 from fewshot_ext.ops import emd
 
 TEMPERATURE = 12.5  # of the official implementation
@@ -118,7 +118,7 @@ def emd_logits(
         (True, 12.5)
     """
     check_positive("temperature", temperature)
-    check_positive("bytes_at_once", bytes_at_once)
+    bytes_at_once = check_count("bytes_at_once", bytes_at_once, 1)
     check_choice("weighting", weighting, "cross_reference", "uniform")
     query, support = checked_maps(query=query, support=support)
     mass = query.shape[2]
@@ -220,10 +220,7 @@ def checked_maps(**named: Tensor) -> tuple[Tensor, Tensor]:
             raise ValueError(
                 f"{second_name}: expected the {first.shape[axis]} {what} of {first_name}, got {second.shape[axis]}"
             )
-    if first.dtype != second.dtype:
-        raise TypeError(f"{second_name}: expected the dtype of {first_name}, {first.dtype}, got {second.dtype}")
-    if first.device != second.device:
-        raise ValueError(f"{second_name}: expected the device of {first_name}, {first.device}, got {second.device}")
+    check_like(first_name, first, second_name, second)
     accumulate = torch.promote_types(first.dtype, torch.float32)
     return first.to(accumulate), second.to(accumulate)
 

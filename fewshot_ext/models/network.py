@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fewshot_ext import _extras
 from fewshot_ext._formats import misfits_named, typed
-from fewshot_ext._validation import check_choice
+from fewshot_ext._validation import check_choice, plain_numbers
 from fewshot_ext.data import AugmentationConfig, ImageInput
 from fewshot_ext.data.augmentation import resized_size
 from fewshot_ext.models.checkpoint import NETWORK_SCHEMA, read_layout, upgraded
@@ -54,6 +54,7 @@ class NetworkConfig:
     similarity: Literal["cosine", "dot"] = "cosine"
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         shape = self.image_shape
         if len(shape) != 3 or min(shape) < 1 or not len(self.mean) == len(self.std) == shape[0]:
             raise ValueError(

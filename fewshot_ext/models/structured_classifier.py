@@ -10,7 +10,14 @@ from torch import Tensor
 
 from fewshot_ext._episodes import check_support_target, class_means
 from fewshot_ext._precision import full_precision
-from fewshot_ext._validation import check_choice, check_count, check_fraction, check_positive
+from fewshot_ext._validation import (
+    check_choice,
+    check_count,
+    check_fraction,
+    check_integers,
+    check_positive,
+    plain_numbers,
+)
 from fewshot_ext.models.matching import (
     SMALLEST_LENGTH,
     TEMPERATURE,
@@ -58,6 +65,7 @@ class StructuredClassifierConfig:
     detach_weights: bool = True
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_count("passes", self.passes, 0)
         check_count("batch_size", self.batch_size, 1)
         check_positive("lr", self.lr)
@@ -117,7 +125,7 @@ def fit_prototypes(
         torch.Size([10, 75, 5])
     """
     check_positive("temperature", temperature)
-    check_positive("bytes_at_once", bytes_at_once)
+    bytes_at_once = check_count("bytes_at_once", bytes_at_once, 1)
     check_choice("weighting", weighting, "cross_reference", "uniform")
     support, _ = checked_maps(support=support, prototypes=support)
     check_support_target(support_target, support, way)
@@ -125,9 +133,7 @@ def fit_prototypes(
     episodes, shots, nodes, channels = support.shape
     if order is None:
         order = torch.rand(episodes, config.passes, shots, generator=generator).argsort(-1)
-    if not isinstance(order, Tensor) or order.dtype != torch.int64:
-        came = order.dtype if isinstance(order, Tensor) else type(order).__name__
-        raise TypeError(f"order: expected an int64 tensor, got {came}")
+    check_integers("order", order, "[E, passes, S]", 3)
     if order.shape != (episodes, config.passes, shots):
         raise ValueError(f"order: expected shape {[episodes, config.passes, shots]}, got {list(order.shape)}")
     if (order.sort(-1).values != torch.arange(shots, device=order.device)).any():

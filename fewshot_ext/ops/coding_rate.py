@@ -19,6 +19,9 @@ from fewshot_ext._validation import (
 )
 from fewshot_ext.ops._autograd import differentiable
 
+# Of alpha times the sum of squares. Gradients are off by 2e-16 of that where the set is of low rank: 2e-4 here.
+_MOST_SQUARES = 1e12
+
 
 def _smaller_matrix(embeddings: Tensor, alpha: Tensor) -> Tensor:
     """M = I + alpha Z Z^T or I + alpha Z^T Z, [..., k, k] with k = min(n, D). No eigenvalue lies below 1."""
@@ -27,6 +30,8 @@ def _smaller_matrix(embeddings: Tensor, alpha: Tensor) -> Tensor:
     # Half precision would move eigenvalues by more than the 1 that keeps them positive.
     with full_precision():
         gram = rows @ rows.mT
+    squares = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    alpha = alpha.masked_fill(alpha * squares > _MOST_SQUARES, math.nan)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     return torch.addcmul(identity, alpha[..., None, None], gram)
 
@@ -113,8 +118,8 @@ def coding_rate(embeddings: Tensor, eps: float = 0.5, *, alpha: float | None = N
     Returns:
         Rates in nats, ``[...]``, at least 0; float64 for float64 embeddings and float32 otherwise. A set with entries
         that are not finite has the rate and the gradient NaN, and leaves the other sets of the batch alone. So has a
-        set so long that the 1 of the identity is lost beside it in rounding and the factorization fails: alpha times
-        the sum of its squares should stay below 1e15. The rounding of gradients is 2e-16 times that, relatively.
+        set so long that the 1 of the identity is lost beside it in rounding: one with alpha times the sum of its
+        squares above 1e12. The rounding of gradients is 2e-16 times that, relatively.
 
     The gradient is :math:`\alpha (I + \alpha Z Z^T)^{-1} Z` in closed form, from the factor that the value came from,
     and may be differentiated again; forward-mode derivatives raise a RuntimeError.

@@ -17,6 +17,7 @@ from fewshot_ext._validation import (
     check_flag,
     check_floating,
     check_integer,
+    check_integers,
     check_number,
     check_positive,
     check_similarity,
@@ -89,13 +90,6 @@ def _checked_features(support: object, query: object, weight: object) -> dict[st
             raise TypeError(f"weight: expected dtype {taken}, got {tensors['weight'].dtype}")
         tensors["weight"] = tensors["weight"].to(accumulate)
     return tensors
-
-
-def _checked_integers(name: str, value: object, shape: str, dimensions: int) -> Tensor:
-    check_tensor(name, value, shape, dimensions)
-    if value.dtype != torch.int64:
-        raise TypeError(f"{name}: expected dtype torch.int64, got {value.dtype}")
-    return value
 
 
 def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
@@ -242,9 +236,9 @@ def finetune_episodes(
     check_flag("check", check)
 
     features = _checked_features(support, query, weight)
-    _checked_integers("support_target", support_target, "[E, S]", 2)
+    check_integers("support_target", support_target, "[E, S]", 2)
     if order is not None:
-        _checked_integers("order", order, "[E, steps, S]", 3)
+        check_integers("order", order, "[E, steps, S]", 3)
     others = {"support_target": support_target, "query": query, "weight": weight, "order": order}
     check_device("support", support, **{name: tensor for name, tensor in others.items() if tensor is not None})
     _refuse_gradients(support=support, query=query, weight=weight)

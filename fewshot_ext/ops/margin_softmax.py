@@ -17,6 +17,7 @@ from fewshot_ext._validation import (
     check_flag,
     check_floating,
     check_integer,
+    check_integers,
     check_labels,
     check_number,
     check_positive,
@@ -150,11 +151,9 @@ def check_tensors(features: Tensor, weight: Tensor, target: Tensor) -> tuple[Ten
     """Everything about them but the number of classes and the labels. Returns features and weight in one dtype."""
     check_tensor("features", features, "[N, D]", 2)
     check_tensor("weight", weight, "[C, D]", 2)
-    check_tensor("target", target, "[N]", 1)
     check_floating("features", features)
     check_floating("weight", weight)
-    if target.dtype != torch.int64:
-        raise TypeError(f"target: expected dtype torch.int64, got {target.dtype}")
+    check_integers("target", target, "[N]", 1)
     check_device("features", features, weight=weight, target=target)
     features, weight = _autocast(features, weight)
     if weight.dtype != features.dtype:

@@ -5,11 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fewshot_ext._validation import (
-    check_floating,
-    check_positive,
-    check_tensor,
-)
+from fewshot_ext._validation import check_floating, check_integers, check_like, check_positive, check_tensor
 from fewshot_ext.ops.coding_rate import coding_rate, coding_rates
 
 
@@ -85,13 +81,10 @@ def rate_reduction(embeddings: Tensor, labels: Tensor, eps: float = 0.5) -> Rate
     """
     check_tensor("embeddings", embeddings, "[n, D]", 2)
     check_floating("embeddings", embeddings)
-    check_tensor("labels", labels, "[n]", 1)
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels: expected dtype torch.int64, got {labels.dtype}")
+    check_integers("labels", labels, "[n]", 1)
     if labels.shape[0] != embeddings.shape[0]:
         raise ValueError(f"labels: expected shape [{embeddings.shape[0]}] to fit embeddings, got {list(labels.shape)}")
-    if labels.device != embeddings.device:
-        raise ValueError(f"labels: expected device {embeddings.device} as embeddings is on, got {labels.device}")
+    check_like("embeddings", embeddings, "labels", labels, any_dtype=True)
     eps = check_positive("eps", eps)
 
     samples, dimensions = embeddings.shape

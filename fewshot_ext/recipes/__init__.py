@@ -10,7 +10,7 @@ from fewshot_ext.training.meta_config import MetaTrainingConfig
 from fewshot_ext.training.metric_config import MetricTrainingConfig
 
 _FOLDER = Path(__file__).parent
-_FOLDERS = {"pretrain": _FOLDER, "meta-train": _FOLDER / "meta_train", "metric-train": _FOLDER / "metric_train"}
+RECIPE_FOLDERS = {"pretrain": _FOLDER, "meta-train": _FOLDER / "meta_train", "metric-train": _FOLDER / "metric_train"}
 # DeepEMD has the same settings for all of these, where no file is for one alone.
 _SHARED = "resnet12_deepemd"
 _DATA_SETS = ("cifarfs", "cub", "fc100", "miniimagenet", "tieredimagenet")
@@ -18,7 +18,7 @@ _DATA_SETS = ("cifarfs", "cub", "fc100", "miniimagenet", "tieredimagenet")
 
 @cache
 def _files(command: str) -> dict[str, Path]:
-    files = {path.stem: path for path in _FOLDERS[command].glob("*.yaml")}
+    files = {path.stem: path for path in RECIPE_FOLDERS[command].glob("*.yaml")}
     shared = {stem: files.pop(stem) for stem in list(files) if stem.startswith(_SHARED)}
     return {f"{data}_{stem}": path for stem, path in shared.items() for data in _DATA_SETS} | files
 
@@ -46,12 +46,14 @@ def read_recipe(name: str, command: str = "pretrain") -> dict[str, Any]:
     return yaml.safe_load(recipe_path(name, command).read_text(encoding="utf-8"))
 
 
-def load_recipe(name: str) -> PreTrainingConfig:
-    """The settings of a recipe of pre-training, the defaults filled in.
+def load_recipe(name: str, command: str = "pretrain") -> PreTrainingConfig | MetaTrainingConfig | MetricTrainingConfig:
+    """The settings of a recipe, the defaults filled in.
 
     Args:
-        name: one of ``recipe_names()``, ``DATA_BACKBONE_LOSS`` with ``_1shot`` or ``_5shot`` where the paper tells the
-            two apart, or ``DATA_BACKBONE_deepemd``, the first stage of DeepEMD.
+        name: one of ``recipe_names(command)``. For "pretrain" it is ``DATA_BACKBONE_LOSS``, with ``_1shot`` or
+            ``_5shot`` where the paper tells them apart, or ``DATA_BACKBONE_deepemd``, the first stage of DeepEMD; for
+            "meta-train" ``DATA_BACKBONE_deepemd_REGIONS_SHOT``, for "metric-train" ``DATA_BACKBONE``.
+        command: what the recipe is for.
 
     Raises:
         ValueError: there is no recipe of that name.
@@ -59,110 +61,55 @@ def load_recipe(name: str) -> PreTrainingConfig:
     Example:
         >>> load_recipe("miniimagenet_resnet12_neg_cosine_5shot").margin
         -0.01
-    """
-    return PreTrainingConfig.for_loss(**_settings(name, "pretrain"))
-
-
-def load_meta_recipe(name: str) -> MetaTrainingConfig:
-    """The settings of a recipe of meta-training, the defaults filled in.
-
-    Args:
-        name: one of ``recipe_names("meta-train")``, ``DATA_BACKBONE_deepemd_REGIONS_SHOT``.
-
-    Raises:
-        ValueError: there is no recipe of that name.
-
-    Example:
-        >>> load_meta_recipe("miniimagenet_resnet12_deepemd_grid_1shot").local_features.grids
+        >>> load_recipe("miniimagenet_resnet12_deepemd_grid_1shot", "meta-train").local_features.grids
         (2, 3)
     """
-    return MetaTrainingConfig.from_dict(_settings(name, "meta-train"))
+    settings = read_recipe(name, command)
+    settings.pop("data", None)  # the image set that it names is no part of the training
+    if command == "pretrain":
+        return PreTrainingConfig.for_loss(**settings)
+    return (MetaTrainingConfig if command == "meta-train" else MetricTrainingConfig).from_dict(settings)
 
 
-def load_metric_recipe(name: str) -> MetricTrainingConfig:
-    """The settings of a recipe of metric training, the defaults filled in.
-
-    Args:
-        name: one of ``recipe_names("metric-train")``, ``DATA_BACKBONE``.
-
-    Raises:
-        ValueError: there is no recipe of that name.
-
-    Example:
-        >>> load_metric_recipe("omniglot28_conv4").backbone.embedding
-        64
-    """
-    return MetricTrainingConfig.from_dict(_settings(name, "metric-train"))
-
-
-def _settings(name: str, command: str) -> dict[str, Any]:
-    """What a recipe sets of the training; the image set that it names is no part of it."""
-    return {key: value for key, value in read_recipe(name, command).items() if key != "data"}
+# What tells recipes apart, by the heads of the columns.
+_COLUMNS: dict[str, dict[str, Callable[[Any], object]]] = {
+    "pretrain": {
+        "backbone": lambda config: config.backbone.name,
+        "loss": lambda config: f"neg-{config.loss}" if config.margin else config.loss,
+        "margin": lambda config: f"{config.margin:g}",
+        "optimizer": lambda config: config.optimizer,
+        "weight decay": lambda config: f"{config.weight_decay:g}",
+        "drop rate, block": lambda config: (
+            f"{config.backbone.drop_rate:g}, {config.backbone.drop_block_size}" if config.backbone.drop_rate else "-"
+        ),
+        "epochs": lambda config: config.epochs,
+        "pixels": lambda config: config.image_size or "as stored",
+    },
+    "meta-train": {
+        "regions": lambda config: config.local_features.name,
+        "episodes": lambda config: f"{config.way}-way {config.shot}-shot",
+        "queries": lambda config: config.queries,
+        "rate": lambda config: f"{config.learning_rate:g}",
+        "epochs": lambda config: config.epochs,
+        "episodes an epoch": lambda config: f"{config.epoch_episodes:,}",
+    },
+    "metric-train": {
+        "backbone": lambda config: config.backbone.name,
+        "embedding": lambda config: config.backbone.embedding or "-",
+        "P x K": lambda config: f"{config.classes_per_batch} x {config.samples_per_class}",
+        "rate, of proxies": lambda config: f"{config.learning_rate:g}, {config.proxy_learning_rate:g}",
+        "epochs": lambda config: config.epochs,
+        "pixels": lambda config: config.image_size or "as stored",
+    },
+}
 
 
 def recipe_table(command: str = "pretrain") -> str:
     """All recipes for a command, one a line, with what tells them apart."""
-    row = _ROWS[command]
-    rows = [_HEADERS[command], *((name, *row(name)) for name in recipe_names(command))]
+    columns = _COLUMNS[command]
+    rows = [["recipe", *columns]]
+    for name in recipe_names(command):
+        config = load_recipe(name, command)
+        rows.append([name, *(str(cell(config)) for cell in columns.values())])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-
-
-def _pre_training_row(name: str) -> tuple[str, ...]:
-    config, backbone = load_recipe(name), load_recipe(name).backbone
-    return (
-        backbone.name,
-        read_recipe(name)["loss"],
-        f"{config.margin:g}",
-        config.optimizer,
-        f"{config.weight_decay:g}",
-        f"{backbone.drop_rate:g}, {backbone.drop_block_size}" if backbone.drop_rate else "-",
-        str(config.epochs),
-        str(config.image_size or "as stored"),
-    )
-
-
-def _meta_training_row(name: str) -> tuple[str, ...]:
-    config = load_meta_recipe(name)
-    return (
-        config.local_features.name,
-        f"{config.way}-way {config.shot}-shot",
-        str(config.queries),
-        f"{config.learning_rate:g}",
-        str(config.epochs),
-        f"{config.epoch_episodes:,}",
-    )
-
-
-def _metric_training_row(name: str) -> tuple[str, ...]:
-    config = load_metric_recipe(name)
-    return (
-        config.backbone.name,
-        str(config.backbone.embedding or "-"),
-        f"{config.classes_per_batch} x {config.samples_per_class}",
-        f"{config.learning_rate:g}, {config.proxy_learning_rate:g}",
-        str(config.epochs),
-        str(config.image_size or "as stored"),
-    )
-
-
-_HEADERS = {
-    "pretrain": (
-        "recipe",
-        "backbone",
-        "loss",
-        "margin",
-        "optimizer",
-        "weight decay",
-        "drop rate, block",
-        "epochs",
-        "pixels",
-    ),
-    "meta-train": ("recipe", "regions", "episodes", "queries", "rate", "epochs", "episodes an epoch"),
-    "metric-train": ("recipe", "backbone", "embedding", "P x K", "rate, of proxies", "epochs", "pixels"),
-}
-_ROWS: dict[str, Callable[[str], tuple[str, ...]]] = {
-    "pretrain": _pre_training_row,
-    "meta-train": _meta_training_row,
-    "metric-train": _metric_training_row,
-}

@@ -27,7 +27,9 @@ class ExactSearch:
     def __init__(self, embeddings: Tensor, gallery: Tensor, distance: str) -> None:
         points = [x.detach().double() for x in ((gallery,) if gallery is embeddings else (gallery, embeddings))]
         if distance == "cosine":
-            points = [normalize(x) for x in points]
+            # By the largest entry first: parallel vectors of integers become equal, and short vectors reach length 1.
+            longest = [x.abs().amax(1, keepdim=True) for x in points]
+            points = [normalize(x / by.where(by > 0, 1)) for x, by in zip(points, longest, strict=True)]
         # Without what the vectors have in common their products keep more digits. The median is made of entries of the
         # gallery, so that integers stay integers, and a vector far from the rest does not move it.
         origin = points[0][:: max(1, len(gallery) // 1000)].median(0).values

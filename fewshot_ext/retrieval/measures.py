@@ -9,7 +9,15 @@ from torch import Tensor
 
 from fewshot_ext._extras import require
 from fewshot_ext._precision import accumulate_dtype, full_precision, normalize
-from fewshot_ext._validation import check_at_least, check_choice, check_count, check_integer, check_tensor
+from fewshot_ext._validation import (
+    check_at_least,
+    check_choice,
+    check_count,
+    check_integer,
+    check_integers,
+    check_like,
+    check_tensor,
+)
 from fewshot_ext.retrieval.exact_search import SCORES_AT_ONCE, ExactSearch
 
 DISTANCES = ("cosine", "euclidean")
@@ -110,7 +118,7 @@ def retrieval_metrics(
     gallery, own = _searched(embeddings, gallery, query_index)
     gallery_labels = labels if gallery_labels is None else gallery_labels
     neighbors = len(gallery) - (own is not None)
-    _check_ks(ks, neighbors)
+    ks = _check_ks(ks, neighbors)
     check_choice("distance", distance, *DISTANCES)
     check_choice("lone_queries", lone_queries, *LONE_QUERIES)
     if chunk_size is None:
@@ -227,14 +235,11 @@ def _check_embeddings(name: str, embeddings: object) -> None:
 
 
 def _check_set(name: str, embeddings: object, labels_name: str, labels: object) -> None:
-    check_tensor(labels_name, labels, "[n]", 1)
     _check_embeddings(name, embeddings)
-    if labels.dtype != torch.int64:
-        raise TypeError(f"{labels_name}: expected dtype torch.int64, got {labels.dtype}")
+    check_integers(labels_name, labels, "[n]", 1)
     if len(labels) != len(embeddings):
         raise ValueError(f"{labels_name}: expected shape [{len(embeddings)}] to fit {name}, got {list(labels.shape)}")
-    if labels.device != embeddings.device:
-        raise ValueError(f"{labels_name}: expected device {embeddings.device} as {name} is on, got {labels.device}")
+    check_like(name, embeddings, labels_name, labels, any_dtype=True)
 
 
 def _searched(embeddings: Tensor, gallery: Tensor | None, query_index: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -247,25 +252,18 @@ def _searched(embeddings: Tensor, gallery: Tensor | None, query_index: Tensor | 
         raise ValueError(
             f"gallery: expected shape [N, {embeddings.shape[1]}] to fit embeddings, got {list(gallery.shape)}"
         )
-    if gallery.dtype != embeddings.dtype:
-        raise TypeError(f"gallery: expected dtype {embeddings.dtype} as embeddings has, got {gallery.dtype}")
-    if gallery.device != embeddings.device:
-        raise ValueError(f"gallery: expected device {embeddings.device} as embeddings is on, got {gallery.device}")
+    check_like("embeddings", embeddings, "gallery", gallery)
     if query_index is None:
-        # Sets that have collapsed to one point may well be equal and yet two.
-        if torch.equal(embeddings, gallery) and (gallery != gallery[0]).any():
+        # Two sets that have collapsed to one point may well be equal.
+        same = embeddings.shape == gallery.shape and embeddings.data_ptr() == gallery.data_ptr()
+        if torch.equal(embeddings, gallery) and (same or (gallery != gallery[0]).any()):
             raise ValueError(
                 "gallery: expected others than the queries, got the same, of which each would find itself; leave "
                 "gallery out, or name the row of each query by query_index"
             )
         return gallery, None
-    check_tensor("query_index", query_index, "[Q]", 1)
-    if query_index.dtype != torch.int64:
-        raise TypeError(f"query_index: expected dtype torch.int64, got {query_index.dtype}")
-    if query_index.device != embeddings.device:
-        raise ValueError(
-            f"query_index: expected device {embeddings.device} as embeddings is on, got {query_index.device}"
-        )
+    check_integers("query_index", query_index, "[Q]", 1)
+    check_like("embeddings", embeddings, "query_index", query_index, any_dtype=True)
     if len(query_index) != len(embeddings):
         raise ValueError(
             f"query_index: expected shape [{len(embeddings)}] to fit embeddings, got {list(query_index.shape)}"
@@ -298,17 +296,18 @@ def check_retrieval(
     _counted_queries(count_relevant(labels, gallery_labels) - int(with_itself), labels, lone_queries)
 
 
-def _check_ks(ks: Sequence[int], neighbors: int, name: str = "ks") -> None:
+def _check_ks(ks: Sequence[int], neighbors: int, name: str = "ks") -> list[int]:
     if not isinstance(ks, Sequence):
         raise TypeError(f"{name}: expected a sequence of integers, got {type(ks).__name__}")
     if neighbors < 1:
         raise ValueError(f"{name}: expected samples beside the query to search, got the query alone")
     if len(ks) == 0 or len(set(ks)) < len(ks):
         raise ValueError(f"{name}: expected at least one K, and none twice, got {list(ks)}")
+    ks = [check_integer(name, k) for k in ks]
     for k in ks:
-        check_integer(name, k)
         if not 1 <= k <= neighbors:
             raise ValueError(f"{name}: expected K in [1, {neighbors}], the neighbors that each query has, got {k}")
+    return ks
 
 
 def count_relevant(labels: Tensor, gallery_labels: Tensor) -> Tensor:

@@ -2,14 +2,20 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fewshot_ext._precision import full_precision
-from fewshot_ext._validation import check_choice, check_count, check_positive
+from fewshot_ext._validation import (
+    check_choice,
+    check_count,
+    check_integer,
+    check_integers,
+    check_like,
+    check_positive,
+)
 from fewshot_ext.evaluation.backbones import FrozenBackbone
 from fewshot_ext.evaluation.protocol import check_map_memory, extract_features
 from fewshot_ext.heads.names import crops_an_image
@@ -61,7 +67,7 @@ def rerank(
         >>> rerank(gallery[:2], gallery, torch.tensor([[3, 2, 0], [1, 4, 5]]))[:, 0]
         tensor([0, 1])
     """
-    check_positive("bytes_at_once", bytes_at_once)
+    bytes_at_once = check_count("bytes_at_once", bytes_at_once, 1)
     check_floating(query_maps=query_maps, gallery_maps=gallery_maps)
     for name, maps in (("query_maps", query_maps), ("gallery_maps", gallery_maps)):
         if maps.dim() != 3 or 0 in maps.shape[1:]:
@@ -70,16 +76,11 @@ def rerank(
         raise ValueError(
             f"gallery_maps: expected the {query_maps.shape[2]} channels of query_maps, got {gallery_maps.shape[2]}"
         )
-    if gallery_maps.dtype != query_maps.dtype:
-        raise TypeError(f"gallery_maps: expected the dtype of query_maps, {query_maps.dtype}, got {gallery_maps.dtype}")
-    if not isinstance(candidates, Tensor) or candidates.dtype != torch.int64:
-        came = candidates.dtype if isinstance(candidates, Tensor) else type(candidates).__name__
-        raise TypeError(f"candidates: expected an int64 tensor, got {came}")
-    if candidates.dim() != 2 or len(candidates) != len(query_maps):
+    check_like("query_maps", query_maps, "gallery_maps", gallery_maps)
+    check_integers("candidates", candidates, "[Q, K]", 2)
+    if len(candidates) != len(query_maps):
         raise ValueError(f"candidates: expected shape [{len(query_maps)}, K], got {list(candidates.shape)}")
-    for name, value in (("gallery_maps", gallery_maps), ("candidates", candidates)):
-        if value.device != query_maps.device:
-            raise ValueError(f"{name}: expected the device of query_maps, {query_maps.device}, got {value.device}")
+    check_like("query_maps", query_maps, "candidates", candidates, any_dtype=True)
     if candidates.numel() == 0:
         return candidates.clone()
     low, high = torch.stack(candidates.aminmax()).tolist()
@@ -211,13 +212,12 @@ def retrieve_and_rerank(
     check_retrieval(labels, gallery_labels, ks=ks, lone_queries=lone_queries)
     check_choice("distance", distance, "cosine", "euclidean")
     check_choice("weighting", weighting, "cross_reference", "uniform")
-    check_count("batch_size", batch_size, 1)
+    batch_size = check_count("batch_size", batch_size, 1)
     check_positive("map_memory", map_memory)
     if map_dtype not in (torch.float32, torch.float16):
         raise ValueError(f"map_dtype: expected torch.float32 or torch.float16, got {map_dtype}")
     neighbors = len(images) - 1 if gallery_images is None else len(gallery_images)
-    if not isinstance(candidates, Integral) or isinstance(candidates, bool):
-        raise TypeError(f"candidates: expected an integer, got {type(candidates).__name__}")
+    check_integer("candidates", candidates)
     if not max(ks) <= candidates <= neighbors:
         raise ValueError(
             f"candidates: expected numbers in [{max(ks)}, {neighbors}], from the largest K to the images that can be "
@@ -263,9 +263,7 @@ def _check_images(name: str, images: object, labels: object) -> None:
     if images.dim() != 4 or not len(images):
         raise ValueError(f"{name}: expected shape [images, C, H, W] with at least one image, got {list(images.shape)}")
     kind = "labels" if name == "images" else "gallery_labels"
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-        came = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"{kind}: expected an int64 tensor, got {came}")
+    check_integers(kind, labels, "[images]", 1)
     if labels.shape != images.shape[:1]:
         raise ValueError(f"{kind}: expected shape [{len(images)}] for {name}, got {list(labels.shape)}")
 

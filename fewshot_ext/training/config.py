@@ -12,6 +12,7 @@ from fewshot_ext._validation import (
     check_number,
     check_positive,
     check_similarity,
+    plain_numbers,
 )
 from fewshot_ext.data.augmentation import AugmentationConfig
 from fewshot_ext.models import BackboneConfig
@@ -53,6 +54,7 @@ class ValidationConfig:
     queries: int = 16
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         for name, least in (("epochs", 1), ("episodes", 1), ("way", 2), ("shot", 1), ("queries", 1)):
             check_count(name, getattr(self, name), least)
 
@@ -80,6 +82,7 @@ class TrainingConfig:
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_choice("precision", self.precision, "32-true", "16-mixed", "bf16-mixed", "64-true")
         check_count("checkpoint_epochs", self.checkpoint_epochs, 1)
         if self.image_size is not None:

@@ -1,6 +1,5 @@
 """Meta-training of DeepEMD on episodes of base classes, the second of its two stages."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fewshot_ext._files import file_sha256
-from fewshot_ext._formats import misfits_named
 from fewshot_ext.data import ImageArchive
 from fewshot_ext.models import BackboneConfig, DeepEMD, EmbeddedBackbone, NetworkConfig, build_local_features
 from fewshot_ext.models.checkpoint import META_TRAINING
@@ -44,6 +42,8 @@ class MetaTraining(ImageTraining):
     """
 
     stage = META_TRAINING
+    config_type = MetaTrainingConfig
+    others = ("checkpoint_sha256",)
 
     def __init__(
         self,
@@ -67,22 +67,6 @@ class MetaTraining(ImageTraining):
         # Not a submodule: all that it holds is the network's, and a checkpoint should have it once.
         object.__setattr__(self, "deepemd", deepemd)
         self.map_shape = self._map_shape(network)
-
-    @classmethod
-    def from_checkpoint(cls, path: str | Path) -> "MetaTraining":
-        """The trained module behind a checkpoint, on the CPU; the file is read without running code in it.
-
-        Raises:
-            OSError: the file cannot be read.
-            ValueError: it is not the checkpoint of a meta-training.
-        """
-        checkpoint = read_checkpoint(path, cls.stage)
-        with misfits_named(f"{path} does not fit this version of fewshot_ext"):
-            own = checkpoint["hyper_parameters"]
-            config, network = MetaTrainingConfig.from_dict(own["config"]), NetworkConfig.from_dict(own["network"])
-            module = cls(config, network, own["seed"], own["checkpoint_sha256"])
-            module.load_state_dict(checkpoint["state_dict"])
-        return module.eval()
 
     def train(self, mode: bool = True) -> "MetaTraining":
         super().train(mode)
@@ -146,14 +130,8 @@ class MetaTrainingRun(TrainingRun):
             random weights, which the authors of DeepEMD advise against.
         validation: images of validation classes, which choose ``best.ckpt``; without any the last epoch is the best.
         seed: decides random weights, training episodes, augmentation and validation episodes.
-        device: "cpu" or "cuda".
-        devices: processes on this machine, a GPU each where ``device`` is "cuda". They share the episodes of every
-            step, each of which one process trains on alone; torchrun or Lightning starts them.
-        num_nodes: machines, which share the file system that ``directory`` is on.
-        resume: continue from ``last.ckpt`` where there is one. At an epoch's end the resumed run is in the
-            state that the unbroken run would have had.
-        on_epoch: called with (epochs done, mean loss of the last epoch).
-        progress: draw a progress bar.
+        options: ``device``, ``devices``, ``num_nodes``, ``resume``, ``on_epoch`` and ``progress``, as ``TrainingRun``
+            has them; its processes share the episodes of a step.
 
     Batch normalization takes its statistics over the support and query images of one episode, as in the official
     implementation on one GPU.
@@ -176,12 +154,7 @@ class MetaTrainingRun(TrainingRun):
         checkpoint: str | Path | None,
         validation: ImageArchive | None = None,
         seed: int = 0,
-        device: torch.device | str = "cpu",
-        devices: int = 1,
-        num_nodes: int = 1,
-        resume: bool = False,
-        on_epoch: Callable[[int, float], None] | None = None,
-        progress: bool = False,
+        **options: Any,
     ) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -206,12 +179,7 @@ class MetaTrainingRun(TrainingRun):
             episode_loader(archive, episodes),
             directory,
             validation=validation and EpisodeValidation(config.validation, validation, Path(directory) / BEST, seed),
-            device=device,
-            devices=devices,
-            num_nodes=num_nodes,
-            resume=resume,
-            on_epoch=on_epoch,
-            progress=progress,
+            **options,
         )
 
     def _shared(self, loader: DataLoader, rank: int, processes: int) -> DataLoader:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from fewshot_ext._validation import check_at_least, check_choice, check_count, check_positive
+from fewshot_ext._validation import check_at_least, check_choice, check_count, check_positive, plain_numbers
 from fewshot_ext.losses.anti_collapse import CONVENTIONS, VARIANTS
 from fewshot_ext.losses.base_losses import BASE_LOSSES, PROXY_LOSSES
 from fewshot_ext.models import BackboneConfig
@@ -39,6 +39,7 @@ class AntiCollapseConfig:
     gamma2: float = 1.0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_choice("variant", self.variant, NO_ANTI_COLLAPSE, *VARIANTS)
         check_choice("convention", self.convention, *CONVENTIONS)
         for name in ("weight", "base_weight", "gamma2"):
@@ -68,6 +69,7 @@ class MeasurementConfig:
     eps: float = 0.5
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_count("epochs", self.epochs, 1)
         check_count("seen_images", self.seen_images, 2)
         check_positive("eps", self.eps)

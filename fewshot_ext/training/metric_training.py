@@ -1,6 +1,5 @@
 """Metric learning: an embedding of unit length, trained on P x K batches with or without the Anti-Collapse term."""
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from fewshot_ext._formats import misfits_named
 from fewshot_ext._precision import normalize
 from fewshot_ext.data import ImageArchive, PKBatches
 from fewshot_ext.losses import AntiCollapseLoss, base_loss
 from fewshot_ext.models import NetworkConfig
 from fewshot_ext.models.checkpoint import METRIC_TRAINING
-from fewshot_ext.models.network import read_checkpoint
 from fewshot_ext.ops import coding_rate
 from fewshot_ext.training.metric_callbacks import EmbeddingHistory
 from fewshot_ext.training.metric_config import NO_ANTI_COLLAPSE, MetricTrainingConfig
@@ -42,6 +39,8 @@ class MetricTraining(ImageTraining):
     """
 
     stage = METRIC_TRAINING
+    config_type = MetricTrainingConfig
+    others = ("num_classes",)
     means = ("base_loss", "coding_rate")
     rates = ("learning_rate_backbone", "learning_rate_proxies")
 
@@ -56,23 +55,6 @@ class MetricTraining(ImageTraining):
         self.criterion = base_loss(config.loss, num_classes, self.network.out_features)
         if config.anti_collapse.variant != NO_ANTI_COLLAPSE:
             self.criterion = AntiCollapseLoss(self.criterion, **asdict(config.anti_collapse))
-
-    @classmethod
-    def from_checkpoint(cls, path: str | Path) -> "MetricTraining":
-        """The trained module behind a checkpoint, on the CPU; the file is read without running code in it.
-
-        Raises:
-            ImportError: pytorch-metric-learning is missing; ``load_network`` needs none.
-            OSError: the file cannot be read.
-            ValueError: it is not the checkpoint of a metric training.
-        """
-        checkpoint = read_checkpoint(path, METRIC_TRAINING)
-        with misfits_named(f"{path} does not fit this version of fewshot_ext"):
-            own = checkpoint["hyper_parameters"]
-            config, network = MetricTrainingConfig.from_dict(own["config"]), NetworkConfig.from_dict(own["network"])
-            module = cls(config, network, own["num_classes"], own["seed"])
-            module.load_state_dict(checkpoint["state_dict"])
-        return module.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         features = super().forward(images)
@@ -118,11 +100,7 @@ class MetricTrainingRun(TrainingRun):
         validation: images of validation classes, which choose ``best.ckpt``; without any the last epoch is the best.
         unseen: images of the classes that are tested; they choose nothing.
         seed: decides initial weights, batches, augmentation and mined negatives.
-        device: "cpu" or "cuda".
-        resume: continue from ``last.ckpt`` where there is one. At an epoch's end the resumed run is in the
-            state that the unbroken run would have had.
-        on_epoch: called with (epochs done, mean loss of the last epoch).
-        progress: draw a progress bar.
+        options: ``device``, ``resume``, ``on_epoch`` and ``progress``, as ``TrainingRun`` has them.
 
     Raises:
         ImportError: Lightning, TensorBoard, pytorch-metric-learning or kornia (where images are augmented) is missing.
@@ -151,10 +129,7 @@ class MetricTrainingRun(TrainingRun):
         validation: ImageArchive | None = None,
         unseen: ImageArchive | None = None,
         seed: int = 0,
-        device: torch.device | str = "cpu",
-        resume: bool = False,
-        on_epoch: Callable[[int, float], None] | None = None,
-        progress: bool = False,
+        **options: Any,
     ) -> None:
         config = config.batches_of(seen.num_classes)
         check_batches(config, seen)
@@ -179,12 +154,7 @@ class MetricTrainingRun(TrainingRun):
             directory,
             validation=None if validation is None else self.history,
             measurements=[self.history] if validation is None else [],
-            device=device,
-            devices=1,
-            num_nodes=1,
-            resume=resume,
-            on_epoch=on_epoch,
-            progress=progress,
+            **options,
         )
 
     def train(self) -> MetricTraining:

@@ -1,6 +1,5 @@
 """Pre-training of a backbone on base classes with a signed-margin softmax, the first of the two stages."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from fewshot_ext._formats import misfits_named
 from fewshot_ext.data import ImageArchive, training_batches
 from fewshot_ext.losses import MarginCosineLoss, MarginSoftmaxLoss
 from fewshot_ext.models import NetworkConfig
 from fewshot_ext.models.checkpoint import PRE_TRAINING
-from fewshot_ext.models.network import read_checkpoint
 from fewshot_ext.training.callbacks import Validation
 from fewshot_ext.training.config import PreTrainingConfig
 from fewshot_ext.training.distributed import RankBatches, share_batches
@@ -41,6 +38,8 @@ class PreTraining(ImageTraining):
     """
 
     stage = PRE_TRAINING
+    config_type = PreTrainingConfig
+    others = ("num_classes",)
 
     def __init__(
         self,
@@ -61,22 +60,6 @@ class PreTraining(ImageTraining):
     @property
     def can_go_on(self) -> bool:
         return self.config.optimizer == "sgd"  # whose steps do not depend on the number of epochs
-
-    @classmethod
-    def from_checkpoint(cls, path: str | Path) -> "PreTraining":
-        """The trained module behind a checkpoint, on the CPU; the file is read without running code in it.
-
-        Raises:
-            OSError: the file cannot be read.
-            ValueError: it is not the checkpoint of a pre-training.
-        """
-        checkpoint = read_checkpoint(path, cls.stage)
-        with misfits_named(f"{path} does not fit this version of fewshot_ext"):
-            own = checkpoint["hyper_parameters"]
-            config, network = PreTrainingConfig.from_dict(own["config"]), NetworkConfig.from_dict(own["network"])
-            module = cls(config, network, own["num_classes"], own["seed"])
-            module.load_state_dict(checkpoint["state_dict"])
-        return module.eval()
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> dict[str, Tensor]:
         images, target = batch
@@ -129,14 +112,8 @@ class PreTrainingRun(TrainingRun):
         directory: receives ``last.ckpt``, ``best.ckpt`` and the TensorBoard log.
         validation: images of validation classes, which choose ``best.ckpt``; without any the last epoch is the best.
         seed: decides initial weights, batch order, augmentation and validation episodes.
-        device: "cpu" or "cuda".
-        devices: processes on this machine, a GPU each where ``device`` is "cuda". They share every batch; torchrun
-            or Lightning starts them.
-        num_nodes: machines, which share the file system that ``directory`` is on.
-        resume: continue from ``last.ckpt`` where there is one. At an epoch's end the resumed run is in the
-            state that the unbroken run would have had.
-        on_epoch: called with (epochs done, mean loss of the last epoch).
-        progress: draw a progress bar.
+        options: ``device``, ``devices``, ``num_nodes``, ``resume``, ``on_epoch`` and ``progress``, as ``TrainingRun``
+            has them; its processes share every batch.
 
     On several GPUs batch normalization takes its statistics over all of them, as one GPU would. On several CPU
     processes, which torch offers no such layer for, each takes them over its own share of the batch.
@@ -156,12 +133,7 @@ class PreTrainingRun(TrainingRun):
         *,
         validation: ImageArchive | None = None,
         seed: int = 0,
-        device: torch.device | str = "cpu",
-        devices: int = 1,
-        num_nodes: int = 1,
-        resume: bool = False,
-        on_epoch: Callable[[int, float], None] | None = None,
-        progress: bool = False,
+        **options: Any,
     ) -> None:
         network = describe_network(config, config.backbone, archive, config.similarity)
         with torch.random.fork_rng():
@@ -173,12 +145,7 @@ class PreTrainingRun(TrainingRun):
             training_batches(archive, config.batch_size, seed),
             directory,
             validation=validation and Validation(config.validation, validation, Path(directory) / BEST, seed),
-            device=device,
-            devices=devices,
-            num_nodes=num_nodes,
-            resume=resume,
-            on_epoch=on_epoch,
-            progress=progress,
+            **options,
         )
 
     def train(self) -> PreTraining:

@@ -76,6 +76,8 @@ class ImageTraining(pl.LightningModule):
     """
 
     stage: str  # what its checkpoints are the checkpoints of
+    config_type: type  # of its settings
+    others: tuple[str, ...] = ()  # what it is made with besides settings, network and seed
     means: tuple[str, ...] = ("accuracy",)  # what is logged beside the loss
     rates: tuple[str, ...] = ("learning_rate",)  # what the rates of the optimizer's groups are logged as
     can_go_on = True  # whether a run may be resumed for more epochs: not where their number decides its rates
@@ -96,6 +98,23 @@ class ImageTraining(pl.LightningModule):
             }
         )
         self._rates: list[list[float]] = []
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> "ImageTraining":
+        """The trained module behind a checkpoint of this training, on the CPU; no code in the file is run.
+
+        Raises:
+            ImportError: a package of the training is missing; ``load_network`` needs none.
+            OSError: the file cannot be read.
+            ValueError: it is not the checkpoint of such a training.
+        """
+        checkpoint = read_checkpoint(path, cls.stage)
+        with misfits_named(f"{path} does not fit this version of fewshot_ext"):
+            own = checkpoint["hyper_parameters"]
+            config, network = cls.config_type.from_dict(own["config"]), NetworkConfig.from_dict(own["network"])
+            module = cls(config, network, seed=own["seed"], **{name: own[name] for name in cls.others})
+            module.load_state_dict(checkpoint["state_dict"])
+        return module.eval()
 
     @property
     def backbone(self) -> Backbone:
@@ -156,12 +175,12 @@ class TrainingRun(ABC):
         *,
         validation: BestCheckpoint | None,
         measurements: Sequence[Callback] = (),
-        device: torch.device | str,
-        devices: int,
-        num_nodes: int,
-        resume: bool,
-        on_epoch: Callable[[int, float], None] | None,
-        progress: bool,
+        device: torch.device | str = "cpu",
+        devices: int = 1,
+        num_nodes: int = 1,
+        resume: bool = False,
+        on_epoch: Callable[[int, float], None] | None = None,
+        progress: bool = False,
     ) -> None:
         for name, value in (("devices", devices), ("num_nodes", num_nodes)):
             check_at_least(name, value, 1)

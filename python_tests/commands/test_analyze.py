@@ -235,4 +235,4 @@ def test_help_needs_neither_lightning_nor_matplotlib(capsys, monkeypatch):
         with pytest.raises(SystemExit) as stopped:
             main(["analyze", *arguments, "--help"])
         assert stopped.value.code == 0
-    assert "label_distribution" in capsys.readouterr().out
+    assert "label-distribution" in capsys.readouterr().out

@@ -9,7 +9,7 @@ from training_commands import METRIC_TRAIN, check_refused, same_weights
 from fewshot_ext import _extras
 from fewshot_ext.cli import main
 from fewshot_ext.models import build_backbone
-from fewshot_ext.recipes import load_metric_recipe, read_recipe, recipe_names
+from fewshot_ext.recipes import load_recipe, read_recipe, recipe_names
 from fewshot_ext.training import MetricTraining, MetricTrainingConfig
 
 # The command sets the number of threads of the process; the fixture sets it back.
@@ -115,7 +115,7 @@ def test_a_missing_package_of_collapse_names_the_pip_line(module, extra, tmp_pat
 
 @pytest.mark.parametrize("name", recipe_names("metric-train"))
 def test_recipes_fit_their_data(name, capsys):
-    config = load_metric_recipe(name)
+    config = load_recipe(name, "metric-train")
     channels, size = (1, 28) if read_recipe(name, "metric-train")["data"].startswith("omniglot") else (3, 32)
     assert build_backbone(config.backbone, channels).feature_size(size, size) == config.backbone.embedding == 64
     assert all(epoch < config.epochs for epoch in config.milestones)

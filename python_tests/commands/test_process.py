@@ -1,6 +1,7 @@
 """What comes from outside while a command runs: closed pipes, full disks, signals, folders that are removed."""
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -54,6 +55,22 @@ def test_item_27_a_full_standard_output_is_one_line_and_loses_no_results(picture
     assert done.returncode == 1
     assert done.stderr == "fewshot-ext: error: cannot write to standard output: No space left on device\n"
     assert (tmp_path / "a.npz").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="by a shell")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_item_27_streams_that_are_closed_lose_no_results(closed, pictures, tmp_path):
+    command = [*PACK, "--source", str(pictures), "--output", str(tmp_path / "a.npz")]
+    done = subprocess.run(f"{shlex.join(command)} {closed}", shell=True, text=True, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "a.npz").exists()
+
+
+def test_item_27_a_pipe_in_place_of_a_checkpoint_is_refused(tmp_path, capsys):
+    os.mkfifo(tmp_path / "a.ckpt")
+    command = ["evaluate", "--data", "digits", "--checkpoint", str(tmp_path / "a.ckpt"), "--output", str(tmp_path)]
+    assert main(command) == 2
+    assert "checkpoint cannot be read: it is a pipe, not a file" in capsys.readouterr().err
 
 
 def test_item_27_help_for_a_reader_that_has_gone():

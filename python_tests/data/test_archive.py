@@ -45,6 +45,11 @@ def test_from_arrays_takes_gray_and_color_images():
         ({"labels": np.zeros(11, int)}, ValueError, "12 images, 11 labels"),
         ({"labels": np.full(12, 3)}, ValueError, r"labels: expected numbers in \[0, 3\), got 3 to 3"),
         ({"labels": np.full(12, -1)}, ValueError, "got -1 to -1"),
+        (
+            {"image_fields": {"drawer": np.full(12, 2**63, np.uint64)}},
+            ValueError,
+            "drawer: expected integers that int64 holds, got 9223372036854775808",
+        ),
         ({"class_names": ["a", "b", "b"]}, ValueError, "class_names: expected all to be different"),
         ({"class_split": np.array([0, 1])}, ValueError, "3 classes, 2 values"),
         ({"class_split": np.array([0, 1, 3])}, ValueError, "class_split: expected 0 .* got 0 to 3"),

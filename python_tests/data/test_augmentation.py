@@ -23,10 +23,13 @@ def test_11_integer_means_and_deviations():
     torch.testing.assert_close(ImageInput((0, 0, 0), (1, 1, 1)).eval()(images), images / 255)
     for mean, std, message in (
         ((0, 0), (1,), "std: expected a number a channel as mean has, 2, got 1"),
-        ((0,), (0,), "std"),
+        ((0,), (0,), "std: expected a number above 0, got 0"),
+        ((math.nan,), (1,), "mean: expected a finite number, got nan"),
     ):
         with pytest.raises(ValueError, match=message):
             ImageInput(mean, std)
+    with pytest.raises(TypeError, match="mean: expected a number, got str"):
+        ImageInput(("0",), (1,))
 
 
 def test_evaluation_stretches_to_115_percent_and_cuts_the_middle_out():

@@ -243,12 +243,12 @@ def test_a_download_that_fails(error, code, message, monkeypatch, tmp_path, caps
 
 
 def test_the_next_step_of_every_download_is_a_command_that_parses(tmp_path):
-    from fewshot_ext.cli import _as_declared, _build_parser
+    from fewshot_ext.cli import _as_declared, _build_parsers
 
     for remote in REMOTE.values():
         command = remote.next_step.format(folder=tmp_path).partition(" (")[0].split()
         assert command[0] == "fewshot-ext"
-        assert _build_parser().parse_args(_as_declared(command[1:])).data.command == "pack"
+        assert _build_parsers()["fewshot-ext"].parse_args(_as_declared(command[1:])).data.command == "pack"
 
 
 @pytest.mark.parametrize(

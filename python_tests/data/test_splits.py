@@ -138,6 +138,8 @@ def test_rotated_classes_count_once(write):
         ({"train.csv": "filename,label\n1.jpg\n"}, "line 2: got"),
         ({"train.csv": ""}, "expected the columns filename, label, got "),
         ({"train.json": "[1"}, r"train\.json' is damaged"),
+        ({"a.json": '{"train": ["x"], "test": ["y"], "train": ["z"]}'}, r"a\.json' is damaged: it has 'train' twice"),
+        ({"train.json": "1" * 5000}, r"train\.json' is damaged: it has a number of 5,000 digits"),
         ({"train.json": [1, 2]}, r"expected a list of class names or of \[superclass, class\]"),
         ({"train.json": [[]]}, "expected a list of class names"),
         ({"train.json": {"classes": ["a"]}}, "expected a list of classes, got NoneType"),

@@ -145,6 +145,25 @@ def test_a_run_of_other_settings_is_not_taken_over(digits, tmp_path):
         small_sweep(digits, tmp_path, margins=(0.0,))
 
 
+def test_item_25_damaged_files_of_a_run_are_named_before_the_work(digits, tmp_path):
+    task = small_sweep(digits, tmp_path, margins=(0.0,)).tasks[0]
+    task(lambda *_: None)
+    for file, damage in (
+        (task._measured, lambda rows: rows[0].pop("correct")),
+        (task._measured, lambda rows: rows[0].update(queries=None)),
+        (task._measured, lambda rows: rows.append(3)),
+        (task.folder / "run.json", lambda record: record.update(settings={})),
+        (task.folder / "run.json", lambda record: record["settings"].update(pretraining="x")),
+    ):
+        whole = file.read_text()
+        content = json.loads(whole)
+        damage(content)
+        file.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=rf"{file.name} does not hold"):
+            small_sweep(digits, tmp_path, margins=(0.0,))
+        file.write_text(whole)
+
+
 def test_a_new_setting_with_its_default_changes_no_folder(tmp_path, monkeypatch):
     run = SweepRun("digits", TINY)
     before = run.folder(tmp_path, "checksum")

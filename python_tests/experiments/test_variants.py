@@ -13,7 +13,7 @@ from fewshot_ext.experiments.variants import (
     summarize,
     variant_runs,
     variants_table,
-    write_variants,
+    variants_writer,
 )
 from fewshot_ext.models import BackboneConfig
 from fewshot_ext.training import PreTrainingConfig
@@ -80,7 +80,7 @@ def test_variants_are_trained_compared_and_drawn(digits, tmp_path):
     assert "difference" not in summary[0]
     gain = summary[1]["accuracy"] - summary[0]["accuracy"]
     assert summary[1]["difference"] == pytest.approx(gain, abs=1e-3)
-    written = write_variants(tmp_path, "regularizers", rows, versions={})
+    written = variants_writer("regularizers")(tmp_path, rows, versions={})
     assert written[-1].stat().st_size > 1000
     assert json.loads((tmp_path / "regularizers.json").read_text())["summary"] == summary
     text = variants_table(rows)

@@ -173,7 +173,11 @@ def test_bad_settings_are_named(settings, message):
             r"query: expected shape \[2, Q, 1, 12, 12\] .*\[2, 4, 1, 12, 10\]",
         ),
         ({"query": torch.rand(1, 4, 1, 12, 12)}, ValueError, r"query: expected shape \[2, Q, 1, 12, 12\]"),
-        ({"query": torch.rand(2, 4, 1, 12, 12).double()}, TypeError, "query: expected the dtype of support"),
+        (
+            {"query": torch.rand(2, 4, 1, 12, 12).double()},
+            TypeError,
+            "query: expected dtype torch.float32 as",
+        ),
         (
             {"support_target": torch.zeros(2, 4, dtype=torch.int64)},
             ValueError,

@@ -4,7 +4,6 @@ from fewshot_ext.cli import main
 from fewshot_ext.data import AugmentationConfig
 from fewshot_ext.models import BackboneConfig, StructuredClassifierConfig, build_backbone
 from fewshot_ext.recipes import (
-    load_meta_recipe,
     load_recipe,
     read_recipe,
     recipe_names,
@@ -169,7 +168,7 @@ def test_the_recipes_of_meta_training_are_these():
 @pytest.mark.parametrize("name", META_PUBLISHED)
 def test_published_recipes_of_meta_training_have_the_published_values(name):
     """The defaults of the official train_meta.py, and the transforms of its data sets."""
-    config, (regions, *setting) = load_meta_recipe(name), name.partition("deepemd_")[2].split("_")
+    config, (regions, *setting) = load_recipe(name, "meta-train"), name.partition("deepemd_")[2].split("_")
     assert config.local_features.name == regions
     assert (config.way, config.shot) == (10 if "10way" in setting else 5, int(setting[-1].removesuffix("shot")))
     assert (config.queries, config.temperature, config.episodes_per_step) == (15, 12.5, 1)
@@ -193,7 +192,7 @@ def test_published_recipes_of_meta_training_have_the_published_values(name):
 def test_small_recipes_of_meta_training_name_their_data_and_suit_it(name):
     data = name.partition("_")[0]
     assert read_recipe(name, "meta-train")["data"] == data
-    config = load_meta_recipe(name)
+    config = load_recipe(name, "meta-train")
     assert config.augmentation.horizontal_flip == (data == "miniimagenet32")
     first_stage = f"{data}_conv4_deepemd"
     assert first_stage in recipe_names()
@@ -211,7 +210,7 @@ def test_the_command_line_reads_recipes_of_meta_training_as_python_does(name, tm
     values = yaml.safe_load(config.read_text())
     for key in ("data", "output", "resume", "seed", "device", "devices", "num_nodes", "threads", "checkpoint"):
         values.pop(key, None)
-    assert MetaTrainingConfig.from_dict(values) == load_meta_recipe(name)
+    assert MetaTrainingConfig.from_dict(values) == load_recipe(name, "meta-train")
 
 
 def test_each_command_has_recipes_of_its_own(capsys):

@@ -172,6 +172,23 @@ def test_6_equal_rows_tie_wherever_the_chunks_are_cut(distance):
         assert found.recall[1] == 1.0  # the first copy, which alone has the label
 
 
+def test_6_parallel_vectors_tie_by_cosine():
+    """Divided by their lengths, 3 v and 7 v differ in their last bits."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        vector = torch.randint(1, 10, (7,), generator=generator).double()
+        gallery = vector * torch.tensor([[7.0], [3], [1], [6], [2], [5], [9], [11]], dtype=torch.float64)
+        assert nearest_neighbors(13 * vector[None], gallery, k=8).tolist() == [list(range(8))]
+
+
+@pytest.mark.parametrize("length", (1e-30, 1e-14, 1e30))
+def test_4_cosines_do_not_depend_on_lengths(length):
+    embeddings = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    expected = nearest_neighbors(embeddings, k=49)
+    lengths = length * torch.linspace(1, 3, 50)[:, None]
+    assert torch.equal(nearest_neighbors(embeddings * lengths, k=49), expected)
+
+
 def test_6_one_far_embedding_leaves_the_order_of_the_rest():
     generator = torch.Generator().manual_seed(1)
     embeddings = torch.randn(50, 8, generator=generator)
@@ -208,7 +225,9 @@ def test_8_queries_that_are_rows_of_the_gallery_leave_themselves_out():
         with pytest.raises(ValueError, match=r"gallery: expected others than the queries, got the same.*query_index"):
             call()
     ones = torch.ones(4, 2)
-    retrieval_metrics(ones, LABELS[:4], ones, LABELS[:4], ks=(1,))  # two sets that have collapsed are two sets
+    retrieval_metrics(ones, LABELS[:4], ones.clone(), LABELS[:4], ks=(1,))  # two sets that have collapsed are two sets
+    with pytest.raises(ValueError, match="gallery: expected others than the queries, got the same"):
+        retrieval_metrics(ones, LABELS[:4], ones, LABELS[:4], ks=(1,))
 
 
 def test_9_the_classes_of_the_queries_that_count():

@@ -69,9 +69,13 @@ def test_nothing_to_order(queries, kept):
             r"gallery_maps: expected shape \[images, N, C\], N and C at",
         ),
         ({"gallery_maps": torch.zeros(20, 6, 7)}, ValueError, "gallery_maps: expected the 8 channels .* got 7"),
-        ({"gallery_maps": torch.zeros(20, 6, 8)}, TypeError, "gallery_maps: expected the dtype of query_maps"),
-        ({"candidates": [[0]]}, TypeError, "candidates: expected an int64 tensor, got list"),
-        ({"candidates": torch.zeros(5, 2)}, TypeError, "candidates: expected an int64 tensor, got torch.float32"),
+        (
+            {"gallery_maps": torch.zeros(20, 6, 8)},
+            TypeError,
+            "gallery_maps: expected dtype torch.float64 as",
+        ),
+        ({"candidates": [[0]]}, TypeError, "candidates: expected a tensor .*, got list"),
+        ({"candidates": torch.zeros(5, 2)}, TypeError, "candidates: expected dtype torch.int64, got torch.float32"),
         (
             {"candidates": torch.zeros(4, 2, dtype=torch.int64)},
             ValueError,
@@ -90,10 +94,10 @@ def test_nothing_to_order(queries, kept):
         (
             {"candidates": torch.zeros(5, 2, dtype=torch.int64, device="meta")},
             ValueError,
-            "candidates: expected the device",
+            "candidates: expected device",
         ),
         ({"weighting": "norm"}, ValueError, "weighting: expected one of cross_reference, uniform"),
-        ({"bytes_at_once": 0}, ValueError, "bytes_at_once: expected a number above 0"),
+        ({"bytes_at_once": 0}, ValueError, "bytes_at_once: expected at least 1"),
     ],
 )
 def test_bad_input_is_named(changes, error, message):
@@ -202,7 +206,7 @@ def test_lone_queries_are_left_out_or_missed(lone, queries, share):
             ValueError,
             r"images: expected shape \[images, C, H, W\]",
         ),
-        ({"labels": [1]}, TypeError, "labels: expected an int64 tensor, got list"),
+        ({"labels": [1]}, TypeError, "labels: expected a tensor .*, got list"),
         (
             {"labels": torch.zeros(3, dtype=torch.int64)},
             ValueError,

@@ -13,7 +13,7 @@ from fewshot_ext import _extras
 from fewshot_ext._files import replace_text
 from fewshot_ext._record import versions
 from fewshot_ext._validation import check_at_least, check_choice
-from fewshot_ext.commands.common import load_data, print_written, resolve_device, writable_folder
+from fewshot_ext.commands.common import add_settings, load_data, print_written, resolve_device, writable_folder
 from fewshot_ext.commands.locks import hold_sweep
 from fewshot_ext.data.walk import FOLDER_RULE
 from fewshot_ext.evaluation import ProtocolConfig
@@ -22,7 +22,7 @@ from fewshot_ext.experiments.runs import SweepRun
 from fewshot_ext.experiments.sweep import Sweep, TaskSweep
 from fewshot_ext.experiments.workers import connect
 from fewshot_ext.heads import FineTuningConfig
-from fewshot_ext.recipes import load_metric_recipe, load_recipe, recipe_names
+from fewshot_ext.recipes import load_recipe, recipe_names
 from fewshot_ext.training import MetricTrainingConfig, PreTrainingConfig
 
 # Settings of a recipe that --set leaves alone, because loss and margin are what an analysis varies.
@@ -150,9 +150,7 @@ def add_protocol_arguments(parser, shots: Sequence[int] = (1, 5), *, base: bool 
     episodes.add_argument(
         "--episodes", type=int, default=protocol.episodes, help="number of episodes for each number of shots"
     )
-    parser.add_class_arguments(FineTuningConfig, "finetuning")
-    # Otherwise the title is a sentence of the docstring.
-    parser.groups["finetuning"].title = "finetuning"
+    add_settings(parser, FineTuningConfig, "finetuning", "finetuning")
 
 
 def add_classes_argument(parser) -> None:
@@ -189,7 +187,7 @@ def read_pretraining(arguments) -> PreTrainingConfig:
 def read_metric_training(arguments, decided: Sequence[str]) -> MetricTrainingConfig:
     """As ``read_pretraining``, for metric training; ``decided`` are settings that the analysis varies."""
     name = _recipe(arguments, "metric-train")
-    return _changed(load_metric_recipe(name) if name else MetricTrainingConfig(), arguments, decided)
+    return _changed(load_recipe(name, "metric-train") if name else MetricTrainingConfig(), arguments, decided)
 
 
 def _changed(recipe: Any, arguments, varied: Sequence[str]) -> Any:

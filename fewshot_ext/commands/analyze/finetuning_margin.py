@@ -12,7 +12,7 @@ SUMMARY = "margin in the fine-tuning stage (Fig. 9)"
 
 
 def add_arguments(parser) -> None:
-    """Adds the options of ``analyze finetuning_margin`` to a jsonargparse parser."""
+    """Adds the options of ``analyze finetuning-margin`` to a jsonargparse parser."""
     common.add_sweep_arguments(parser)
     margins = parser.add_argument_group("fine-tuning")
     margins.add_argument(

@@ -21,7 +21,7 @@ SUMMARY = "base classes that unseen images fall into, accuracy of classes sorted
 
 
 def add_arguments(parser) -> None:
-    """Adds the options of ``analyze label_distribution`` to a jsonargparse parser."""
+    """Adds the options of ``analyze label-distribution`` to a jsonargparse parser."""
     common.add_sweep_arguments(parser)
     groups = parser.add_argument_group("groups")
     groups.add_argument("--groups", type=int, default=3, help="number of groups that the sorted classes are cut into")

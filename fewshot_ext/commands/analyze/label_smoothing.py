@@ -5,17 +5,16 @@ label_smoothing.json, .csv and .png, and prints the differences on the same epis
 """
 
 from collections.abc import Callable
-from functools import partial
 
 from fewshot_ext.commands.analyze import common
-from fewshot_ext.experiments.variants import label_smoothing_configs, variant_runs, variants_table, write_variants
+from fewshot_ext.experiments.variants import label_smoothing_configs, variant_runs, variants_table, variants_writer
 
 SUMMARY = "label smoothing beside the margin (Table 5); trains"
 NAME = "label_smoothing"
 
 
 def add_arguments(parser) -> None:
-    """Adds the options of ``analyze label_smoothing`` to a jsonargparse parser."""
+    """Adds the options of ``analyze label-smoothing`` to a jsonargparse parser."""
     common.add_run_arguments(parser)
     variants = parser.add_argument_group("variants")
     variants.add_argument("--margin", type=float, default=-0.3, help="margin of the variant with a margin")
@@ -33,5 +32,5 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         return variant_runs(arguments.data, configs, arguments.seeds, arguments.held_out)
 
     sweep = common.prepare_sweep(NAME, arguments, runs, measurement=common.read_accuracy(arguments))
-    write = partial(write_variants, name=NAME)
+    write = variants_writer(NAME)
     return lambda: common.train_and_write(NAME, sweep, arguments, resolved, write, variants_table)

@@ -15,10 +15,11 @@ from fewshot_ext._record import versions
 from fewshot_ext._validation import check_at_least, check_choice
 from fewshot_ext.commands.analyze import common
 from fewshot_ext.commands.common import (
+    add_machine_arguments,
+    add_settings,
     load_data,
     print_written,
-    resolve_device,
-    set_threads,
+    set_up_machine,
     tell_passed_over,
     writable_folder,
 )
@@ -68,8 +69,7 @@ def add_arguments(parser) -> None:
     run.add_argument(
         "--output", type=str | None, default=None, metavar="FOLDER", help="folder that the results are written to"
     )
-    run.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu or cuda")
-    run.add_argument("--threads", type=int, default=1, help="number of CPU threads")
+    add_machine_arguments(run, threads=1)
     pairs = parser.add_argument_group("pairs of a data set")
     pairs.add_argument("--classes", default="novel", help="classes to look at: base, validation or novel")
     pairs.add_argument("--same_class", type=int, default=4, metavar="N", help="number of pairs of one class")
@@ -86,9 +86,7 @@ def add_arguments(parser) -> None:
         help="number of flows that are drawn and listed for each pair, the strongest ones",
     )
     matching.add_argument("--columns", type=int, default=3, help="number of pairs next to each other; 3 fill a page")
-    parser.add_class_arguments(LocalFeaturesConfig, "local_features")
-    # Otherwise the title is a sentence of the docstring.
-    parser.groups["local_features"].title = "regions"
+    add_settings(parser, LocalFeaturesConfig, "local_features", "regions")
 
 
 def prepare(arguments, resolved: str) -> Callable[[], int]:
@@ -104,8 +102,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     check_choice("classes", arguments.classes, "base", "validation", "novel")
     check_at_least("flows", arguments.flows, 1)
     check_at_least("columns", arguments.columns, 1)
-    set_threads(arguments.threads)
-    device = resolve_device(arguments.device)
+    device = set_up_machine(arguments)
     backbone = FrozenBackbone.from_checkpoint(arguments.checkpoint)
     data = None
     if arguments.data is None:

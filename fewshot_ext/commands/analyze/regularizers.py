@@ -5,10 +5,9 @@ and one regularizer more. Writes regularizers.json, .csv and .png, and prints th
 """
 
 from collections.abc import Callable
-from functools import partial
 
 from fewshot_ext.commands.analyze import common
-from fewshot_ext.experiments.variants import regularizer_configs, variant_runs, variants_table, write_variants
+from fewshot_ext.experiments.variants import regularizer_configs, variant_runs, variants_table, variants_writer
 
 SUMMARY = "regularizers one at a time (Table 4); trains"
 NAME = "regularizers"
@@ -55,5 +54,5 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         return variant_runs(arguments.data, configs, arguments.seeds, arguments.held_out)
 
     sweep = common.prepare_sweep(NAME, arguments, runs, measurement=common.read_accuracy(arguments))
-    write = partial(write_variants, name=NAME)
+    write = variants_writer(NAME)
     return lambda: common.train_and_write(NAME, sweep, arguments, resolved, write, variants_table)

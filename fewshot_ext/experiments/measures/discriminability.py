@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fewshot_ext._precision import full_precision, normalize
+from fewshot_ext._validation import check_integers
 
 
 @full_precision()
@@ -190,9 +191,7 @@ def count_labels(labels: Tensor, images: int) -> Tensor:
         TypeError: labels that are no int64 tensor.
         ValueError: another shape than ``[images]``, a negative label, or a class without images.
     """
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-        came = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels: expected an int64 tensor, got {came}")
+    check_integers("labels", labels, "[images]", 1)
     if labels.shape != (images,):
         raise ValueError(f"labels: expected shape [{images}], got {list(labels.shape)}")
     if labels.min() < 0:
