@@ -33,7 +33,6 @@ LIGER_CUTEDSL, QUACK = "liger-kernel, cutedsl (no margin)", "QuACK (no margin)"
 # differences.
 TOLERANCE = {"float32": 1e-4, "tf32": 5e-3, "bfloat16": 1e-1, "float16": 2e-2}
 SMALL = 1000  # classes, up to which both kernels are timed and one launch is what the operator chooses
-LIGER_MODULE = "liger_kernel.ops.fused_linear_cross_entropy"
 COUNTS, CHECKS = "it counts its targets on the host", "it checks its targets on the host"
 REFERENCE_BYTES = 60  # for each logit and each number of the inputs, about, to compute the reference in float64
 
@@ -139,22 +138,28 @@ def contenders(case: Case, dtype: str, device: str) -> list[Contender]:
         Contender(EAGER, eager, variant=MARGIN),
         Contender(COMPILED, compiled, variant=MARGIN, compiles=True),
     ]
-    too_old = "" if hasattr(F, "linear_cross_entropy") else f"torch {torch.__version__} has none, 2.13 is the first"
-    found.append(without_margin(TORCH_LINEAR, "torch", torch_linear_cross_entropy, unless=too_old))
     half = dtype in ("bfloat16", "float16")
-    unless = "" if half else "its backward pass takes bfloat16 and float16 alone"
-    cce = attrgetter("linear_cross_entropy")
-    found.append(without_margin(CCE, "cut_cross_entropy", cce, unless=unless, waits=COUNTS))
-    ligers = {LIGER: {}, **({LIGER_16: {"chunk_mem_const": 16}} if case.classes > case.dimensions else {})}
-    for name, settings in ligers.items():
-        found.append(without_margin(name, LIGER_MODULE, partial(liger, **settings), waits=COUNTS))
-    unless = "" if dtype == "bfloat16" else "it takes bfloat16 alone"
-    module = "liger_kernel.ops.cutedsl.ops"
-    found.append(without_margin(LIGER_CUTEDSL, module, liger_cutedsl, unless=unless, compiles=True, waits=CHECKS))
-    unless = "" if half else "its products take bfloat16 and float16 alone"
-    function = attrgetter("chunked_linear_cross_entropy")  # in chunks of 4096 samples, its default
-    found.append(without_margin(QUACK, "quack.linear_cross_entropy", function, unless=unless, compiles=True))
-    return found
+    too_old = "" if hasattr(F, "linear_cross_entropy") else f"torch {torch.__version__} has none, 2.13 is the first"
+    not_cce = "" if half else "its backward pass takes bfloat16 and float16 alone"
+    not_cutedsl = "" if dtype == "bfloat16" else "it takes bfloat16 alone"
+    not_quack = "" if half else "its products take bfloat16 and float16 alone"
+    cce, quack = attrgetter("linear_cross_entropy"), attrgetter("chunked_linear_cross_entropy")
+    larger = partial(liger, chunk_mem_const=16)
+    counts, compiled_checks = {"waits": COUNTS}, {"waits": CHECKS, "compiles": True}
+    peers = [
+        (TORCH_LINEAR, "torch", torch_linear_cross_entropy, too_old, {}),
+        (CCE, "cut_cross_entropy", cce, not_cce, counts),
+        (LIGER, "liger_kernel.ops.fused_linear_cross_entropy", liger, "", counts),
+        (LIGER_16, "liger_kernel.ops.fused_linear_cross_entropy", larger, "", counts),
+        (LIGER_CUTEDSL, "liger_kernel.ops.cutedsl.ops", liger_cutedsl, not_cutedsl, compiled_checks),
+        (QUACK, "quack.linear_cross_entropy", quack, not_quack, {"compiles": True}),
+    ]
+    if case.classes <= case.dimensions:  # its chunk holds all logits anyway
+        peers = [peer for peer in peers if peer[0] != LIGER_16]
+    return found + [
+        without_margin(name, package, function, unless=unless, **facts)
+        for name, package, function, unless, facts in peers
+    ]
 
 
 def products(case: Case, sets: list[Inputs], generator: torch.Generator) -> dict[str, list[gpu_comparison.Call]]:
