@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from numpy import ndarray
 from torch import Tensor
 
@@ -38,9 +39,17 @@ def pot_partial(cost: ndarray, supply: ndarray, demand: ndarray) -> float:
 def pot_batch(cost: Tensor, supply: Tensor, demand: Tensor) -> Tensor:
     """By Sinkhorn's iterations, which blur the flow. Without ``reg`` POT approaches the exact flow by proximal steps,
     and is further from it after its thousand."""
+    return _pot_batch(cost, supply, demand).value_linear
+
+
+def pot_batch_flow(cost: Tensor, supply: Tensor, demand: Tensor) -> Tensor:
+    return _pot_batch(cost, supply, demand).plan
+
+
+def _pot_batch(cost: Tensor, supply: Tensor, demand: Tensor):
     import ot
 
-    return ot.solve_batch(cost, a=supply, b=demand, reg=SINKHORN_REG).value_linear
+    return ot.solve_batch(cost, a=supply, b=demand, reg=SINKHORN_REG)
 
 
 def torchmatch_batch(cost: Tensor, supply: Tensor, demand: Tensor) -> Tensor:
@@ -48,6 +57,14 @@ def torchmatch_batch(cost: Tensor, supply: Tensor, demand: Tensor) -> Tensor:
     from torchmatch.transport import matrix
 
     return (matrix.solve(cost, a=supply, b=demand, backend="exact_emd") * cost).sum((-2, -1))
+
+
+def torch_linear_assignment_flow(cost: Tensor, supply: Tensor, demand: Tensor) -> Tensor:
+    """For equal masses alone, of any sum."""
+    from torch_linear_assignment import batch_linear_assignment
+
+    column = batch_linear_assignment(cost).unsqueeze(2)
+    return torch.zeros_like(cost).scatter_(2, column, supply.unsqueeze(2))
 
 
 def scipy_assignment(cost: ndarray, supply: ndarray, demand: ndarray) -> float:

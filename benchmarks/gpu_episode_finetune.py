@@ -7,22 +7,19 @@ in float32, with classifiers and orders given. The loop of torch.optim.SGD takes
 from collections.abc import Callable
 from functools import partial
 
-import gpu_rows
-import gpu_timing
+import gpu_comparison
 import torch
 from bench_episode_finetune import COMPILED, EPISODES, OURS, PASSES, QUERIES, WAY
 from episode_finetune_peers import batched, step
-from gpu_comparison import Comparison, Contender
-from gpu_document import Goal
+from gpu_comparison import Comparison, Contender, Goal, ahead, copy_ms, floor_text, within
 from torch import Tensor
 
 import fewshot_ext
 
-NAME = "episode_finetune"
 PLAIN = "plain PyTorch, all episodes at once"
 SPAN, DIRECT = f"{OURS} (span)", f"{OURS} (direct)"
 TOLERANCE = 1e-4  # largest relative error of the scores, in norm
-GOAL_JOB, GOAL_MS = "5,512", 5.0
+GOAL_JOB, GOALS_MS = "5,512", (5.0, 1.5)
 QUICK_EPISODES, QUICK_PASSES = 8, 3
 
 
@@ -73,65 +70,45 @@ def contenders(device: str) -> list[Contender]:
     if device == "cuda":
         for name, form in ((SPAN, "span"), (DIRECT, "direct")):
             forced = {"FEWSHOT_EXT_EPISODE_FINETUNE_FORM": form}
-            found.append(Contender(name, ours, kernel=f"{NAME} {form}", environment=forced))
+            found.append(Contender(name, ours, environment=forced))
     torch.compiler.reset()
     compiled = torch.compile(step, fullgraph=True, dynamic=False)
     return [
         *found,
-        Contender(OURS, ours, kernel=f"{NAME} span"),
+        Contender(OURS, ours),
         Contender(PLAIN, batched),
         Contender(COMPILED, partial(batched, step=compiled), compiles=True),
     ]
 
 
 def measure(job: str, bench) -> list[dict]:
-    generator = gpu_timing.generator(bench.device)
-    with gpu_timing.precision("float32"):
-        # One set fills more than a cache.
-        sets = [Inputs(job, bench.quick, bench.device.device, generator) for _ in range(2)]
-        comparison = Comparison(bench, sets, TOLERANCE)
-        outcomes = [comparison.prepare(contender) for contender in contenders(bench.device.name)]
-        comparison.time(outcomes, {})
-    floor = sets[0].nbytes() / bench.rates["copy_gb_per_s"] / 1e6 if bench.rates else 0.0
+    generator = gpu_comparison.generator(bench.device)
+    torch.set_float32_matmul_precision("highest")
+    # One set fills more than a cache.
+    sets = [Inputs(job, bench.quick, bench.device.device, generator) for _ in range(2)]
+    comparison = Comparison(bench, sets, TOLERANCE)
+    outcomes = [comparison.prepare(contender) for contender in contenders(bench.device.name)]
+    comparison.time(outcomes, {})
+    floor = copy_ms(sets[0].nbytes(), bench.rates)
     common = {"case": title(job), "input_sets": len(sets)}
-    return gpu_rows.of_outcomes(outcomes, OURS, common, {"floor_ms": floor})
+    return list(gpu_comparison.rows_of(outcomes, OURS, common, {"floor_ms": floor}))
 
 
-TABLES_TEXT = f"""Medians of one call for {EPISODES} episodes, {QUERIES} queries a class, {PASSES} passes in minibatches
-of 4. {gpu_rows.KINDS_TEXT}
+TEXT = f"""Medians of one call for {EPISODES} episodes, {QUERIES} queries a class, {PASSES} passes in minibatches
+of 4. {gpu_comparison.KINDS_TEXT}
 The floor reads every input and writes every score once, at the rate of a large copy.
 
 """
 
 
-def tables(rows: list[dict]) -> str:
-    return TABLES_TEXT + "\n".join(
-        gpu_rows.case_table(found, caption(found[0])) for found in gpu_rows.by_case(rows).values()
-    )
-
-
-def caption(row: dict) -> str:
-    floor = gpu_rows.microseconds(row, "floor_ms")
-    return f"Floor {'not measured' if floor == '0' else f'{floor} us'}."
+def caption(rows: list[dict]) -> str:
+    return f"Floor {floor_text(rows[0])}."
 
 
 def goals(rows: list[dict]) -> list[Goal]:
     """For an H100; torch's own loop takes a minute for the same on a core."""
-    numbers = gpu_rows.Numbers(rows)
-    mine, *others = (numbers(title(GOAL_JOB), name, "graph", "p50_ms") for name in (OURS, PLAIN, COMPILED))
-    peers = [time for time in others if time is not None]
-    known = mine is not None
+    case = title(GOAL_JOB)
     return [
-        Goal(
-            NAME,
-            f"{title(GOAL_JOB)}: {EPISODES} episodes in at most {GOAL_MS:g} ms in a CUDA graph",
-            f"{mine:.2f} ms" if known else "",
-            mine <= GOAL_MS if known else None,
-        ),
-        Goal(
-            NAME,
-            f"{title(GOAL_JOB)}: ahead of plain PyTorch and torch.compile in CUDA graphs",
-            f"{mine:.2f} ms against {min(peers):.2f} ms" if known and peers else "",
-            mine < min(peers) if known and peers else None,
-        ),
+        *(within(rows, case, OURS, limit, "ms", f"{EPISODES} episodes in at most") for limit in GOALS_MS),
+        ahead(rows, case, OURS, (PLAIN, COMPILED), "ms", "plain PyTorch and torch.compile"),
     ]

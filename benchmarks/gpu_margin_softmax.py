@@ -9,42 +9,43 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from operator import attrgetter
 
-import gpu_rows
-import gpu_timing
-import harness
+import gpu_comparison
 import torch
 import torch.nn.functional as F
 from bench_margin_softmax import CASES, COMPILED, EAGER, MARGIN, OURS, SCALE, Case
-from gpu_comparison import Comparison, Contender
-from gpu_document import Goal
-from gpu_worker import one_line
+from gpu_comparison import Comparison, Contender, Goal, Outcome, ahead, copy_ms, microseconds, number, peer, within
+from harness import Timing
 from torch import Tensor
 
 import fewshot_ext
 from fewshot_ext import reference
 
-NAME = "margin_softmax"
 ONE_LAUNCH, CHUNKED = f"{OURS} (one launch)", f"{OURS} (chunked)"
 TORCH_LINEAR = "torch linear_cross_entropy (no margin)"
 CCE = "cut-cross-entropy (no margin)"
 LIGER, LIGER_16 = "liger-kernel (no margin)", "liger-kernel, chunk_mem_const=16 (no margin)"
+LIGER_CUTEDSL, QUACK = "liger-kernel, cutedsl (no margin)", "QuACK (no margin)"
 
 # Largest relative error, in norm, of the loss and of both gradients. Twice or more of what eager shows at any of the
 # cases: it rounds its logits to the dtype, and with few classes a negative margin leaves gradients that are small
 # differences.
 TOLERANCE = {"float32": 1e-4, "tf32": 5e-3, "bfloat16": 1e-1, "float16": 2e-2}
 SMALL = 1000  # classes, up to which both kernels are timed and one launch is what the operator chooses
+COUNTS, CHECKS = "it counts its targets on the host", "it checks its targets on the host"
+REFERENCE_BYTES = 60  # for each logit and each number of the inputs, about, to compute the reference in float64
 
-GOALS_FIRST = ("256,512,64,float32", "256,640,351,float32", "512,512,100000,bfloat16")
+LARGEST = "4096,4096,128256,bfloat16"  # the size at which QuACK and liger-kernel quote themselves
+GOALS_FIRST = ("256,512,64,float32", "256,640,351,float32", "512,512,100000,bfloat16", LARGEST)
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def jobs(quick: bool) -> list[str]:
     """N,D,C,dtype: those with goals first, then dtype by dtype."""
     cases = [case for case in CASES if not quick or case.classes in (64, 1000)]
-    every = [f"{c.samples},{c.dimensions},{c.classes},{dtype}" for dtype in gpu_timing.DTYPES for c in cases]
-    return sorted(every, key=lambda job: job not in GOALS_FIRST)
+    every = [f"{c.samples},{c.dimensions},{c.classes},{dtype}" for dtype in gpu_comparison.DTYPES for c in cases]
+    return sorted([*every, *([] if quick else [LARGEST])], key=lambda job: job not in GOALS_FIRST)
 
 
 def title(job: str) -> str:
@@ -82,48 +83,36 @@ def forward_backward(function: LossFunction, features: Tensor, weight: Tensor, t
     return results
 
 
-def without_margin(linear_cross_entropy: LossFunction) -> LossFunction:
-    def loss(features: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return linear_cross_entropy(SCALE * F.normalize(features, dim=1), F.normalize(weight, dim=1), target)
+def without_margin(name: str, package: str, function: Callable, **facts) -> Contender:
+    def normalizing(module) -> LossFunction:
+        linear_cross_entropy = function(module)
+        return lambda features, weight, target: linear_cross_entropy(
+            SCALE * F.normalize(features, dim=1), F.normalize(weight, dim=1), target
+        )
 
-    return loss
-
-
-def torch_linear_cross_entropy() -> Contender:
-    if not hasattr(F, "linear_cross_entropy"):
-        return Contender(TORCH_LINEAR, missing=f"torch {torch.__version__} has none, 2.13 is the first")
-    # Without options it is eager by another name: the logits are stored.
-    function = partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
-    return Contender(TORCH_LINEAR, without_margin(function), variant=0.0)
+    return peer(name, package, normalizing, variant=0.0, **facts)
 
 
-def cut_cross_entropy(dtype: str) -> Contender:
-    if dtype not in ("bfloat16", "float16"):
-        return Contender(CCE, missing="its backward pass takes bfloat16 and float16 alone")
-    try:
-        from cut_cross_entropy import linear_cross_entropy
-    except Exception as error:
-        return Contender(CCE, missing=one_line(error))
-    return Contender(CCE, without_margin(linear_cross_entropy), variant=0.0, waits="it counts its targets on the host")
+def torch_linear_cross_entropy(torch) -> LossFunction:
+    """Without options it is eager by another name: the logits are stored."""
+    return partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
 
 
-def liger(name: str, **settings: object) -> Contender:
+def liger(module, **settings: object) -> LossFunction:
     """Its default chunk holds as many logits as the features hold numbers: 4 rows of 100,000 classes."""
-    try:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Function
-    except Exception as error:
-        return Contender(name, missing=one_line(error))
+    function = module.LigerFusedLinearCrossEntropyFunction
     # Functions of autograd take arguments by position alone, and this one keeps gaining some.
-    _, _, _, _, *optional = inspect.signature(Function.forward).parameters.values()
-    unknown = settings.keys() - {parameter.name for parameter in optional}
-    if unknown:
-        return Contender(name, missing=f"this version takes no {', '.join(unknown)}")
+    _, _, _, _, *optional = inspect.signature(function.forward).parameters.values()
+    if unknown := settings.keys() - {parameter.name for parameter in optional}:
+        raise TypeError(f"this version takes no {', '.join(unknown)}")
     arguments = [settings.get(parameter.name, parameter.default) for parameter in optional]
+    return lambda features, weight, target: function.apply(features, weight, target, *arguments)[0]
 
-    def linear_cross_entropy(features: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return Function.apply(features, weight, target, *arguments)[0]
 
-    return Contender(name, without_margin(linear_cross_entropy), variant=0.0, waits="it counts its targets on the host")
+def liger_cutedsl(module) -> LossFunction:
+    """Its CuTe DSL kernel for Hopper, which gives the losses one by one."""
+    function = module.LigerFusedScaledCrossEntropySM90Function
+    return lambda features, weight, target: function.apply(features, weight, target).mean()
 
 
 def ours(features: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -141,20 +130,39 @@ def contenders(case: Case, dtype: str, device: str) -> list[Contender]:
     if small and device == "cuda":
         for name, value in ((ONE_LAUNCH, "one_launch"), (CHUNKED, "chunked")):
             forced = {"FEWSHOT_EXT_MARGIN_SOFTMAX_KERNEL": value}
-            found.append(Contender(name, ours, variant=MARGIN, kernel=f"{NAME} {value}", environment=forced))
-    found.append(Contender(OURS, ours, variant=MARGIN, kernel=f"{NAME} {'one_launch' if small else 'chunked'}"))
-    found.append(Contender(EAGER, eager, variant=MARGIN))
+            found.append(Contender(name, ours, variant=MARGIN, environment=forced))
     torch.compiler.reset()  # else the cases would count towards torch's limit of recompilations
-    found.append(
-        Contender(COMPILED, torch.compile(eager, fullgraph=True, dynamic=False), variant=MARGIN, compiles=True)
-    )
-    peers = [torch_linear_cross_entropy(), cut_cross_entropy(dtype), liger(LIGER)]
-    if case.classes > case.dimensions:
-        peers.append(liger(LIGER_16, chunk_mem_const=16))
-    return found + peers
+    compiled = torch.compile(eager, fullgraph=True, dynamic=False)
+    found += [
+        Contender(OURS, ours, variant=MARGIN),
+        Contender(EAGER, eager, variant=MARGIN),
+        Contender(COMPILED, compiled, variant=MARGIN, compiles=True),
+    ]
+    half = dtype in ("bfloat16", "float16")
+    too_old = "" if hasattr(F, "linear_cross_entropy") else f"torch {torch.__version__} has none, 2.13 is the first"
+    not_cce = "" if half else "its backward pass takes bfloat16 and float16 alone"
+    not_cutedsl = "" if dtype == "bfloat16" else "it takes bfloat16 alone"
+    not_quack = "" if half else "its products take bfloat16 and float16 alone"
+    cce, quack = attrgetter("linear_cross_entropy"), attrgetter("chunked_linear_cross_entropy")
+    larger = partial(liger, chunk_mem_const=16)
+    counts, compiled_checks = {"waits": COUNTS}, {"waits": CHECKS, "compiles": True}
+    peers = [
+        (TORCH_LINEAR, "torch", torch_linear_cross_entropy, too_old, {}),
+        (CCE, "cut_cross_entropy", cce, not_cce, counts),
+        (LIGER, "liger_kernel.ops.fused_linear_cross_entropy", liger, "", counts),
+        (LIGER_16, "liger_kernel.ops.fused_linear_cross_entropy", larger, "", counts),
+        (LIGER_CUTEDSL, "liger_kernel.ops.cutedsl.ops", liger_cutedsl, not_cutedsl, compiled_checks),
+        (QUACK, "quack.linear_cross_entropy", quack, not_quack, {"compiles": True}),
+    ]
+    if case.classes <= case.dimensions:  # its chunk holds all logits anyway
+        peers = [peer for peer in peers if peer[0] != LIGER_16]
+    return found + [
+        without_margin(name, package, function, unless=unless, **facts)
+        for name, package, function, unless, facts in peers
+    ]
 
 
-def products(case: Case, sets: list[Inputs], generator: torch.Generator) -> dict[str, list[gpu_timing.Call]]:
+def products(case: Case, sets: list[Inputs], generator: torch.Generator) -> dict[str, list[gpu_comparison.Call]]:
     """The three matrix products that nobody gets around, with the logits stored by rows and by columns."""
     x, w = sets[-1].features, sets[-1].weight
 
@@ -175,7 +183,7 @@ def products(case: Case, sets: list[Inputs], generator: torch.Generator) -> dict
     }
 
 
-def time_of_products(timings: Mapping[str, harness.Timing]) -> float:
+def time_of_products(timings: Mapping[str, Timing]) -> float:
     """Milliseconds of the three, each in the better layout."""
     best: dict[str, float] = {}
     for name, timing in timings.items():
@@ -186,9 +194,14 @@ def time_of_products(timings: Mapping[str, harness.Timing]) -> float:
 
 def measure(job: str, bench) -> list[dict]:
     case, name = parse(job)
-    dtype, generator = gpu_timing.DTYPES[name][0], gpu_timing.generator(bench.device)
-    count = gpu_timing.input_sets(bench.device, (case.samples + case.classes) * case.dimensions * dtype.itemsize)
-    with gpu_timing.precision(name):
+    (dtype, precision), generator = gpu_comparison.DTYPES[name], gpu_comparison.generator(bench.device)
+    count = gpu_comparison.input_sets(bench.device, (case.samples + case.classes) * case.dimensions * dtype.itemsize)
+    torch.set_float32_matmul_precision(precision)
+    needed = REFERENCE_BYTES * (case.samples * case.classes + (case.samples + case.classes) * case.dimensions)
+    if needed > bench.device.memory:
+        note = f"the float64 reference takes {needed / 2**30:.0f} GiB"
+        outcomes, gemm = [Outcome(Contender("every contender"), notes=[note])], 0.0
+    else:
         sets = [Inputs(case, dtype, bench.device.device, generator) for _ in range(count)]
         comparison = Comparison(bench, sets, TOLERANCE[name])
         outcomes = [comparison.prepare(contender) for contender in contenders(case, name, bench.device.name)]
@@ -201,68 +214,58 @@ def measure(job: str, bench) -> list[dict]:
         "dtype": name,
         "input_sets": count,
     }
-    return gpu_rows.of_outcomes(outcomes, OURS, common, floor_columns(case, name, gemm, bench.rates))
+    return list(gpu_comparison.rows_of(outcomes, OURS, common, floor_columns(case, name, gemm, bench.rates)))
 
 
 def floor_columns(case: Case, dtype: str, gemm: float, rates: Mapping[str, float]) -> dict[str, float]:
     """Least milliseconds by arithmetic and by traffic: every input read once, both gradients written once."""
     floors = {"gemm_ms": gemm}
     if rates:
-        vectors = (case.samples + case.classes) * case.dimensions * gpu_timing.DTYPES[dtype][0].itemsize
+        vectors = (case.samples + case.classes) * case.dimensions * gpu_comparison.DTYPES[dtype][0].itemsize
         operations = 6 * case.samples * case.dimensions * case.classes
         floors["square_gemm_ms"] = operations / rates[f"{dtype}_tflop_per_s"] / 1e9
-        floors["copy_ms"] = (2 * vectors + 8 * case.samples) / rates["copy_gb_per_s"] / 1e6
+        floors["copy_ms"] = copy_ms(2 * vectors + 8 * case.samples, rates)
     return {**floors, "floor_ms": max(gemm, floors.get("copy_ms", 0.0))}
 
 
-TABLES_TEXT = f"""N, D, C; medians of one forward + backward. {gpu_rows.KINDS_TEXT}
+TEXT = f"""N, D, C; medians of one forward + backward. {gpu_comparison.KINDS_TEXT}
 The floor is the larger of the products and the traffic. Memory is the peak beyond inputs and gradients; the error is
 the largest of loss and gradients, in norm, against float64.
 
 """
 
 
-def tables(rows: list[dict]) -> str:
-    """One for each case and dtype."""
-    return TABLES_TEXT + "\n".join(
-        gpu_rows.case_table(found, caption(found[0])) for found in gpu_rows.by_case(rows).values()
-    )
-
-
-def caption(row: dict) -> str:
-    floors = (gpu_rows.microseconds(row, f"{name}_ms") or "not measured" for name in ("gemm", "square_gemm", "copy"))
-    gemm, square, copy = floors
+def caption(rows: list[dict]) -> str:
+    names = ("gemm_ms", "square_gemm_ms", "copy_ms")
+    gemm, square, copy = (microseconds(rows[0], name) or "not measured" for name in names)
     return (
         f"Floors in us: its three matrix products {gemm}; their arithmetic at the rate of a large square product "
-        f"{square}; its least traffic {copy}. {row['input_sets']} sets of inputs."
+        f"{square}; its least traffic {copy}. {rows[0]['input_sets']} sets of inputs."
     )
 
 
 def goals(rows: list[dict]) -> list[Goal]:
-    """For an H100: the device's time at few-shot sizes, the floor and the peers at 100,000 classes."""
-    numbers = gpu_rows.Numbers(rows)
-    *small, large = GOALS_FIRST
-    result = []
-    for job in small:
-        time = numbers(title(job), OURS, "graph", "p50_ms")
-        measured = "" if time is None else f"{1e3 * time:.1f} us"
-        goal = f"{title(job)}: at most 25 us in a CUDA graph"
-        result.append(Goal(NAME, goal, measured, None if time is None else time <= 0.025))
-    ratio = numbers(title(large), OURS, "graph", "times_floor")
-    measured = ""
-    if ratio is not None:
-        measured = f"{ratio:.2f} times"
-        if square := numbers(title(large), OURS, "graph", "square_gemm_ms"):
-            of_square = numbers(title(large), OURS, "graph", "p50_ms") / square
+    """For an H100: the device's time at few-shot sizes and what the host adds, the floor and the peers at many classes.
+
+    Of two limits the first is that of the kernels as they are, the second that of the next.
+    """
+    first, second, large, largest = map(title, GOALS_FIRST)
+    found = [
+        *(within(rows, first, OURS, limit, "us") for limit in (25, 10)),
+        *(within(rows, second, OURS, limit, "us") for limit in (25, 12)),
+        within(rows, first, OURS, 60, "us", timing="host"),
+    ]
+    times_floor, measured = number(rows, large, OURS, "graph", "times_floor"), ""
+    if times_floor is not None:
+        measured = f"{times_floor:.2f} times"
+        if square := number(rows, large, OURS, "graph", "square_gemm_ms"):
+            of_square = number(rows, large, OURS, "graph") / square
             measured += f"; {of_square:.2f} times the arithmetic at the rate of a large square product"
-    goal = f"{title(large)}: at most 2 times the floor in a CUDA graph"
-    result.append(Goal(NAME, goal, measured, None if ratio is None else ratio <= 2))
+    met = None if times_floor is None else times_floor <= 2
+    found.append(Goal(f"{large}: at most 2 times the floor in a CUDA graph", measured, met))
+    found += [within(rows, case, OURS, limit, "ms") for case, limit in ((large, 0.4), (largest, 20))]
     # Some peers wait for the host, so no graph holds them: the plain calls are what can be compared.
-    ours = numbers(title(large), OURS, "stream", "p50_ms")
-    for peers in ((CCE,), (LIGER, LIGER_16), (TORCH_LINEAR,)):
-        times = [time for peer in peers if (time := numbers(title(large), peer, "stream", "p50_ms")) is not None]
-        known = bool(times) and ours is not None
-        measured = f"{1e3 * ours:.0f} us against {1e3 * min(times):.0f} us" if known else ""
-        goal = f"{title(large)}: ahead of {peers[0]} in plain calls"
-        result.append(Goal(NAME, goal, measured, ours < min(times) if known else None))
-    return result
+    peers = (CCE,), (LIGER, LIGER_16), (LIGER_CUTEDSL,), (QUACK,), (TORCH_LINEAR,)
+    return found + [
+        ahead(rows, case, OURS, names, "us", names[0], "stream") for case in (large, largest) for names in peers
+    ]

@@ -8,7 +8,6 @@ nothing and installs nothing; what cannot be imported is listed in the report an
 """
 
 import argparse
-import ctypes
 import sys
 from pathlib import Path
 
@@ -78,32 +77,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def why_no_gpu() -> str | None:
-    """Asks the driver, because importing torch for the answer takes seconds."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return "no CUDA device: this machine has no NVIDIA driver (libcuda.so.1)"
-    error = driver.cuInit(0)
-    if error:
-        return f"no CUDA device: the NVIDIA driver answers with error {error}"
-    count = ctypes.c_int()
-    driver.cuDeviceGetCount(ctypes.byref(count))
-    return None if count.value else "no CUDA device: the NVIDIA driver shows none; is CUDA_VISIBLE_DEVICES empty?"
-
-
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    reason = why_no_gpu() if options.device == "cuda" else None
-    if reason is None:
-        try:
-            import gpu_sections
-        except ImportError as error:
-            reason = f"cannot import what it measures: {error}"
-    if reason is not None:
-        print(f"gpu_report: {reason}", file=sys.stderr)
+    try:
+        import gpu_sections
+    except ImportError as error:
+        print(f"gpu_report: cannot import what it measures: {error}", file=sys.stderr)
         return 2
-    return gpu_sections.run(options)
+    return gpu_sections.Report(options).run()
 
 
 if __name__ == "__main__":

@@ -1,27 +1,27 @@
-"""The GPU report from its first section to its last: order, shares of the time, and what happens when it is stopped."""
+"""The GPU report from its first section to its last: shares of the time, its files, what happens when it is stopped."""
 
 import importlib
+import re
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-import gpu_tests
+import gpu_process
 import harness
-from gpu_document import Document, Goal, code_block, goals_table, table
-from gpu_process import Budget, Overdue, supervise
+from gpu_comparison import Goal, tables
+from gpu_process import Overdue, supervise
+from harness import markdown_table
 
 WORKER = [sys.executable, str(Path(__file__).with_name("gpu_worker.py"))]
 TESTS_SHARE = 3 / 8  # of the time where others want some too: three minutes of the usual eight
-MACHINE_SECONDS = 120.0
+MACHINE_SECONDS = 150.0
 LAST_SECONDS = 4.0  # kept back for ending children and writing files
-RATES_SECONDS = 60.0
+REHEARSAL = "\n\n**A rehearsal on the CPU: its times say nothing about a GPU.**"
 PACKAGE = "fewshot_ext"  # and how the names of its own contenders begin
-RATES_TEXT = """A large device-to-device copy, bytes read plus bytes written, and large square products.
-
-"""
 
 
 class Stopped(BaseException):
@@ -52,15 +52,22 @@ def signals_as_exceptions() -> Iterator[None]:
 class Report:
     def __init__(self, options) -> None:
         self.options = options
-        self.budget = Budget(60 * options.minutes - LAST_SECONDS)
-        self.document: Document | None = None
-        self.goals: list[Goal] = []
+        self.end = time.monotonic() + 60 * options.minutes - LAST_SECONDS
+        self.state = "Incomplete: still running"
+        self.device = ""  # as files are named after it; nothing is written before it is known
+        self.preface = f"`{harness.command()}`" + (REHEARSAL if options.device == "cpu" else "")
+        self.columns: dict[str, object] = {}  # of every CSV row
+        self.sections = {"Goals": "Nothing is measured yet.\n"}
+        self.rows: dict[str, list[dict]] = {}
+        self.goals: dict[str, list[Goal]] = {}
+        self.files: list[Path] = []
         self.rates: dict[str, float] = {}
         self.failed: list[str] = []  # what makes the exit code 1
         self.cut: list[str] = []  # sections that have spent their share of the time
         self.section = self.case = ""
 
     def run(self) -> int:
+        state, code = "Complete", 0
         try:
             with signals_as_exceptions():
                 self.all_sections()
@@ -68,167 +75,149 @@ class Report:
             print(f"gpu_report: {error}", file=sys.stderr)
             return 2
         except Stopped as stop:
-            return self.end(f"Incomplete: stopped by {signal.Signals(stop.number).name}", 128 + stop.number)
+            state, code = f"Incomplete: stopped by {signal.Signals(stop.number).name}", 128 + stop.number
         except Overdue:
-            return self.end("Incomplete: out of time", 0)
+            state = "Incomplete: out of time"
         except Exception as error:
-            self.end(f"Incomplete: {type(error).__name__}", 1)
+            self.finish(f"Incomplete: {type(error).__name__}")
             raise
-        return self.end("Complete", 0)
+        self.finish(state)
+        return code or (1 if self.failed else 0)
 
-    def end(self, state: str, code: int) -> int:
+    def finish(self, state: str) -> None:
         if state != "Complete":
             state += f" in section {self.section}" + (f", case {self.case}" if self.case else "")
         elif self.cut:
             state = "Incomplete: out of time"
-        if self.cut:
-            state += f"; not all of {', '.join(self.cut)}"
-        files = []
-        if self.document is not None:
-            self.document.state = f"{state}."
-            self.document.write()
-            files = self.document.files
+        self.state = state + (f"; not all of {', '.join(self.cut)}" if self.cut else "")
+        if self.device:
+            self.write()
         if self.goals:
-            print(f"\n{goals_table(self.goals)}")
+            print(f"\n{self.sections['Goals']}")
         for failure in self.failed:
             print(f"FAILED {failure}")
-        print(f"{state}. Written: {', '.join(map(str, files)) or 'nothing'}", flush=True)
-        return code or (1 if self.failed else 0)
+        print(f"{self.state}. Written: {', '.join(map(str, self.files)) or 'nothing'}", flush=True)
 
     def all_sections(self) -> None:
+        sections = ["sanitizer"] if self.options.sanitize else self.options.sections
+        operators = [name for name in sections if name not in ("tests", "sanitizer")]
         self.start("machine")
-        self.machine()
-        if self.options.sanitize:
+        self.machine(["Machine", "Packages", *(["Rates"] if operators else [])])
+        if "sanitizer" in sections:
             self.start("sanitizer")
             self.sanitizer()
-            return
-        operators = [name for name in self.options.sections if name != "tests"]
-        if "tests" in self.options.sections:
+        if "tests" in sections:
             self.start("tests")
             self.tests(TESTS_SHARE * 60 * self.options.minutes if operators else float("inf"))
-        if operators:
-            self.start("rates")
-            self.measure_rates()
         for index, name in enumerate(operators):
             self.start(name)
-            self.operator(name, share=self.budget.remaining() / (len(operators) - index))
+            self.operator(name, share=self.remaining() / (len(operators) - index))
 
     def start(self, section: str) -> None:
         self.section, self.case = section, ""
-        print(f"[{self.budget.remaining():.0f} s left] {section}", flush=True)
+        print(f"[{self.remaining():.0f} s left] {section}", flush=True)
 
-    def write(self, title: str, text: str) -> None:
-        self.document.sections[title] = text
-        self.document.write()
+    def remaining(self) -> float:
+        return self.end - time.monotonic()
+
+    def deadline(self, share: float) -> float:
+        """Of a section that may take ``share`` seconds where as much is left."""
+        return min(time.monotonic() + share, self.end)
+
+    def write(self, title: str = "", text: str = "") -> None:
+        """The document with that section, and the rows of all operators."""
+        if title:
+            self.sections[title] = text
+        parts = [f"# GPU report: {self.device}", self.preface, f"**{self.state}.**"]
+        parts += [f"## {title}\n\n{text.rstrip()}" for title, text in self.sections.items()]
+        harness.write_text(self.path("gpu_report_{}.md"), "\n\n".join(parts) + "\n")
+        for operator, rows in self.rows.items():
+            if rows:
+                harness.write_csv(self.path(f"{operator}_{{}}.csv"), [{**row, **self.columns} for row in rows])
+
+    def path(self, name: str) -> Path:
+        directory = self.options.output_dir or Path(tempfile.gettempdir(), "gpu_report")
+        if self.options.save and self.options.device != "cpu":
+            directory = harness.RESULTS
+        path = directory / name.format(re.sub(r"[^a-z0-9]+", "_", self.device.lower()).strip("_"))
+        if path not in self.files:
+            self.files.append(path)
+        return path
 
     def events(self, module: str, jobs: list[str], share: float) -> Iterator[dict]:
-        """What workers say of the jobs, until the share is spent; out of time for everything is an exception."""
-        settings = {
-            "module": module,
-            "device": self.options.device,
-            "quick": self.options.quick,
-            "seconds": self.options.seconds,
-            "rates": self.rates,
-        }
-        workers = supervise(WORKER, settings, jobs, self.budget.deadline(share))
+        """What workers say of an operator's jobs, or of their own, until the share is spent; out of time for everything
+        is an exception."""
+        own = {name: getattr(self.options, name) for name in ("device", "quick", "seconds")}
+        workers = supervise(WORKER, {"module": module, "rates": self.rates, **own}, jobs, self.deadline(share))
         try:
             with closing(workers):
                 for event in workers:
                     self.case = event["job"]
-                    if event["event"] == "failure" and self.document is not None:
+                    if event["event"] == "failure" and self.device:
                         print(f"  {failure_text(event)}\n{event['output']}", flush=True)
                     yield event
         except Overdue:
-            if self.budget.remaining() < 1:
+            if self.remaining() < 1:
                 raise
             self.cut.append(self.section)
             print("  the section's share of the time is spent", flush=True)
 
-    def machine(self) -> None:
-        missing: dict[str, str] = {}
-        with closing(self.events("gpu_machine", ["facts", "packages"], MACHINE_SECONDS)) as events:
+    def machine(self, jobs: list[str]) -> None:
+        with closing(self.events("", jobs, MACHINE_SECONDS)) as events:
             for event in events:
-                if event["event"] == "result" and event["job"] == "facts":
-                    self.open_document(event["result"])
-                elif event["event"] == "result":
-                    missing = event["result"]
-                elif event["event"] in ("error", "failure") and self.document is None:
+                if event["event"] == "result":
+                    found = event["result"]
+                    self.rates.update(found.get("rates", {}))
+                    self.columns.update(found.get("columns", {}))
+                    self.device = self.columns["device"] + (" quick" if self.options.quick else "")
+                    if "columns" not in found:  # the machine is known to who sits before it
+                        print(found["text"], flush=True)
+                    self.write(event["job"], found["text"])
+                elif event["event"] in ("error", "failure") and not self.device:
                     raise NoDevice(f"torch cannot use the GPU: {event['reason']}")
-        for package, reason in missing.items():
-            print(f"  cannot import {package}: {reason}", flush=True)
-        text = table(["could not import", "reason"], missing.items()) if missing else "Every package was imported.\n"
-        self.write("Packages", text)
-
-    def open_document(self, facts: dict) -> None:
-        rehearsal, quick = self.options.device == "cpu", self.options.quick
-        directory = self.options.output_dir or Path(tempfile.gettempdir(), "gpu_report")
-        if self.options.save and not rehearsal:
-            directory = harness.RESULTS
-        preface = f"`{harness.command()}`"
-        if rehearsal:
-            preface += "\n\n**A rehearsal on the CPU: its times say nothing about a GPU.**"
-        self.document = Document(directory, facts["columns"]["device"] + (" quick" if quick else ""), preface)
-        self.document.columns = facts["columns"]
-        self.document.sections["Goals"] = "Nothing is measured yet.\n"
-        self.write("Machine", table(["", ""], facts["details"].items()) + "\n" + code_block(facts["environment"]))
+                elif event["event"] in ("error", "failure"):
+                    self.write(event["job"], f"Not known: {failure_text(event)}.\n")
 
     def tests(self, share: float) -> None:
-        found = gpu_tests.SuiteRun()
-        command = gpu_tests.pytest_command(gpu_tests.SELECTED[self.options.device])
+        found = gpu_process.SuiteRun()
+        command = gpu_process.pytest_command(gpu_process.SELECTED[self.options.device])
         try:
-            gpu_tests.run(found, command, self.budget.deadline(share))
+            gpu_process.run(found, command, self.deadline(share))
         finally:
             print(f"  {found.verdict()}", flush=True)
             if not found.passed:
                 (self.cut if found.out_of_time else self.failed).append(f"tests ({found.verdict()})")
-                self.document.file(f"gpu_report_{self.document.name}_tests.log", "\n".join(found.log) + "\n")
-            self.write("Tests", gpu_tests.suite_section(found))
+                harness.write_text(self.path("gpu_report_{}_tests.log"), "\n".join(found.log) + "\n")
+            self.write("Tests", suite_section(found))
 
     def sanitizer(self) -> None:
-        sanitizer = gpu_tests.find_sanitizer()
+        sanitizer = gpu_process.find_sanitizer()
         if sanitizer is None:
-            self.failed.append(
-                "compute-sanitizer is neither on the PATH nor in CUDA_HOME/bin nor in /usr/local/cuda/bin"
-            )
+            where = "neither on the PATH nor in CUDA_HOME/bin nor in /usr/local/cuda/bin"
+            self.failed.append(f"compute-sanitizer is {where}")
             self.write("compute-sanitizer", self.failed[-1] + "\n")
             return
         results = []
-        for index, tool in enumerate(gpu_tests.TOOLS):
+        for index, tool in enumerate(gpu_process.TOOLS):
             self.case = tool
-            found = gpu_tests.SuiteRun()
-            share = self.budget.remaining() / (len(gpu_tests.TOOLS) - index)
+            found = gpu_process.SuiteRun()
+            command = gpu_process.sanitizer_command(sanitizer, tool)
+            deadline = self.deadline(self.remaining() / (len(gpu_process.TOOLS) - index))
             try:
-                gpu_tests.run(
-                    found,
-                    gpu_tests.sanitizer_command(sanitizer, tool),
-                    self.budget.deadline(share),
-                    **gpu_tests.SANITIZER_ENVIRONMENT,
-                )
+                gpu_process.run(found, command, deadline, **gpu_process.SANITIZER_ENVIRONMENT)
             finally:
-                clean, summary = gpu_tests.sanitizer_verdict(found)
+                clean, summary = gpu_process.sanitizer_verdict(found)
                 results.append([tool, "clean" if clean else "**not clean**", summary, found.verdict()])
                 print(f"  {tool}: {summary}; {found.verdict()}", flush=True)
                 if not clean:
                     self.failed.append(f"{tool}: {summary}")
-                self.document.file(f"gpu_report_{self.document.name}_{tool}.log", "\n".join(found.log) + "\n")
-                self.write("compute-sanitizer", table(["tool", "", "summary", "tests"], results))
-
-    def measure_rates(self) -> None:
-        reasons = []
-        with closing(self.events("gpu_machine", ["rates"], RATES_SECONDS)) as events:
-            for event in events:
-                if event["event"] == "result":
-                    self.rates = event["result"]
-                elif event["event"] in ("error", "failure"):
-                    reasons.append(failure_text(event))
-        text = table(["rate", "measured"], [[name, f"{rate:.4g}"] for name, rate in self.rates.items()])
-        print(text if self.rates else f"  not measured: {reasons}", flush=True)
-        self.write("Rates", RATES_TEXT + text if self.rates else f"Not measured: {'; '.join(reasons) or 'no time'}.\n")
+                harness.write_text(self.path(f"gpu_report_{{}}_{tool}.log"), "\n".join(found.log) + "\n")
+                self.write("compute-sanitizer", markdown_table(["tool", "", "summary", "tests"], results))
 
     def operator(self, name: str, share: float) -> None:
         module = importlib.import_module(f"gpu_{name}")
         jobs = module.jobs(self.options.quick)
-        rows = self.document.rows[name] = []
+        rows = self.rows[name] = []
         troubles, open_jobs = [], list(jobs)
         try:
             with closing(self.events(module.__name__, jobs, share)) as events:
@@ -248,14 +237,32 @@ class Report:
             self.failed += [f"{name}: {text}" for text in wrong_results(rows)]
 
     def show(self, module, name: str, rows: list[dict], troubles: list[str], open_jobs: list[str]) -> None:
-        parts = []
-        if open_jobs:
-            parts.append(f"Not measured: {'; '.join(open_jobs)}.\n")
+        parts = [f"Not measured: {'; '.join(open_jobs)}.\n"] if open_jobs else []
         if troubles:
-            parts.append(table(["what went wrong"], [[trouble] for trouble in troubles]))
-        self.goals = [goal for goal in self.goals if goal.operator != name] + module.goals(rows)
-        self.document.sections["Goals"] = goals_table(self.goals)
-        self.write(name, "\n".join([*parts, module.tables(rows)]))
+            parts.append(markdown_table(["what went wrong"], [[trouble] for trouble in troubles]))
+        self.goals[name] = module.goals(rows)
+        self.sections["Goals"] = goals_table(goal for goals in self.goals.values() for goal in goals)
+        self.write(name, "\n".join([*parts, module.TEXT + tables(rows, module.caption)]))
+
+
+def goals_table(goals: Iterable[Goal]) -> str:
+    verdicts = {True: "met", False: "**not met**", None: "not measured"}
+    return markdown_table(["goal", "measured", ""], [[goal.goal, goal.measured, verdicts[goal.met]] for goal in goals])
+
+
+def block(text: str) -> str:
+    return f"```\n{text.rstrip()}\n```\n"
+
+
+def suite_section(found: gpu_process.SuiteRun) -> str:
+    parts = [found.verdict() + "\n"]
+    if found.failures:
+        parts.append(markdown_table(["failed"], [[failure] for failure in found.failures[:30]]))
+    if len(found.failures) > 30:
+        parts.append(f"and {len(found.failures) - 30} more\n")
+    if not found.passed and not found.failures:
+        parts.append(block("\n".join(found.log[-15:])))
+    return "\n".join(parts)
 
 
 def failure_text(event: dict) -> str:
@@ -278,7 +285,3 @@ def wrong_results(rows: list[dict]) -> list[str]:
         if row["contender"].startswith(PACKAGE)
         and ("wrong" in row["note"] or (row["contender"] == PACKAGE and not row["timing"]))
     ]
-
-
-def run(options) -> int:
-    return Report(options).run()

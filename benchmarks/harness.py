@@ -93,10 +93,10 @@ def interleaved(
                 samples[name].append(measure(call))
     finally:
         gc.enable()
-    return {name: _timing(values) for name, values in samples.items()}
+    return {name: timing_of(values) for name, values in samples.items()}
 
 
-def _timing(values: list[float]) -> Timing:
+def timing_of(values: list[float]) -> Timing:
     quantiles = statistics.quantiles(values, n=10, method="inclusive")
     return Timing(quantiles[1], statistics.median(values), quantiles[7], len(values))
 
@@ -211,7 +211,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def markdown_table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    lines = [list(header), *([str(cell) for cell in row] for row in rows)]
+    """With anything in its cells."""
+    lines = [[" ".join(str(cell).split()).replace("|", "\\|") for cell in line] for line in (header, *rows)]
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 

@@ -1,7 +1,6 @@
 """The GPU report where there is no GPU: arguments, time, what it leaves when it is stopped. All times are made up."""
 
 import csv
-import ctypes
 import importlib
 import os
 import signal
@@ -13,14 +12,15 @@ import types
 from collections import Counter
 from pathlib import Path
 
-import gpu_machine
 import gpu_margin_softmax
+import gpu_process
 import gpu_report
 import gpu_sections
-import gpu_tests
+import gpu_worker
 import pytest
-from gpu_document import Document, Goal, goals_table, slug
+from gpu_comparison import Goal
 from gpu_process import Overdue
+from gpu_sections import goals_table
 
 BENCHMARKS = Path(gpu_report.__file__).parent
 
@@ -64,47 +64,23 @@ def test_help_hides_what_only_rehearses():
     assert "--sanitize" in text and "It builds nothing" in " ".join(text.split())
 
 
-def test_without_a_gpu_it_says_so_and_imports_nothing_heavy():
-    code = (
-        "import sys, gpu_report\n"
-        "code = gpu_report.main([])\n"
-        "assert not {'torch', 'numpy', 'fewshot_ext'} & set(sys.modules)\n"
-        "sys.exit(code)"
-    )
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(BENCHMARKS)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "gpu_report.py"), "--output-dir", str(tmp_path)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("gpu_report: no CUDA device: ")
-    assert done.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    "init, count, reason",
-    ((100, 0, "the NVIDIA driver answers with error 100"), (0, 0, "CUDA_VISIBLE_DEVICES"), (0, 1, None)),
-)
-def test_the_driver_is_asked(init, count, reason, monkeypatch):
-    def device_count(pointer):
-        pointer._obj.value = count
-
-    driver = types.SimpleNamespace(cuInit=lambda flags: init, cuDeviceGetCount=device_count)
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
-    found = gpu_report.why_no_gpu()
-    assert found is None if reason is None else reason in found
+    assert done.stderr.startswith("gpu_report: torch cannot use the GPU: ")
+    assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 def test_a_package_that_is_not_there_ends_it_in_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(gpu_report, "why_no_gpu", lambda: None)
     monkeypatch.setitem(sys.modules, "gpu_sections", None)
     assert gpu_report.main([]) == 2
     assert "cannot import what it measures" in capsys.readouterr().err
 
 
-def test_names_of_files():
-    assert slug("NVIDIA H100 80GB HBM3") == "nvidia_h100_80gb_hbm3"
-
-
 def test_goals_read_met_not_met_and_not_measured():
-    goals = [Goal("op", "fast", "1 us", True), Goal("op", "small", "9 GiB", False), Goal("op", "first", "", None)]
+    goals = [Goal("fast", "1 us", True), Goal("small", "9 GiB", False), Goal("first", "", None)]
     assert goals_table(goals).splitlines()[2:] == [
         "| fast | 1 us | met |",
         "| small | 9 GiB | **not met** |",
@@ -112,22 +88,7 @@ def test_goals_read_met_not_met_and_not_measured():
     ]
 
 
-def test_a_document_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    document = Document(tmp_path, "GPU", "preface")
-    document.sections["Rates"] = "first"
-    document.write()
-    document.sections["Rates"] = "second"
-
-    def fail(self, target):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(type(tmp_path), "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        document.write()
-    assert "first" in (tmp_path / "gpu_report_gpu.md").read_text()
-
-
-FACTS = {"columns": {"device": "Made Up GPU", "torch": "9.9"}, "details": {"L2 cache": "1 MiB"}, "environment": "all"}
+FACTS = {"columns": {"device": "Made Up GPU", "torch": "9.9"}, "text": "L2 cache"}
 
 
 def row(contender="fewshot_ext", timing="graph", note="", case="256, 512, 64 in float32"):
@@ -146,14 +107,15 @@ class Workers:
     """Stands in for gpu_process.supervise."""
 
     def __init__(self):
-        self.results = {"facts": FACTS, "packages": {"cut_cross_entropy": "no module"}, "rates": {"copy_gb_per_s": 3.0}}
+        rates = {"rates": {"copy_gb_per_s": 3.0}, "text": "fast"}
+        self.results = {"Machine": FACTS, "Packages": {"text": "no cut_cross_entropy"}, "Rates": rates}
         self.troubles = {}  # job -> an event, or an exception to raise
         self.orders = []
 
     def __call__(self, command, settings, jobs, deadline):
         self.orders.append((settings, jobs))
         for job in jobs:
-            yield {"event": "begin", "job": job, "contender": "", "phase": "preparation", "kernel": "", "patience": 1}
+            yield {"event": "begin", "job": job, "contender": "", "phase": "preparation", "patience": 1}
             trouble = self.troubles.get(job)
             if isinstance(trouble, BaseException):
                 raise trouble
@@ -179,7 +141,7 @@ def workers(monkeypatch):
     def run(suite, command, deadline, **variables):
         suite.counts, suite.selected, suite.returncode = Counter(PASSED=5), 5, 0
 
-    monkeypatch.setattr(gpu_tests, "run", run)
+    monkeypatch.setattr(gpu_process, "run", run)
     return found
 
 
@@ -190,7 +152,7 @@ def report(tmp_path, workers, monkeypatch):
 
     def run(*arguments):
         options = gpu_report.parse(["--output-dir", str(tmp_path), *arguments])
-        code = gpu_sections.run(options)
+        code = gpu_sections.Report(options).run()
         document = tmp_path / "gpu_report_made_up_gpu.md"
         table = tmp_path / "margin_softmax_made_up_gpu.csv"
         rows = list(csv.DictReader(table.open())) if table.exists() else []
@@ -204,21 +166,21 @@ def test_a_report_has_every_section(report, workers, capsys):
     assert found.code == 0
     assert "**Complete.**" in found.text
     titles = [line[3:] for line in found.text.splitlines() if line.startswith("## ")]
-    assert titles == ["Goals", "Machine", "Packages", "Tests", "Rates", "margin_softmax"]
-    assert "| cut_cross_entropy | no module |" in found.text
+    assert titles == ["Goals", "Machine", "Packages", "Rates", "Tests", "margin_softmax"]
+    assert "## Machine\n\nL2 cache\n" in found.text and "## Packages\n\nno cut_cross_entropy\n" in found.text
     assert "5 of 5 selected tests ran" in found.text
     assert "| 256, 512, 64 in float32: at most 25 us in a CUDA graph | 20.0 us | met |" in found.text
     assert [row["torch"] for row in found.rows] == ["9.9"] * 3
     assert workers.orders[-1][0]["rates"] == {"copy_gb_per_s": 3.0}  # the operators' floors need them
     told = capsys.readouterr().out
-    assert "cannot import cut_cross_entropy: no module" in told
+    assert "no cut_cross_entropy" in told
     assert told.rstrip().endswith("margin_softmax_made_up_gpu.csv")
 
 
 def test_sections_that_nobody_asked_for_are_left_out(report, workers):
     found = report("--only", "tests")
     assert "## Tests" in found.text and "## Rates" not in found.text
-    assert [jobs for _, jobs in workers.orders] == [["facts", "packages"]]
+    assert [jobs for _, jobs in workers.orders] == [["Machine", "Packages"]]
 
 
 @pytest.mark.parametrize("arguments, seconds", (([], 180), (["--only", "tests"], 476), (["--minutes", "16"], 360)))
@@ -229,14 +191,14 @@ def test_tests_get_a_share_of_the_time_and_all_of_it_alone(arguments, seconds, r
         given.append(deadline - time.monotonic())
         suite.returncode = 0
 
-    monkeypatch.setattr(gpu_tests, "run", run)
+    monkeypatch.setattr(gpu_process, "run", run)
     report(*arguments)
     assert given == [pytest.approx(seconds, abs=2)]
 
 
 def test_the_time_that_runs_out_leaves_what_was_finished(report, workers, monkeypatch, capsys):
     workers.troubles[JOBS[2]] = Overdue()
-    monkeypatch.setattr(gpu_sections.Budget, "remaining", lambda self: 0.5)
+    monkeypatch.setattr(gpu_sections.Report, "remaining", lambda self: 0.5)
     found = report()
     assert found.code == 0
     state = f"Incomplete: out of time in section margin_softmax, case {JOBS[2]}"
@@ -247,12 +209,19 @@ def test_the_time_that_runs_out_leaves_what_was_finished(report, workers, monkey
 
 
 def test_a_share_that_is_spent_ends_its_section_alone(report, workers):
-    workers.troubles["rates"] = Overdue()
+    workers.troubles["Rates"] = Overdue()
     found = report()
     assert found.code == 0
-    assert "**Incomplete: out of time; not all of rates.**" in found.text
-    assert "Not measured: no time." in found.text
+    assert "**Incomplete: out of time; not all of machine.**" in found.text
     assert len(found.rows) == 3
+
+
+def test_rates_that_cannot_be_measured_are_said_and_the_rest_goes_on(report, workers):
+    del workers.results["Rates"]
+    workers.troubles["Rates"] = {"event": "error", "reason": "RuntimeError: no memory"}
+    found = report()
+    assert found.code == 0 and len(found.rows) == 3
+    assert "## Rates\n\nNot known: Rates: RuntimeError: no memory.\n" in found.text
 
 
 @pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
@@ -269,9 +238,9 @@ def test_a_signal_leaves_what_was_finished(number, report, workers, capsys):
 
 
 def test_a_signal_before_anything_was_found_writes_nothing(report, workers, capsys):
-    workers.troubles["facts"] = lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(5))
+    workers.troubles["Machine"] = lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(5))
     assert report().code == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM in section machine, case facts. Written: nothing" in capsys.readouterr().out
+    assert "stopped by SIGTERM in section machine, case Machine. Written: nothing" in capsys.readouterr().out
 
 
 def test_a_signal_during_the_tests_keeps_their_count(report, monkeypatch):
@@ -280,7 +249,7 @@ def test_a_signal_during_the_tests_keeps_their_count(report, monkeypatch):
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
         time.sleep(20)
 
-    monkeypatch.setattr(gpu_tests, "run", run)
+    monkeypatch.setattr(gpu_process, "run", run)
     found = report()
     assert found.code == 128 + signal.SIGTERM
     assert "2 of 9 selected tests ran in 0 s: 2 passed; cut: stopped" in found.text
@@ -291,7 +260,7 @@ def test_tests_that_fail_are_reported_and_the_rest_goes_on(report, monkeypatch, 
         suite.counts, suite.selected, suite.returncode = Counter(FAILED=1), 1, 1
         suite.failures, suite.log = ["a.py::test - no"], ["the log"]
 
-    monkeypatch.setattr(gpu_tests, "run", run)
+    monkeypatch.setattr(gpu_process, "run", run)
     found = report()
     assert found.code == 1
     assert "| a.py::test - no |" in found.text and len(found.rows) == 3
@@ -302,7 +271,7 @@ def test_tests_that_only_ran_out_of_time_make_the_report_incomplete(report, monk
     def run(suite, command, deadline, **variables):
         suite.counts, suite.selected, suite.cut, suite.out_of_time = Counter(PASSED=3), 9, "out of time", True
 
-    monkeypatch.setattr(gpu_tests, "run", run)
+    monkeypatch.setattr(gpu_process, "run", run)
     found = report()
     assert found.code == 0
     assert "**Incomplete: out of time; not all of tests (3 of 9 selected tests ran" in found.text
@@ -337,7 +306,7 @@ def test_wrong_results_of_this_package_fail_the_report(wrong, code, report, work
 
 def test_a_gpu_that_torch_cannot_use_ends_it(report, workers, capsys):
     workers.results.clear()
-    workers.troubles["facts"] = {"event": "error", "reason": "RuntimeError: driver too old"}
+    workers.troubles["Machine"] = {"event": "error", "reason": "RuntimeError: driver too old"}
     assert report().code == 2
     assert "gpu_report: torch cannot use the GPU: RuntimeError: driver too old" in capsys.readouterr().err
 
@@ -353,10 +322,10 @@ def test_an_error_of_the_report_itself_is_raised_and_leaves_the_files(report, wo
 def test_quick_runs_and_rehearsals_do_not_overwrite_results(tmp_path, workers, monkeypatch):
     monkeypatch.setattr(gpu_sections.harness, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(gpu_sections.tempfile, "gettempdir", lambda: str(tmp_path))
-    gpu_sections.run(gpu_report.parse(["--only", "tests"]))
+    gpu_sections.Report(gpu_report.parse(["--only", "tests"])).run()
     assert not (tmp_path / "results").exists()
     for arguments in ([], ["--quick"], ["--device", "cpu"]):
-        gpu_sections.run(gpu_report.parse(["--only", "tests", "--save", *arguments]))
+        gpu_sections.Report(gpu_report.parse(["--only", "tests", "--save", *arguments])).run()
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
         "gpu_report_made_up_gpu.md",
         "gpu_report_made_up_gpu_quick.md",
@@ -366,7 +335,7 @@ def test_quick_runs_and_rehearsals_do_not_overwrite_results(tmp_path, workers, m
 
 
 def test_a_missing_sanitizer_is_said(report, monkeypatch):
-    monkeypatch.setattr(gpu_tests, "find_sanitizer", lambda: None)
+    monkeypatch.setattr(gpu_process, "find_sanitizer", lambda: None)
     found = report("--sanitize")
     assert found.code == 1
     assert "compute-sanitizer is neither on the PATH nor in CUDA_HOME/bin" in found.text
@@ -379,8 +348,8 @@ def test_each_sanitizer_has_a_line_and_a_log(report, monkeypatch, tmp_path):
         suite.counts, suite.selected, suite.returncode = Counter(PASSED=2), 2, 0
         suite.log = [f"========= ERROR SUMMARY: {errors} errors"]
 
-    monkeypatch.setattr(gpu_tests, "find_sanitizer", lambda: "/usr/bin/compute-sanitizer")
-    monkeypatch.setattr(gpu_tests, "run", run)
+    monkeypatch.setattr(gpu_process, "find_sanitizer", lambda: "/usr/bin/compute-sanitizer")
+    monkeypatch.setattr(gpu_process, "run", run)
     found = report("--sanitize")
     assert found.code == 1
     lines = [line for line in found.text.splitlines() if "ERROR" not in line and "errors" in line]
@@ -398,15 +367,16 @@ def bench(left_out=None):
 
 
 def test_packages_that_cannot_be_imported_are_listed_with_the_reason(monkeypatch):
-    monkeypatch.setattr(gpu_machine, "PACKAGES", {"csv": "tables", "no_such_module": "the peer"})
-    missing = gpu_machine.packages(bench())
-    assert "csv" not in missing
-    assert missing["no_such_module"] == "ModuleNotFoundError: No module named 'no_such_module'; without it: the peer"
+    monkeypatch.setattr(gpu_worker, "PACKAGES", {"csv": "tables", "no_such_module": "the peer"})
+    missing = gpu_worker.packages(bench())["text"]
+    assert "| csv |" not in missing
+    reason = "ModuleNotFoundError: No module named 'no_such_module'; without it: the peer"
+    assert f"| no_such_module | {reason} |" in missing
 
 
 def test_a_package_whose_import_killed_a_worker_is_not_tried_again(monkeypatch):
-    monkeypatch.setattr(gpu_machine, "PACKAGES", {"csv": "tables"})
-    assert gpu_machine.packages(bench("the process died of SIGSEGV"))["csv"].startswith("the process died of SIGSEGV")
+    monkeypatch.setattr(gpu_worker, "PACKAGES", {"csv": "tables"})
+    assert "| csv | the process died of SIGSEGV" in gpu_worker.packages(bench("the process died of SIGSEGV"))["text"]
 
 
 @pytest.mark.parametrize(
@@ -422,8 +392,7 @@ def test_clocks_are_read_or_said_to_be_unreadable(answer, expected, tmp_path, mo
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     address = types.SimpleNamespace(pci_domain_id=0, pci_bus_id=0x3B, pci_device_id=0)
-    monkeypatch.setattr(gpu_machine.torch.cuda, "get_device_properties", lambda index: address)
-    found = gpu_machine.nvidia_smi(0)
+    found = gpu_worker.nvidia_smi(address)
     assert found | expected == found
 
 
@@ -447,7 +416,8 @@ def test_rehearsal_from_end_to_end(tmp_path):
         cases = {row["case"] for row in rows}
         assert cases == {operator.title(job) for job in operator.jobs(quick=True)}
         timed = [row for row in rows if row["contender"] == "fewshot_ext"]
-        assert len(timed) == len(cases) and all(float(row["p50_ms"]) > 0 for row in timed)
+        assert [row["timing"] for row in timed] == ["stream", "host"] * len(cases)
+        assert all(float(row["p50_ms"]) > 0 for row in timed)
 
 
 @pytest.mark.slow
@@ -455,7 +425,7 @@ def test_rehearsal_that_is_stopped_leaves_its_files_and_no_process(tmp_path):
     command, marked = rehearse(tmp_path, "--only", "margin_softmax"), {**os.environ, "REHEARSAL": str(tmp_path)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=marked) as process:
         for line in process.stdout:
-            if "fewshot_ext" in line:  # the first case is finished
+            if "ms: fewshot_ext" in line:  # the first case is finished
                 process.send_signal(signal.SIGTERM)
                 break
         rest = process.stdout.read()

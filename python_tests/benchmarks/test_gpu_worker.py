@@ -5,10 +5,9 @@ import json
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
-import gpu_timing
+import gpu_comparison
 import gpu_worker
 import pytest
 
@@ -34,7 +33,7 @@ def events(said):
 
 def test_a_job_is_announced_and_its_result_sent(bench):
     worker = bench()
-    worker.do(types.SimpleNamespace(measure=lambda job, bench: [job, bench.quick]), "a")
+    worker.do(lambda job, bench: [job, bench.quick], "a")
     assert events(worker.said()) == ["begin", "result", "done"]
     assert worker.said()[1]["result"] == ["a", True]
     assert all(event["job"] == "a" for event in worker.said())
@@ -46,7 +45,7 @@ def fail(job, bench):
 
 def test_a_job_that_fails_says_why_and_the_next_one_goes_on(bench):
     worker = bench()
-    worker.do(types.SimpleNamespace(measure=fail), "a")
+    worker.do(fail, "a")
     assert events(worker.said()) == ["begin", "error", "done"]
     assert worker.said()[1]["reason"] == "ValueError: no memory"
 
@@ -67,29 +66,28 @@ def test_a_job_that_breaks_the_device_ends_the_process(bench, exits, monkeypatch
     worker = bench()
     monkeypatch.setattr(worker.device, "is_healthy", lambda: False)
     with pytest.raises(Exited):
-        worker.do(types.SimpleNamespace(measure=fail), "a")
+        worker.do(fail, "a")
     assert events(worker.said()) == ["begin", "fault"]
 
 
 def test_a_failed_capture_ends_the_process_although_the_device_seems_healthy(bench, exits):
     worker = bench()
     with pytest.raises(Exited):
-        worker.survive(gpu_timing.CaptureError("cannot be captured: it synchronizes"))
+        worker.survive(gpu_comparison.CaptureError("cannot be captured: it synchronizes"))
     assert worker.said()[0]["reason"] == "CaptureError: cannot be captured: it synchronizes"
     worker.survive(ValueError("of no consequence"))
 
 
-def test_what_is_left_out(bench):
-    failure = {"job": "a", "contender": "ours", "phase": "check", "kernel": "chunked", "reason": "it hung"}
-    for everywhere in (False, True):
-        worker = bench(left_out=[{**failure, "everywhere": everywhere}])
+def test_what_killed_a_worker_is_left_out_there_and_after_two_deaths_everywhere(bench):
+    death = {"contender": "ours", "phase": "check", "reason": "it hung"}
+    for deaths, elsewhere in (([{**death, "job": "a"}], None), ([{**death, "job": "a"}, {**death, "job": "c"}], "a")):
+        worker = bench(left_out=deaths)
         worker._job = "a"
-        assert worker.left_out("ours", "check", "chunked") == "it hung (check)"
-        assert worker.left_out("ours", "capture", "chunked") is None
+        assert worker.left_out("ours", "check") == "it hung (check)"
+        assert worker.left_out("ours", "capture") is None
         worker._job = "b"
-        found = worker.left_out("ours, forced", "check", "chunked")
-        assert found == ("it hung (check) at a" if everywhere else None)
-        assert worker.left_out("peer", "check", "") is None
+        assert worker.left_out("ours", "check") == (elsewhere and f"it hung (check) at {elsewhere}")
+        assert worker.left_out("peer", "check") is None
 
 
 def test_time_is_told_to_the_second(bench):

@@ -35,6 +35,23 @@ def test_the_caption_is_the_command_without_save(save, monkeypatch):
     assert harness.command().endswith("bench.py --seconds 8")
 
 
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "report.md"
+    harness.write_text(path, "first")
+
+    def fail(self, target):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(type(path), "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        harness.write_text(path, "second")
+    assert path.read_text() == "first"
+
+
+def test_cells_of_a_table_hold_anything():
+    assert harness.markdown_table(["a"], [["x|y\nz"], [1]]).splitlines()[2:] == ["| x\\|y z |", "| 1 |"]
+
+
 def test_a_quick_call_is_repeated_and_a_slow_one_is_not():
     calls = []
     each = harness.wall_clock(lambda: calls.append(time.sleep(0.002)), at_least=0.02)

