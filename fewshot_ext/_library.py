@@ -63,6 +63,12 @@ def load() -> None:
     global cpu_error, cuda_error
     cpu_error = _load("_C")
     if cpu_error is not None:
+        source = library_dir().parent
+        if LIBRARY_DIR_VARIABLE not in os.environ and (source / "setup.py").exists():
+            raise ImportError(
+                f"fewshot_ext: {cpu_error}: nothing is compiled in the source, which Python takes before an installed "
+                f"package. Change to another folder than {source}, or compile it here with: pip install -e ."
+            )
         raise ImportError(f"fewshot_ext: {cpu_error}. Build it with: {REBUILD}")
     if torch.version.cuda is None:
         cuda_error = f"torch {torch.__version__} is built without CUDA"

@@ -1,8 +1,10 @@
 """What the package says when a native library is missing, and what it brings along when it is imported."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +32,16 @@ def test_missing_library_names_cause_and_command(tmp_path):
     assert run.returncode == 1
     last_line = run.stderr.strip().splitlines()[-1]
     assert last_line == f"ImportError: fewshot_ext: no _C library in {tmp_path}. Build it with: {BUILD}"
+
+
+def test_source_without_a_library_says_where_to_go(tmp_path):
+    package = Path(fewshot_ext.__file__).parent
+    (tmp_path / "setup.py").touch()
+    shutil.copytree(package, tmp_path / "fewshot_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    run = run_python(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import fewshot_ext")
+    assert run.returncode == 1
+    last_line = run.stderr.strip().splitlines()[-1]
+    assert f"Change to another folder than {tmp_path}, or compile it here with: pip install -e ." in last_line
 
 
 def test_broken_library_names_cause_and_command(tmp_path):
