@@ -30,6 +30,11 @@ class ExactSearch:
             # By the largest entry first: parallel vectors of integers become equal, and short vectors reach length 1.
             longest = [x.abs().amax(1, keepdim=True) for x in points]
             points = [normalize(x / by.where(by > 0, 1)) for x, by in zip(points, longest, strict=True)]
+        else:
+            # Squares must neither overflow nor vanish; a power of two changes no digit.
+            exponent = int(max(x.abs().max().frexp().exponent for x in points))
+            if abs(exponent) > 400:
+                points = [x * 2.0 ** -max(-1000, min(1000, exponent)) for x in points]
         # Without what the vectors have in common their products keep more digits. The median is made of entries of the
         # gallery, so that integers stay integers, and a vector far from the rest does not move it.
         origin = points[0][:: max(1, len(gallery) // 1000)].median(0).values

@@ -189,6 +189,14 @@ def test_4_cosines_do_not_depend_on_lengths(length):
     assert torch.equal(nearest_neighbors(embeddings * lengths, k=49), expected)
 
 
+@pytest.mark.parametrize("exponent", (-1020, -700, 600, 1020))
+def test_6_euclidean_distances_at_any_range(exponent):
+    embeddings = torch.randn(40, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = nearest_neighbors(embeddings, k=39, distance="euclidean")
+    found = nearest_neighbors(embeddings * 2.0**exponent, k=39, distance="euclidean")
+    assert torch.equal(found, expected)
+
+
 def test_6_one_far_embedding_leaves_the_order_of_the_rest():
     generator = torch.Generator().manual_seed(1)
     embeddings = torch.randn(50, 8, generator=generator)
