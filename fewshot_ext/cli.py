@@ -59,7 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows the program's name; ``sys.argv`` where None.
     """
     with unbroken_output() as output, release_locks(), signals_as_interrupt():
-        exit_code = _main(arguments)
+        try:
+            exit_code = _main(arguments)
+        except SystemExit:  # --help has been printed, or not
+            output.flush()
+            if output.trouble is None or isinstance(output.trouble, BrokenPipeError):
+                raise
+            exit_code = 1
         output.flush()
         trouble = output.trouble
         if trouble is None or isinstance(trouble, BrokenPipeError):  # a reader that has seen enough, as head
@@ -133,22 +139,30 @@ def _find_command(arguments: Sequence[str]) -> tuple[list[str], ModuleType | Non
 
 
 @cache
-def _refuse_yaml_aliases() -> None:
-    """Some hundred bytes of YAML may stand for more values than there is memory for, by aliases of aliases."""
+def _guard_yaml() -> None:
+    """Refuses aliases, of which some hundred bytes may stand for more values than there is memory for, and settings
+    that come twice, of which the first would be lost."""
     import yaml
     from jsonargparse import get_loader, set_loader
     from jsonargparse._loaders_dumpers import get_yaml_default_loader
 
     # Not a loader of our own: what set_loader sets does not see texts in numbers' places, which are YAML once more.
     loader, events = get_yaml_default_loader(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    begin = loader.__init__
+    begin, construct = loader.__init__, loader.construct_mapping
 
     def begin_without_aliases(self, text: str) -> None:
         if "*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, events)):
             raise yaml.YAMLError("aliases such as *name are not taken in YAML: write the value out")
         begin(self, text)
 
-    loader.__init__ = begin_without_aliases
+    def construct_without_repeats(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [str(key.value) for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.YAMLError(f"{name} comes twice in YAML: leave one out")
+        return construct(self, node, deep)
+
+    loader.__init__, loader.construct_mapping = begin_without_aliases, construct_without_repeats
     set_loader("yaml", get_loader("yaml"), (yaml.YAMLError, RecursionError, ValueError))
 
 
@@ -184,7 +198,7 @@ def _parser_class() -> type:
 
 def _build_parsers() -> dict[str, Any]:
     """Parsers by the commands that they parse: "fewshot-ext", "fewshot-ext data", "fewshot-ext data pack"."""
-    _refuse_yaml_aliases()
+    _guard_yaml()
     parser = _parser_class()(
         prog="fewshot-ext",
         description="Few-shot image classification and metric learning with PyTorch.",

@@ -138,6 +138,14 @@ class TestItem24:
         assert "Parser key \"seed\": Expected a <class 'int'>" in error
         assert len(error) < 1000, "the aliases were followed"
 
+    @pytest.mark.parametrize("text", ["epochs: 3\nseed: 1\nepochs: 4\n", "backbone: {width: 8, width: 16}\n"])
+    def test_a_setting_that_comes_twice(self, text, tmp_path, capsys):
+        (tmp_path / "twice.yaml").write_text(text)
+        assert main(["pretrain", "--config", str(tmp_path / "twice.yaml")]) == 2
+        error = capsys.readouterr().err
+        assert "comes twice in YAML: leave one out" in error
+        assert len(error.splitlines()) == 1
+
     def test_yaml_that_is_too_deep(self, tmp_path, capsys):
         (tmp_path / "deep.yaml").write_text("cosine_margins: " + "[" * 100_000)
         assert main(["demo", "--config", str(tmp_path / "deep.yaml")]) == 2

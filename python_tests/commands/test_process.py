@@ -57,6 +57,14 @@ def test_item_27_a_full_standard_output_is_one_line_and_loses_no_results(picture
     assert (tmp_path / "a.npz").exists()
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_item_27_help_that_cannot_be_printed_is_an_error():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*PACK, "--help"], text=True, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1
+    assert done.stderr == "fewshot-ext: error: cannot write to standard output: No space left on device\n"
+
+
 @pytest.mark.skipif(os.name != "posix", reason="by a shell")
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
 def test_item_27_streams_that_are_closed_lose_no_results(closed, pictures, tmp_path):
