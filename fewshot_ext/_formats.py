@@ -5,7 +5,8 @@ import json
 import types
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -169,6 +170,11 @@ def read_json(path: Path, schema: Any, what: str) -> Any:
             raise ValueError("it is nested too deeply") from error
         check_schema(content, schema)
     return content
+
+
+def repeated(names: Iterable[str]) -> str | None:
+    """The first name that comes more than once; None where none does."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def read_weights(path: Path) -> Any:

@@ -64,7 +64,7 @@ def load() -> None:
     cpu_error = _load("_C")
     if cpu_error is not None:
         source = library_dir().parent
-        if LIBRARY_DIR_VARIABLE not in os.environ and (source / "setup.py").exists():
+        if not os.environ.get(LIBRARY_DIR_VARIABLE) and (source / "setup.py").exists():
             raise ImportError(
                 f"fewshot_ext: {cpu_error}: nothing is compiled in the source, which Python takes before an installed "
                 f"package. Change to another folder than {source}, or compile it here with: pip install -e ."

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from fewshot_ext import _extras
+from fewshot_ext._formats import repeated
 from fewshot_ext._version import __version__
 from fewshot_ext.commands import (
     analyze,
@@ -156,10 +157,8 @@ def _guard_yaml() -> None:
         begin(self, text)
 
     def construct_without_repeats(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        names = [str(key.value) for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.YAMLError(f"{name} comes twice in YAML: leave one out")
+        if (name := repeated(str(key.value) for key, _ in node.value)) is not None:
+            raise yaml.YAMLError(f"{name} comes twice in YAML: leave one out")
         return construct(self, node, deep)
 
     loader.__init__, loader.construct_mapping = begin_without_aliases, construct_without_repeats

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fewshot_ext import FewShotClassifier
-from fewshot_ext._formats import check_schema, read_json, read_weights, typed
+from fewshot_ext._formats import check_schema, read_json, read_weights, repeated, typed
 from fewshot_ext.cli import main
 from fewshot_ext.data import ImageArchive, load_split
 from fewshot_ext.evaluation import FrozenBackbone
@@ -145,6 +145,10 @@ class TestItem24:
         error = capsys.readouterr().err
         assert "comes twice in YAML: leave one out" in error
         assert len(error.splitlines()) == 1
+
+    def test_names_that_repeat_are_found_among_many(self):
+        assert repeated(["b", "a", "c", "a", "c"]) == "a"
+        assert repeated(map(str, range(300_000))) is None  # would take minutes if each were counted by itself
 
     def test_yaml_that_is_too_deep(self, tmp_path, capsys):
         (tmp_path / "deep.yaml").write_text("cosine_margins: " + "[" * 100_000)

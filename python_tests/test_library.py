@@ -38,7 +38,9 @@ def test_source_without_a_library_says_where_to_go(tmp_path):
     package = Path(fewshot_ext.__file__).parent
     (tmp_path / "setup.py").touch()
     shutil.copytree(package, tmp_path / "fewshot_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    run = run_python(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import fewshot_ext")
+    run = run_python(
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import fewshot_ext", FEWSHOT_EXT_LIBRARY_DIR=""
+    )
     assert run.returncode == 1
     last_line = run.stderr.strip().splitlines()[-1]
     assert f"Change to another folder than {tmp_path}, or compile it here with: pip install -e ." in last_line

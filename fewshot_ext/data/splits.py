@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fewshot_ext._files import check_unpacked_size
+from fewshot_ext._formats import repeated
 from fewshot_ext.data.archive import Split
 
 # What a role is called in the names of folders, of files and of the entries of a JSON file.
@@ -227,11 +228,9 @@ class _Unfit(ValueError):
 
 
 def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _Unfit(f"it has {next(name for name in names if names.count(name) > 1)!r} twice")
-    return content
+    if (name := repeated(name for name, _ in pairs)) is not None:
+        raise _Unfit(f"it has {name!r} twice")
+    return dict(pairs)
 
 
 def _number(text: str) -> int:

@@ -1,5 +1,7 @@
 """Exact nearest-neighbor search: by distance, and by place in the gallery where distances are equal."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ class ExactSearch:
             points = [normalize(x / by.where(by > 0, 1)) for x, by in zip(points, longest, strict=True)]
         else:
             # Squares must neither overflow nor vanish; a power of two changes no digit.
-            exponent = int(max(x.abs().max().frexp().exponent for x in points))
+            _, exponent = math.frexp(max(x.abs().max().item() for x in points))
             if abs(exponent) > 400:
                 points = [x * 2.0 ** -max(-1000, min(1000, exponent)) for x in points]
         # Without what the vectors have in common their products keep more digits. The median is made of entries of the

@@ -195,6 +195,9 @@ def test_6_euclidean_distances_at_any_range(exponent):
     expected = nearest_neighbors(embeddings, k=39, distance="euclidean")
     found = nearest_neighbors(embeddings * 2.0**exponent, k=39, distance="euclidean")
     assert torch.equal(found, expected)
+    zeros = torch.zeros(1, 6, dtype=torch.float64)  # have no range of their own
+    by_length = nearest_neighbors(zeros, embeddings, k=40, distance="euclidean")
+    assert torch.equal(nearest_neighbors(zeros, embeddings * 2.0**exponent, k=40, distance="euclidean"), by_length)
 
 
 def test_6_one_far_embedding_leaves_the_order_of_the_rest():
