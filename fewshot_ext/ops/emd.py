@@ -263,13 +263,15 @@ def _check_faults(pivots: Tensor, batch: torch.Size) -> None:
             raise ValueError(f"{what}, at batch index {index}")
 
 
-def _check_certificate(cost: Tensor, supply: Tensor, demand: Tensor, result: EMD, batch: torch.Size) -> None:
+def _check_certificate(
+    cost: Tensor, supply: Tensor, demand: Tensor, result: EMD, batch: torch.Size, partial: bool
+) -> None:
     """Raises for the first solution of the flat batch that is none; waits for the device. Looks at nothing while
     tracing."""
     if cost.is_meta or any(is_traced(tensor) for tensor in (cost, supply, demand)):
         return
     tolerance = CERTIFICATE_TOLERANCE[result.value.dtype]
-    found = certificate(cost, supply, demand, result, tolerance)
+    found = certificate(cost, supply, demand, result, tolerance, partial=partial)
     failed = ~found.holds(tolerance)
     if failed.any():
         position, index = _batch_index(failed, batch)
@@ -480,5 +482,5 @@ def emd(
     if check:
         _check_faults(pivots, batch)
         solution = EMD(**_in_one_row(batch, **result._asdict()))
-        _check_certificate(**_in_one_row(batch, **problem), result=solution, batch=batch)
+        _check_certificate(**_in_one_row(batch, **problem), result=solution, batch=batch, partial=partial)
     return _without_dummies(result, problem) if partial else result

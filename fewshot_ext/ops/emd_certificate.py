@@ -36,21 +36,37 @@ class Certificate(NamedTuple):
 
 
 def certificate(
-    cost: Tensor, supply: Tensor, demand: Tensor, result: tuple[Tensor, ...], tolerance: float = 1e-12
+    cost: Tensor,
+    supply: Tensor,
+    demand: Tensor,
+    result: tuple[Tensor, ...],
+    tolerance: float = 1e-12,
+    *,
+    partial: bool = False,
 ) -> Certificate:
     """Judges ``result``, (value, flow, supply_dual, demand_dual), as a solution of the problems ``[..., n, m]``.
 
-    ``tolerance``: of the error; one that is known to be smaller is not pursued further.
+    ``tolerance``: of the error; one that is known to be smaller is not pursued further. ``partial``: the last point of
+    each side is a dummy that takes what the other side has more. What that is exactly, no number that is given for the
+    dummy's mass can say; so the error is that of the difference of the others' sums.
     """
     batch, (n, m) = cost.shape[:-2], cost.shape[-2:]
     sizes = ((n, m), (n,), (m,), (), (n, m), (n,), (m,))
     tensors = (tensor.detach().double() for tensor in (cost, supply, demand, *result))
     flat = [tensor.expand((*batch, *size)).reshape((-1, *size)) for tensor, size in zip(tensors, sizes, strict=True)]
-    return Certificate(*(part.reshape(batch) for part in _judged(*flat, tolerance)))
+    return Certificate(*(part.reshape(batch) for part in _judged(*flat, tolerance, partial)))
 
 
 def _judged(
-    cost: Tensor, supply: Tensor, demand: Tensor, value: Tensor, flow: Tensor, u: Tensor, v: Tensor, tolerance: float
+    cost: Tensor,
+    supply: Tensor,
+    demand: Tensor,
+    value: Tensor,
+    flow: Tensor,
+    u: Tensor,
+    v: Tensor,
+    tolerance: float,
+    partial: bool,
 ) -> Certificate:
     given = cost, supply, demand, value
     # Relative to more than all mass, because sums can be beyond the type.
@@ -80,9 +96,9 @@ def _judged(
     gap = torch.maximum((carried.sum((-2, -1)) - value).abs(), (dual - value).abs())
     gap = torch.where(gap == 0, 0, gap / size)
     least = reduced.amin((-2, -1))
-    error = _error(real, supply, demand, value, flow > 0, u, v, tolerance)
+    error = _error(real, supply, demand, value, flow > 0, u, v, tolerance, partial)
     for index in (error > tolerance).nonzero().flatten().tolist():
-        error[index] = _exact_error(*(part[index] for part in (*given, flow, u)))
+        error[index] = _exact_error(*(part[index] for part in (*given, flow, u)), partial)
     return Certificate(
         torch.maximum(rows, columns) / mass,
         flow.amin((-2, -1)) / mass,
@@ -93,7 +109,15 @@ def _judged(
 
 
 def _error(
-    cost: Tensor, supply: Tensor, demand: Tensor, value: Tensor, used: Tensor, u: Tensor, v: Tensor, tolerance: float
+    cost: Tensor,
+    supply: Tensor,
+    demand: Tensor,
+    value: Tensor,
+    used: Tensor,
+    u: Tensor,
+    v: Tensor,
+    tolerance: float,
+    partial: bool,
 ) -> Tensor:
     """A bound of |value - optimum| / |optimum|, from duals that are improved until it is good or they stay.
 
@@ -107,7 +131,10 @@ def _error(
         violation = (3 * _UNIT * size - slack).where(cost.isfinite(), 0).amax((-2, -1)).clamp(min=0)
         terms = u * supply, v * demand
         dual = terms[0].sum(-1) + terms[1].sum(-1)
-        rounding = sum(part.abs().sum(-1) for part in terms) * (24 * _UNIT)  # torch sums in cascades
+        sizes = sum(part.abs().sum(-1) for part in terms)
+        if partial:  # the dummy's mass is a difference of sums
+            sizes = sizes + torch.maximum(u[:, -1].abs(), v[:, -1].abs()) * supply.sum(-1)
+        rounding = sizes * (24 * _UNIT)  # torch sums in cascades
         difference = (value - dual).abs() + rounding + violation * supply.sum(-1)
         found = torch.where(difference == 0, 0, difference / value.abs())
         bound = torch.minimum(bound, found.nan_to_num(nan=math.inf))
@@ -127,7 +154,9 @@ def _highest(values: Tensor, dim: int, other: Tensor) -> Tensor:
     return highest.where(highest.isfinite(), other)
 
 
-def _exact_error(cost: Tensor, supply: Tensor, demand: Tensor, value: Tensor, flow: Tensor, u: Tensor) -> float:
+def _exact_error(
+    cost: Tensor, supply: Tensor, demand: Tensor, value: Tensor, flow: Tensor, u: Tensor, partial: bool
+) -> float:
     """The same without rounding, of one problem: exact wherever its plan is optimal.
 
     Potentials come from the shortest paths that forbid a flow to be improved: their lengths settle within as many
@@ -135,7 +164,11 @@ def _exact_error(cost: Tensor, supply: Tensor, demand: Tensor, value: Tensor, fl
     """
     if not (value.isfinite() and u.isfinite().all()):
         return math.inf
-    rows, columns = ((mass > 0).nonzero().flatten().tolist() for mass in (supply, demand))
+    masses = [[Fraction(x) for x in mass.tolist()] for mass in (supply, demand)]
+    if partial:
+        more = sum(masses[0][:-1]) - sum(masses[1][:-1])
+        masses[0][-1], masses[1][-1] = max(-more, Fraction(0)), max(more, Fraction(0))
+    rows, columns = ([k for k, mass in enumerate(side) if mass > 0] for side in masses)
     exact_costs = [[Fraction(x) if x < math.inf else None for x in cost[row, columns].tolist()] for row in rows]
     exact_u = [Fraction(x) for x in u[rows].tolist()]
     # Integers are faster than fractions; all denominators are powers of 2.
@@ -152,9 +185,9 @@ def _exact_error(cost: Tensor, supply: Tensor, demand: Tensor, value: Tensor, fl
         if risen == high:
             break
         high, low = risen, _allowed(costs, risen)
-    masses = [[Fraction(x) for x in mass[mass > 0].tolist()] for mass in (supply, demand)]
     of_rows, of_columns = (
-        sum(dual * mass for dual, mass in zip(*pair, strict=True)) for pair in zip((high, low), masses, strict=True)
+        sum(dual * side[k] for dual, k in zip(duals, points, strict=True))
+        for duals, side, points in zip((high, low), masses, (rows, columns), strict=True)
     )
     optimum = (of_rows + of_columns * sum(masses[0]) / sum(masses[1])) / unit
     difference = abs(Fraction(value.item()) - optimum)

@@ -399,6 +399,18 @@ def test_partial_transport_leaves_the_dearest_mass(backend):
 
 
 @EVERYWHERE
+def test_check_takes_right_values_of_partial_transport_that_nearly_cancel(backend):
+    """0.1 * -2 + (0.3 - 0.1) * 1: what stays, 0.8 - 0.3, is no number of float64. The value does not depend on it."""
+    costs, supply, demand = [[-2.0], [1.0 + 2.0**-40]], [0.1, 0.7], [0.3]
+    expected = optimum(costs, supply, demand, partial=True)
+    tensors = [torch.tensor(part, **FLOAT64) for part in (costs, supply, demand)]
+    with backend.activate():
+        value = solve(backend, *tensors, partial=True, check=True).value.item()
+        turned = solve(backend, tensors[0].mT, tensors[2], tensors[1], partial=True, check=True).value.item()
+    assert value == turned == float(expected)
+
+
+@EVERYWHERE
 def test_partial_transport_of_a_batch_and_its_gradients(backend):
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.rand(3, *shape, generator=generator, **FLOAT64) for shape in ((4, 5), (4,), (5,))]
