@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "common/half.h"
+#include "common/new_tensor.h"
 #include "emd/problem.h"
 
 namespace fewshot_ext {
@@ -83,7 +84,7 @@ Results forward(Tensor cost, Tensor supply, Tensor demand, bool partial) {
   STD_TORCH_CHECK(!partial || (n >= 2 && m >= 2), "cost: expected a dummy on each side");
   const ScalarType accumulate = cost.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const auto make = [&](std::initializer_list<int64_t> sizes, ScalarType type) {
-    return torch::stable::new_empty(cost, {sizes.begin() + one, sizes.size() - one}, type);
+    return new_empty(cost, sizes.begin() + one, sizes.size() - one, type);
   };
   Results results{
       make({batch}, accumulate),    make({batch, n, m}, accumulate),           make({batch, n}, accumulate),
@@ -131,8 +132,8 @@ std::tuple<Tensor, Tensor> flow_backward(Tensor grad_flow, Tensor basis) {
                       basis.scalar_type() == ScalarType::Int && basis.device() == grad_flow.device(),
                   "basis: expected int32 [B, n + m - 1] as the forward pass returned it");
   basis = torch::stable::contiguous(basis);
-  Tensor grad_supply = torch::stable::new_empty(grad_flow, {batch, n});
-  Tensor grad_demand = torch::stable::new_empty(grad_flow, {batch, m});
+  Tensor grad_supply = new_empty(grad_flow, {batch, n}, grad_flow.scalar_type());
+  Tensor grad_demand = new_empty(grad_flow, {batch, m}, grad_flow.scalar_type());
   if (batch > 0) {
     switch (grad_flow.scalar_type()) {
       case ScalarType::Float:

@@ -16,6 +16,7 @@
 #include <type_traits>
 
 #include "common/half.h"
+#include "common/new_tensor.h"
 #include "episode_finetune/draws.h"
 #include "episode_finetune/problem.h"
 
@@ -107,8 +108,7 @@ Tensor finetune(Tensor support, Tensor target, Tensor query, Tensor weight, Tens
   // Kernels round up the minibatches of a pass, which a batch size near 2^63 would overflow.
   batch_size = std::min(batch_size, support.size(1));
   const FinetuneSettings settings{cosine, scale, margin, batch_size, lr, momentum, dampening, weight_decay};
-  Tensor scores =
-      torch::stable::new_empty(support, {support.size(0), query.size(1), weight.size(1)}, accumulate_type(support));
+  Tensor scores = new_empty(support, {support.size(0), query.size(1), weight.size(1)}, accumulate_type(support));
   if (support.size(0) == 0) return scores;
   switch (support.scalar_type()) {
     case ScalarType::Float:
@@ -144,8 +144,8 @@ std::tuple<Tensor, Tensor> draw(Tensor support, Tensor seed, int64_t way, int64_
   draws.passes = passes;
   draws.support_size = support.size(1);
   const ScalarType accumulate = accumulate_type(support);
-  Tensor weight = torch::stable::new_empty(support, {draws.episodes, way, draws.dimensions}, accumulate);
-  Tensor order = torch::stable::new_empty(support, {draws.episodes, passes, draws.support_size}, ScalarType::Long);
+  Tensor weight = new_empty(support, {draws.episodes, way, draws.dimensions}, accumulate);
+  Tensor order = new_empty(support, {draws.episodes, passes, draws.support_size}, ScalarType::Long);
   draws.weight = weight.mutable_data_ptr();
   draws.order = static_cast<int64_t*>(order.mutable_data_ptr());
   if (draws.episodes > 0) {

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <tuple>
 
+#include "common/new_tensor.h"
 #include "margin_softmax/problem.h"
 
 namespace fewshot_ext {
@@ -83,9 +84,9 @@ inline MarginSoftmaxProblem describe(const Tensor& features, const Tensor& weigh
 
 // A gradient of `like`'s shape, zero where there is no sample to give one; an empty tensor where nobody asked.
 inline Tensor gradient(const Tensor& like, bool wanted, bool zero) {
-  if (!wanted) return torch::stable::new_empty(like, {0});
+  if (!wanted) return new_empty(like, {0}, like.scalar_type());
   const int64_t shape[] = {like.size(0), like.size(1)};
-  return zero ? torch::stable::new_zeros(like, shape) : torch::stable::new_empty(like, shape);
+  return zero ? torch::stable::new_zeros(like, shape) : new_empty(like, shape, like.scalar_type());
 }
 
 // `Kernels::run(problem, features)` computes what the problem asks for, on the device of `features`. The backward pass
@@ -111,11 +112,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor features, Tens
   const ScalarType accumulate = accumulate_type(features);
   const int64_t samples = problem.samples;
   const bool empty = samples == 0;
-  Tensor loss = none    ? torch::stable::new_empty(features, {samples}, accumulate)
+  Tensor loss = none    ? new_empty(features, {samples}, accumulate)
                 : empty ? torch::stable::new_zeros(features, {}, accumulate)
-                        : torch::stable::new_empty(features, {}, accumulate);
-  Tensor prediction = torch::stable::new_empty(features, {return_prediction ? samples : 0}, ScalarType::Long);
-  Tensor statistics = torch::stable::new_empty(features, {4, samples}, accumulate);
+                        : new_empty(features, nullptr, 0, accumulate);
+  Tensor prediction = new_empty(features, {return_prediction ? samples : 0}, ScalarType::Long);
+  Tensor statistics = new_empty(features, {4, samples}, accumulate);
   Tensor grad_features = gradient(features, features_grad, empty);
   Tensor grad_weight = gradient(weight, weight_grad, empty);
   if (!empty) {

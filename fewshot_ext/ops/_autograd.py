@@ -106,8 +106,11 @@ def differentiable(
         if torch._C._are_functorch_transforms_active():
             return function.apply(*args)
         given = [unwrap_if_dead(tensor) for tensor in args[:tensors]]
-        recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
-        return (apply if recorded or forward_ad._current_level >= 0 else forward)(*given, *args[tensors:])
+        recorded = forward_ad._current_level >= 0
+        if torch.is_grad_enabled():
+            for tensor in given:  # any() of a generator takes four times as long
+                recorded = recorded or tensor.requires_grad
+        return (apply if recorded else forward)(*given, *args[tensors:])
 
     def forward(*args):
         try:

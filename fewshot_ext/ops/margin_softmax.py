@@ -137,6 +137,8 @@ _call_backward = differentiable(_backward_op, lambda ctx, inputs, output: None, 
 def _autocast(features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """One dtype for both under autocast: its own on CUDA, where it buys speed, the wider of the two on the CPU, where
     the kernels compute in float32 whatever comes."""
+    if not torch._C._is_any_autocast_enabled():
+        return features, weight
     device = features.device.type
     if device == "meta" or not torch.is_autocast_enabled(device) or torch.float64 in (features.dtype, weight.dtype):
         return features, weight
@@ -158,12 +160,13 @@ def check_tensors(features: Tensor, weight: Tensor, target: Tensor) -> tuple[Ten
     features, weight = _autocast(features, weight)
     if weight.dtype != features.dtype:
         raise TypeError(f"weight: expected dtype {features.dtype} as features has, got {weight.dtype}")
-    if weight.shape[1] != features.shape[1]:
-        raise ValueError(f"weight: expected shape [C, {features.shape[1]}] to fit features, got {list(weight.shape)}")
-    if features.shape[1] == 0:
+    samples, dimensions = features.shape
+    if weight.shape[1] != dimensions:
+        raise ValueError(f"weight: expected shape [C, {dimensions}] to fit features, got {list(weight.shape)}")
+    if dimensions == 0:
         raise ValueError(f"features: expected at least one dimension, got shape {list(features.shape)}")
-    if target.shape[0] != features.shape[0]:
-        raise ValueError(f"target: expected shape [{features.shape[0]}] to fit features, got {list(target.shape)}")
+    if target.shape[0] != samples:
+        raise ValueError(f"target: expected shape [{samples}] to fit features, got {list(target.shape)}")
     return features, weight
 
 
