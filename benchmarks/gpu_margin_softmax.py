@@ -22,7 +22,7 @@ from torch import Tensor
 import fewshot_ext
 from fewshot_ext import reference
 
-ONE_LAUNCH, CHUNKED = f"{OURS} (one launch)", f"{OURS} (chunked)"
+ONE_LAUNCH, ONE_PASS, CHUNKED = f"{OURS} (one launch)", f"{OURS} (one pass)", f"{OURS} (chunked)"
 TORCH_LINEAR = "torch linear_cross_entropy (no margin)"
 CCE = "cut-cross-entropy (no margin)"
 LIGER, LIGER_16 = "liger-kernel (no margin)", "liger-kernel, chunk_mem_const=16 (no margin)"
@@ -32,7 +32,7 @@ LIGER_CUTEDSL, QUACK = "liger-kernel, cutedsl (no margin)", "QuACK (no margin)"
 # cases: it rounds its logits to the dtype, and with few classes a negative margin leaves gradients that are small
 # differences.
 TOLERANCE = {"float32": 1e-4, "tf32": 5e-3, "bfloat16": 1e-1, "float16": 2e-2}
-SMALL = 1000  # classes, up to which both kernels are timed and one launch is what the operator chooses
+SMALL = 1000  # classes, up to which one launch is what the operator chooses; one pass is timed beside it
 COUNTS, CHECKS = "it counts its targets on the host", "it checks its targets on the host"
 REFERENCE_BYTES = 60  # for each logit and each number of the inputs, about, to compute the reference in float64
 
@@ -125,10 +125,10 @@ def eager(features: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 def contenders(case: Case, dtype: str, device: str) -> list[Contender]:
     """The operator's own kernels first: if one hangs, the report has the reason before the time is spent."""
-    small = case.classes <= SMALL
+    few, many = ((ONE_LAUNCH, "one_launch"), (ONE_PASS, "one_pass")), ((ONE_PASS, "one_pass"), (CHUNKED, "chunked"))
     found = []
-    if small and device == "cuda":
-        for name, value in ((ONE_LAUNCH, "one_launch"), (CHUNKED, "chunked")):
+    if device == "cuda":
+        for name, value in few if case.classes <= SMALL else many:
             forced = {"FEWSHOT_EXT_MARGIN_SOFTMAX_KERNEL": value}
             found.append(Contender(name, ours, variant=MARGIN, environment=forced))
     torch.compiler.reset()  # else the cases would count towards torch's limit of recompilations

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
@@ -66,6 +67,14 @@ class CudaDevice {
       std::array<StableIValue, 4> stack{from(tensor(a)), from(tensor(b)), from(scalar_type<Out>()), from(tensor(out))};
       call("aten::mm", "dtype_out", stack.data());
     }
+  }
+
+  // out += a b.
+  template <class Element>
+  void multiply_add(const Matrix<Element>& out, const Matrix<const Element>& a, const Matrix<const Element>& b) {
+    const Tensor sum = tensor(out);
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_cuda_addmm_out(sum.get(), sum.get(), tensor(a).get(), tensor(b).get(), 1.0, 1.0));
   }
 
  private:

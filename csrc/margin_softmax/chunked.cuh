@@ -140,21 +140,16 @@ __global__ void __launch_bounds__(1024) margin_softmax_finish_rows(FinishRows<T>
   }
   if (p.operand_scale != nullptr) {
     largest = block_reduce<threads>(largest, [](T a, T b) { return a > b ? a : b; });
-    // A power of 2 that lifts the largest entry to between 2^13 and 2^14, which leaves room for rounding.
-    int exponent = 0;
-    std::frexp(largest, &exponent);
-    const bool normal = largest > 0 && largest < PartOfRow<T>::infinity;
-    if (threadIdx.x == 0) *p.operand_scale = normal ? std::ldexp(T(1), min(14 - exponent, 100)) : T(1);
+    if (threadIdx.x == 0) *p.operand_scale = operand_scale(largest);
   }
 }
 
-// Logits -> dL/ds, as factor of the products that give the gradients. With plain vectors as the other factor it is
-// divided by |x_i| |w_j|. float16 has no range for that, so there the other factor is normalized and this one scaled.
+// Logits -> dL/ds, as factor of the products that give the gradients.
 template <class T, class Operand>
 struct SoftmaxGradient {
   Chunk<T> chunk;
   const GradientCoefficients<T>* coefficients;  // [N]
-  const T* operand_scale;                       // null with plain vectors
+  const T* operand_scale;                       // null where the other factor is plain vectors
   Operand* gradient;                            // [samples, classes] of the chunk; may be the products themselves
 };
 

@@ -11,18 +11,24 @@
 namespace fewshot_ext {
 namespace {
 
-// The environment may name the kernel, for tests and benchmarks of each.
+std::string variable(const char* name) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? "" : value;
+}
+
+// The environment may name the kernel, for tests and benchmarks of each, and what complete rows of products may take.
 MarginSoftmaxPlan plan_for(const MarginSoftmaxProblem& problem) {
   MarginSoftmaxPlan plan;
-  const char* variable = std::getenv("FEWSHOT_EXT_MARGIN_SOFTMAX_KERNEL");
-  if (variable == nullptr || *variable == '\0') return plan;
-  const std::string name = variable;
-  STD_TORCH_CHECK(name == "one_launch" || name == "chunked",
-                  "FEWSHOT_EXT_MARGIN_SOFTMAX_KERNEL: expected one_launch or chunked, got ", name);
-  plan.kernel = name == "chunked" ? MarginSoftmaxKernel::chunked : MarginSoftmaxKernel::one_launch;
-  STD_TORCH_CHECK(plan.kernel == MarginSoftmaxKernel::chunked || MarginSoftmaxPlan::fits_one_launch(problem),
-                  "FEWSHOT_EXT_MARGIN_SOFTMAX_KERNEL: one_launch does not take ", problem.samples, " samples and ",
-                  problem.classes, " classes");
+  if (const std::string name = variable("FEWSHOT_EXT_MARGIN_SOFTMAX_KERNEL"); !name.empty()) {
+    plan.kernel = margin_softmax_kernel(name);
+    STD_TORCH_CHECK(plan.kernel, "FEWSHOT_EXT_MARGIN_SOFTMAX_KERNEL: expected one_launch, one_pass or chunked, got ",
+                    name);
+    STD_TORCH_CHECK(plan.kernel != MarginSoftmaxKernel::one_launch || MarginSoftmaxPlan::fits_one_launch(problem),
+                    "FEWSHOT_EXT_MARGIN_SOFTMAX_KERNEL: one_launch does not take ", problem.samples, " samples and ",
+                    problem.classes, " classes");
+  }
+  if (const std::string mebibytes = variable("FEWSHOT_EXT_MARGIN_SOFTMAX_MIB"); !mebibytes.empty())
+    plan.bytes = margin_softmax_bytes(mebibytes, problem);
   return plan;
 }
 

@@ -159,6 +159,17 @@ __device__ __forceinline__ T gradient_entry(const GradientCoefficients<T>& row, 
   return is_target ? row.at_target : other;
 }
 
+// With plain vectors as the other factor, dL/ds as a factor of products is divided by |x_i| |w_j|. float16 has no range
+// for that: there the other factor is normalized and this one multiplied by a power of 2 that lifts the largest entry
+// to between 2^13 and 2^14, which leaves room for rounding.
+template <class T>
+__device__ __forceinline__ T operand_scale(T largest) {
+  int exponent = 0;
+  std::frexp(largest, &exponent);
+  const bool normal = largest > 0 && largest < PartOfRow<T>::infinity;
+  return normal ? std::ldexp(T(1), min(14 - exponent, 100)) : T(1);
+}
+
 // 1 / |x|, as torch.nn.functional.normalize has it, from |x|^2. Not a number where |x| is so large that products with
 // other rows may overflow, or 1 / (|x| |w|) lose what it is multiplied by: the CPU shortens such rows first, which here
 // would cost every call another pass over its rows.

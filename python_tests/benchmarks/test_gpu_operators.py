@@ -152,10 +152,12 @@ def of_sizes(samples, dimensions, classes, dtype="bfloat16", device="cuda"):
 
 
 def test_both_kernels_are_forced_where_either_may_be_the_faster():
-    found = of_sizes(256, 512, 1000)
-    for name, value in ((gpu_margin_softmax.ONE_LAUNCH, "one_launch"), (gpu_margin_softmax.CHUNKED, "chunked")):
-        assert found[name].environment == {"FEWSHOT_EXT_MARGIN_SOFTMAX_KERNEL": value}
-    many = of_sizes(512, 512, 20_000)
+    few, many = of_sizes(256, 512, 1000), of_sizes(512, 512, 20_000)
+    one_pass = gpu_margin_softmax.ONE_PASS, "one_pass"
+    for name, value in ((gpu_margin_softmax.ONE_LAUNCH, "one_launch"), one_pass):
+        assert few[name].environment == {"FEWSHOT_EXT_MARGIN_SOFTMAX_KERNEL": value}
+    for name, value in (one_pass, (gpu_margin_softmax.CHUNKED, "chunked")):
+        assert many[name].environment == {"FEWSHOT_EXT_MARGIN_SOFTMAX_KERNEL": value}
     assert gpu_margin_softmax.ONE_LAUNCH not in many
     assert gpu_margin_softmax.LIGER_16 in many  # only there are the logits larger than the features
     found = named(gpu_episode_finetune.contenders("cuda"))

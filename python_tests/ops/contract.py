@@ -89,8 +89,10 @@ BACKENDS = (
     _cpu_backend("avx2", ("AVX2", "AVX512")),
     _cpu_backend("avx512", ("AVX512",)),
     _simt_backend("one_launch"),
+    _simt_backend("one_pass", operand_errors=HALF_OPERANDS),
     _simt_backend("chunked", operand_errors=HALF_OPERANDS),
     _cuda_backend("one_launch", takes_large=False),
+    _cuda_backend("one_pass", operand_errors=HALF_OPERANDS),
     _cuda_backend("chunked", operand_errors=HALF_OPERANDS),
 )
 LARGE_BACKENDS = tuple(backend for backend in BACKENDS if backend.takes_large)

@@ -35,12 +35,15 @@ def kernels():
 
 
 @contextmanager
-def emulated(kernel: str, *, blocks: int = 3, chunk_samples: int = 48, chunk_products: int = 1 << 12) -> Iterator[None]:
-    """Operators on CPU tensors run on the emulator, margin softmax by ``kernel`` ("one_launch" or "chunked").
+def emulated(
+    kernel: str, *, blocks: int = 3, chunk_samples: int = 48, chunk_products: int = 1 << 12, row_bytes: int = 1 << 14
+) -> Iterator[None]:
+    """Operators on CPU tensors run on the emulator, margin softmax by ``kernel`` ("one_launch", "one_pass" or
+    "chunked"), with ``row_bytes`` for the complete rows of one pass.
 
     Sizes are far below those of a GPU, so that small problems have several blocks and chunks too.
     """
-    plan = (kernel, blocks, chunk_samples, chunk_products)
+    plan = (kernel, blocks, chunk_samples, chunk_products, row_bytes)
     operators = {
         "margin_softmax": functools.partial(_margin_softmax, plan),
         "margin_softmax_backward": functools.partial(_margin_softmax_backward, plan),

@@ -46,11 +46,27 @@ class SimtDevice {
 
   // cuBLAS is not what is tested: host code, which the emulator need not follow.
   template <class Out, class Element>
-  __attribute__((no_sanitize("thread"))) void multiply(const Matrix<Out>& out, const Matrix<const Element>& a,
-                                                       const Matrix<const Element>& b) {
+  void multiply(const Matrix<Out>& out, const Matrix<const Element>& a, const Matrix<const Element>& b) {
+    sum_products(out, a, b, false);
+  }
+
+  template <class Element>
+  void multiply_add(const Matrix<Element>& out, const Matrix<const Element>& a, const Matrix<const Element>& b) {
+    sum_products(out, a, b, true);
+  }
+
+ private:
+  struct alignas(64) Line {
+    std::byte bytes[64];
+  };
+
+  template <class Out, class Element>
+  __attribute__((no_sanitize("thread"))) static void sum_products(const Matrix<Out>& out,
+                                                                  const Matrix<const Element>& a,
+                                                                  const Matrix<const Element>& b, bool add) {
     for (int64_t i = 0; i < out.rows; ++i) {
       for (int64_t j = 0; j < out.columns; ++j) {
-        Out sum = 0;
+        Out sum = add ? out.data[i * out.row_stride + j * out.column_stride] : Out(0);
         for (int64_t k = 0; k < a.columns; ++k)
           sum += Out(to_accumulate(a.data[i * a.row_stride + k * a.column_stride])) *
                  Out(to_accumulate(b.data[k * b.row_stride + j * b.column_stride]));
@@ -59,10 +75,6 @@ class SimtDevice {
     }
   }
 
- private:
-  struct alignas(64) Line {
-    std::byte bytes[64];
-  };
   int most_blocks_;
   std::vector<std::vector<Line>> memory_;
 };

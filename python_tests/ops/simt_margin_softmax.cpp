@@ -11,7 +11,7 @@ namespace fewshot_ext {
 namespace {
 
 void margin_softmax(const py::dict& fields, const std::string& kernel, int most_blocks, int64_t chunk_samples,
-                    int64_t chunk_products) {
+                    int64_t chunk_products, int64_t bytes) {
   MarginSoftmaxProblem problem;
   problem.samples = fields["samples"].cast<int64_t>();
   problem.classes = fields["classes"].cast<int64_t>();
@@ -38,7 +38,8 @@ void margin_softmax(const py::dict& fields, const std::string& kernel, int most_
 
   SimtDevice device(most_blocks);
   MarginSoftmaxPlan plan;
-  plan.kernel = kernel == "chunked" ? MarginSoftmaxKernel::chunked : MarginSoftmaxKernel::one_launch;
+  plan.kernel = margin_softmax_kernel(kernel);
+  plan.bytes = bytes;
   plan.chunk_samples = chunk_samples;
   plan.chunk_products = chunk_products;
   margin_softmax_on_gpu(device, problem, plan);
@@ -65,6 +66,11 @@ void scale_both(int dtype, const std::vector<std::pair<uintptr_t, int64_t>>& gra
 
 void bind_margin_softmax(py::module_& module) {
   module.def("margin_softmax", &margin_softmax);
+  module.def("margin_softmax_bytes", [](const std::string& mebibytes, int64_t classes) {
+    MarginSoftmaxProblem problem;
+    problem.classes = classes;
+    return margin_softmax_bytes(mebibytes, problem);
+  });
   module.def("scale_gradients", &scale_both);
 }
 

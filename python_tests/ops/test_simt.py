@@ -80,6 +80,57 @@ def test_chunks(dtype, sizes, chunks):
             assert_equals_reference(case, backend, problem)
 
 
+# Rows of less than a step of a block, of a few steps, and of one class more; by ones, by some with a rest, all at once.
+@pytest.mark.parametrize("rows", (1, 3, 100))
+@pytest.mark.parametrize("sizes", ((7, 150, 50), (5, 4096, 3), (4, 12289, 6)), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16, torch.float16), ids=str)
+def test_complete_rows(dtype, sizes, rows):
+    one_pass = next(backend for backend in SIMT if backend.name == "simt-one_pass")
+    row = (sizes[1] + 31) // 32 * 32 * (8 if dtype == torch.float64 else 4)
+    backend = Backend(
+        "simt-one_pass",
+        activate=lambda: emulated("one_pass", row_bytes=rows * row),
+        operand_errors=one_pass.operand_errors,
+    )
+    for case, smoothing in ((margin_cosine, 0.0), (margin_softmax, 0.1)):
+        for reduction in ("mean", "none"):
+            problem = draw(
+                *sizes,
+                dtype=dtype,
+                margin=-0.3,
+                scale=5.0,
+                label_smoothing=smoothing,
+                reduction=reduction,
+                return_prediction=reduction == "mean",
+            )
+            assert_equals_reference(case, backend, problem)
+
+
+def test_memory_for_complete_rows_is_checked():
+    bytes_of = kernels().margin_softmax_bytes
+    assert bytes_of("64", 10**6) == 64 << 20
+    assert bytes_of("4", 2**20) == 4 << 20
+    for text in ("", "-1", "0", "1.5", "64 MiB", "9" * 30):
+        with pytest.raises(
+            RuntimeError, match="FEWSHOT_EXT_MARGIN_SOFTMAX_MIB: expected a number of MiB .*, got " + text
+        ):
+            bytes_of(text, 1000)
+    with pytest.raises(RuntimeError, match="expected at least 5, which one row of 1048577 classes takes, got 4"):
+        bytes_of("4", 2**20 + 1)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_one_pass_of_all_rows_takes_ten_launches(dtype):
+    """With a scale of the gradients by another launch, and three products, at any number of classes."""
+    problem = draw(70, 5000, 20, dtype=dtype, scale=5.0).with_grad(NAMES)
+    with emulated("one_pass", row_bytes=1 << 24):
+        before = kernels().launches()
+        (2 * margin_cosine_loss(**problem.tensors, **problem.options)).backward()
+        after = kernels().launches()
+    found = {name: count - before.get(name, 0) for name, count in after.items() if count > before.get(name, 0)}
+    assert sum(found.values()) == 8, found  # and three products
+
+
 @pytest.mark.parametrize("label", (-1, 5, 2**40, -(2**40)))
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @on_backends(ON_A_GPU)
@@ -155,7 +206,7 @@ def test_every_kernel_has_run():
 @pytest.mark.parametrize(
     "chosen",
     [
-        "test_simt and (chunks and bfloat16 or sizes or poison or scale_gradients)",
+        "test_simt and (chunks and bfloat16 or complete and bfloat16 or sizes or poison or scale_gradients)",
         "test_emd_simt and (not_left_to_the_exact_kernel or ends_of_the_range or poisoned_alone or reads_nothing)",
     ],
     ids=["margin_softmax", "emd"],
