@@ -1,4 +1,4 @@
-// Kernels with one fault each in an asynchronous copy, which the emulator has to find. x and y are [threads] to all of
+// Kernels with one fault each in an asynchronous copy, which the emulator has to find. x and y are [threads] to most of
 // them, and four threads share a copy of four floats.
 #pragma once
 
@@ -64,6 +64,7 @@ __global__ void write_before_the_wait(const float* x, float* y) {
   cp_async_commit();
   __syncthreads();
   if (threadIdx.x == 9) fours.at[9] = 0;
+  __syncthreads();
   cp_async_wait<0>();
   __syncthreads();
   y[threadIdx.x] = fours.at[mirrored(64)];
@@ -96,6 +97,19 @@ __global__ void exit_before_the_wait(const float* x, float* y) {
   copy_four(fours, x);
   cp_async_commit();
   y[threadIdx.x] = x[threadIdx.x];
+}
+
+// Changes what is being copied, which it may not: 1 or 2 arrives. By one warp.
+__global__ void copy_what_changes(float* x,    // [4]
+                                  float* y) {  // []
+  FEWSHOT_EXT_SHARED(Fours, fours, );
+  if (threadIdx.x == 0) cp_async(fours.at, x);
+  cp_async_commit();
+  __syncwarp();
+  if (threadIdx.x == 1) x[0] = 2;
+  __syncwarp();
+  cp_async_wait<0>();
+  if (threadIdx.x == 0) *y = fours.at[0];
 }
 
 __global__ void copy_to_a_misaligned_address(const float* x, float* y) {

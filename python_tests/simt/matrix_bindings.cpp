@@ -88,6 +88,13 @@ Array<float> bind_multiply_pipelined(const Array<uint16_t>& a, const Array<uint1
   return c;
 }
 
+float bind_copy_what_changes(uint64_t seed) {
+  float4 x = {1, 1, 1, 1};
+  float y = NAN;
+  simt::launch<copy_what_changes>(1, 32, 0, seed, &x.x, &y);
+  return y;
+}
+
 template <class Storage, class T>
 void bind_type(py::module_& module, const std::string& type) {
   const auto name = [&](const char* what) { return std::string(what) + "_" + type; };
@@ -120,22 +127,6 @@ void bind_type(py::module_& module, const std::string& type) {
   }
 }
 
-// One lane of a warp takes another path to the same instruction.
-__global__ void multiply_at_two_places(const float* x, float* y) {
-  FragmentC c = {};
-  if (threadIdx.x % 32 != 7)
-    mma_m16n8k16(c, FragmentA<BFloat16>{}, FragmentB<BFloat16>{});
-  else
-    mma_m16n8k16(c, FragmentA<BFloat16>{}, FragmentB<BFloat16>{});
-  y[threadIdx.x] = x[threadIdx.x] + c.at[0];
-}
-
-__global__ void multiply_without_a_lane(const float* x, float* y) {
-  FragmentC c = {};
-  if (threadIdx.x % 32 != 7) mma_m16n8k8(c, FragmentA<Tf32>{}, FragmentB<Tf32>{});
-  y[threadIdx.x] = x[threadIdx.x] + c.at[0];
-}
-
 }  // namespace
 
 PYBIND11_MODULE(simt_matrix_kernels, module) {
@@ -162,6 +153,7 @@ PYBIND11_MODULE(simt_matrix_kernels, module) {
   module.def("pipelined_without_barrier_before", &bind_multiply_pipelined<multiply_pipelined<1, false, true>>);
   module.def("pipelined_without_barrier_after", &bind_multiply_pipelined<multiply_pipelined<1, true, false>>);
 
+  module.def("copy_what_changes", &bind_copy_what_changes);
   bind_faulty<mirror_async<true, 0>>(module, "mirror_async");
   bind_faulty<mirror_async<true, 1>>(module, "wait_for_all_but_the_last");
   bind_faulty<mirror_async<false, 0>>(module, "wait_without_commit");

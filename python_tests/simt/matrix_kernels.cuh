@@ -165,7 +165,6 @@ __global__ void multiply_loaded(const T* a,  // [16, depth], by columns [depth, 
   };
   FEWSHOT_EXT_SHARED(Tile, tiles, [2]);
   const int lane = threadIdx.x;
-  if (load == Load::lane_missing && lane == 7) return;
 
   FragmentC sum[2] = {};
   for (int k = 0; k < depth; k += step) {
@@ -177,6 +176,7 @@ __global__ void multiply_loaded(const T* a,  // [16, depth], by columns [depth, 
     fill(tiles[0], a, stored_a == Stored::by_rows);
     fill(tiles[1], b, stored_b == Stored::by_columns);
     if constexpr (load != Load::without_barrier) __syncwarp();
+    if (load == Load::lane_missing && lane == 7) return;
 
     const auto place = [&](Tile& tile, Place at) {
       if constexpr (load == Load::row_past_the_tile) at.row += 8 * (k / step);
@@ -248,6 +248,22 @@ __global__ void multiply_pipelined(const BFloat16* __restrict__ a,  // [32, stri
       const Place at = Layout::of_c(lane, i);
       c[(16 * warp + at.row) * 16 + 8 * n + at.column] = sum[n].at[i];
     }
+}
+
+// One lane of a warp takes another path to the same instruction. x and y are [threads] here and below.
+__global__ void multiply_at_two_places(const float* x, float* y) {
+  FragmentC c = {};
+  if (threadIdx.x % 32 != 7)
+    mma_m16n8k16(c, FragmentA<BFloat16>{}, FragmentB<BFloat16>{});
+  else
+    mma_m16n8k16(c, FragmentA<BFloat16>{}, FragmentB<BFloat16>{});
+  y[threadIdx.x] = x[threadIdx.x] + c.at[0];
+}
+
+__global__ void multiply_without_a_lane(const float* x, float* y) {
+  FragmentC c = {};
+  if (threadIdx.x % 32 != 7) mma_m16n8k8(c, FragmentA<Tf32>{}, FragmentB<Tf32>{});
+  y[threadIdx.x] = x[threadIdx.x] + c.at[0];
 }
 
 }  // namespace fewshot_ext

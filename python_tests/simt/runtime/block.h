@@ -46,7 +46,7 @@ struct Launch {
   LaunchKind kind;
   bool skewed;       // some warps of a block run ahead
   bool interleaved;  // blocks take turns also before they have to
-  bool truncates;    // sums of matrix instructions, and does not round them to nearest
+  bool cuts_off;     // sums of matrix instructions, where otherwise they are rounded to nearest
   Random random;
   size_t shared_limit = SharedMemory::total_limit;  // of a block
   uint64_t idle_turns = 0;

@@ -2,6 +2,7 @@
 // common/mma.cuh do not share their mistakes.
 #include "simt/matrix.h"
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cmath>
@@ -77,11 +78,30 @@ struct Tf32 {
   }
 };
 
-// Tensor cores cut off what a sum has too many bits for, and the ISA promises no rounding.
-float add(float x, float y, bool truncates) {
-  const float nearest = x + y;
-  if (!truncates || !std::isfinite(nearest)) return nearest;
-  return std::abs(nearest) > std::abs(static_cast<double>(x) + y) ? std::nextafter(nearest, 0.0f) : nearest;
+template <size_t count>
+float in_order(const std::array<float, count>& terms, const std::array<int, count>& order) {
+  float sum = terms[order[0]];
+  for (size_t i = 1; i < count; ++i) sum += terms[order[i]];
+  return sum;
+}
+
+// As tensor cores have been found to add: all terms at once, cut off one bit below the last that float has for the
+// largest of them, and the sum cut off to fit float.
+template <size_t count>
+float cut_off(const std::array<float, count>& terms) {
+  float largest = 0, plain = 0;
+  for (const float term : terms) {
+    largest = std::max(largest, std::abs(term));
+    plain += term;
+  }
+  if (largest == 0 || !std::isfinite(plain)) return plain;
+  int exponent;
+  std::frexp(largest, &exponent);
+  double units = 0;
+  for (const float term : terms) units += std::trunc(std::ldexp(static_cast<double>(term), 25 - exponent));
+  const double sum = std::ldexp(units, exponent - 25);
+  const float nearest = static_cast<float>(sum);
+  return std::abs(nearest) > std::abs(sum) ? std::nextafter(nearest, 0.0f) : nearest;
 }
 
 template <class Type>
@@ -90,20 +110,19 @@ void multiply(const Lanes& given, Launch& launch) {
   for (unsigned lane = 0; lane < warp_lanes; ++lane)
     Type::collect(matrices, lane, *std::bit_cast<const Operands*>(given[lane]));
 
-  std::array<int, Type::inner + 1> order;
-  for (int i = 0; i <= Type::inner; ++i) order[i] = i;
+  constexpr size_t count = Type::inner + 1;
+  std::array<int, count> order;
+  for (size_t i = 0; i < count; ++i) order[i] = static_cast<int>(i);
   launch.random.shuffle(order);
   for (unsigned lane = 0; lane < warp_lanes; ++lane) {
     const Operands& operands = *std::bit_cast<const Operands*>(given[lane]);
     for (unsigned i = 0; i < 4; ++i) {
       const unsigned row = i < 2 ? lane >> 2 : (lane >> 2) + 8;
       const unsigned column = lane % 4 * 2 + (i & 1);
-      const auto term = [&](int k) {
-        return k == Type::inner ? operands.c[i] : matrices.a[row][k] * matrices.b[k][column];
-      };
-      float sum = term(order[0]);
-      for (int k = 1; k <= Type::inner; ++k) sum = add(sum, term(order[k]), launch.truncates);
-      operands.c[i] = sum;
+      std::array<float, count> terms;
+      for (int k = 0; k < Type::inner; ++k) terms[k] = matrices.a[row][k] * matrices.b[k][column];
+      terms.back() = operands.c[i];
+      operands.c[i] = launch.cuts_off ? cut_off(terms) : in_order(terms, order);
     }
   }
 }

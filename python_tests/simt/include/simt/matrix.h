@@ -8,7 +8,8 @@
 namespace simt {
 
 // c += a b by all 32 lanes, their fragments laid out as the PTX ISA has it for mma.m16n8k16 and, of tf32, mma.m16n8k8.
-// Products are exact; they and c are added in an order that the seed draws, rounded to nearest or towards zero.
+// Products are exact. The seed decides how they and c are added: in an order that it draws, each sum rounded to
+// nearest, or all at once and cut off.
 void mma_bfloat16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Location where);
 void mma_float16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Location where);
 void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Location where);
