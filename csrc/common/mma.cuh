@@ -165,8 +165,12 @@ __device__ __forceinline__ void mma_m16n8k8(FragmentC& c, const FragmentA<Tf32>&
 
 #undef FEWSHOT_EXT_MMA
 
-// The same for factors of float32, in three instructions: what they leave out is as small as the rounding of a float32
-// product. The small terms come first, while c cannot yet be so large that it swallows them only for their order.
+// The same for factors of float32, in three instructions: what these leave out is less than 2^-20 of a product, and
+// mostly no more than its rounding to float32 is. The small terms come first, before c grows by the big ones.
+//
+// Tensor cores cut sums off, so that a long sum of terms of one sign drifts. As exact as float32 is one in slabs: let c
+// sum up a few dozen of k, and add that to a float by an ordinary addition. The emulator's test_matrix.py compares
+// both.
 __device__ __forceinline__ void mma_m16n8k8(FragmentC& c, const Split<FragmentA<Tf32>>& a,
                                             const Split<FragmentB<Tf32>>& b, Caller caller = Caller::current()) {
   mma_m16n8k8(c, a.small, b.big, caller);

@@ -145,6 +145,7 @@ PYBIND11_MODULE(simt_matrix_kernels, module) {
   bind_type<float, float>(module, "tf32");
   module.def("multiply_unrounded", &bind_multiply_by_layout<float, Way::unrounded, float>);
   module.def("multiply_threefold", &bind_multiply_by_layout<float, Way::threefold, float>);
+  module.def("multiply_threefold_in_slabs", &bind_multiply_by_layout<float, Way::threefold_in_slabs, float>);
   module.def("threefold_without_small_terms", &bind_multiply_by_layout<float, Way::without_small_terms, float>);
   module.def("threefold_without_rounding", &bind_multiply_by_layout<float, Way::threefold_without_rounding, float>);
 

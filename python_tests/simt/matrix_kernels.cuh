@@ -42,7 +42,8 @@ __global__ void load_registers(const uint4* rows,          // [32]
 // How a kernel multiplies: as it should, or with one slip.
 enum class Way {
   right,
-  threefold,  // of float32, in three products of tf32
+  threefold,           // of float32, in three products of tf32
+  threefold_in_slabs,  // of k, added up outside of the matrix instructions
   swapped_registers_of_a,
   swapped_registers_of_b,
   exchanged_elements,  // of one register
@@ -55,7 +56,7 @@ enum class Way {
 
 template <Way way>
 __device__ void multiply(FragmentC& c, const FragmentA<float>& a, const FragmentB<float>& b) {
-  if constexpr (way == Way::threefold) {
+  if constexpr (way == Way::threefold || way == Way::threefold_in_slabs) {
     mma_m16n8k8(c, split_to_tf32(a), split_to_tf32(b));
   } else if constexpr (way == Way::threefold_without_rounding) {
     // The rest of what is cut off would be right, that of what is rounded is what this takes.
@@ -107,6 +108,7 @@ __global__ void multiply_by_layout(const T* __restrict__ a,  // [16, depth]
   const int lane = threadIdx.x;
   FragmentC sum;
   each_of_c<T>([&](int i, Place at) { sum.at[i] = c[at.row * 8 + at.column]; });
+  FragmentC slab = {};
   for (int k = 0; k < depth; k += Layout::depth) {
     FragmentA<T> x;
     FragmentB<T> y;
@@ -129,7 +131,11 @@ __global__ void multiply_by_layout(const T* __restrict__ a,  // [16, depth]
       swap(x.at[0], y.at[0]);
       swap(x.at[2], y.at[1]);
     }
-    multiply<way>(sum, x, y);
+    multiply<way>(way == Way::threefold_in_slabs ? slab : sum, x, y);
+    if (way == Way::threefold_in_slabs && (k + Layout::depth) % 32 == 0) {
+      each_of_c<T>([&](int i, Place) { sum.at[i] += slab.at[i]; });
+      slab = {};
+    }
   }
   each_of_c<T>([&](int i, Place at) {
     if constexpr (way == Way::transposed_result) at = {at.column, at.row};

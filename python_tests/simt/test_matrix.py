@@ -217,6 +217,16 @@ class TestThreefoldTf32:
         mine, of_float32 = self.errors(getattr(matrix_kernels, name), seed, 0)
         assert mine > 500 * of_float32
 
+    @pytest.mark.parametrize("seed", SEEDS)
+    def test_long_sums_of_one_sign_have_to_be_added_in_slabs(self, matrix_kernels, rng, seed):
+        a, b = (rng.uniform(0, 1, shape).astype(np.float32) for shape in ((16, 1024), (1024, 8)))
+        of_float32 = relative_error(fused_multiply_add(a, b), a, b)
+        zeros = np.zeros((16, 8), np.float32)
+        in_slabs = relative_error(matrix_kernels.multiply_threefold_in_slabs(a, b, zeros, seed), a, b)
+        at_once = relative_error(matrix_kernels.multiply_threefold(a, b, zeros, seed), a, b)
+        assert in_slabs < 2 * of_float32
+        assert (at_once > 5 * of_float32) == (seed % 4 in (1, 2))
+
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_missing_rounding_shows_where_one_product_of_tf32_is_meant(matrix_kernels, rng, seed):
