@@ -171,5 +171,7 @@ PYBIND11_MODULE(simt_matrix_kernels, module) {
   bind_faulty<copy_to_global_memory>(module, "copy_to_global_memory");
   bind_faulty<copy_too_many_bytes>(module, "copy_too_many_bytes");
   bind_faulty<multiply_at_two_places>(module, "multiply_at_two_places");
+  bind_faulty<load_ones_own_rows_without_barrier>(module, "load_ones_own_rows_without_barrier");
+  bind_faulty<load_one_row_too_far>(module, "load_one_row_too_far");
   bind_faulty<multiply_without_a_lane>(module, "multiply_without_a_lane");
 }

@@ -272,4 +272,24 @@ __global__ void multiply_without_a_lane(const float* x, float* y) {
   y[threadIdx.x] = x[threadIdx.x] + c.at[0];
 }
 
+// Each lane points to the row it has written itself, but others get it.
+__global__ void load_ones_own_rows_without_barrier(const float* x, float* y) {
+  FEWSHOT_EXT_SHARED(uint4, rows, [64]);
+  rows[threadIdx.x] = make_uint4(1, 2, 3, 4);
+  FragmentA<uint16_t> loaded;
+  ldmatrix_x4(loaded.at[0], loaded.at[1], loaded.at[2], loaded.at[3], &rows[threadIdx.x]);
+  y[threadIdx.x] = x[threadIdx.x] + static_cast<float>(loaded.at[0]);
+}
+
+// One lane points past the end, and is the one to be named.
+__global__ void load_one_row_too_far(const float* x, float* y) {
+  FEWSHOT_EXT_SHARED(uint4, rows, [64]);
+  rows[threadIdx.x] = make_uint4(1, 2, 3, 4);
+  __syncwarp();
+  FragmentA<uint16_t> loaded;
+  const unsigned row = threadIdx.x + (threadIdx.x == 45 ? 32 : 0);
+  ldmatrix_x4(loaded.at[0], loaded.at[1], loaded.at[2], loaded.at[3], &rows[0] + row);
+  y[threadIdx.x] = x[threadIdx.x] + static_cast<float>(loaded.at[0]);
+}
+
 }  // namespace fewshot_ext

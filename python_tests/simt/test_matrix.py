@@ -310,6 +310,11 @@ FAULTS = {
 }
 PENDING = r"where a cp_async of thread \(\d+, 0, 0\) at faulty_copies.cuh:\d+ is to write, for which it has not waited"
 TRACKED_FAULTS = {
+    "load_ones_own_rows_without_barrier": (
+        "MissingBarrier",
+        "reads .* of rows .*, written by .* no __syncwarp between",
+    ),
+    "load_one_row_too_far": ("OutOfBounds", r"thread \(45, 0, 0\): reads element 77 of rows \(byte 1232 of 1024\)"),
     "wait_for_all_but_the_last": ("PendingCopy", f"reads .* of fours .*{PENDING}"),
     "wait_without_commit": ("PendingCopy", f"reads .* of fours .*{PENDING}"),
     "read_before_the_wait": ("PendingCopy", f"reads .* of fours .*{PENDING}"),
