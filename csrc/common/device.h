@@ -10,9 +10,7 @@
 //
 // A type with a comma in it needs a name of its own to pass through the macro.
 //
-// Matrix instructions belong into one more header of this kind: a fragment type with load, multiply and
-// store, in mma.sync under nvcc and, under the emulator, in a product that lane by lane gathers the operands
-// with shuffles.
+// Matrix instructions and asynchronous copies are in mma.cuh.
 #pragma once
 
 #if defined(FEWSHOT_EXT_SIMT)
@@ -32,6 +30,16 @@
 #endif
 
 namespace fewshot_ext {
+
+// The line that calls a function, as the default of its last parameter: the emulator tells by it which lanes execute
+// the same instruction, and names it in errors. On a GPU it is nothing.
+#if defined(FEWSHOT_EXT_SIMT)
+using Caller = ::simt::Location;
+#else
+struct Caller {
+  __device__ static constexpr Caller current() { return {}; }
+};
+#endif
 
 // The shared memory asked for at launch, aligned for vector loads. A function, because nvcc refuses two
 // instances of a template that declare `extern __shared__` arrays of one name and two types.

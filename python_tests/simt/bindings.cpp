@@ -1,21 +1,15 @@
 // The emulator's test kernels for Python. Arrays come in with the right type and shape: the tests see to it.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-
 #include <vector>
 
+#include "bind_faulty.h"
 #include "cooperative_kernels.cuh"
 #include "faulty_kernels.cuh"
 #include "kernels.cuh"
 #include "simt/python.h"
 
-namespace py = pybind11;
 using namespace fewshot_ext;
 
 namespace {
-
-template <class T>
-using Array = py::array_t<T, py::array::c_style>;
 
 unsigned blocks_for(py::ssize_t items, int each) { return static_cast<unsigned>((items + each - 1) / each); }
 
@@ -165,38 +159,6 @@ Array<int> bind_order_of_blocks(int blocks, int phases, uint64_t seed) {
 void bind_point_into_another_block(uint64_t seed) {
   std::vector<float*> rows(2);
   simt::launch_cooperative<point_into_another_block>(2, 64, 0, seed, rows.data());
-}
-
-template <auto kernel>
-Array<float> run_faulty_together(const Array<float>& x, uint64_t seed, int blocks, size_t dynamic_shared_bytes) {
-  Array<float> y(x.shape(0));
-  simt::launch_cooperative<kernel>(blocks, static_cast<unsigned>(x.shape(0)), dynamic_shared_bytes, seed, x.data(),
-                                   y.mutable_data());
-  return y;
-}
-
-template <auto kernel>
-Array<float> run_faulty(const Array<float>& x, uint64_t seed, int blocks, size_t dynamic_shared_bytes) {
-  Array<float> y(x.shape(0));
-  simt::launch<kernel>(blocks, static_cast<unsigned>(x.shape(0)), dynamic_shared_bytes, seed, x.data(),
-                       y.mutable_data());
-  return y;
-}
-
-// By pointers of one type, so that pybind11 is instantiated once for all of them.
-void bind_faulty(py::module_& module, const char* name,
-                 Array<float> (*run)(const Array<float>&, uint64_t, int, size_t)) {
-  module.def(name, run, py::arg("x"), py::arg("seed"), py::arg("blocks") = 1, py::arg("dynamic_shared_bytes") = 0);
-}
-
-template <auto kernel>
-void bind_faulty(py::module_& module, const char* name) {
-  bind_faulty(module, name, &run_faulty<kernel>);
-}
-
-template <auto kernel>
-void bind_faulty_together(py::module_& module, const char* name) {
-  bind_faulty(module, name, &run_faulty_together<kernel>);
 }
 
 }  // namespace

@@ -11,6 +11,11 @@ def kernels():
     return build.load("simt_kernels", build.HERE / "bindings.cpp")
 
 
+@pytest.fixture(scope="session")
+def matrix_kernels():
+    return build.load("simt_matrix_kernels", build.HERE / "matrix_bindings.cpp")
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)

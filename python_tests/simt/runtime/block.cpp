@@ -73,6 +73,7 @@ void Block::start(Launch& launch, uint3 index, Fibers& fibers, size_t first_fibe
     thread.fiber = &fibers[first_fiber + rank];
     thread.fiber->prepare(run_thread);
     thread.rank = rank;
+    thread.copies.clear();
     thread.index = {rank % shape.x, rank / shape.x % shape.y, rank / shape.x / shape.y};
     make_ready(thread);
   }
@@ -96,6 +97,8 @@ void Block::run_thread() {
   running_->launch_->thread();
   Block& block = *running_;
   Thread& self = *block.current_;
+  if (!self.copies.empty())
+    block.fail<PendingCopy>("exits and has not waited for its cp_async at " + file_and_line(self.copies.first().where));
   self.state = Thread::State::exited;
   --block.alive_;
   block.note_progress();
@@ -142,6 +145,7 @@ Fiber& Block::next() {
 
 void Block::suspend() {
   Fiber& self = *current_->fiber;
+  current_->copies.run_some(launch_->random);
   Fiber& successor = next();
   if (&successor != &self) Fiber::switch_to(self, successor);
 }
@@ -181,7 +185,8 @@ void Block::grid_barrier(const char* intrinsic, Location where) {
   suspend();
 }
 
-const Lanes& Block::exchange(const char* intrinsic, uint32_t mask, uint64_t value, Location where, bool orders_memory) {
+const Lanes& Block::exchange(const char* intrinsic, uint32_t mask, uint64_t value, Location where, bool orders_memory,
+                             Together together) {
   Thread& self = *current_;
   self.intrinsic = intrinsic;
   self.where = where;
@@ -190,12 +195,12 @@ const Lanes& Block::exchange(const char* intrinsic, uint32_t mask, uint64_t valu
   if ((mask >> self.lane() & 1u) == 0)
     fail<MissingLane>(activity(self) + ", whose mask leaves out this lane, " + std::to_string(self.lane()));
   self.state = Thread::State::in_exchange;
-  complete_if_last(self, orders_memory);
+  complete_if_last(self, orders_memory, together);
   suspend();
   return self.received;
 }
 
-void Block::complete_if_last(const Thread& last, bool orders_memory) {
+void Block::complete_if_last(const Thread& last, bool orders_memory, Together together) {
   uint32_t arrived = 0;
   for (unsigned lane = 0; lane < warp_lanes; ++lane) {
     const Thread* other = at(last.warp(), lane);
@@ -212,6 +217,7 @@ void Block::complete_if_last(const Thread& last, bool orders_memory) {
   Lanes all{};
   for (unsigned lane = 0; lane < warp_lanes; ++lane)
     if ((arrived >> lane & 1u) != 0) all[lane] = at(last.warp(), lane)->given;
+  if (together != nullptr) together(all, *launch_);
   for (unsigned lane = 0; lane < warp_lanes; ++lane) {
     if ((arrived >> lane & 1u) == 0) continue;
     Thread& member = *at(last.warp(), lane);
@@ -220,6 +226,31 @@ void Block::complete_if_last(const Thread& last, bool orders_memory) {
   }
   if (orders_memory) ordering_.warp_barrier(last.warp(), arrived);
   note_progress();
+}
+
+void Block::require_place(const char* intrinsic, const void* address, bool shared, Location where) {
+  const std::string call = std::string(intrinsic) + " at " + file_and_line(where);
+  if (shared_.is_shared(address) != shared)
+    fail<OutOfBounds>(call + " is given an address that is not in " + (shared ? "shared" : "global") +
+                      " memory, out of bounds");
+  if (const uintptr_t off = reinterpret_cast<uintptr_t>(address) % 16; off != 0)
+    fail<Misaligned>(call + " is given an address " + std::to_string(off) + " bytes off its alignment of 16");
+}
+
+void Block::start_copy(const char* intrinsic, void* to, const void* from, int bytes, Location where) {
+  require_place(intrinsic, to, true, where);
+  require_place(intrinsic, from, false, where);
+  if (bytes < 0 || bytes > static_cast<int>(AsyncCopy::width))
+    fail<OutOfBounds>(std::string(intrinsic) + " at " + file_and_line(where) + " is to read " + std::to_string(bytes) +
+                      " of 16 bytes, out of bounds");
+  follow(SharedMemory::Kind::copy, to, AsyncCopy::width);
+  current_->copies.issue({static_cast<std::byte*>(to), from, static_cast<size_t>(bytes), where});
+  current_->copies.run_some(launch_->random);
+}
+
+void Block::wait_for_copies(uint64_t pending) {
+  for (const AsyncCopy& copy : current_->copies.finish(pending))
+    follow(SharedMemory::Kind::arrival, copy.to, AsyncCopy::width);
 }
 
 void Block::resolve_stall() {
@@ -281,6 +312,12 @@ void Block::check(SharedMemory::Kind kind, const void* address, size_t bytes) {
       fail<OutOfBounds>(finding->what + ", out of bounds");
     case SharedMemory::Fault::uninitialized:
       fail<UninitializedShared>(finding->what + ", which no thread of this block has written so far");
+    case SharedMemory::Fault::pending: {
+      const Thread& other = threads_[*finding->other_thread];
+      const AsyncCopy* copy = other.copies.find(address, bytes);
+      fail<PendingCopy>(finding->what + ", where a cp_async of " + name(other) + " at " + file_and_line(copy->where) +
+                        " is to write, for which it has not waited");
+    }
     case SharedMemory::Fault::race: {
       const Thread& other = threads_[*finding->other_thread];
       const char* missing =

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "runtime/async_copies.h"
 #include "runtime/fiber.h"
 #include "runtime/ordering.h"
 #include "runtime/random.h"
@@ -30,6 +31,8 @@ struct Thread {
   uint64_t given = 0;
   Lanes received = {};
 
+  AsyncCopies copies = {};
+
   unsigned warp() const { return rank / warp_lanes; }
   unsigned lane() const { return rank % warp_lanes; }
 };
@@ -43,6 +46,7 @@ struct Launch {
   LaunchKind kind;
   bool skewed;       // some warps of a block run ahead
   bool interleaved;  // blocks take turns also before they have to
+  bool cuts_off;     // sums of matrix instructions, where otherwise they are rounded to nearest
   Random random;
   size_t shared_limit = SharedMemory::total_limit;  // of a block
   uint64_t idle_turns = 0;
@@ -52,6 +56,13 @@ struct Launch {
 
 std::string file_and_line(const char* file, unsigned line);  // without the folders
 std::string file_and_line(Location where);
+
+// An access that the runtime does for the thread that runs. The build for AddressSanitizer does not see the plain ones
+// that it would have to be compared with.
+void follow(SharedMemory::Kind kind, const void* address, size_t bytes);
+
+// Done once, when all lanes have come, by the last of them.
+using Together = void (*)(const Lanes& given, Launch& launch);
 
 class Block {
  public:
@@ -74,11 +85,18 @@ class Block {
   const Thread& current() const { return *current_; }
   int barrier(const char* intrinsic, bool predicate, Location where);
   void grid_barrier(const char* intrinsic, Location where);
-  const Lanes& exchange(const char* intrinsic, uint32_t mask, uint64_t value, Location where, bool orders_memory);
+  const Lanes& exchange(const char* intrinsic, uint32_t mask, uint64_t value, Location where, bool orders_memory,
+                        Together together = nullptr);
   void yield();
   void note_progress() { launch_->idle_turns = 0; }
 
+  void start_copy(const char* intrinsic, void* to, const void* from, int bytes, Location where);
+  void commit_copies() { current_->copies.commit(); }
+  void wait_for_copies(uint64_t pending);
+
   SharedMemory& shared() { return shared_; }
+  // Fails unless 16 bytes may be read or written there at once, in the memory that the instruction is for.
+  void require_place(const char* intrinsic, const void* address, bool shared, Location where);
   void check(SharedMemory::Kind kind, const void* address, size_t bytes);
 
   // Errors are found where no exception may pass. So the thread stops here for good, and the launch throws.
@@ -96,7 +114,7 @@ class Block {
   bool gives_way();
   void make_ready(Thread& thread);
   void resolve_stall();
-  void complete_if_last(const Thread& last, bool orders_memory);
+  void complete_if_last(const Thread& last, bool orders_memory, Together together);
   [[noreturn]] void stop(std::exception_ptr error);
   [[noreturn]] void report_missing_lane(Thread& waiting);
   [[noreturn]] void report_divergence(Thread& waiting, const Thread& other);

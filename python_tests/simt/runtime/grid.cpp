@@ -128,6 +128,7 @@ void launch(LaunchKind kind, const char* kernel, dim3 grid, dim3 block, size_t d
                    .kind = kind,
                    .skewed = seed % 2 != 0,
                    .interleaved = seed / 2 % 2 != 0,
+                   .cuts_off = (seed + seed / 2) % 2 != 0,
                    .random = Random(seed)};
   if (Block::running() != nullptr) refuse(launch, "launched from a kernel");
   check_shape(launch);

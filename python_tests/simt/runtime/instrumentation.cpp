@@ -19,11 +19,14 @@ inline void record(simt::SharedMemory::Kind kind, const void* address, size_t by
 
 void simt::before_atomic(const void* address, size_t bytes) {
   Block::running()->yield();
+  follow(SharedMemory::Kind::atomic, address, bytes);
+}
+
+void simt::follow(SharedMemory::Kind kind, const void* address, size_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
-  // This build does not see the plain writes that an atomic builds on, and checks the access itself.
-  static_cast<void>(address), static_cast<void>(bytes);
+  static_cast<void>(kind), static_cast<void>(address), static_cast<void>(bytes);
 #else
-  record(SharedMemory::Kind::atomic, address, bytes);
+  record(kind, address, bytes);
 #endif
 }
 

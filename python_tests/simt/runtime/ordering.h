@@ -15,6 +15,7 @@ struct Access {
   uint32_t clock = 0;
   uint16_t thread = 0;
   bool atomic = false;
+  bool pending = false;  // an asynchronous copy that has not been waited for
 };
 
 class Ordering {

@@ -1,6 +1,7 @@
 #include "simt/runtime.h"
 
 #include "runtime/block.h"
+#include "simt/matrix.h"
 
 namespace simt {
 
@@ -24,6 +25,14 @@ uint64_t received_from(unsigned source, const Lanes& values, uint32_t mask, cons
                                         std::to_string(source) + ", which its mask leaves out");
   return values[source];
 }
+
+void cp_async(void* shared, const void* global, int bytes, Location where) {
+  Block::running()->start_copy("cp_async", shared, global, bytes, where);
+}
+
+void cp_async_commit() { Block::running()->commit_copies(); }
+
+void cp_async_wait(int pending) { Block::running()->wait_for_copies(static_cast<uint64_t>(pending)); }
 
 void atomic_changed_memory() { Block::running()->note_progress(); }
 

@@ -83,7 +83,10 @@ std::string SharedMemory::describe(Kind kind, size_t begin, size_t bytes) const 
   const auto offset = static_cast<std::ptrdiff_t>(begin - variable.begin);
   const auto element = static_cast<std::ptrdiff_t>(variable.element_bytes != 0 ? variable.element_bytes : bytes);
   const auto index = (offset - (offset < 0 ? element - 1 : 0)) / element;
-  const char* verb = kind == Kind::read ? "reads" : kind == Kind::write ? "writes" : "updates";
+  const char* verb = kind == Kind::read     ? "reads"
+                     : kind == Kind::atomic ? "updates"
+                     : kind == Kind::copy   ? "copies to"
+                                            : "writes";
   return std::string(verb) + " element " + std::to_string(index) + " of " + variable.name + " (byte " +
          std::to_string(offset) + " of " + std::to_string(variable.bytes) + ")";
 }
@@ -105,12 +108,16 @@ std::optional<SharedMemory::Finding> SharedMemory::access(Kind kind, const void*
   if (find(begin, bytes) == nullptr) return Finding{Fault::bounds, describe(kind, begin, bytes)};
 
   if (history_.size() < begin + bytes) history_.resize(used_);
-  const Access access = ordering.now(thread, kind == Kind::atomic);
+  Access access = ordering.now(thread, kind == Kind::atomic);
+  access.pending = kind == Kind::copy;
   for (size_t i = begin; i < begin + bytes; ++i) {
     Byte& byte = history_[i];
     const bool initialized = ordering.in_this_block(byte.write);
     if (!initialized) {
-      if (kind != Kind::write) return Finding{Fault::uninitialized, describe(kind, begin, bytes)};
+      if (kind == Kind::read || kind == Kind::atomic)
+        return Finding{Fault::uninitialized, describe(kind, begin, bytes)};
+    } else if (byte.write.pending && kind != Kind::arrival) {
+      return Finding{Fault::pending, describe(kind, begin, bytes), byte.write.thread};
     } else if (!(access.atomic && byte.write.atomic) && !ordering.precedes(byte.write, thread)) {
       return Finding{Fault::race, describe(kind, begin, bytes) + ", written", byte.write.thread};
     }

@@ -36,12 +36,14 @@ class SharedMemory {
   static constexpr size_t static_limit = 48 << 10;
   static constexpr size_t total_limit = 227 << 10;
 
-  enum class Kind { read, write, atomic };
-  enum class Fault { bounds, uninitialized, race };
+  // An asynchronous copy writes twice: where it is issued what was before has to be over, and where its thread has
+  // waited it arrives, for others to read after a barrier.
+  enum class Kind { read, write, atomic, copy, arrival };
+  enum class Fault { bounds, uninitialized, race, pending };
   struct Finding {
     Fault fault;
     std::string what;                           // as the thread at fault does it
-    std::optional<unsigned> other_thread = {};  // the other thread of a race
+    std::optional<unsigned> other_thread = {};  // of a race, or whose copy is pending
   };
 
   SharedMemory(const SharedMemory&) = delete;

@@ -10,6 +10,7 @@
 #include "simt/atomics.h"
 #include "simt/launch.h"
 #include "simt/math.h"
+#include "simt/matrix.h"
 #include "simt/runtime.h"
 #include "simt/types.h"
 #include "simt/warp.h"

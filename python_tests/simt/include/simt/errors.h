@@ -29,6 +29,12 @@ struct MissingBarrier : KernelError {
   using KernelError::KernelError;
 };
 
+// Shared memory is touched that an asynchronous copy is to write, or a thread exits before it has waited for its
+// copies.
+struct PendingCopy : KernelError {
+  using KernelError::KernelError;
+};
+
 // Of shared memory, or of an array whose length the compiler knows.
 struct OutOfBounds : KernelError {
   using KernelError::KernelError;

@@ -15,6 +15,7 @@ inline void register_errors(pybind11::module_& module) {
   pybind11::register_local_exception<DivergentBarrier>(module, "DivergentBarrier", parent);
   pybind11::register_local_exception<MissingLane>(module, "MissingLane", parent);
   pybind11::register_local_exception<MissingBarrier>(module, "MissingBarrier", parent);
+  pybind11::register_local_exception<PendingCopy>(module, "PendingCopy", parent);
   pybind11::register_local_exception<OutOfBounds>(module, "OutOfBounds", parent);
   pybind11::register_local_exception<Misaligned>(module, "Misaligned", parent);
   pybind11::register_local_exception<UninitializedShared>(module, "UninitializedShared", parent);
