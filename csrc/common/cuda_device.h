@@ -37,7 +37,13 @@ class CudaDevice {
 
   template <auto kernel, class... Arguments>
   void launch(dim3 grid, dim3 block, const Arguments&... arguments) {
-    start(kernel, {grid, block, 0, stream_, nullptr, 0}, arguments...);
+    launch_with_shared<kernel>(grid, block, 0, arguments...);
+  }
+
+  // With dynamic shared memory, of at most 48 KiB together with what the kernel has of its own.
+  template <auto kernel, class... Arguments>
+  void launch_with_shared(dim3 grid, dim3 block, int64_t bytes, const Arguments&... arguments) {
+    start(kernel, {grid, block, static_cast<size_t>(bytes), stream_, nullptr, 0}, arguments...);
   }
 
   // All blocks at once, so that they can wait for each other: `most_blocks`, or as many as the GPU holds.

@@ -27,7 +27,8 @@ void finetune_episodes_on_gpu(Device& device, const EpisodeFinetuneProblem<Stora
   const auto blocks = static_cast<unsigned>(episodes);
   if (form != FinetuneForm::direct && FinetuneSpan::takes(size, way, problem.settings.batch_size)) {
     p.finished = allocate(static_cast<bool*>(nullptr), episodes);
-    device.template launch<finetune_in_span<Storage>>(blocks, FinetuneSpan::threads, p);
+    const int64_t bytes = FinetuneSpan::bytes(size, way, problem.settings.batch_size);
+    device.template launch_with_shared<finetune_in_span<Storage>>(blocks, FinetuneSpan::threads, bytes, p);
   }
   device.template launch<finetune_directly<Storage>>(blocks, FinetuneDirect::threads, p);
   const int64_t queries = episodes * problem.query_size;

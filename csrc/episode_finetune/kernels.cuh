@@ -74,14 +74,20 @@ __device__ __forceinline__ void class_errors(int64_t way, int64_t label, T scale
                                              const Similarity& similarity, const Write& write) {
   const int lane = static_cast<int>(threadIdx.x) % lanes;
   const auto logit = [&](int64_t c) { return scale * (similarity(c) - (c == label ? margin : T(0))); };
+  // Rarely more than one class a lane: unrolled, these loops would only take registers.
   T highest = -std::numeric_limits<T>::infinity();
+#pragma unroll 1
   for (int64_t c = lane; c < way; c += lanes) highest = max(highest, logit(c));
   highest = warp_max<lanes>(highest);
-  T total = 0;
-  for (int64_t c = lane; c < way; c += lanes) total += std::exp(logit(c) - highest);
+  // Each exponential once while there is a lane for every class.
+  const T own = lane < way ? std::exp(logit(lane) - highest) : T(0);
+  T total = own;
+#pragma unroll 1
+  for (int64_t c = lane + lanes; c < way; c += lanes) total += std::exp(logit(c) - highest);
   const T share = factor / warp_sum<lanes>(total);
+#pragma unroll 1
   for (int64_t c = lane; c < way; c += lanes)
-    write(c, std::exp(logit(c) - highest) * share - (c == label ? factor : T(0)));
+    write(c, (c == lane ? own : std::exp(logit(c) - highest)) * share - (c == label ? factor : T(0)));
 }
 
 // Whether the labels of an episode are classes; for all threads of the block.

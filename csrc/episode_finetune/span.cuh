@@ -7,17 +7,19 @@ namespace fewshot_ext {
 
 struct FinetuneSpan {
   static constexpr int threads = 128, warps = threads / warp_lanes;
+  static constexpr int blocks_of_processor = 5;  // 600 episodes then fit on 132 processors together
   static constexpr int most_support = 64;
-  static constexpr int most_doubles = 5632;  // of the 48 KiB that every GPU has for a block
+  static constexpr int64_t most_bytes = 47 << 10;  // of the 48 KiB that every GPU has for a block; sums take some
 
-  // Arrays of an episode.
-  __host__ __device__ static int64_t doubles(int64_t support_size, int64_t way, int64_t batch_size) {
+  // The arrays of an episode, for which a launch asks: with less of them more blocks share a multiprocessor.
+  static int64_t bytes(int64_t support_size, int64_t way, int64_t batch_size) {
     const int64_t batch = batch_size < support_size ? batch_size : support_size;
-    return support_size * (support_size + 4 * way + 1) + batch * way + 8 * way;
+    const int64_t doubles = support_size * (support_size + 4 * way + 1) + batch * way + 8 * way;
+    return doubles * static_cast<int64_t>(sizeof(double)) + 4 * support_size * static_cast<int64_t>(sizeof(int));
   }
 
   static bool takes(int64_t support_size, int64_t way, int64_t batch_size) {
-    return support_size <= most_support && doubles(support_size, way, batch_size) <= most_doubles;
+    return support_size <= most_support && bytes(support_size, way, batch_size) <= most_bytes;
   }
 };
 
@@ -29,24 +31,17 @@ class SpanTraining {
   static constexpr int threads = FinetuneSpan::threads;
 
  public:
-  struct Memory {
-    double at[FinetuneSpan::most_doubles];
-    int seen[FinetuneSpan::most_support], place[FinetuneSpan::most_support], order[FinetuneSpan::most_support];
-    int label[FinetuneSpan::most_support];
-  };
-
-  __device__ SpanTraining(const EpisodeFinetune<Storage>& p, int64_t episode, Memory& memory)
+  // `memory`: shared, of FinetuneSpan::bytes.
+  __device__ SpanTraining(const EpisodeFinetune<Storage>& p, int64_t episode, double* memory)
       : p_(p),
         settings_(p.problem.settings),
         episode_(episode),
         size_(static_cast<int>(p.problem.support_size)),
         way_(static_cast<int>(p.problem.way)),
-        batch_(static_cast<int>(min(p.problem.settings.batch_size, p.problem.support_size))),
-        memory_(memory) {
-    double* at = memory.at;
-    const auto take = [&at](int count) {
-      double* taken = at;
-      at += count;
+        batch_(static_cast<int>(min(p.problem.settings.batch_size, p.problem.support_size))) {
+    const auto take = [&memory](int count) {
+      double* taken = memory;
+      memory += count;
       return taken;
     };
     gram_ = take(size_ * size_);
@@ -64,6 +59,10 @@ class SpanTraining {
     inverse_ = take(way_);
     decay_ = take(way_);
     length_ = take(way_);
+    seen_ = reinterpret_cast<int*>(memory);
+    place_ = seen_ + size_;
+    order_ = place_ + size_;
+    label_ = order_ + size_;
   }
 
   // Whether the episode is finished: not if its coefficients cannot tell the classifiers, see cpu_span.h.
@@ -73,16 +72,17 @@ class SpanTraining {
       return true;
     }
     start();
-    for (int64_t pass = 0; pass < p_.problem.passes; ++pass) {
+    const int passes = static_cast<int>(p_.problem.passes);
+    for (int pass = 0; pass < passes; ++pass) {
       const int64_t* order = p_.order(episode_, pass);
-      if (!is_permutation(order, size_, static_cast<int>(pass) + 1, memory_.seen)) {
+      if (!is_permutation(order, size_, pass + 1, seen_)) {
         poison(p_, episode_);
         return true;
       }
       for (int k = threadIdx.x; k < size_; k += threads) {
         const int s = static_cast<int>(order[k]);
-        memory_.order[k] = s;
-        memory_.place[s] = k;
+        order_[k] = s;
+        place_[s] = k;
       }
       __syncthreads();
       for (int begin = 0; begin < size_; begin += batch_)
@@ -121,8 +121,8 @@ class SpanTraining {
     __syncthreads();
     for (int s = threadIdx.x; s < size_; s += threads) {
       scale_[s] = settings_.cosine ? inverse_norm(gram_[s * size_ + s]) : 1.0;
-      memory_.seen[s] = 0;
-      memory_.label[s] = static_cast<int>(p_.label(episode_, s));
+      seen_[s] = 0;
+      label_[s] = static_cast<int>(p_.label(episode_, s));
     }
     __syncthreads();
     for (int k = threadIdx.x; k < size_ * size_; k += threads) gram_[k] *= scale_[k / size_] * scale_[k % size_];
@@ -148,7 +148,7 @@ class SpanTraining {
       if (settings_.cosine) {
         double with_weight = 0, with_velocity = 0;
         for (int b = 0; b < count; ++b) {
-          const int s = memory_.order[begin + b];
+          const int s = order_[begin + b];
           with_weight += errors_[b * way_ + c] * with_weight_[c * size_ + s];
           with_velocity += errors_[b * way_ + c] * with_velocity_[c * size_ + s];
         }
@@ -164,9 +164,9 @@ class SpanTraining {
     }
     __syncthreads();
     for (int k = threadIdx.x; k < way_ * size_; k += threads) {
-      const int c = k / size_, s = k % size_, own = memory_.place[s] - begin;
+      const int c = k / size_, s = k % size_, own = place_[s] - begin;
       double product = sgd.kept * with_velocity_[k] + decay_[c] * with_weight_[k];
-      for (int b = 0; b < count; ++b) product += errors_[b * way_ + c] * gram_[memory_.order[begin + b] * size_ + s];
+      for (int b = 0; b < count; ++b) product += errors_[b * way_ + c] * gram_[order_[begin + b] * size_ + s];
       with_velocity_[k] = product;
       with_weight_[k] -= settings_.lr * product;
       double coefficient = sgd.kept * of_velocity_[k] + decay_[c] * of_weight_[k];
@@ -178,8 +178,7 @@ class SpanTraining {
     if (!settings_.cosine) return;
     for (int c = threadIdx.x; c < way_; c += threads) {
       double speed = sgd.kept * speed_[c] + decay_[c] * along_[c];
-      for (int b = 0; b < count; ++b)
-        speed += errors_[b * way_ + c] * with_velocity_[c * size_ + memory_.order[begin + b]];
+      for (int b = 0; b < count; ++b) speed += errors_[b * way_ + c] * with_velocity_[c * size_ + order_[begin + b]];
       squares_[c] -= settings_.lr * (2 * along_[c] - settings_.lr * speed);
       along_[c] -= settings_.lr * speed;
       speed_[c] = speed;
@@ -194,9 +193,9 @@ class SpanTraining {
     // Whole warps go round together, for the sums over their lanes.
     for (int first = 0; first < count; first += groups) {
       const int b = first + static_cast<int>(threadIdx.x) / lanes;
-      const int s = memory_.order[begin + min(b, count - 1)];
+      const int s = order_[begin + min(b, count - 1)];
       class_errors<lanes>(
-          way_, memory_.label[s], settings_.scale, settings_.margin, factor,
+          way_, label_[s], settings_.scale, settings_.margin, factor,
           [&](int64_t c) { return with_weight_[c * size_ + s] * inverse_[c]; },
           [&](int64_t c, double error) {
             if (b < count) errors_[b * way_ + c] = error * inverse_[c];
@@ -244,7 +243,6 @@ class SpanTraining {
   const FinetuneSettings& settings_;
   const int64_t episode_;
   const int size_, way_, batch_;
-  Memory& memory_;
   double* gram_;                            // [S, S]
   double *with_weight_, *with_velocity_;    // [way, S]: w . x_s and v . x_s
   double *of_weight_, *of_velocity_;        // [way, S]: coefficients of x_s
@@ -253,16 +251,15 @@ class SpanTraining {
   double* errors_;                          // [batch, way]
   double *squares_, *along_, *speed_;       // [way] each: |w|^2, w . v, |v|^2; for cosines alone
   double *inverse_, *decay_, *length_;      // [way]: 1 / |w| or 1; the factor of w in the gradient; |first w|
+  int *seen_, *place_, *order_, *label_;    // [S] each
 };
 
 }  // namespace finetune_device
 
 template <class Storage>
-__global__ void __launch_bounds__(FinetuneSpan::threads)
+__global__ void __launch_bounds__(FinetuneSpan::threads, FinetuneSpan::blocks_of_processor)
     finetune_in_span(const __grid_constant__ EpisodeFinetune<Storage> p) {
-  using Training = finetune_device::SpanTraining<Storage>;
-  FEWSHOT_EXT_SHARED(typename Training::Memory, memory, );
-  const bool finished = Training(p, blockIdx.x, memory).run();
+  const bool finished = finetune_device::SpanTraining<Storage>(p, blockIdx.x, dynamic_shared<double>()).run();
   if (threadIdx.x == 0) p.finished[blockIdx.x] = finished;
 }
 

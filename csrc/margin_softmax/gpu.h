@@ -1,6 +1,7 @@
 // The order of launches on a GPU, written against a Device so that the emulator runs the same code. A Device offers
 //
 //   launch<kernel>(grid, block, argument...)
+//   launch_with_shared<kernel>(grid, block, bytes, argument...)    with so much dynamic shared memory
 //   launch_cooperative<kernel>(most_blocks, block, argument...)    as many blocks as fit, at most that many
 //   multiply(out, a, b)                                            out = a b, in the accumulation type
 //   multiply_add(out, a, b)                                        out += a b, all in the accumulation type

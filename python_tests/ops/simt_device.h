@@ -25,8 +25,13 @@ class SimtDevice {
 
   template <auto kernel, class... Arguments>
   void launch(dim3 grid, dim3 block, const Arguments&... arguments) {
+    launch_with_shared<kernel>(grid, block, 0, arguments...);
+  }
+
+  template <auto kernel, class... Arguments>
+  void launch_with_shared(dim3 grid, dim3 block, int64_t bytes, const Arguments&... arguments) {
     ++launches[simt::name_of<kernel>()];
-    simt::launch<kernel>(grid, block, 0, next_seed++, arguments...);
+    simt::launch<kernel>(grid, block, static_cast<size_t>(bytes), next_seed++, arguments...);
   }
 
   template <auto kernel, class... Arguments>
