@@ -82,7 +82,7 @@ def test_chunks(dtype, sizes, chunks):
 
 # Rows of less than a step of a block, of a few steps, and of one class more; by ones, by some with a rest, all at once.
 @pytest.mark.parametrize("rows", (1, 3, 100))
-@pytest.mark.parametrize("sizes", ((7, 150, 50), (5, 4096, 3), (4, 12289, 6)), ids=str)
+@pytest.mark.parametrize("sizes", ((7, 151, 50), (5, 4096, 3), (4, 12289, 6)), ids=str)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16, torch.float16), ids=str)
 def test_complete_rows(dtype, sizes, rows):
     one_pass = next(backend for backend in SIMT if backend.name == "simt-one_pass")
