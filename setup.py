@@ -36,8 +36,8 @@ except ModuleNotFoundError:
 PACKAGE = "fewshot_ext"
 TORCH_TARGET = "2.11"
 PORTABLE_ARCHITECTURES = "8.0;9.0+PTX"
-# From the PTX of 9.0 too, so that their GPUs need not compile it at the first call: in a fifth of the time that a
-# compilation of their own takes, which the kernels have no use for. Toolkits from 12.8 on know them.
+# From the PTX of 9.0 too, so that their GPUs need not compile it at the first call. The kernels have nothing of their
+# own for them, and so ptxas is all that it costs. Toolkits from 12.8 on know them.
 LATER_ARCHITECTURES = ("10.0", "12.0")
 LEAST_ARCHITECTURE = (8, 0)
 NVCC_THREADS = 2  # one for each of the portable architectures that are compiled from the source
@@ -132,8 +132,8 @@ def architecture_flags(toolkit):
         whose = f"TORCH_CUDA_ARCH_LIST={wanted!r}" if wanted else "the GPUs that torch sees"
         raise SystemExit(
             f"{PACKAGE}: {whose}: expected architectures from {'.'.join(map(str, LEAST_ARCHITECTURE))} on, got "
-            f"{', '.join(too_old)}, for which there are no kernels; TORCH_CUDA_ARCH_LIST names others, FEWSHOT_EXT_CUDA=0 "
-            "builds none"
+            f"{', '.join(too_old)}, for which there are no kernels; TORCH_CUDA_ARCH_LIST names others, "
+            "FEWSHOT_EXT_CUDA=0 builds none"
         )
     if portable:
         known = known_architectures(toolkit)
