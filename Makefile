@@ -86,6 +86,7 @@ wheel-cuda: sdist $(VENV)/.torch  ## Build the wheel with the CUDA library, show
 		|| (cat build/wheel.log; exit 1)
 	@grep -o 'fewshot_ext: built .*' build/wheel.log
 	$(BIN)/python python_tests/packaging/kernel_resources.py build/wheel.log
+	$(BIN)/python python_tests/packaging/kernel_budgets.py build/wheel.log dist/*.whl
 	$(BIN)/python python_tests/packaging/check_wheel.py --require-cuda dist/*.whl
 
 # Not part of continuous integration, because a torch with CUDA takes 5 GB.

@@ -10,7 +10,8 @@ loads them with torch.ops.load_library, so one binary serves every CPython from 
     FEWSHOT_EXT_CUDA=0      leaves the CUDA library out
     FEWSHOT_EXT_CUDA=1      fails without a CUDA toolkit (default: CUDA is built where there is one)
     CUDA_HOME               the CUDA toolkit, where nvcc on the PATH does not lead to it
-    TORCH_CUDA_ARCH_LIST    GPU architectures (default: of the GPUs present, else 8.0, 9.0 and later by PTX)
+    TORCH_CUDA_ARCH_LIST    GPU architectures from 8.0 on (default: of the GPUs present, else 8.0, 9.0, 10.0 and 12.0 as
+                            far as the toolkit knows them, and others by PTX)
     MAX_JOBS                parallel compile jobs (default: one a core, fewer where memory is short)
 """
 
@@ -35,7 +36,11 @@ except ModuleNotFoundError:
 PACKAGE = "fewshot_ext"
 TORCH_TARGET = "2.11"
 PORTABLE_ARCHITECTURES = "8.0;9.0+PTX"
-NVCC_THREADS = 2  # one for each of the portable architectures
+# From the PTX of 9.0 too, so that their GPUs need not compile it at the first call. The kernels have nothing of their
+# own for them, and so ptxas is all that it costs. Toolkits from 12.8 on know them.
+LATER_ARCHITECTURES = ("10.0", "12.0")
+LEAST_ARCHITECTURE = (8, 0)
+NVCC_THREADS = 2  # one for each of the portable architectures that are compiled from the source
 GIB_PER_JOB = 2  # a thread of nvcc takes 0.5, g++ 0.3, and kernels grow
 
 ROOT = Path(__file__).resolve().parent
@@ -101,21 +106,45 @@ def default_jobs():
     return max(1, min(len(os.sched_getaffinity(0)), memory_available() // (GIB_PER_JOB << 30)))
 
 
-def architecture_flags():
+def known_architectures(toolkit):
+    """What nvcc compiles for, as in "sm_80"."""
+    return output(toolkit / "bin" / "nvcc", "--list-gpu-code").split()
+
+
+def architecture_flags(toolkit):
     """nvcc's flags for TORCH_CUDA_ARCH_LIST.
 
     torch would add them, but not to flags in which it reads "arch", be it in the name of a folder.
     """
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    portable = torch.cuda.device_count() == 0 and not wanted
     if torch.cuda.device_count() == 0:
         # torch takes the architectures of the GPUs it sees, and raises IndexError where it sees none.
         if wanted == "native":
             raise SystemExit(f"{PACKAGE}: TORCH_CUDA_ARCH_LIST=native, but torch {torch.__version__} sees no GPU")
         os.environ["TORCH_CUDA_ARCH_LIST"] = wanted or PORTABLE_ARCHITECTURES
     try:
-        return cpp_extension._get_cuda_arch_flags()
+        flags = cpp_extension._get_cuda_arch_flags()
     except ValueError as error:
         raise SystemExit(f"{PACKAGE}: TORCH_CUDA_ARCH_LIST={wanted!r}: {error}") from None
+    too_old = [name for name in architecture_list(flags).split(";") if version_of(name) < LEAST_ARCHITECTURE]
+    if too_old:
+        whose = f"TORCH_CUDA_ARCH_LIST={wanted!r}" if wanted else "the GPUs that torch sees"
+        raise SystemExit(
+            f"{PACKAGE}: {whose}: expected architectures from {'.'.join(map(str, LEAST_ARCHITECTURE))} on, got "
+            f"{', '.join(too_old)}, for which there are no kernels; TORCH_CUDA_ARCH_LIST names others, "
+            "FEWSHOT_EXT_CUDA=0 builds none"
+        )
+    if portable:
+        known = known_architectures(toolkit)
+        for name in (later.replace(".", "") for later in LATER_ARCHITECTURES):
+            flags += [f"-gencode=arch=compute_90,code=sm_{name}"] * (f"sm_{name}" in known)
+    return flags
+
+
+def version_of(architecture):
+    """("8.6+PTX") -> (8, 6)"""
+    return tuple(map(int, re.match(r"(\d+)\.(\d)", architecture).groups()))
 
 
 def architecture_list(flags):
@@ -213,7 +242,7 @@ else:
     architectures = []
     if toolkit is not None:
         cpp_extension.CUDA_HOME = str(toolkit)
-        architectures = architecture_flags()
+        architectures = architecture_flags(toolkit)
     os.environ.setdefault("MAX_JOBS", str(default_jobs()))
 
     class BuildLibraries(cpp_extension.BuildExtension):

@@ -5,6 +5,7 @@
 tensor arrives.
 """
 
+import ctypes
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 LIBRARY_DIR_VARIABLE = "FEWSHOT_EXT_LIBRARY_DIR"  # another build of the libraries, such as the sanitizers' one
+LEAST_CAPABILITY = (8, 0)  # of a GPU; setup.py and csrc/common/device.h refuse to compile for less
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 cpu_error: str | None = None  # why _C is missing; None once it is loaded
@@ -97,16 +99,51 @@ def serve(architectures: str, capability: tuple[int, int]) -> bool:
     return False
 
 
+def driver_version() -> tuple[int, int] | None:
+    """The latest CUDA that the NVIDIA driver knows; None where there is no driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    if driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
+        return None
+    return version.value // 1000, version.value % 1000 // 10
+
+
+def driver_error() -> str | None:
+    """Why the driver cannot serve the CUDA library; None where it can, where there is none, and without a record.
+
+    The library brings its own CUDA runtime, which may be newer than torch's. A driver serves every runtime of its major
+    version.
+    """
+    toolkit = (build_record() or {}).get("cuda_toolkit")
+    driver = driver_version() if toolkit else None
+    if driver is None or driver[0] >= int(toolkit.partition(".")[0]):
+        return None
+    return (
+        f"the NVIDIA driver is for CUDA {driver[0]}.{driver[1]} at most, and the CUDA library is built with {toolkit}. "
+        f"Install a newer driver, or build with a toolkit of the driver's: CUDA_HOME=... FEWSHOT_EXT_CUDA=1 {REBUILD}"
+    )
+
+
 def gpu_error(device: torch.device | int) -> str | None:
     """Why the CUDA kernels do not run on this GPU; None where they do, or where nobody recorded what they are for."""
+    too_old = driver_error()
+    if too_old is not None:
+        return too_old
     architectures = (build_record() or {}).get("cuda_architectures")
     capability = torch.cuda.get_device_capability(device)
     if architectures is None or serve(architectures, capability):
         return None
     version = ".".join(map(str, capability))
+    name = torch.cuda.get_device_name(device)
+    if capability < LEAST_CAPABILITY:
+        least = ".".join(map(str, LEAST_CAPABILITY))
+        return f"expected compute capability {least} or later, got {version} of {name}; there are no kernels for it"
     return (
-        f"the CUDA kernels are built for {architectures}, and {torch.cuda.get_device_name(device)} has compute "
-        f'capability {version}. Build them with: TORCH_CUDA_ARCH_LIST="{version}" FEWSHOT_EXT_CUDA=1 {REBUILD}'
+        f"the CUDA kernels are built for {architectures}, and {name} has compute capability {version}. "
+        f'Build them with: TORCH_CUDA_ARCH_LIST="{version}" FEWSHOT_EXT_CUDA=1 {REBUILD}'
     )
 
 

@@ -101,6 +101,7 @@ def operator_report() -> dict[str, dict[str, str]]:
 def report() -> dict[str, Any]:
     """Everything ``python -m fewshot_ext.env`` prints, as JSON types."""
     build = _library.build_record()
+    driver = _library.driver_version()
     return {
         "versions": {
             "fewshot_ext": __version__,
@@ -119,6 +120,8 @@ def report() -> dict[str, Any]:
             },
             "cuda": {
                 "toolkit_of_torch": torch.version.cuda,
+                "driver": ".".join(map(str, driver)) if driver else None,
+                "driver_error": _library.driver_error(),
                 "gpus": gpu_report(),
             },
         },
@@ -161,6 +164,8 @@ def render(facts: dict[str, Any]) -> str:
         rows["cuda"] = "this torch is built without CUDA"
     elif not cuda["gpus"]:
         rows["cuda"] = f"torch is built with CUDA {cuda['toolkit_of_torch']}, but sees no GPU"
+    if cuda["driver"] is not None:
+        rows["driver"] = cuda["driver_error"] or f"for CUDA {cuda['driver']} at most"
     section("Devices", rows)
 
     def on_devices(operator: dict[str, str]) -> str:

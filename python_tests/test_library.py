@@ -118,6 +118,7 @@ class FakeGpus:
     ("architectures", "runs_on", "not_on"),
     [
         ("8.0;9.0+PTX", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 1)], [(7, 5), (6, 1)]),
+        ("8.0;9.0+PTX;10.0;12.0", [(8, 6), (9, 0), (10, 0), (10, 3), (11, 0), (12, 1)], [(7, 5)]),
         ("8.6", [(8, 6), (8, 9)], [(8, 0), (9, 0), (7, 5)]),
         ("8.0+PTX", [(8, 0), (8, 6), (9, 0), (12, 0)], [(7, 5)]),
         ("9.0a", [(9, 0)], [(8, 0), (10, 0)]),
@@ -133,23 +134,88 @@ def test_kernels_run_where_a_binary_or_ptx_fits(architectures, runs_on, not_on):
 
 
 def test_gpu_without_kernels_names_itself_what_was_built_and_the_command(monkeypatch):
-    gpus = FakeGpus(monkeypatch, "8.0;9.0+PTX", (9, 0), (7, 5))
+    gpus = FakeGpus(monkeypatch, "8.6;9.0", (9, 0), (8, 0))
     _library.require_cuda(torch.device("cuda", 0))
     for _ in range(2):
         with pytest.raises(RuntimeError) as raised:
             _library.require_cuda(torch.device("cuda", 1))
         assert str(raised.value) == (
-            "fewshot_ext does not run on cuda:1: the CUDA kernels are built for 8.0;9.0+PTX, and NVIDIA T4 has "
-            f'compute capability 7.5. Build them with: TORCH_CUDA_ARCH_LIST="7.5" FEWSHOT_EXT_CUDA=1 {BUILD}'
+            "fewshot_ext does not run on cuda:1: the CUDA kernels are built for 8.6;9.0, and NVIDIA T4 has compute "
+            f'capability 8.0. Build them with: TORCH_CUDA_ARCH_LIST="8.0" FEWSHOT_EXT_CUDA=1 {BUILD}'
         )
     assert [device.index for device in gpus.asked] == [0, 1, 1]
+
+
+def test_gpu_that_no_kernel_is_written_for_is_not_told_to_build_some(monkeypatch):
+    FakeGpus(monkeypatch, "8.0;9.0+PTX", (7, 5))
+    with pytest.raises(RuntimeError) as raised:
+        _library.require_cuda(torch.device("cuda", 0))
+    assert str(raised.value) == (
+        "fewshot_ext does not run on cuda:0: expected compute capability 8.0 or later, got 7.5 of NVIDIA T4; "
+        "there are no kernels for it"
+    )
+
+
+class Driver:
+    """libcuda where ``version`` is what it says of itself, in CUDA's way of counting."""
+
+    def __init__(self, version, status=0):
+        self.version, self.status = version, status
+
+    def cuDriverGetVersion(self, pointer):
+        pointer._obj.value = self.version
+        return self.status
+
+
+@pytest.mark.parametrize(
+    ("driver", "version"), [(Driver(12040), (12, 4)), (Driver(13000), (13, 0)), (Driver(13020, status=999), None)]
+)
+def test_driver_says_which_cuda_it_is_for(monkeypatch, driver, version):
+    monkeypatch.setattr(_library.ctypes, "CDLL", lambda name: {"libcuda.so.1": driver}[name])
+    assert _library.driver_version() == version
+
+
+def test_machine_without_a_driver(monkeypatch):
+    def load(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(_library.ctypes, "CDLL", load)
+    assert _library.driver_version() is None
+    assert _library.driver_error() is None
+
+
+@pytest.mark.parametrize(
+    ("toolkit", "driver", "too_old"),
+    [
+        ("13.0", (12, 9), True),
+        ("13.2", (13, 0), False),  # of one major version: CUDA's minor version compatibility
+        ("12.8", (13, 0), False),
+        ("13.0", None, False),
+        (None, (11, 0), False),
+    ],
+)
+def test_driver_older_than_the_runtime_in_the_library(monkeypatch, toolkit, driver, too_old):
+    gpus = FakeGpus(monkeypatch, "8.0;9.0+PTX", (9, 0))
+    record = {"cuda_architectures": "8.0;9.0+PTX", "cuda_toolkit": toolkit}
+    monkeypatch.setattr(_library, "build_record", lambda: record)
+    monkeypatch.setattr(_library, "driver_version", lambda: driver)
+    if not too_old:
+        return _library.require_cuda(torch.device("cuda", 0))
+    with pytest.raises(RuntimeError) as raised:
+        _library.require_cuda(torch.device("cuda", 0))
+    assert str(raised.value) == (
+        "fewshot_ext does not run on cuda:0: the NVIDIA driver is for CUDA 12.9 at most, and the CUDA library is built "
+        "with 13.0. Install a newer driver, or build with a toolkit of the driver's: CUDA_HOME=... "
+        f"FEWSHOT_EXT_CUDA=1 {BUILD}"
+    )
+    assert gpus.asked == []
 
 
 def test_operators_ask_for_the_gpu_of_their_tensors(monkeypatch):
     with FakeTensorMode():
         on_gpu = arguments("cuda")
-        FakeGpus(monkeypatch, "8.0;9.0+PTX", (7, 5))
-        with pytest.raises(RuntimeError, match=r"^fewshot_ext does not run on cuda:0: .* compute capability 7\.5"):
+        FakeGpus(monkeypatch, "9.0", (8, 6))
+        with pytest.raises(RuntimeError, match=r"^fewshot_ext does not run on cuda:0: .* compute capability 8\.6"):
             fewshot_ext.margin_cosine_loss(*on_gpu)
 
 

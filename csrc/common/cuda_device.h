@@ -7,20 +7,20 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstddef>
-#include <stdexcept>
-#include <string>
 #include <type_traits>
 #include <vector>
 
-#include "common/half.h"
 #include "common/matrix.h"
+#include "common/new_tensor.h"
+#include "common/torch_multiply.h"
 
 namespace fewshot_ext {
 
@@ -31,7 +31,7 @@ class CudaDevice {
   // The device of `like`, for as long as this lives.
   explicit CudaDevice(const Tensor& like) : like_(like), index_(like.get_device_index()), guard_(index_) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
@@ -58,29 +58,21 @@ class CudaDevice {
 
   // Kept until the call ends; torch's allocator then hands it out again in the order of the stream.
   std::byte* allocate(int64_t bytes) {
-    memory_.push_back(torch::stable::new_empty(like_, {bytes}, torch::headeronly::ScalarType::Byte));
+    memory_.push_back(new_empty(like_, {bytes}, torch::headeronly::ScalarType::Byte));
     return static_cast<std::byte*>(memory_.back().mutable_data_ptr());
   }
 
-  // out = a b, by cuBLAS: in TF32 where torch is told so, summed in float32 for half types.
   template <class Out, class Element>
   void multiply(const Matrix<Out>& out, const Matrix<const Element>& a, const Matrix<const Element>& b) {
-    using torch::stable::detail::from;
-    if constexpr (std::is_same_v<Out, Element>) {
-      std::array<StableIValue, 3> stack{from(tensor(a)), from(tensor(b)), from(tensor(out))};
-      call("aten::mm", "out", stack.data());
-    } else {
-      std::array<StableIValue, 4> stack{from(tensor(a)), from(tensor(b)), from(scalar_type<Out>()), from(tensor(out))};
-      call("aten::mm", "dtype_out", stack.data());
-    }
+    multiply_by_torch(out, a, b, like_.device());
   }
 
   // out += a b.
   template <class Element>
   void multiply_add(const Matrix<Element>& out, const Matrix<const Element>& a, const Matrix<const Element>& b) {
-    const Tensor sum = tensor(out);
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_cuda_addmm_out(sum.get(), sum.get(), tensor(a).get(), tensor(b).get(), 1.0, 1.0));
+    const Tensor sum = tensor_of(out, like_.device());
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(sum.get(), sum.get(), tensor_of(a, like_.device()).get(),
+                                                     tensor_of(b, like_.device()).get(), 1.0, 1.0));
   }
 
  private:
@@ -103,28 +95,6 @@ class CudaDevice {
     const int blocks = of_one * processors;
     if (remembered != nullptr) remembered->store(blocks, std::memory_order_relaxed);
     return blocks;
-  }
-
-  template <class Element>
-  static constexpr torch::headeronly::ScalarType scalar_type() {
-    using torch::headeronly::ScalarType;
-    if constexpr (std::is_same_v<Element, double>) return ScalarType::Double;
-    if constexpr (std::is_same_v<Element, BFloat16>) return ScalarType::BFloat16;
-    if constexpr (std::is_same_v<Element, Float16>) return ScalarType::Half;
-    return ScalarType::Float;
-  }
-
-  template <class Element>
-  Tensor tensor(const Matrix<Element>& matrix) const {
-    const int64_t sizes[] = {matrix.rows, matrix.columns}, strides[] = {matrix.row_stride, matrix.column_stride};
-    using Plain = std::remove_const_t<Element>;
-    return torch::stable::from_blob(const_cast<Plain*>(matrix.data), sizes, strides, like_.device(),
-                                    scalar_type<Plain>());
-  }
-
-  static void call(const char* name, const char* overload, StableIValue* stack) {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION));
-    torch::stable::detail::to<Tensor>(stack[0]);  // owns the result, another handle of `out`
   }
 
   Tensor like_;

@@ -25,6 +25,10 @@
 
 #include <cuda_runtime.h>
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error "fewshot_ext: expected a CUDA architecture of 8.0 or later"
+#endif
+
 #define FEWSHOT_EXT_SHARED(type, name, ...) __shared__ type name __VA_ARGS__
 
 #endif

@@ -89,6 +89,6 @@ struct CpuKernels {
 
 STABLE_TORCH_LIBRARY_IMPL(fewshot_ext, CPU, m) {
   using namespace fewshot_ext;
-  m.impl("emd", TORCH_BOX(&emd_tensors::forward<CpuKernels>));
-  m.impl("emd_flow_backward", TORCH_BOX(&emd_tensors::flow_backward<CpuKernels>));
+  m.impl("emd", FEWSHOT_EXT_KERNEL(&emd_tensors::forward<CpuKernels>));
+  m.impl("emd_flow_backward", FEWSHOT_EXT_KERNEL(&emd_tensors::flow_backward<CpuKernels>));
 }

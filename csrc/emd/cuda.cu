@@ -34,6 +34,6 @@ struct CudaKernels {
 
 STABLE_TORCH_LIBRARY_IMPL(fewshot_ext, CUDA, m) {
   using namespace fewshot_ext;
-  m.impl("emd", TORCH_BOX(&emd_tensors::forward<CudaKernels>));
-  m.impl("emd_flow_backward", TORCH_BOX(&emd_tensors::flow_backward<CudaKernels>));
+  m.impl("emd", FEWSHOT_EXT_KERNEL(&emd_tensors::forward<CudaKernels>));
+  m.impl("emd_flow_backward", FEWSHOT_EXT_KERNEL(&emd_tensors::flow_backward<CudaKernels>));
 }

@@ -184,7 +184,7 @@ struct EmdExactly {
 
 // For problems that are too large for the others.
 template <class Storage>
-__global__ void emd_leave_to_exact(const __grid_constant__ EmdProblemOf<Storage> p) {
+__global__ void __launch_bounds__(256) emd_leave_to_exact(const __grid_constant__ EmdProblemOf<Storage> p) {
   const int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (index < p.batch) p.pivots[index] = emd_unsolved;
 }

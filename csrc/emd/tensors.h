@@ -2,7 +2,6 @@
 #pragma once
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -131,7 +130,7 @@ std::tuple<Tensor, Tensor> flow_backward(Tensor grad_flow, Tensor basis) {
   STD_TORCH_CHECK(basis.dim() == 2 && basis.size(0) == batch && basis.size(1) == n + m - 1 &&
                       basis.scalar_type() == ScalarType::Int && basis.device() == grad_flow.device(),
                   "basis: expected int32 [B, n + m - 1] as the forward pass returned it");
-  basis = torch::stable::contiguous(basis);
+  basis = make_contiguous(basis);
   Tensor grad_supply = new_empty(grad_flow, {batch, n}, grad_flow.scalar_type());
   Tensor grad_demand = new_empty(grad_flow, {batch, m}, grad_flow.scalar_type());
   if (batch > 0) {

@@ -109,6 +109,6 @@ struct CpuKernels {
 
 STABLE_TORCH_LIBRARY_IMPL(fewshot_ext, CPU, m) {
   using namespace fewshot_ext;
-  m.impl("finetune_episodes", TORCH_BOX(&episode_finetune_tensors::finetune<CpuKernels>));
-  m.impl("draw_episodes", TORCH_BOX(&episode_finetune_tensors::draw<CpuKernels>));
+  m.impl("finetune_episodes", FEWSHOT_EXT_KERNEL(&episode_finetune_tensors::finetune<CpuKernels>));
+  m.impl("draw_episodes", FEWSHOT_EXT_KERNEL(&episode_finetune_tensors::draw<CpuKernels>));
 }

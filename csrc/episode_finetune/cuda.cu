@@ -26,6 +26,6 @@ struct CudaKernels {
 
 STABLE_TORCH_LIBRARY_IMPL(fewshot_ext, CUDA, m) {
   using namespace fewshot_ext;
-  m.impl("finetune_episodes", TORCH_BOX(&episode_finetune_tensors::finetune<CudaKernels>));
-  m.impl("draw_episodes", TORCH_BOX(&episode_finetune_tensors::draw<CudaKernels>));
+  m.impl("finetune_episodes", FEWSHOT_EXT_KERNEL(&episode_finetune_tensors::finetune<CudaKernels>));
+  m.impl("draw_episodes", FEWSHOT_EXT_KERNEL(&episode_finetune_tensors::draw<CudaKernels>));
 }

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -67,7 +66,7 @@ inline void check(const Tensor& support, const Tensor& target, const Tensor& que
 
 // Kernels read rows of neighboring elements, whatever the distance between rows.
 inline Tensor with_dense_rows(const Tensor& rows) {
-  return rows.size(2) <= 1 || rows.stride(2) == 1 ? rows : torch::stable::contiguous(rows);
+  return rows.size(2) <= 1 || rows.stride(2) == 1 ? rows : make_contiguous(rows);
 }
 
 template <class Kernels, class Storage>
@@ -102,9 +101,9 @@ Tensor finetune(Tensor support, Tensor target, Tensor query, Tensor weight, Tens
   check(support, target, query, weight, order, batch_size);
   support = with_dense_rows(support);
   query = with_dense_rows(query);
-  target = torch::stable::contiguous(target);
-  weight = torch::stable::contiguous(weight);
-  order = torch::stable::contiguous(order);
+  target = make_contiguous(target);
+  weight = make_contiguous(weight);
+  order = make_contiguous(order);
   // Kernels round up the minibatches of a pass, which a batch size near 2^63 would overflow.
   batch_size = std::min(batch_size, support.size(1));
   const FinetuneSettings settings{cosine, scale, margin, batch_size, lr, momentum, dampening, weight_decay};

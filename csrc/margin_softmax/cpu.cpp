@@ -49,6 +49,6 @@ struct CpuKernels {
 
 STABLE_TORCH_LIBRARY_IMPL(fewshot_ext, CPU, m) {
   using namespace fewshot_ext;
-  m.impl("margin_softmax", TORCH_BOX(&margin_softmax_tensors::forward<CpuKernels>));
-  m.impl("margin_softmax_backward", TORCH_BOX(&margin_softmax_tensors::backward<CpuKernels>));
+  m.impl("margin_softmax", FEWSHOT_EXT_KERNEL(&margin_softmax_tensors::forward<CpuKernels>));
+  m.impl("margin_softmax_backward", FEWSHOT_EXT_KERNEL(&margin_softmax_tensors::backward<CpuKernels>));
 }

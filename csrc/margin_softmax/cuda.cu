@@ -44,6 +44,6 @@ struct CudaKernels {
 
 STABLE_TORCH_LIBRARY_IMPL(fewshot_ext, CUDA, m) {
   using namespace fewshot_ext;
-  m.impl("margin_softmax", TORCH_BOX(&margin_softmax_tensors::forward<CudaKernels>));
-  m.impl("margin_softmax_backward", TORCH_BOX(&margin_softmax_tensors::backward<CudaKernels>));
+  m.impl("margin_softmax", FEWSHOT_EXT_KERNEL(&margin_softmax_tensors::forward<CudaKernels>));
+  m.impl("margin_softmax_backward", FEWSHOT_EXT_KERNEL(&margin_softmax_tensors::backward<CudaKernels>));
 }

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -40,7 +39,7 @@ inline ScalarType accumulate_type(const Tensor& features) {
 
 // Kernels read rows of neighboring elements, whatever the distance between rows.
 inline Tensor with_dense_rows(const Tensor& matrix) {
-  return matrix.size(1) <= 1 || matrix.stride(1) == 1 ? matrix : torch::stable::contiguous(matrix);
+  return matrix.size(1) <= 1 || matrix.stride(1) == 1 ? matrix : make_contiguous(matrix);
 }
 
 // fewshot_ext/ops raises the errors that name arguments; these keep a direct call from reading foreign memory.
@@ -86,7 +85,7 @@ inline MarginSoftmaxProblem describe(const Tensor& features, const Tensor& weigh
 inline Tensor gradient(const Tensor& like, bool wanted, bool zero) {
   if (!wanted) return new_empty(like, {0}, like.scalar_type());
   const int64_t shape[] = {like.size(0), like.size(1)};
-  return zero ? torch::stable::new_zeros(like, shape) : new_empty(like, shape, like.scalar_type());
+  return zero ? make_zeros(like, shape, like.scalar_type()) : new_empty(like, shape, like.scalar_type());
 }
 
 // `Kernels::run(problem, features)` computes what the problem asks for, on the device of `features`. The backward pass
@@ -100,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor features, Tens
   check(features, weight, target, total_classes);
   features = with_dense_rows(features);
   weight = with_dense_rows(weight);
-  target = torch::stable::contiguous(target);
+  target = make_contiguous(target);
   MarginSoftmaxProblem problem =
       describe(features, weight, target, margin, scale, label_smoothing, ignore_index, cosine, total_classes);
   STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "reduction: expected 0, 1 or 2, got ", reduction);
@@ -113,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor features, Tens
   const int64_t samples = problem.samples;
   const bool empty = samples == 0;
   Tensor loss = none    ? new_empty(features, {samples}, accumulate)
-                : empty ? torch::stable::new_zeros(features, {}, accumulate)
+                : empty ? make_zeros(features, {}, accumulate)
                         : new_empty(features, nullptr, 0, accumulate);
   Tensor prediction = new_empty(features, {return_prediction ? samples : 0}, ScalarType::Long);
   Tensor statistics = new_empty(features, {4, samples}, accumulate);
@@ -147,9 +146,9 @@ std::tuple<Tensor, Tensor> backward(Tensor grad_loss, Tensor features, Tensor we
                   "features, grad_loss and row_statistics are on different devices");
   features = with_dense_rows(features);
   weight = with_dense_rows(weight);
-  target = torch::stable::contiguous(target);
-  grad_loss = torch::stable::contiguous(grad_loss);
-  row_statistics = torch::stable::contiguous(row_statistics);
+  target = make_contiguous(target);
+  grad_loss = make_contiguous(grad_loss);
+  row_statistics = make_contiguous(row_statistics);
   MarginSoftmaxProblem problem =
       describe(features, weight, target, margin, scale, label_smoothing, ignore_index, cosine, total_classes);
   const bool empty = problem.samples == 0;

@@ -32,5 +32,5 @@ struct CpuKernels {
 
 STABLE_TORCH_LIBRARY_IMPL(fewshot_ext, CPU, m) {
   using namespace fewshot_ext;
-  m.impl("scale_gradients_", TORCH_BOX(&scale_gradients_tensors::scale_gradients<CpuKernels>));
+  m.impl("scale_gradients_", FEWSHOT_EXT_KERNEL(&scale_gradients_tensors::scale_gradients<CpuKernels>));
 }

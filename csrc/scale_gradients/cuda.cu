@@ -19,5 +19,5 @@ struct CudaKernels {
 
 STABLE_TORCH_LIBRARY_IMPL(fewshot_ext, CUDA, m) {
   using namespace fewshot_ext;
-  m.impl("scale_gradients_", TORCH_BOX(&scale_gradients_tensors::scale_gradients<CudaKernels>));
+  m.impl("scale_gradients_", FEWSHOT_EXT_KERNEL(&scale_gradients_tensors::scale_gradients<CudaKernels>));
 }

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "common/half.h"
+#include "common/torch_calls.h"
 
 namespace fewshot_ext {
 

@@ -1,6 +1,5 @@
 """Autograd and vmap rules that the operators share, for eager calls and for the compiler."""
 
-import re
 from collections.abc import Callable
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
 from torch.autograd import forward_ad
 
-_SOURCE_LINE = re.compile(r"^\w+, [^\n]*:\d+, ")  # of the native code, which torch puts before what that says
+from fewshot_ext._native_errors import explained
 
 
 def one_by_one(op: Callable) -> Callable:
@@ -117,8 +116,7 @@ def differentiable(
             with torch._C._AutoDispatchBelowAutograd():  # past the registered rule
                 return native(*args)
         except RuntimeError as error:
-            error.args = (_SOURCE_LINE.sub("", str(error)),)
-            raise
+            raise explained(error) from None
 
     def forward_mode(ctx, *tangents):
         if jvp is None:

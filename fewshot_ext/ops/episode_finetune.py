@@ -9,6 +9,7 @@ device, because to sort random numbers torch takes about as long as the training
 import torch
 from torch import Tensor
 
+from fewshot_ext._native_errors import explaining
 from fewshot_ext._precision import accumulate_dtype
 from fewshot_ext._validation import (
     check_at_least,
@@ -58,6 +59,7 @@ _call_finetune = differentiable(
     _finetune_op, lambda ctx, inputs, output: None, _refuse_derivative, jvp=_refuse_derivative, dimensions=2
 )
 torch.library.register_vmap(_draw_op, one_by_one(_draw_op))
+_call_draw = explaining(_draw_op)
 
 
 def _refuse_gradients(**tensors: Tensor | None) -> None:
@@ -257,7 +259,7 @@ def finetune_episodes(
     support, query, weight = (features.get(name) for name in ("support", "query", "weight"))
     if weight is None or order is None:
         seed = torch.randint(2**63 - 1, (1,), generator=generator)
-        drawn_weight, drawn_order = _draw_op(support, seed, way, steps)
+        drawn_weight, drawn_order = _call_draw(support, seed, way, steps)
         weight = drawn_weight if weight is None else weight
         order = drawn_order if order is None else order
     if check:

@@ -12,13 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fewshot_ext._native_errors import explaining
 from fewshot_ext.ops.margin_softmax import REDUCTIONS
 from fewshot_ext.parallel._collectives import Batches
 
 IGNORED = -1  # the label of ignored rows, whatever the caller's ignore_index
 
-_forward_op = torch.ops.fewshot_ext.margin_softmax.default
-_backward_op = torch.ops.fewshot_ext.margin_softmax_backward.default
+_call_forward = explaining(torch.ops.fewshot_ext.margin_softmax.default)
+_call_backward = explaining(torch.ops.fewshot_ext.margin_softmax_backward.default)
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class ClassParallelMarginSoftmax(torch.autograd.Function):
             dist.all_reduce(grad_loss, group=batches.group)
             grad_rows = (grad_loss / ctx.counted if problem.reduction == "mean" else grad_loss).expand(target.shape)
         if len(weight):
-            grad_features, grad_weight = _backward_op(
+            grad_features, grad_weight = _call_backward(
                 grad_rows, features, weight, target, statistics, *problem.settings, needs_features, needs_weight
             )
         else:
@@ -119,7 +120,7 @@ def _shard_statistics(features: Tensor, weight: Tensor, target: Tensor, problem:
     """The operator's row statistics ``[4, N]`` over the shard, and its best class of each row, ``[N]`` or empty."""
     wants_prediction = problem.class_numbers is not None
     if len(weight):
-        _, prediction, statistics, *_ = _forward_op(
+        _, prediction, statistics, *_ = _call_forward(
             features, weight, target, *problem.settings, REDUCTIONS["none"], False, False, wants_prediction
         )
         return statistics, prediction

@@ -165,3 +165,27 @@ def test_memory_stays_far_below_the_logits():
     torch.cuda.synchronize()
     rise = torch.cuda.max_memory_allocated() - before
     assert rise - sum(tensor.nbytes for tensor in results) < 66 << 20
+
+
+@needs_gpu
+def test_memory_that_runs_out_is_torchs_error():
+    target = torch.zeros(4, dtype=torch.int64, device="cuda")
+    features, weight = (torch.zeros((), device="cuda").expand(rows, 1 << 44) for rows in (4, 3))
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        margin_cosine_loss(features, weight, target)
+    assert margin_cosine_loss(**problem_on("cuda").tensors).isfinite(), "the GPU goes on"
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_products_that_torch_tunes(monkeypatch, tmp_path, dtype):
+    monkeypatch.setenv("FEWSHOT_EXT_MARGIN_SOFTMAX_KERNEL", "chunked")
+    problem = draw(64, 200, 130, dtype=dtype).to(device="cuda")
+    expected = evaluate(margin_cosine_loss, problem, NAMES)
+    torch.cuda.tunable.set_filename(str(tmp_path / "tuned.csv"))
+    torch.cuda.tunable.enable(True)
+    try:
+        tuned = evaluate(margin_cosine_loss, problem, NAMES)
+    finally:
+        torch.cuda.tunable.enable(False)
+    torch.testing.assert_close(tuned, expected, rtol=1e-3, atol=1e-4)

@@ -15,9 +15,11 @@ import sys
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-# Name without template arguments -> why it may leave its registers.
+# Name without template arguments, and where it is one architecture alone "for" it -> why it may leave its registers.
 ALLOWED: dict[str, str] = {
     "emd_exactly_by_warps": "integers of any width, in memory by their nature; a kernel for what no other could prove",
+    "emd_by_warps for sm_100": "seven blocks a multiprocessor leave 72 registers, too few by some; not mended yet",
+    "emd_by_blocks for sm_120": "two blocks of 512 threads leave 64 registers, too few by some; not mended yet",
 }
 
 ENTRY = re.compile(r"ptxas info\s*: Compiling entry function '\w+' for '(\w+)'")
@@ -41,6 +43,9 @@ class Kernel:
 
     def base_name(self) -> str:
         return self.name.partition("<")[0]
+
+    def names_in_allowed(self) -> set[str]:
+        return {self.base_name(), f"{self.base_name()} for {self.architecture}"}
 
     def is_float64(self) -> bool:
         return set(SCALAR.findall(self.name.partition("<")[2])) == {"double"}
@@ -86,14 +91,17 @@ def faults(kernels: list[Kernel], allowed: dict[str, str]) -> list[str]:
     if not kernels:
         return ["no report of ptxas in the log: has it compiled the CUDA library, with --resource-usage?"]
     wrong = [kernel for kernel in kernels if kernel.leaves_registers() and not kernel.is_float64()]
+    needed = {name for kernel in wrong for name in kernel.names_in_allowed()} & set(allowed)
     found = [
         f"{kernel.name} for {kernel.architecture}: {kernel.stack} bytes of stack frame, "
         f"{kernel.spill_stores} of spill stores, {kernel.spill_loads} of spill loads"
         for kernel in wrong
-        if kernel.base_name() not in allowed
+        if needed.isdisjoint(kernel.names_in_allowed())
     ]
-    # A line that outlives its kernel's fault would hide the next one.
-    idle = sorted(set(allowed) - {kernel.base_name() for kernel in wrong})
+    # A line that outlives its kernel's fault would hide the next one; what was not built has none.
+    built = {kernel.architecture for kernel in kernels}
+    known = {name for name in allowed if name.partition(" for ")[2] in {"", *built}}
+    idle = sorted(known - needed)
     return found + [f"{name} stays in its registers and needs no line in ALLOWED" for name in idle]
 
 

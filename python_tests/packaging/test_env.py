@@ -93,6 +93,7 @@ def test_each_gpu_comes_with_its_capability_and_whether_it_has_kernels(monkeypat
     monkeypatch.setattr(_library, "cuda_error", None)
     monkeypatch.setattr(_library, "build_record", lambda: RECORD)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(_library, "driver_version", lambda: (13, 0))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: ["NVIDIA H100", "NVIDIA T4"][gpu])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: [(9, 0), (7, 5)][gpu])
@@ -100,16 +101,34 @@ def test_each_gpu_comes_with_its_capability_and_whether_it_has_kernels(monkeypat
     served, unserved = facts["devices"]["cuda"]["gpus"]
     assert served == {"name": "NVIDIA H100", "capability": "9.0", "error": None}
     assert unserved["capability"] == "7.5"
-    assert "built for 8.0;9.0+PTX" in unserved["error"]
+    assert unserved["error"].startswith("expected compute capability 8.0 or later, got 7.5 of NVIDIA T4")
     told = env.render(facts)
     assert "cuda:0  NVIDIA H100, compute capability 9.0: kernels run" in told
-    assert "cuda:1  NVIDIA T4, compute capability 7.5: the CUDA kernels are built for 8.0;9.0+PTX, and" in told
+    assert "cuda:1  NVIDIA T4, compute capability 7.5: expected compute capability 8.0 or later" in told
+    assert "driver  for CUDA 13.0 at most" in told
     assert "toolkit 13.0, architectures 8.0;9.0+PTX" in told
 
     monkeypatch.setattr(_library, "cuda_error", "no _C_cuda library")
     assert {gpu["error"] for gpu in env.gpu_report()} == {"the CUDA library is not loaded"}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert "torch is built with CUDA 13.0, but sees no GPU" in env.render(env.report())
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_driver_too_old_for_the_library_is_told_whether_or_not_torch_sees_a_gpu(monkeypatch, gpus):
+    monkeypatch.setattr(_library, "cuda_error", None)
+    monkeypatch.setattr(_library, "build_record", lambda: RECORD)
+    monkeypatch.setattr(_library, "driver_version", lambda: (12, 4))
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: (9, 0))
+    facts = env.report()
+    error = "the NVIDIA driver is for CUDA 12.4 at most, and the CUDA library is built with 13.0"
+    assert facts["devices"]["cuda"]["driver"] == "12.4"
+    assert facts["devices"]["cuda"]["driver_error"].startswith(error)
+    assert [gpu["error"].startswith(error) for gpu in facts["devices"]["cuda"]["gpus"]] == [True] * gpus
+    assert re.search(rf"^  driver +{error}\. Install a newer driver", env.render(facts), re.MULTILINE)
 
 
 def test_report_without_the_compiled_library(tmp_path):

@@ -100,6 +100,17 @@ def test_allowed_kernels_pass_as_long_as_they_need_it():
     ]
 
 
+def test_kernel_may_be_allowed_on_one_architecture_alone():
+    kernels = kernel_resources.parse(LOG)
+    allowed = {"spill": "test", "foo for sm_90a": "test", "k1 for sm_90a": "test"}
+    assert kernel_resources.faults(kernels, allowed) == []
+    elsewhere = {"spill": "test", "foo": "test", "k1 for sm_80": "test", "k1 for sm_120": "not built"}
+    assert kernel_resources.faults(kernels, elsewhere) == [
+        "k1 for sm_90a: 256 bytes of stack frame, 0 of spill stores, 0 of spill loads",
+        "k1 for sm_80 stays in its registers and needs no line in ALLOWED",
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "float64"),
     [

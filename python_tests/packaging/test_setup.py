@@ -16,6 +16,7 @@ from torch.utils import cpp_extension
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 GIB = 2**30
+TOOLKIT = Path("/toolkit")
 
 
 @pytest.fixture
@@ -32,6 +33,7 @@ def setup(monkeypatch):
         spec = importlib.util.spec_from_file_location("setup", CHECKOUT / "setup.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        monkeypatch.setattr(module, "known_architectures", lambda toolkit: ["sm_80", "sm_90", "sm_100", "sm_120"])
         return module
 
     return load
@@ -74,9 +76,9 @@ def test_jobs_of_the_user_stand(setup, monkeypatch):
 @pytest.mark.parametrize(
     ("wanted", "built"),
     [
-        (None, "8.0;9.0+PTX"),
-        ("", "8.0;9.0+PTX"),
-        ("7.5", "7.5"),
+        (None, "8.0;9.0+PTX;10.0;12.0"),
+        ("", "8.0;9.0+PTX;10.0;12.0"),
+        ("8.6", "8.6"),
         ("12.0+PTX;8.6 9.0a", "8.6;9.0a;12.0+PTX"),
         ("Hopper", "9.0+PTX"),
     ],
@@ -86,9 +88,40 @@ def test_architectures_are_recorded_as_they_are_compiled(setup, monkeypatch, wan
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     if wanted is not None:
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
-    flags = module.architecture_flags()
+    flags = module.architecture_flags(TOOLKIT)
     assert module.architecture_list(flags) == built
     assert len(flags) == len(built.split(";")) + built.count("PTX")
+
+
+@pytest.mark.parametrize(
+    ("known", "built"), [(["sm_80", "sm_90"], "8.0;9.0+PTX"), (["sm_90", "sm_100"], "8.0;9.0+PTX;10.0")]
+)
+def test_toolkit_that_does_not_know_the_latest_gpus_serves_them_by_ptx(setup, monkeypatch, known, built):
+    module = setup()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(module, "known_architectures", lambda toolkit: known)
+    assert module.architecture_list(module.architecture_flags(TOOLKIT)) == built
+
+
+@pytest.mark.parametrize("wanted", ["7.5", "7.5+PTX;9.0", "Turing", "9.0 7.0"])
+def test_architectures_without_kernels_are_refused_by_name(setup, monkeypatch, wanted):
+    module = setup()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
+    with pytest.raises(SystemExit) as refused:
+        module.architecture_flags(TOOLKIT)
+    assert str(refused.value).startswith(
+        f"fewshot_ext: TORCH_CUDA_ARCH_LIST={wanted!r}: expected architectures from 8.0 on, got 7."
+    )
+
+
+def test_gpu_without_kernels_is_refused_by_its_architecture(setup, monkeypatch):
+    module = setup()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80"])
+    with pytest.raises(SystemExit, match=r"the GPUs that torch sees: .* got 7\.5.*FEWSHOT_EXT_CUDA=0 builds none"):
+        module.architecture_flags(TOOLKIT)
 
 
 def test_architectures_are_of_the_gpus_where_there_are_some(setup, monkeypatch):
@@ -96,9 +129,9 @@ def test_architectures_are_of_the_gpus_where_there_are_some(setup, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: [(9, 0), (8, 6), (9, 0)][gpu])
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_86", "sm_90", "sm_120"])
-    assert module.architecture_list(module.architecture_flags()) == "8.6;9.0+PTX"
+    assert module.architecture_list(module.architecture_flags(TOOLKIT)) == "8.6;9.0+PTX"
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
-    assert module.architecture_list(module.architecture_flags()) == "8.0"
+    assert module.architecture_list(module.architecture_flags(TOOLKIT)) == "8.0"
 
 
 @pytest.mark.parametrize(
@@ -110,15 +143,15 @@ def test_architectures_that_cannot_be_built_get_one_clear_error(setup, monkeypat
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
     with pytest.raises(SystemExit, match=f"^fewshot_ext: TORCH_CUDA_ARCH_LIST{message}"):
-        module.architecture_flags()
+        module.architecture_flags(TOOLKIT)
 
 
 def test_cuda_library_gets_the_architectures_whatever_the_folders_are_called(setup, monkeypatch):
     module = setup()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(cpp_extension, "include_paths", lambda: ["/research/torch/include"])
-    architectures = module.architecture_flags()
-    _, cuda = module.libraries(Path("/toolkit"), architectures)
+    architectures = module.architecture_flags(TOOLKIT)
+    _, cuda = module.libraries(TOOLKIT, architectures)
     flags = cuda.extra_compile_args["nvcc"]
     assert [flag for flag in flags if "gencode" in flag] == architectures
     assert {"-lineinfo", "--resource-usage"} <= set(flags)
@@ -127,7 +160,7 @@ def test_cuda_library_gets_the_architectures_whatever_the_folders_are_called(set
 
 def test_cuda_without_a_source_is_an_error_where_it_is_asked_for(setup, monkeypatch):
     module = setup()
-    monkeypatch.setattr(module, "find_cuda_toolkit", lambda: Path("/toolkit"))
+    monkeypatch.setattr(module, "find_cuda_toolkit", lambda: TOOLKIT)
     monkeypatch.setattr(module, "sources", lambda suffix: [])
     monkeypatch.setenv("FEWSHOT_EXT_CUDA", "1")
     with pytest.raises(SystemExit, match=r"FEWSHOT_EXT_CUDA=1, but no CUDA source under .*csrc"):

@@ -83,9 +83,14 @@ def build(name, sources, includes=()):
             flags = (*KERNEL_FLAGS, *TRACKED) if unit in sources else ("-O2",)
         jobs.append((unit, [CXX, *COMMON_FLAGS, *flags, *include_flags]))
     link = [CXX, "-shared", *(SANITIZED if sanitized() else ())]
+    return cached(f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}", jobs, link, includes)
 
+
+def cached(file_name, jobs, link, includes=()):
+    """The library that the jobs, a source and its command each, and the linker make: an earlier one where nothing has
+    changed since."""
     folder = CACHE / digest(jobs, link, includes)
-    library = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    library = folder / file_name
     folder.mkdir(parents=True, exist_ok=True)
     # Processes that test side by side want the same library: one compiles, the others wait.
     with (folder / "lock").open("w") as lock:
