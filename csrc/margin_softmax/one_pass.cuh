@@ -112,7 +112,7 @@ struct Part {
 // One block a row. In the forward pass it goes through the row twice, for the loss and for the gradient; the backward
 // pass knows the sums.
 template <class Storage, bool backward, bool smoothing, bool prediction>
-__global__ void __launch_bounds__(one_pass::threads) margin_softmax_one_pass(CompleteRows<Storage> p) {
+__global__ void __launch_bounds__(one_pass::threads, 1) margin_softmax_one_pass(CompleteRows<Storage> p) {
   using T = Accumulate<Storage>;
   constexpr int step = 4 * one_pass::threads, warps = one_pass::threads / warp_lanes;
   static_assert(warps == warp_lanes, "the first warp joins what the warps found");
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(one_pass::threads) margin_softmax_one_pass(Com
     }
   } else {
     one_pass::Part<T, smoothing, prediction> part;
-#pragma unroll 4
+#pragma unroll 2
     for (int j = 4 * threadIdx.x; j < classes; j += step) {
       Four<T> inverse_weight;
       part.add(logits(j, inverse_weight), j, classes - j, target);
