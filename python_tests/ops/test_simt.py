@@ -93,7 +93,7 @@ def test_complete_rows(dtype, sizes, rows):
         operand_errors=one_pass.operand_errors,
     )
     for case, smoothing in ((margin_cosine, 0.0), (margin_softmax, 0.1)):
-        for reduction in ("mean", "none"):
+        for reduction in REDUCTIONS:
             problem = draw(
                 *sizes,
                 dtype=dtype,
@@ -103,7 +103,22 @@ def test_complete_rows(dtype, sizes, rows):
                 reduction=reduction,
                 return_prediction=reduction == "mean",
             )
+            problem.tensors["target"][:2] = torch.tensor([0, sizes[1] - 1])
             assert_equals_reference(case, backend, problem)
+
+
+@pytest.mark.parametrize("kernel", ("one_pass", "chunked"))
+def test_float16_takes_losses_that_all_count_negatively(kernel):
+    """Entries are lifted into float16's range by the largest, whatever its sign."""
+    problem = draw(6, 40, 20, dtype=torch.float16, scale=5.0, reduction="none")
+    found = []
+    for upstream in (-1e-4, 1e-4):
+        tensors = problem.with_grad(NAMES).tensors
+        with emulated(kernel):
+            (margin_cosine_loss(**tensors, **problem.options) * upstream).sum().backward()
+        found.append([tensors[name].grad for name in NAMES])
+    for negative, positive in zip(*found, strict=True):
+        assert positive.any() and torch.equal(negative, -positive)
 
 
 def test_memory_for_complete_rows_is_checked():
