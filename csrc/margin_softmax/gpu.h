@@ -101,7 +101,7 @@ T* take(Memory& memory, int64_t count) {
 inline unsigned blocks_for(int64_t items, int64_t each) { return static_cast<unsigned>((items + each - 1) / each); }
 
 template <class Storage, class Device>
-void one_launch(Device& device, const MarginSoftmaxProblem& problem) {
+void few_classes(Device& device, const MarginSoftmaxProblem& problem) {
   using T = Accumulate<Storage>;
   OneLaunch<Storage> p{};
   p.rows = Rows<T>::of(problem);
@@ -117,16 +117,20 @@ void one_launch(Device& device, const MarginSoftmaxProblem& problem) {
   p.weight_in_fours = in_fours<Storage>(p.weight, p.weight_stride, p.dimensions);
   p.grad_features = static_cast<Storage*>(problem.grad_features);
   p.grad_weight = static_cast<Storage*>(problem.grad_weight);
+  p.slice();
+  p.pitch = (p.classes + 3) / 4 * 4;
   const auto lay_out = [&p](Memory memory) {
-    p.logits = take<T>(memory, int64_t(p.samples) * p.classes);
+    p.products = take<T>(memory, int64_t(p.slices) * p.samples * p.pitch);
     p.inverse_features = take<T>(memory, p.samples);
-    p.inverse_weight = take<T>(memory, p.classes);
-    p.parts = take<PartOfRow<T>>(memory, int64_t(p.samples) * p.class_tiles());
+    p.inverse_weight = take<T>(memory, p.pitch);
+    p.counted = take<T>(memory, 1);
+    p.losses = take<T>(memory, p.samples);
+    p.coefficients = take<one_launch::Sample<T>>(memory, p.samples);
     return memory.used;
   };
   lay_out({device.allocate(lay_out({}))});
-  device.template launch_cooperative<margin_softmax_one_launch<Storage>>(std::max(p.logit_items(), p.gradient_items()),
-                                                                         OneLaunch<Storage>::threads, p);
+  device.template launch_cooperative<margin_softmax_one_launch<Storage>>(std::max(p.first_items(), p.last_items()),
+                                                                         one_launch::threads, p);
 }
 
 // What both ways to many classes are made of.
@@ -464,7 +468,7 @@ template <class Storage, class Device>
 void margin_softmax(Device& device, const MarginSoftmaxProblem& problem, const MarginSoftmaxPlan& plan) {
   switch (plan.choose(problem)) {
     case MarginSoftmaxKernel::one_launch:
-      return one_launch<Storage>(device, problem);
+      return few_classes<Storage>(device, problem);
     case MarginSoftmaxKernel::one_pass:
       return OnePass<Storage, Device>(device, problem, plan).run();
     case MarginSoftmaxKernel::chunked:

@@ -49,10 +49,15 @@ def test_any_number_of_blocks_gives_the_same_bits(blocks):
     assert_same(*found)
 
 
-# One less and one more than a tile of 32, than 256 rows that share a pass of coefficients, than four elements.
-@pytest.mark.parametrize(
-    "sizes", ((31, 33, 65), (32, 32, 32), (33, 31, 4), (1, 2, 1), (257, 5, 8), (8, 260, 36), (300, 40, 33)), ids=str
+# One less and one more than a tile of 32, than a stage of 64 of the inner dimension, than 256 classes that a warp reads
+# together, than four elements; dimensions in many slices, the last one shorter.
+SIZES_AROUND_TILES = (
+    *((31, 33, 65), (32, 32, 32), (33, 31, 4), (1, 2, 1), (257, 5, 8), (8, 260, 36), (300, 40, 33)),
+    *((63, 65, 129), (65, 64, 127), (5, 33, 1100)),
 )
+
+
+@pytest.mark.parametrize("sizes", SIZES_AROUND_TILES, ids=str)
 @on_backends(SIMT)
 def test_sizes_around_tiles(backend, sizes):
     for case, dtype in ((margin_cosine, torch.float32), (margin_softmax, torch.bfloat16)):
