@@ -43,7 +43,7 @@ def test_any_number_of_blocks_gives_the_same_bits(blocks):
     problem = draw(70, 40, 50, dtype=torch.float32, margin=-0.3, scale=10.0)
     found = []
     for count in (blocks, 4):
-        with emulated("one_launch", blocks=count):
+        with emulated("one_launch", blocks=count, sums=blocks):
             results, gradients = evaluate(margin_cosine_loss, problem, NAMES)
         found.append({**dict(enumerate(results)), **gradients})
     assert_same(*found)
