@@ -138,6 +138,7 @@ struct PlainTileProduct {
 template <class Storage, bool along>
 struct LoadMatrix {
   static constexpr bool along_k = along;
+  static constexpr bool fits_tf32 = sizeof(Storage) == 2;  // whatever the elements, none has more bits than tf32
   using Fetched = Four<Storage>;
 
   const Storage* matrix;  // [rows, columns], rows `stride` elements apart

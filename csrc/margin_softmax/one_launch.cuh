@@ -9,7 +9,7 @@
 #pragma once
 
 #include "common/grid_barrier.cuh"
-#include "common/tile_product.cuh"
+#include "common/matrix_tile_product.cuh"
 #include "margin_softmax/device_rows.cuh"
 
 namespace fewshot_ext {
@@ -17,9 +17,6 @@ namespace fewshot_ext {
 namespace one_launch {
 
 constexpr int tile = Tile::size, threads = Tile::threads, warps = threads / warp_lanes;
-
-template <class T>
-using TileProduct = PlainTileProduct<T>;
 
 // What the entries of dL/ds need to know about their sample. Aligned for wide loads.
 template <class T>
@@ -83,7 +80,7 @@ struct OneLaunch {
   // sizes alone, so that the sums have one order on every GPU: up to two blocks for each of the 108 to 132
   // multiprocessors of those it is made for. Each row reads all slices, so there should not be too many.
   void slice() {
-    constexpr int blocks = 256, most_slices = 16, depth = one_launch::TileProduct<T>::depth;
+    constexpr int blocks = 256, most_slices = 16, depth = TileProduct<T>::depth;
     const int stages = (dimensions + depth - 1) / depth;
     int wanted = blocks / (sample_tiles() * class_tiles());
     wanted = wanted < 1 ? 1 : wanted < most_slices ? wanted : most_slices;
@@ -192,7 +189,7 @@ __device__ void total_loss(const OneLaunch<Storage>& p) {
 // divided by comes after the product: factors of 1 / (|x_i| |w_j|) would leave the range of float32 sooner.
 template <class Storage>
 struct LoadForFeatures {
-  static constexpr bool along_k = true;
+  static constexpr bool along_k = true, fits_tf32 = false;
   using T = Accumulate<Storage>;
   struct Fetched {
     Four<T> logits, inverse;
@@ -227,7 +224,7 @@ struct LoadForFeatures {
 // dL/ds / |x_i| as factor of the weight's gradient: classes x samples, k runs over the samples.
 template <class Storage>
 struct LoadForWeight {
-  static constexpr bool along_k = false;
+  static constexpr bool along_k = false, fits_tf32 = false;
   using T = Accumulate<Storage>;
   struct Fetched {
     Four<T> logits;
@@ -321,7 +318,7 @@ __device__ void weight_tile(const OneLaunch<Storage>& p, int item, T* memory) {
 template <class Storage>
 __global__ void __launch_bounds__(one_launch::threads) margin_softmax_one_launch(OneLaunch<Storage> p) {
   using T = Accumulate<Storage>;
-  using Memory = typename one_launch::TileProduct<T>::Memory;
+  using Memory = typename TileProduct<T>::Memory;
   FEWSHOT_EXT_SHARED(Memory, memory, );
 
   for (int item = blockIdx.x; item < p.first_items(); item += gridDim.x) {
