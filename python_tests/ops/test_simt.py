@@ -66,6 +66,31 @@ def test_sizes_around_tiles(backend, sizes):
             assert_equals_reference(case, backend, problem)
 
 
+def relative_error(found, expected):
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+# Long sums in the products, in each of the gradients, and in both; with terms of one sign tensor cores would drift.
+@pytest.mark.parametrize("sizes", ((40, 64, 640), (9, 7, 4096), (2048, 6, 8), (8, 1500, 36)), ids=str)
+@pytest.mark.parametrize("one_sign", (False, True))
+@pytest.mark.parametrize("sums", (0, 1))
+def test_matrix_instructions_err_as_float32_does(sizes, one_sign, sums):
+    for case in (margin_cosine, margin_softmax):
+        options = {"scale": 10.0 if case is margin_cosine else 1 / sizes[2]}
+        problem = draw(*sizes, dtype=torch.float32, margin=-0.3, reduction="sum", **options)
+        if one_sign:
+            for name in NAMES:
+                problem.tensors[name] = problem.tensors[name].abs()
+        of_float32 = evaluate(case.reference, problem, NAMES)
+        expected = evaluate(case.reference, problem.to(torch.float64), NAMES)
+        with emulated("one_launch", sums=sums):
+            found = evaluate(case.function, problem, NAMES)
+        for name in NAMES:
+            bound = 4 * relative_error(of_float32[1][name], expected[1][name])
+            assert relative_error(found[1][name], expected[1][name]) <= bound, name
+        torch.testing.assert_close(found[0][0].double(), expected[0][0], rtol=1e-6, atol=0)
+
+
 # (chunk_samples, chunk_products): all in one chunk; several chunks of classes whose products wait in the weight's
 # gradient or, with more samples than dimensions, are computed again; several of samples; several of both.
 @pytest.mark.parametrize("chunks", ((4096, 1 << 22), (4096, 1), (13, 1 << 22), (13, 1)), ids=str)
