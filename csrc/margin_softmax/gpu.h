@@ -41,8 +41,8 @@ struct MarginSoftmaxPlan {
   int64_t chunk_products = int64_t(1) << 22;  // 16 MiB in float32: a chunk stays in the L2 cache between kernels
   std::optional<int64_t> bytes;               // of complete rows, at least one; see complete_rows
 
-  // One launch pays as long as the arithmetic, in plain multiply-adds, costs less than cuBLAS's launches. Where that
-  // ends is reckoned, not measured: 2^27 multiply-adds take three times over about as long as ten launches.
+  // One launch pays as long as its arithmetic costs less than cuBLAS's launches. Where that ends is reckoned, not
+  // measured: 2^27 multiply-adds take three times over about as long as ten launches.
   static bool is_small(const MarginSoftmaxProblem& p) {
     return p.samples <= 2048 && p.classes <= 2048 && p.samples * p.classes * p.dimensions <= int64_t(1) << 27;
   }
@@ -125,7 +125,8 @@ void few_classes(Device& device, const MarginSoftmaxProblem& problem) {
     p.inverse_weight = take<T>(memory, p.pitch);
     p.counted = take<T>(memory, 1);
     p.losses = take<T>(memory, p.samples);
-    p.coefficients = take<one_launch::Sample<T>>(memory, p.samples);
+    p.dots = take<T>(memory, p.gradients() ? p.samples : 0);
+    p.terms = take<T>(memory, p.gradients() ? int64_t(p.samples) * p.pitch : 0);
     return memory.used;
   };
   lay_out({device.allocate(lay_out({}))});

@@ -1,5 +1,5 @@
 // Margin softmax of a few classes in one launch: all tiles of the products, then the rows, then all tiles of both
-// gradients, with a barrier of the whole grid after each step. At few-shot sizes a launch costs as much as the
+// gradients, with a barrier of the whole grid between these steps. At few-shot sizes a launch costs as much as the
 // arithmetic. N x C products wait in a workspace, small enough to stay in the L2 cache.
 //
 // The rows could do without a barrier of their own: the last of a row's tiles to arrive could finish it, by a counter.
@@ -17,16 +17,6 @@ namespace fewshot_ext {
 namespace one_launch {
 
 constexpr int tile = Tile::size, threads = Tile::threads, warps = threads / warp_lanes;
-
-// What the entries of dL/ds need to know about their sample. Aligned for wide loads.
-template <class T>
-struct alignas(16) Sample {
-  GradientCoefficients<T> row;
-  T inverse;
-  int target;
-
-  __device__ static Sample none() { return {GradientCoefficients<T>::none(T(0)), T(0), -1}; }
-};
 
 }  // namespace one_launch
 
@@ -48,12 +38,13 @@ struct OneLaunch {
 
   // Workspace. Rows of classes lie a multiple of four apart, so that they are read and written in fours.
   int pitch;
-  T* products;          // [slices, N, pitch] x_i . w_j over the slice; the first slice becomes the logits
+  T* products;          // [slices, N, pitch] x_i . w_j over the slice; the first slice becomes the logits, then dL/ds
   T* inverse_features;  // [N]
-  T* inverse_weight;    // [pitch]
+  T* inverse_weight;    // [pitch], 0 beyond the last class
   T* counted;           // [] how many rows the mean is over
   T* losses;            // [N]
-  one_launch::Sample<T>* coefficients;  // [N]
+  T* dots;              // [N] sum over j of dL/ds_ij l_ij
+  T* terms;             // [N, pitch] these products, whose sum over i each class needs
 
   __host__ __device__ static int tiles(int size) { return (size + one_launch::tile - 1) / one_launch::tile; }
   __host__ __device__ int sample_tiles() const { return tiles(samples); }
@@ -61,10 +52,11 @@ struct OneLaunch {
   __host__ __device__ int dimension_tiles() const { return tiles(dimensions); }
 
   __host__ __device__ bool forward() const { return rows.upstream == nullptr; }
+  __host__ __device__ bool gradients() const { return grad_features != nullptr || grad_weight != nullptr; }
   __host__ __device__ bool mean() const { return forward() && rows.reduction == Reduction::mean; }
 
   __host__ __device__ int product_items() const { return sample_tiles() * class_tiles() * slices; }
-  __host__ __device__ int norm_items() const { return (samples + classes + one_launch::warps - 1) / one_launch::warps; }
+  __host__ __device__ int norm_items() const { return (samples + pitch + one_launch::warps - 1) / one_launch::warps; }
   __host__ __device__ int first_items() const { return product_items() + norm_items() + (mean() ? 1 : 0); }
 
   __host__ __device__ int result_items() const { return forward() && rows.reduction != Reduction::none ? 1 : 0; }
@@ -97,9 +89,10 @@ __device__ void products_tile(const OneLaunch<Storage>& p, int item, T* memory) 
   const int first_class = item % p.class_tiles() * tile,
             first_sample = item / p.class_tiles() % p.sample_tiles() * tile;
   const int slice = item / p.class_tiles() / p.sample_tiles(), begin = slice * p.slice_dimensions;
-  LoadMatrix<Storage, true> x{p.features, p.features_stride,  p.samples, p.dimensions, first_sample,
-                              0,          p.features_in_fours};
-  LoadMatrix<Storage, true> w{p.weight, p.weight_stride, p.classes, p.dimensions, first_class, 0, p.weight_in_fours};
+  const LoadMatrix<Storage, true> x{p.features, p.features_stride,  p.samples, p.dimensions, first_sample,
+                                    0,          p.features_in_fours};
+  const LoadMatrix<Storage, true> w{p.weight, p.weight_stride,  p.classes, p.dimensions, first_class,
+                                    0,        p.weight_in_fours};
   const int end = min(begin + p.slice_dimensions, p.dimensions);
   const Four<T> products = TileProduct<T>::multiply(begin, end, x, w, memory);
   const int i = first_sample + Tile::line(), j = first_class + Tile::first();
@@ -111,30 +104,30 @@ __device__ void products_tile(const OneLaunch<Storage>& p, int item, T* memory) 
 template <class Storage, class T = Accumulate<Storage>>
 __device__ void norms(const OneLaunch<Storage>& p, int item) {
   const int row = item * warps + threadIdx.x / warp_lanes, j = row - p.samples;
-  if (j >= p.classes) return;
-  const T inverse =
-      j < 0 ? inverse_norm(p.features + row * p.features_stride, p.dimensions, p.features_in_fours, p.cosine)
-            : inverse_norm(p.weight + j * p.weight_stride, p.dimensions, p.weight_in_fours, p.cosine);
+  if (j >= p.pitch) return;
+  T inverse = 0;
+  if (j < 0)
+    inverse = inverse_norm(p.features + row * p.features_stride, p.dimensions, p.features_in_fours, p.cosine);
+  else if (j < p.classes)
+    inverse = inverse_norm(p.weight + j * p.weight_stride, p.dimensions, p.weight_in_fours, p.cosine);
   if (threadIdx.x % warp_lanes == 0) *(j < 0 ? p.inverse_features + row : p.inverse_weight + j) = inverse;
 }
 
-// The logits of a sample, and what follows from all of them, by a warp.
+// The fours of a row that a lane has in a warp's passes over it. Several are under way from memory together.
+constexpr int at_once = 4, pass = at_once * 4 * warp_lanes;
+
+// From the sums of the slices the logits of sample i, and what they are together, for the warp's first lane.
 template <class Storage, class T = Accumulate<Storage>>
-__device__ void finish_row(const OneLaunch<Storage>& p, int i) {
-  const int lane = threadIdx.x % warp_lanes;
-  const T inverse = p.inverse_features[i], scale = p.rows.scale * inverse;
-  const int target = p.rows.target_class(i);
-  T* const logits = p.products + int64_t(i) * p.pitch;
+__device__ PartOfRow<T> logits_of_row(const OneLaunch<Storage>& p, int i, int target, T* logits) {
+  const T scale = p.rows.scale * p.inverse_features[i];
   const int64_t slice = int64_t(p.samples) * p.pitch;
   PartOfRow<T> row = PartOfRow<T>::empty();
-
-  constexpr int at_once = 2;  // loads of several fours are under way together
-  for (int first = 4 * lane; first < p.classes; first += at_once * 4 * warp_lanes) {
-    Four<T> sums[at_once] = {}, inverse_w[at_once];
+  for (int first = threadIdx.x % warp_lanes * 4; first < p.classes; first += pass) {
+    Four<T> sums[at_once] = {}, inverse[at_once];
 #pragma unroll
     for (int u = 0; u < at_once; ++u) {
       const int j = first + u * 4 * warp_lanes;
-      inverse_w[u] = load_four(p.inverse_weight + j, p.classes - j, true);
+      inverse[u] = load_four(p.inverse_weight + j, p.classes - j, true);
     }
 #pragma unroll 4
     for (int s = 0; s < p.slices; ++s) {
@@ -151,29 +144,71 @@ __device__ void finish_row(const OneLaunch<Storage>& p, int i) {
       const int j = first + u * 4 * warp_lanes;
       if (j >= p.classes) break;
 #pragma unroll
-      for (int c = 0; c < 4; ++c) sums[u].at[c] *= scale * inverse_w[u].at[c];
-      row.add(sums[u], j, p.classes - j, target);
+      for (int c = 0; c < 4; ++c) sums[u].at[c] *= scale * inverse[u].at[c];
+      if (p.forward()) row.add(sums[u], j, p.classes - j, target);
       store_four(logits + j, sums[u], p.classes - j, true);
     }
   }
   row.template add_lanes<warp_lanes>();
+  return row;
+}
+
+// dL/ds in place of the logits; zeros beyond the last class, so that nobody after has to look where it is.
+template <class Storage, class T = Accumulate<Storage>>
+__device__ void gradient_of_row(const OneLaunch<Storage>& p, int i, int target, T* logits,
+                                const GradientCoefficients<T>& row) {
+  const int lane = threadIdx.x % warp_lanes;
+  T dot = 0;
+  for (int first = 4 * lane; first < p.classes; first += pass) {
+    Four<T> entries[at_once];
+#pragma unroll
+    for (int u = 0; u < at_once; ++u) {
+      const int j = first + u * 4 * warp_lanes;
+      entries[u] = load_four(logits + j, p.classes - j, true);
+    }
+#pragma unroll
+    for (int u = 0; u < at_once; ++u) {
+      const int j = first + u * 4 * warp_lanes;
+      if (j >= p.classes) break;
+      Four<T> terms;
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const T g = gradient_entry(row, entries[u].at[c], j + c == target);
+        terms.at[c] = j + c < p.classes ? g * entries[u].at[c] : T(0);
+        entries[u].at[c] = j + c < p.classes ? g : T(0);
+        dot += terms.at[c];
+      }
+      store_four(logits + j, entries[u], p.classes - j, true);
+      store_four(p.terms + int64_t(i) * p.pitch + j, terms, p.classes - j, true);
+    }
+  }
+  dot = warp_sum(dot);
+  if (lane == 0) p.dots[i] = dot;
+}
+
+// All that is to be known of a sample, by a warp.
+template <class Storage, class T = Accumulate<Storage>>
+__device__ void finish_row(const OneLaunch<Storage>& p, int i) {
+  const int target = p.rows.target_class(i);
+  T* const logits = p.products + int64_t(i) * p.pitch;
+  const PartOfRow<T> row = logits_of_row(p, i, target, logits);
   __syncwarp();  // the target's logit is another lane's
-  if (lane != 0) return;
 
   T others, at_target, weight;
   if (p.forward()) {
     const T target_logit = target >= 0 ? logits[target] : T(0);
+    if (threadIdx.x % warp_lanes == 0) p.losses[i] = p.rows.finish(i, row, target_logit);
     const auto sums = p.rows.sums(i, row, target_logit);
-    others = sums.others;
+    others = __shfl_sync(all_lanes, sums.others, 0);
     at_target = sums.at_target;
     weight = p.mean() ? T(1) / *p.counted : T(1);
-    p.losses[i] = p.rows.finish(i, row, target_logit);
   } else {
     others = p.rows.statistics[i];
     at_target = p.rows.statistics[p.samples + i];
     weight = p.rows.upstream[i];
   }
-  p.coefficients[i] = {p.rows.coefficients(i, others, at_target, weight), inverse, target};
+  __syncwarp();  // all have read the target's logit
+  if (p.gradients()) gradient_of_row(p, i, target, logits, p.rows.coefficients(i, others, at_target, weight));
 }
 
 // By one block, so that the sum over the rows has one order.
@@ -192,31 +227,22 @@ struct LoadForFeatures {
   static constexpr bool along_k = true, fits_tf32 = false;
   using T = Accumulate<Storage>;
   struct Fetched {
-    Four<T> logits, inverse;
+    Four<T> entries, inverse;
   };
 
   const OneLaunch<Storage>& p;
-  const Sample<T>& sample;  // of line()
   int i;
-  T dot = 0;  // sum over j of dL/ds_ij s_ij, over the thread's classes
-
-  __device__ __forceinline__ int count(int j) const { return i < p.samples ? p.classes - j : 0; }
 
   __device__ __forceinline__ Fetched fetch(int k) const {
-    const int j = k + Tile::first();
-    return {fetch_four(p.products + int64_t(i) * p.pitch + j, count(j), true),
-            fetch_four(p.inverse_weight + j, count(j), true)};
+    const int j = k + Tile::first(), count = i < p.samples ? p.classes - j : 0;
+    return {fetch_four(p.products + int64_t(i) * p.pitch + j, count, true),
+            fetch_four(p.inverse_weight + j, count, true)};
   }
 
-  __device__ __forceinline__ Four<T> form(const Fetched& fetched, int k) {
-    const int j = k + Tile::first();
+  __device__ __forceinline__ Four<T> form(const Fetched& fetched, int) const {
     Four<T> entries;
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const T g = gradient_entry(sample.row, fetched.logits.at[c], j + c == sample.target);
-      dot += c < count(j) ? g * fetched.logits.at[c] : T(0);
-      entries.at[c] = c < count(j) ? g * fetched.inverse.at[c] : T(0);
-    }
+    for (int c = 0; c < 4; ++c) entries.at[c] = fetched.entries.at[c] * fetched.inverse.at[c];
     return entries;
   }
 };
@@ -227,30 +253,27 @@ struct LoadForWeight {
   static constexpr bool along_k = false, fits_tf32 = false;
   using T = Accumulate<Storage>;
   struct Fetched {
-    Four<T> logits;
-    Sample<T> sample;
+    Four<T> entries, terms;
+    T inverse;
   };
 
   const OneLaunch<Storage>& p;
   int j;
-  Four<T> dot = {};  // sum over i of dL/ds_ij s_ij, over the thread's samples
-
-  __device__ __forceinline__ int count(int i) const { return i < p.samples ? p.classes - j : 0; }
+  Four<T> dot = {};  // sum over i of dL/ds_ij l_ij, over the thread's samples
 
   __device__ __forceinline__ Fetched fetch(int k) const {
-    const int i = k + Tile::line();
-    return {fetch_four(p.products + int64_t(i) * p.pitch + j, count(i), true),
-            i < p.samples ? p.coefficients[i] : Sample<T>::none()};
+    const int i = k + Tile::line(), count = i < p.samples ? p.classes - j : 0;
+    const int64_t at = int64_t(i) * p.pitch + j;
+    return {fetch_four(p.products + at, count, true), fetch_four(p.terms + at, count, true),
+            i < p.samples ? p.inverse_features[i] : T(0)};
   }
 
-  __device__ __forceinline__ Four<T> form(const Fetched& fetched, int k) {
-    const int i = k + Tile::line();
+  __device__ __forceinline__ Four<T> form(const Fetched& fetched, int) {
     Four<T> entries;
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      const T g = gradient_entry(fetched.sample.row, fetched.logits.at[c], j + c == fetched.sample.target);
-      dot.at[c] += c < count(i) ? g * fetched.logits.at[c] : T(0);
-      entries.at[c] = c < count(i) ? g * fetched.sample.inverse : T(0);
+      dot.at[c] += fetched.terms.at[c];
+      entries.at[c] = fetched.entries.at[c] * fetched.inverse;
     }
     return entries;
   }
@@ -272,14 +295,12 @@ template <class Storage, class T = Accumulate<Storage>>
 __device__ void features_tile(const OneLaunch<Storage>& p, int item, T* memory) {
   const int first_sample = item / p.dimension_tiles() * tile, first_dimension = item % p.dimension_tiles() * tile;
   const int i = first_sample + Tile::line();
-  const Sample<T> sample = i < p.samples ? p.coefficients[i] : Sample<T>::none();
-  LoadForFeatures<Storage> entries{p, sample, i};
-  LoadMatrix<Storage, false> w{p.weight, p.weight_stride, p.classes,        p.dimensions,
-                               0,        first_dimension, p.weight_in_fours};
+  const LoadForFeatures<Storage> entries{p, i};
+  const LoadMatrix<Storage, false> w{p.weight, p.weight_stride, p.classes,        p.dimensions,
+                                     0,        first_dimension, p.weight_in_fours};
   const Four<T> raw = TileProduct<T>::multiply(0, p.classes, entries, w, memory);
-  const T dot = warp_sum<8>(entries.dot);
   if (i < p.samples)
-    store_gradient(p, raw, sample.inverse, dot, p.features + i * p.features_stride, p.features_in_fours,
+    store_gradient(p, raw, p.inverse_features[i], p.dots[i], p.features + i * p.features_stride, p.features_in_fours,
                    p.grad_features + int64_t(i) * p.dimensions, first_dimension + Tile::first());
 }
 
@@ -287,8 +308,8 @@ template <class Storage, class T = Accumulate<Storage>>
 __device__ void weight_tile(const OneLaunch<Storage>& p, int item, T* memory) {
   const int first_class = item / p.dimension_tiles() * tile, first_dimension = item % p.dimension_tiles() * tile;
   LoadForWeight<Storage> entries{p, first_class + Tile::first()};
-  LoadMatrix<Storage, false> x{p.features, p.features_stride, p.samples,          p.dimensions,
-                               0,          first_dimension,   p.features_in_fours};
+  const LoadMatrix<Storage, false> x{p.features, p.features_stride, p.samples,          p.dimensions,
+                                     0,          first_dimension,   p.features_in_fours};
   const Four<T> raw = TileProduct<T>::multiply(0, p.samples, entries, x, memory);
 
   // Each thread has the sums of its line of samples: those of a warp meet in its first eight lanes, and the warps
