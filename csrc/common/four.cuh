@@ -56,21 +56,30 @@ bool in_fours(const void* rows, int64_t stride, int64_t columns) {
 
 // Elements 0..3 in global memory, of which the first `count` exist; zero for the others. In fours, either all exist or
 // none.
-template <class Storage, class T = Accumulate<Storage>>
-__device__ __forceinline__ Four<T> load_four(const Storage* from, int64_t count, bool fours) {
-  Four<T> values{};
+template <class Storage>
+__device__ __forceinline__ Four<Storage> fetch_four(const Storage* from, int64_t count, bool fours) {
+  Four<Storage> read{};
   if (fours) {
-    if (count > 0) {
-      const Four<Storage> read = Four<Storage>::read(from);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) values.at[i] = to_accumulate(read.at[i]);
-    }
+    if (count > 0) read = Four<Storage>::read(from);
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (i < count) values.at[i] = to_accumulate(from[i]);
+      if (i < count) read.at[i] = from[i];
   }
+  return read;
+}
+
+template <class Storage, class T = Accumulate<Storage>>
+__device__ __forceinline__ Four<T> accumulate_four(const Four<Storage>& read) {
+  Four<T> values;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) values.at[i] = to_accumulate(read.at[i]);
   return values;
+}
+
+template <class Storage, class T = Accumulate<Storage>>
+__device__ __forceinline__ Four<T> load_four(const Storage* from, int64_t count, bool fours) {
+  return accumulate_four(fetch_four(from, count, fours));
 }
 
 template <class Storage, class T>

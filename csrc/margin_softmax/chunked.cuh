@@ -29,18 +29,8 @@ __global__ void __launch_bounds__(chunked::threads) margin_softmax_inverse_norms
   const int64_t row = int64_t(blockIdx.x) * chunked::warps + threadIdx.x / warp_lanes;
   const int lane = threadIdx.x % warp_lanes;
   if (row >= p.rows) return;
-  if (!p.cosine) {
-    if (lane == 0) p.inverse[row] = T(1);
-    return;
-  }
   const Storage* x = p.vectors + row * p.stride;
-  T squares = 0;
-  for (int64_t k = 4 * lane; k < p.dimensions; k += 4 * warp_lanes) {
-    const Four<T> values = load_four(x + k, p.dimensions - k, p.fours);
-#pragma unroll
-    for (int c = 0; c < 4; ++c) squares += values.at[c] * values.at[c];
-  }
-  const T inverse = inverse_norm(warp_sum(squares));
+  const T inverse = inverse_norm(x, p.dimensions, p.fours, p.cosine);
   if (lane == 0) p.inverse[row] = inverse;
   if (p.normalized == nullptr) return;
   for (int64_t k = 4 * lane; k < p.dimensions; k += 4 * warp_lanes) {

@@ -125,13 +125,21 @@ struct Rows {
     return block_sum<threads>(counted);
   }
 
-  // Writes the row's statistics, prediction and, without a reduction, loss; returns the loss. A label out of range has
-  // a loss that is not a number: no kernel can raise an error without making the host wait.
+  // What the losses of all shards are formed from: the log-sum-exp over the classes other than the target, and the
+  // target's logit with its margin. A label out of range has a loss that is not a number: no kernel can raise an error
+  // without making the host wait.
+  struct Sums {
+    T others, at_target;
+  };
+
+  __device__ __forceinline__ Sums sums(int64_t i, const PartOfRow<T>& row, T target_logit) const {
+    if (label(i) == Label::invalid) return {std::numeric_limits<T>::quiet_NaN(), std::numeric_limits<T>::quiet_NaN()};
+    return {row.max + std::log(row.sum_exp), target_logit - scale * margin};
+  }
+
+  // Writes the row's statistics, prediction and, without a reduction, loss; returns the loss.
   __device__ T finish(int64_t i, const PartOfRow<T>& row, T target_logit) const {
-    const Label kind = label(i);
-    T others = row.max + std::log(row.sum_exp);
-    T at_target = target_logit - scale * margin;
-    if (kind == Label::invalid) others = at_target = PartOfRow<T>::infinity - PartOfRow<T>::infinity;
+    const auto [others, at_target] = sums(i, row, target_logit);
     statistics[i] = others;
     statistics[samples + i] = at_target;
     statistics[2 * samples + i] = row.sum_logits;
@@ -139,7 +147,7 @@ struct Rows {
     if (prediction != nullptr) prediction[i] = row.best_class == PartOfRow<T>::no_class ? 0 : row.best_class;
     const T mean_logit = (row.sum_logits - scale * margin) / T(total_classes);
     const T value =
-        kind == Label::ignored ? T(0) : row_loss(Gap<T>(others - at_target), at_target, mean_logit, smoothing);
+        label(i) == Label::ignored ? T(0) : row_loss(Gap<T>(others - at_target), at_target, mean_logit, smoothing);
     if (reduction == Reduction::none) loss[i] = value;
     return value;
   }
@@ -179,6 +187,19 @@ __device__ __forceinline__ T inverse_norm(T squares) {
   const T norm = std::sqrt(squares);
   if (squares > most) return std::numeric_limits<T>::quiet_NaN();
   return T(1) / (norm > T(norm_floor) ? norm : T(norm_floor));
+}
+
+// 1 / |x| by a warp, the same in all lanes; without cosines 1.
+template <class Storage, class T = Accumulate<Storage>>
+__device__ __forceinline__ T inverse_norm(const Storage* x, int64_t dimensions, bool fours, bool cosine) {
+  if (!cosine) return T(1);
+  T squares = 0;
+  for (int64_t k = threadIdx.x % warp_lanes * 4; k < dimensions; k += 4 * warp_lanes) {
+    const Four<T> values = load_four(x + k, dimensions - k, fours);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) squares += values.at[c] * values.at[c];
+  }
+  return inverse_norm(warp_sum(squares));
 }
 
 // dL/dx = raw - projection * (dL/ds . s) x, where raw treats |x| as a constant. Below the floor of the norm it is one.

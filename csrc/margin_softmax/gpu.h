@@ -42,8 +42,8 @@ struct MarginSoftmaxPlan {
   int64_t chunk_products = int64_t(1) << 22;  // 16 MiB in float32: a chunk stays in the L2 cache between kernels
   std::optional<int64_t> bytes;               // of complete rows, at least one; see complete_rows
 
-  // One launch pays as long as the arithmetic, in plain multiply-adds, costs less than cuBLAS's launches. Where that
-  // ends is reckoned, not measured: 2^27 multiply-adds take three times over about as long as ten launches.
+  // One launch pays as long as its arithmetic costs less than cuBLAS's launches. Where that ends is reckoned, not
+  // measured: 2^27 multiply-adds take three times over about as long as ten launches.
   static bool is_small(const MarginSoftmaxProblem& p) {
     return p.samples <= 2048 && p.classes <= 2048 && p.samples * p.classes * p.dimensions <= int64_t(1) << 27;
   }
@@ -102,7 +102,7 @@ T* take(Memory& memory, int64_t count) {
 inline unsigned blocks_for(int64_t items, int64_t each) { return static_cast<unsigned>((items + each - 1) / each); }
 
 template <class Storage, class Device>
-void one_launch(Device& device, const MarginSoftmaxProblem& problem) {
+void few_classes(Device& device, const MarginSoftmaxProblem& problem) {
   using T = Accumulate<Storage>;
   OneLaunch<Storage> p{};
   p.rows = Rows<T>::of(problem);
@@ -118,16 +118,21 @@ void one_launch(Device& device, const MarginSoftmaxProblem& problem) {
   p.weight_in_fours = in_fours<Storage>(p.weight, p.weight_stride, p.dimensions);
   p.grad_features = static_cast<Storage*>(problem.grad_features);
   p.grad_weight = static_cast<Storage*>(problem.grad_weight);
+  p.slice();
+  p.pitch = (p.classes + 3) / 4 * 4;
   const auto lay_out = [&p](Memory memory) {
-    p.logits = take<T>(memory, int64_t(p.samples) * p.classes);
+    p.products = take<T>(memory, int64_t(p.slices) * p.samples * p.pitch);
     p.inverse_features = take<T>(memory, p.samples);
-    p.inverse_weight = take<T>(memory, p.classes);
-    p.parts = take<PartOfRow<T>>(memory, int64_t(p.samples) * p.class_tiles());
+    p.inverse_weight = take<T>(memory, p.pitch);
+    p.counted = take<T>(memory, 1);
+    p.losses = take<T>(memory, p.samples);
+    p.dots = take<T>(memory, p.gradients() ? p.samples : 0);
+    p.terms = take<T>(memory, p.gradients() ? int64_t(p.samples) * p.pitch : 0);
     return memory.used;
   };
   lay_out({device.allocate(lay_out({}))});
-  device.template launch_cooperative<margin_softmax_one_launch<Storage>>(std::max(p.logit_items(), p.gradient_items()),
-                                                                         OneLaunch<Storage>::threads, p);
+  device.template launch_cooperative<margin_softmax_one_launch<Storage>>(std::max(p.first_items(), p.last_items()),
+                                                                         one_launch::threads, p);
 }
 
 // What both ways to many classes are made of.
@@ -465,7 +470,7 @@ template <class Storage, class Device>
 void margin_softmax(Device& device, const MarginSoftmaxProblem& problem, const MarginSoftmaxPlan& plan) {
   switch (plan.choose(problem)) {
     case MarginSoftmaxKernel::one_launch:
-      return one_launch<Storage>(device, problem);
+      return few_classes<Storage>(device, problem);
     case MarginSoftmaxKernel::one_pass:
       return OnePass<Storage, Device>(device, problem, plan).run();
     case MarginSoftmaxKernel::chunked:

@@ -1,6 +1,7 @@
 """The operators on the emulator: CPU tensors go through the CUDA kernels, compiled by g++."""
 
 import functools
+import itertools
 import os
 import threading
 import warnings
@@ -15,6 +16,7 @@ from ..simt import build
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # the codes of csrc/common/dtype.h
 HERE = Path(__file__).resolve().parent
+_sums = itertools.count()
 _one_at_a_time = threading.Lock()  # autograd may run a backward pass on another thread
 
 
@@ -36,17 +38,26 @@ def kernels():
 
 @contextmanager
 def emulated(
-    kernel: str, *, blocks: int = 3, chunk_samples: int = 48, chunk_products: int = 1 << 12, row_bytes: int = 1 << 14
+    kernel: str,
+    *,
+    blocks: int = 3,
+    chunk_samples: int = 48,
+    chunk_products: int = 1 << 12,
+    row_bytes: int = 1 << 14,
+    sums: int | None = None,
 ) -> Iterator[None]:
     """Operators on CPU tensors run on the emulator, margin softmax by ``kernel`` ("one_launch", "one_pass" or
     "chunked"), with ``row_bytes`` for the complete rows of one pass.
 
+    ``sums`` draws how matrix instructions add: in one way throughout, as on one GPU, and each time in another one.
+
     Sizes are far below those of a GPU, so that small problems have several blocks and chunks too.
     """
     plan = (kernel, blocks, chunk_samples, chunk_products, row_bytes)
+    sums = next(_sums) if sums is None else sums
     operators = {
-        "margin_softmax": functools.partial(_margin_softmax, plan),
-        "margin_softmax_backward": functools.partial(_margin_softmax_backward, plan),
+        "margin_softmax": functools.partial(_margin_softmax, (sums, plan)),
+        "margin_softmax_backward": functools.partial(_margin_softmax_backward, (sums, plan)),
         "scale_gradients_": _scale_gradients,
         "emd": emd,
         "emd_flow_backward": emd_flow_backward,
@@ -90,7 +101,9 @@ def _run(
         "reduction": others.pop("reduction", 0),
         **{name: _address(tensor) for name, tensor in others.items()},
     }
+    sums, plan = plan
     with _one_at_a_time:
+        kernels().fix_sums(sums)
         kernels().margin_softmax(fields, *plan)
 
 

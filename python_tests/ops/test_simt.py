@@ -43,22 +43,52 @@ def test_any_number_of_blocks_gives_the_same_bits(blocks):
     problem = draw(70, 40, 50, dtype=torch.float32, margin=-0.3, scale=10.0)
     found = []
     for count in (blocks, 4):
-        with emulated("one_launch", blocks=count):
+        with emulated("one_launch", blocks=count, sums=blocks):
             results, gradients = evaluate(margin_cosine_loss, problem, NAMES)
         found.append({**dict(enumerate(results)), **gradients})
     assert_same(*found)
 
 
-# One less and one more than a tile of 32, than 256 rows that share a pass of coefficients, than four elements.
-@pytest.mark.parametrize(
-    "sizes", ((31, 33, 65), (32, 32, 32), (33, 31, 4), (1, 2, 1), (257, 5, 8), (8, 260, 36), (300, 40, 33)), ids=str
+# One less and one more than a tile of 32, than a stage of 64 of the inner dimension, than 256 classes that a warp reads
+# together, than four elements; dimensions in many slices, the last one shorter.
+SIZES_AROUND_TILES = (
+    *((31, 33, 65), (32, 32, 32), (33, 31, 4), (1, 2, 1), (257, 5, 8), (8, 260, 36), (300, 40, 33)),
+    *((63, 65, 129), (65, 64, 127), (5, 33, 1100)),
 )
+
+
+@pytest.mark.parametrize("sizes", SIZES_AROUND_TILES, ids=str)
 @on_backends(SIMT)
 def test_sizes_around_tiles(backend, sizes):
     for case, dtype in ((margin_cosine, torch.float32), (margin_softmax, torch.bfloat16)):
         for reduction in ("mean", "none"):
             problem = draw(*sizes, dtype=dtype, margin=-0.3, scale=5.0, label_smoothing=0.1, reduction=reduction)
             assert_equals_reference(case, backend, problem)
+
+
+def relative_error(found, expected):
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+# Long sums in the products, in each of the gradients, and in both; with terms of one sign tensor cores would drift.
+@pytest.mark.parametrize("sizes", ((40, 64, 640), (9, 7, 4096), (2048, 6, 8), (8, 1500, 36)), ids=str)
+@pytest.mark.parametrize("one_sign", (False, True))
+@pytest.mark.parametrize("sums", (0, 1))
+def test_matrix_instructions_err_as_float32_does(sizes, one_sign, sums):
+    for case in (margin_cosine, margin_softmax):
+        options = {"scale": 10.0 if case is margin_cosine else 1 / sizes[2]}
+        problem = draw(*sizes, dtype=torch.float32, margin=-0.3, reduction="sum", **options)
+        if one_sign:
+            for name in NAMES:
+                problem.tensors[name] = problem.tensors[name].abs()
+        of_float32 = evaluate(case.reference, problem, NAMES)
+        expected = evaluate(case.reference, problem.to(torch.float64), NAMES)
+        with emulated("one_launch", sums=sums):
+            found = evaluate(case.function, problem, NAMES)
+        for name in NAMES:
+            bound = 4 * relative_error(of_float32[1][name], expected[1][name])
+            assert relative_error(found[1][name], expected[1][name]) <= bound, name
+        torch.testing.assert_close(found[0][0].double(), expected[0][0], rtol=1e-6, atol=0)
 
 
 # (chunk_samples, chunk_products): all in one chunk; several chunks of classes whose products wait in the weight's

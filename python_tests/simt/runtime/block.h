@@ -3,6 +3,7 @@
 
 #include <exception>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -48,6 +49,7 @@ struct Launch {
   bool interleaved;  // blocks take turns also before they have to
   bool cuts_off;     // sums of matrix instructions, where otherwise they are rounded to nearest
   Random random;
+  std::optional<Random> sums;  // where matrix instructions add alike, whatever the schedule: draws their one order
   size_t shared_limit = SharedMemory::total_limit;  // of a block
   uint64_t idle_turns = 0;
 

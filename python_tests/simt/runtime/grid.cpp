@@ -118,6 +118,12 @@ void Grid::run_together(Launch& launch) {
   } while (release_grid_barrier(blocks));
 }
 
+namespace {
+std::optional<uint64_t> fixed_sums;
+}
+
+void fix_sums(std::optional<uint64_t> seed) { fixed_sums = seed; }
+
 void launch(LaunchKind kind, const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes, uint64_t seed,
             const std::function<void()>& thread) {
   Launch launch = {.kernel = kernel,
@@ -130,6 +136,10 @@ void launch(LaunchKind kind, const char* kernel, dim3 grid, dim3 block, size_t d
                    .interleaved = seed / 2 % 2 != 0,
                    .cuts_off = (seed + seed / 2) % 2 != 0,
                    .random = Random(seed)};
+  if (fixed_sums) {
+    launch.cuts_off = *fixed_sums % 2 != 0;
+    launch.sums = Random(*fixed_sums);
+  }
   if (Block::running() != nullptr) refuse(launch, "launched from a kernel");
   check_shape(launch);
   if (launch.cooperative()) {

@@ -113,7 +113,11 @@ void multiply(const Lanes& given, Launch& launch) {
   constexpr size_t count = Type::inner + 1;
   std::array<int, count> order;
   for (size_t i = 0; i < count; ++i) order[i] = static_cast<int>(i);
-  launch.random.shuffle(order);
+  if (launch.sums) {
+    Random(*launch.sums).shuffle(order);
+  } else {
+    launch.random.shuffle(order);
+  }
   for (unsigned lane = 0; lane < warp_lanes; ++lane) {
     const Operands& operands = *std::bit_cast<const Operands*>(given[lane]);
     for (unsigned i = 0; i < 4; ++i) {

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <source_location>
 #include <type_traits>
 
@@ -53,6 +54,10 @@ T& static_shared(const void* identity, const char* name) {
 }
 
 enum class LaunchKind { plain, cooperative };
+
+// From now on matrix instructions add in one way, which this seed draws instead of that of a launch, as those of one
+// GPU do: the bits of several schedules can then be compared.
+void fix_sums(std::optional<uint64_t> seed);
 
 void launch(LaunchKind kind, const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes, uint64_t seed,
             const std::function<void()>& thread);
