@@ -91,6 +91,15 @@ def test_matrix_instructions_err_as_float32_does(sizes, one_sign, sums):
         torch.testing.assert_close(found[0][0].double(), expected[0][0], rtol=1e-6, atol=0)
 
 
+@on_backends(SIMT)
+def test_logits_far_below_zero(backend):
+    """The four that the last class is in has others, whose logit of 0 would have an infinite probability."""
+    problem = draw(40, 33, 9, dtype=torch.float32, margin=-0.3, scale=64.0)
+    problem.tensors["features"].abs_()
+    problem.tensors["weight"].abs_().neg_()
+    assert_equals_reference(margin_softmax, backend, problem)
+
+
 # (chunk_samples, chunk_products): all in one chunk; several chunks of classes whose products wait in the weight's
 # gradient or, with more samples than dimensions, are computed again; several of samples; several of both.
 @pytest.mark.parametrize("chunks", ((4096, 1 << 22), (4096, 1), (13, 1 << 22), (13, 1)), ids=str)
