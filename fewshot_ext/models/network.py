@@ -16,9 +16,13 @@ from fewshot_ext.data.augmentation import resized_size
 from fewshot_ext.models.checkpoint import NETWORK_SCHEMA, read_layout, upgraded
 from fewshot_ext.models.config import BackboneConfig, build_backbone, fitted
 from fewshot_ext.models.deepemd import LocalFeaturesConfig, build_local_features
+from fewshot_ext.models.foreign import CheckpointSettings
 from fewshot_ext.models.local_features import LocalFeatures
 
 _TIMM = "timm:"
+# Of files that torch writes; a text that ends so is no name of a model.
+_SUFFIXES = (".ckpt", ".tar", ".pth", ".pt", ".bin")
+_NOTHING_GIVEN = CheckpointSettings()
 # What ``Network.content`` gives, by what it is made from.
 CONTENT_SCHEMAS = {
     "network": {"network": NETWORK_SCHEMA, "state_dict": {str: Tensor}},
@@ -193,24 +197,36 @@ def build_network(config: NetworkConfig, augmentation: AugmentationConfig | None
     )
 
 
-def load_network(source: str | Path) -> Network:
+def load_network(source: str | Path, settings: CheckpointSettings = _NOTHING_GIVEN) -> Network:
     """A trained network, in evaluation mode on the CPU. Files are read without running code in them.
 
     Args:
-        source: the path of ``last.ckpt`` or ``best.ckpt`` of any training; or the name of a model of timm, as in
-            "timm:resnet50" or, where no file is called so, "resnet50". It comes with its trained weights, which timm
-            downloads or has kept, without its classifier, and behind the normalization that it was trained with.
+        source: the path of ``last.ckpt`` or ``best.ckpt`` of any training, or of a checkpoint of other code, as
+            ``docs/checkpoints.md`` lists them; or the name of a model of timm, as in "timm:resnet50" or, where no file
+            is called so, "resnet50". It comes with its trained weights, which timm downloads or has kept, without its
+            classifier, and behind the normalization that it was trained with.
+        settings: what a checkpoint of other code does not hold. What is left open is assumed as its paper has it, and
+            a logged warning says so.
 
     Raises:
         ImportError: a name is given and timm is missing.
         OSError: the file cannot be read.
-        ValueError: it is not the checkpoint of a training, or timm knows no such model.
+        ValueError: it is not the checkpoint of a training and fits no layout of others, timm knows no such model, or
+            settings are given for what brings its own.
+
+    Example:
+        >>> from fewshot_ext.models import conv4
+        >>> torch.save(conv4(1, width=8).state_dict(), "weights.pth")
+        >>> load_network("weights.pth", CheckpointSettings(image_size=28)).out_features
+        8
     """
     path = Path(source).expanduser()
     # A folder is no checkpoint, and must not stand in the way of a model that is called the same.
     is_word = path.is_dir() and path.name == str(source)
-    if isinstance(source, Path) or path.suffix == ".ckpt" or (path.exists() and not is_word):
-        return network_of(read_checkpoint(path)).eval()
+    if isinstance(source, Path) or path.suffix in _SUFFIXES or (path.exists() and not is_word):
+        return network_of(read_checkpoint(path, settings=settings)).eval()
+    for name, value in settings.given().items():
+        raise ValueError(f"{name}: expected null for a model of timm, which brings its own, got {value}")
     return timm_network(source.removeprefix(_TIMM))
 
 
@@ -247,18 +263,21 @@ def as_network(source: "Network | nn.Module | str | Path", preprocessing: Callab
     ).eval()
 
 
-def read_checkpoint(path: str | Path, stage: str | None = None) -> dict[str, Any]:
+def read_checkpoint(
+    path: str | Path, stage: str | None = None, settings: CheckpointSettings = _NOTHING_GIVEN
+) -> dict[str, Any]:
     """The content of a training's checkpoint, on the CPU, in today's layout, with weights that fit its network.
 
     Args:
-        path: the file; one of version 0.1 will do.
+        path: the file; one of version 0.1 will do, and without a ``stage`` one of other code.
         stage: the training that it must be of, such as ``checkpoint.PRE_TRAINING``; None for any.
+        settings: what a checkpoint of other code does not hold.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no checkpoint, or that of another stage.
+        ValueError: it is no checkpoint, or that of another stage, or settings are given for one that has its own.
     """
-    checkpoint = read_layout(path, stage)
+    checkpoint = read_layout(path, stage, settings)
     with misfits_named(f"{path} does not fit this version of fewshot_ext"):
         _check_weights(*_network_part(checkpoint))
     return checkpoint

@@ -1,0 +1,191 @@
+"""Checkpoints of other code: found by their names and shapes, the same function, and errors that say what was found."""
+
+import logging
+
+import pytest
+import torch
+from checkpoint_cases import negative_margin
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fewshot_ext.models import BackboneConfig, CheckpointSettings, build_backbone, load_network
+from fewshot_ext.models.network import read_checkpoint
+
+BACKBONES = ("conv4", "resnet12", "resnet18", "wrn28_10")
+NEGATIVE_MARGIN = {"mean": (0.507, 0.487, 0.441), "std": (0.267, 0.257, 0.276)}
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def saved(content, folder, name="file.pth"):
+    torch.save(content, folder / name)
+    return folder / name
+
+
+def same_features(network, case):
+    pixels = torch.randn(2, 3, case.side, case.side, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(network.backbone(pixels), case.features(pixels))
+
+
+@pytest.mark.parametrize("embedding", [None, 3])
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_state_dicts_of_our_own_backbones(name, prefix, embedding, tmp_path):
+    backbone = build_backbone(BackboneConfig(name, width=4, embedding=embedding), in_channels=1).eval()
+    path = saved({prefix + key: value for key, value in backbone.state_dict().items()}, tmp_path)
+    network = load_network(path, CheckpointSettings(image_size=32))
+    images = torch.randint(256, (2, 1, 32, 32), dtype=torch.uint8)
+    assert torch.equal(network(images), backbone(images / 255))
+    assert (network.channels, network.image_size, network.similarity) == (1, 32, "cosine")
+
+
+def test_what_training_alone_needs_may_be_there_or_not(tmp_path):
+    backbone = build_backbone(BackboneConfig("resnet12", width=4, drop_rate=0.1))
+    state = {key: value for key, value in backbone.state_dict().items() if "num_batches_tracked" not in key}
+    assert any("dropout.steps" in key for key in state)
+    network = load_network(saved(state, tmp_path))
+    images = torch.zeros(1, 3, 84, 84, dtype=torch.uint8)
+    assert torch.equal(network(images), backbone.eval()(images / 255))
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_files_of_the_official_negative_margin_code(name, legacy, tmp_path, caplog):
+    case, content = negative_margin(name)
+    torch.save(content, tmp_path / "best_model.tar", _use_new_zipfile_serialization=not legacy)
+    network = load_network(tmp_path / "best_model.tar")
+    same_features(network, case)
+    size = {"conv4": 84, "resnet12": 84, "resnet18": 224, "wrn28_10": 80}[name]
+    assert network.preprocessing.image_size == size
+    for key, value in NEGATIVE_MARGIN.items():
+        torch.testing.assert_close(getattr(network.preprocessing, key).flatten(), torch.tensor(value))
+    (record,) = caplog.records
+    for part in ("best_model.tar is read as the official code of Negative Margin Matters", name, f"image_size {size}"):
+        assert part in record.message
+    assert "mean (0.507, 0.487, 0.441)" in record.message and "similarity cosine, scale 30.0" in record.message
+    load_network(tmp_path / "best_model.tar")
+    assert len(caplog.records) == 1, "it is said once"
+
+
+def test_what_the_file_says_and_what_is_given_is_not_assumed(tmp_path, caplog):
+    content = negative_margin("resnet12", bias=True)[1]
+    own = read_checkpoint(saved(content, tmp_path))["hyper_parameters"]
+    assert own["config"] == {"similarity": "dot", "scale": 1.0} and own["num_classes"] == 6
+    assert own["origin"] == {"layout": "negative-margin", "assumed": {"image_size": 84, **NEGATIVE_MARGIN}}
+    given = CheckpointSettings(80, (0.5,) * 3, (0.25,) * 3, "dot", 10.0)
+    caplog.clear()
+    own = read_checkpoint(saved(content, tmp_path, "b.tar"), settings=given)["hyper_parameters"]
+    assert own["config"] == {"similarity": "dot", "scale": 10.0} and own["origin"]["assumed"] == {}
+    assert own["network"]["image_shape"] == (3, 80, 80) and own["network"]["std"] == (0.25,) * 3
+    assert caplog.messages[0].endswith("resnet12, 4 channels wide, images of 3 channels")
+    content = negative_margin("resnet12")[1]
+    scales = {
+        similarity: read_checkpoint(
+            saved(content, tmp_path, f"{similarity}.tar"), settings=CheckpointSettings(similarity=similarity)
+        )["hyper_parameters"]["config"]["scale"]
+        for similarity in ("cosine", "dot")
+    }
+    assert scales == {"cosine": 30.0, "dot": 10.0}, "as the official scripts for ResNet-12 have them"
+
+
+@given(data=st.data())
+def test_weights_that_are_missing_or_left_over_are_named(data, tmp_path_factory):
+    state = dict(CASE.state)
+    names = [name for name in state if "num_batches" not in name and name.startswith("feature.")]
+    gone = data.draw(st.lists(st.sampled_from(names), max_size=5, unique=True))
+    added = data.draw(st.lists(st.from_regex(r"feature\.extra[a-z]{1,5}", fullmatch=True), max_size=5, unique=True))
+    for name in gone:
+        del state[name]
+    path = saved({"state": state | dict.fromkeys(added, torch.ones(2))}, tmp_path_factory.getbasetemp(), "drawn.tar")
+    if not gone and not added:
+        same_features(load_network(path), CASE)
+        return
+    with pytest.raises(ValueError, match=r"drawn\.tar is not .*Negative Margin Matters with a resnet12, but ") as error:
+        load_network(path)
+    missing, _, left = str(error.value).partition("left over are ")
+    assert all(name in missing for name in gone) and all(name in left for name in added)
+    assert ("it lacks" in missing) == bool(gone) and bool(left) == bool(added)
+
+
+CASE = negative_margin("resnet12")[0]
+
+
+def test_shapes_that_do_not_fit_are_named(tmp_path):
+    state = negative_margin("resnet18")[0].state
+    state["feature.layer2.0.C2.weight"] = torch.ones(8, 8, 1, 1)
+    with pytest.raises(
+        ValueError, match=r"resnet18 but for the shapes of feature.layer2.0.C2.weight \[8, 8, 1, 1\], expected \[8, 8,"
+    ):
+        load_network(saved({"state": state}, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (
+            {"epoch": 3, "net": {f"a.{n}": torch.ones(n, 2) for n in range(5)}},
+            r"it holds epoch, net; of its weights the first are a\.0 \[0, 2\], a\.1 \[1, 2\], a\.2 \[2, 2\]\. Known",
+        ),
+        ({"epoch": 3}, "it holds epoch; no weights. Known are: "),
+        ({}, "it holds nothing; no weights"),
+        ([torch.ones(2)], "it holds a list"),
+        ({n: torch.ones(1) for n in range(9)}, "it holds 0, 1, 2, 3, 4 and 4 more; of its weights"),
+    ],
+)
+def test_a_file_of_no_known_layout_says_what_is_in_it(content, found, tmp_path):
+    with pytest.raises(ValueError, match=rf"file\.pth is not .*it fits no known layout: {found}") as error:
+        load_network(saved(content, tmp_path))
+    assert "the official code of Negative Margin Matters" in str(error.value)
+
+
+def test_a_file_that_needs_code_is_refused_by_the_name_of_its_class(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (tmp_path / "made").mkdir, ()
+
+    path = saved({"state": CASE.state, "model": torch.nn.Flatten()}, tmp_path)
+    with pytest.raises(ValueError, match=r"needs code to run: torch\.nn\.modules\.flatten\.Flatten"):
+        load_network(path)
+    with pytest.raises(ValueError, match=r"needs code to run: (getattr|pathlib)"):
+        load_network(saved({"state": Trap()}, tmp_path))
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_size": 0}, "image_size: expected at least 1, got 0"),
+        ({"mean": (0.5,)}, r"mean and std: expected both or neither, got \(0.5,\) and None"),
+        ({"similarity": "euclidean"}, "similarity: expected one of cosine, dot, got 'euclidean'"),
+        ({"scale": -1.0}, "scale: expected a number above 0, got -1.0"),
+        ({"mean": (0.5,), "std": (0.25,)}, "image_shape: expected .*, and a mean and std for each channel"),
+    ],
+)
+def test_bad_settings_are_named(settings, message, tmp_path):
+    path = saved({"state": CASE.state}, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load_network(path, CheckpointSettings(**settings))
+
+
+def test_gray_images_need_a_mean(tmp_path):
+    state = dict(CASE.state)
+    for part in ("C1", "downsample.0"):
+        state[f"feature.layer1.0.{part}.weight"] = state[f"feature.layer1.0.{part}.weight"][:, :1]
+    path = saved({"state": state}, tmp_path)
+    with pytest.raises(ValueError, match="mean and std: expected one number for each of the 1 channels"):
+        load_network(path)
+    assert load_network(path, CheckpointSettings(mean=(0.5,), std=(0.2,))).channels == 1
+
+
+def test_settings_for_what_brings_its_own(checkpoints):
+    with pytest.raises(ValueError, match="image_size: expected null beside a checkpoint, which brings its own, got 84"):
+        load_network(checkpoints[0], CheckpointSettings(image_size=84))
+    with pytest.raises(ValueError, match="scale: expected null for a model of timm, which brings its own"):
+        load_network("timm:resnet18", CheckpointSettings(scale=1.0))
+
+
+def test_our_own_checkpoints_are_read_in_silence(checkpoints, caplog):
+    with caplog.at_level(logging.DEBUG):
+        load_network(checkpoints[0])
+    assert not caplog.records
