@@ -177,7 +177,7 @@ def _parser_class() -> type:
 
         def _expand_help(self, action):
             text = super()._expand_help(action).replace("``", "")
-            text = re.sub(r"type: Literal\[.*?\], ", "", text)  # the choices stand beside the option
+            text = re.sub(r"type: (Optional\[)?Literal\[.*?\]+, ", "", text)  # the choices stand beside the option
             text = text.replace("Optional[tuple[float, ...]]", "[float, ...] | null")
             return re.sub(r"\.? \((type|default): ", r" (\1: ", text)
 

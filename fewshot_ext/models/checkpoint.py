@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewshot_ext._files import as_text
 from fewshot_ext._formats import check_schema, misfits_named, read_weights
-from fewshot_ext.models.foreign import CheckpointSettings, adopt
+from fewshot_ext.models.foreign import BringsItsOwn, CheckpointSettings, adopt
 
 FORMAT_VERSION = 2
 PRE_TRAINING, META_TRAINING, METRIC_TRAINING = "pre-training", "meta-training", "metric training"
@@ -118,9 +118,8 @@ def read_layout(
     if stage is None and not (isinstance(checkpoint, dict) and "hyper_parameters" in checkpoint):
         with misfits_named(f"{path} is not the checkpoint of a {kind}"):
             checkpoint = _adopted(checkpoint, path, given)
-    elif given.given():
-        name, value = next(iter(given.given().items()))
-        raise ValueError(f"{name}: expected null beside a checkpoint, which brings its own, got {value}")
+    else:
+        BringsItsOwn.check(given, "beside a checkpoint")
     with misfits_named(f"{path} is not the checkpoint of a {kind}"):
         check_schema(checkpoint, {"hyper_parameters": dict, "state_dict": {str: Tensor}}, "the file")
         if "format_version" not in checkpoint["hyper_parameters"]:

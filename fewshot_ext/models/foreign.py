@@ -25,8 +25,8 @@ class CheckpointSettings:
 
     Args:
         image_size: side of the square images that the network is for.
-        mean: mean of each channel, for pixels in [0, 1].
-        std: likewise the standard deviation.
+        mean: mean of each channel for pixels in [0, 1].
+        std: standard deviation of each channel for pixels in [0, 1].
         similarity: how features compare, cosine or dot, by the loss that trained the network.
         scale: factor of the similarities in that loss.
 
@@ -60,6 +60,16 @@ class CheckpointSettings:
         """The values that are not None, by name."""
         values = {setting.name: getattr(self, setting.name) for setting in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
+
+
+class BringsItsOwn(ValueError):
+    """Settings were given for a network that has its own."""
+
+    @classmethod
+    def check(cls, given: CheckpointSettings, owner: str) -> None:
+        """Raises it unless nothing is given."""
+        for name, value in given.given().items():
+            raise cls(f"{name}: expected null {owner}, which brings its own, got {value}")
 
 
 class Adopted(NamedTuple):

@@ -162,6 +162,17 @@ LAYOUTS: dict[str, Layout] = {
         copies={r"(.*trunk\.\d\.)C\.": r"\1trunk.0.", r"(.*trunk\.\d\.)BN\.": r"\1trunk.1."},
         parallel=("wrn28_10",),
     ),
+    "deepemd": Layout(
+        "the official code of DeepEMD",
+        {"resnet12": _resnet12("conv", "bn")},
+        wrappers=("params",),
+        # Bare after its pre-training, the whole model, often in DataParallel, after its meta-training.
+        prefixes=("", "encoder."),
+        head="fc.",
+        mean=(125.3 / 255, 123.0 / 255, 113.9 / 255),
+        std=(63.0 / 255, 62.1 / 255, 66.7 / 255),
+        crops=True,
+    ),
 }
 
 

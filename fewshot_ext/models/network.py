@@ -16,7 +16,7 @@ from fewshot_ext.data.augmentation import resized_size
 from fewshot_ext.models.checkpoint import NETWORK_SCHEMA, read_layout, upgraded
 from fewshot_ext.models.config import BackboneConfig, build_backbone, fitted
 from fewshot_ext.models.deepemd import LocalFeaturesConfig, build_local_features
-from fewshot_ext.models.foreign import CheckpointSettings
+from fewshot_ext.models.foreign import BringsItsOwn, CheckpointSettings
 from fewshot_ext.models.local_features import LocalFeatures
 
 _TIMM = "timm:"
@@ -225,8 +225,7 @@ def load_network(source: str | Path, settings: CheckpointSettings = _NOTHING_GIV
     is_word = path.is_dir() and path.name == str(source)
     if isinstance(source, Path) or path.suffix in _SUFFIXES or (path.exists() and not is_word):
         return network_of(read_checkpoint(path, settings=settings)).eval()
-    for name, value in settings.given().items():
-        raise ValueError(f"{name}: expected null for a model of timm, which brings its own, got {value}")
+    BringsItsOwn.check(settings, "for a model of timm")
     return timm_network(source.removeprefix(_TIMM))
 
 

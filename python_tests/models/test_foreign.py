@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from checkpoint_cases import negative_margin
+from checkpoint_cases import negative_margin, resnet12
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -66,6 +66,18 @@ def test_files_of_the_official_negative_margin_code(name, legacy, tmp_path, capl
     assert "mean (0.507, 0.487, 0.441)" in record.message and "similarity cosine, scale 30.0" in record.message
     load_network(tmp_path / "best_model.tar")
     assert len(caplog.records) == 1, "it is said once"
+
+
+@pytest.mark.parametrize("prefix", ["", "encoder.", "module.encoder."])
+def test_files_of_the_official_deepemd_code(prefix, tmp_path, caplog):
+    case = resnet12(prefix)
+    network = load_network(saved({"params": case.state}, tmp_path, "max_acc.pth"))
+    same_features(network, case)
+    assert (network.preprocessing.image_size, network.similarity) == (84, "cosine")
+    mean = network.preprocessing.mean.flatten() * 255
+    torch.testing.assert_close(mean, torch.tensor([125.3, 123.0, 113.9]))
+    assert "max_acc.pth is read as the official code of DeepEMD: resnet12" in caplog.text
+    assert "scale" not in caplog.text, "which a file without a classifier does not need"
 
 
 def test_what_the_file_says_and_what_is_given_is_not_assumed(tmp_path, caplog):
