@@ -15,6 +15,7 @@ from fewshot_ext._version import __version__
 from fewshot_ext.commands import (
     analyze,
     classify,
+    convert,
     data,
     demo,
     env,
@@ -36,6 +37,7 @@ from fewshot_ext.recipes import RECIPE_FOLDERS
 COMMANDS: dict[str, ModuleType] = {
     "analyze": analyze,
     "classify": classify,
+    "convert": convert,
     "data": data,
     "demo": demo,
     "env": env,

@@ -96,6 +96,7 @@ def _tell(sentence: str) -> None:
 def _adopted(content: Any, path: str | Path, given: CheckpointSettings) -> dict[str, Any]:
     """The content of a file that no training of ours wrote, in our layout; what it was taken for is told."""
     settings, state, sentence = adopt(content, given)
+    settings["origin"]["file"] = as_text(Path(path).name)
     _tell(as_text(f"{path} is {sentence}"))
     return {
         "hyper_parameters": {"format_version": FORMAT_VERSION, "stage": CONVERSION, **settings},

@@ -17,6 +17,8 @@ from fewshot_ext.models.layouts import LAYOUTS, Layout, names_of, own_weights
 _COUNTER = "num_batches_tracked"
 _BACKBONE, _HEAD, _PREPROCESSING = "network.backbone.", "head.", "network.preprocessing."
 _NAMED_AT_MOST = 5
+# What a checkpoint of ours may be written as: the layout, and the layout of one that belongs to DeepEMD.
+TARGETS = {"official": ("negative-margin", "deepemd")}
 
 
 @dataclass(frozen=True)
@@ -300,22 +302,47 @@ def _renamed(reading: _Reading, values: Mapping[str, Any], head: Mapping[str, Te
     return state | {_HEAD + leaf: value for leaf, value in head.items()}
 
 
-def exported(checkpoint: Mapping[str, Any], layout: str) -> dict[str, Tensor]:
-    """The weights of a checkpoint of ours by the names of another layout, backbone and head.
+class Exported(NamedTuple):
+    """A checkpoint of ours as other code writes it.
+
+    Attributes:
+        content: for ``torch.save``.
+        title: of the layout.
+    """
+
+    content: dict[str, Any]
+    title: str
+
+
+def export(checkpoint: Mapping[str, Any], target: str) -> Exported:
+    """The network and the classifier over base classes of a checkpoint of ours, as other code writes them.
 
     Args:
         checkpoint: as ``read_checkpoint`` gives it.
-        layout: of ``LAYOUTS``.
+        target: "torchvision", or "official" for the official code of the paper that the checkpoint belongs to: DeepEMD
+            for what that wrote or what was meta-trained, and otherwise Negative Margin Matters.
 
     Raises:
-        ValueError: that layout has no such backbone.
+        ValueError: another target, or a backbone that this code does not have.
     """
+    check_choice("to", target, *TARGETS)
+    own = checkpoint["hyper_parameters"]
+    is_deepemd = own["stage"] == "meta-training" or own.get("origin", {}).get("layout") == "deepemd"
+    layout = TARGETS[target][is_deepemd]
+    state, wrapper = _state_by_names_of(layout, checkpoint), LAYOUTS[layout].wrappers[0]
+    content = state if wrapper is None else {wrapper: state}
+    if layout == "negative-margin":
+        content = {"epoch": -1, **content, "acc": 0.0, "best_acc": 0.0, "optimizer": _fresh_optimizer(state)}
+    return Exported(content, LAYOUTS[layout].title)
+
+
+def _state_by_names_of(layout: str, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     target, backbone = LAYOUTS[layout], checkpoint["hyper_parameters"]["network"]["backbone"]
     name = backbone.get("name", BackboneConfig.name)
     if name not in target.backbones:
-        raise ValueError(f"{target.title} has {', '.join(target.backbones)}, and no {name}")
+        raise ValueError(f"to: {target.title} has {', '.join(target.backbones)}, and this is a {name}")
     if backbone.get("embedding") is not None:
-        raise ValueError(f"{target.title} has no projection behind the backbone, and this one has it")
+        raise ValueError(f"to: {target.title} has no projection behind the backbone, and this one has it")
     source, written = checkpoint["state_dict"], {}
     names = {_BACKBONE + own: target.prefixes[0] + other for own, other in names_of(layout, name).items()}
     if target.head is not None:
@@ -325,6 +352,13 @@ def exported(checkpoint: Mapping[str, Any], layout: str) -> dict[str, Tensor]:
         for pattern, copy in target.copies.items():
             if re.match(pattern, other):
                 written[re.sub(pattern, copy, other)] = source[own]
-    if name in target.parallel:
-        written = {f"module.{other}": value for other, value in written.items()}
-    return written
+    parallel = "module." if name in target.parallel else ""
+    return {parallel + other: value for other, value in written.items()}
+
+
+def _fresh_optimizer(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What Adam has of these parameters before its first step, which the official code loads even to evaluate."""
+    buffers = ("running_mean", "running_var", _COUNTER)
+    # Weights that stand in the file twice are one parameter.
+    count = len({id(value) for name, value in state.items() if not name.endswith(buffers)})
+    return torch.optim.Adam([torch.zeros(()) for _ in range(count)]).state_dict()

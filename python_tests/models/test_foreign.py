@@ -84,7 +84,8 @@ def test_what_the_file_says_and_what_is_given_is_not_assumed(tmp_path, caplog):
     content = negative_margin("resnet12", bias=True)[1]
     own = read_checkpoint(saved(content, tmp_path))["hyper_parameters"]
     assert own["config"] == {"similarity": "dot", "scale": 1.0} and own["num_classes"] == 6
-    assert own["origin"] == {"layout": "negative-margin", "assumed": {"image_size": 84, **NEGATIVE_MARGIN}}
+    assumed = {"image_size": 84, **NEGATIVE_MARGIN}
+    assert own["origin"] == {"layout": "negative-margin", "file": "file.pth", "assumed": assumed}
     given = CheckpointSettings(80, (0.5,) * 3, (0.25,) * 3, "dot", 10.0)
     caplog.clear()
     own = read_checkpoint(saved(content, tmp_path, "b.tar"), settings=given)["hyper_parameters"]
