@@ -62,11 +62,11 @@ class Case:
         return self.forward(self, pixels)
 
 
-def conv4(prefix, conv, norm, copies=None, width=4):
+def conv4(prefix, conv, norm, copies=None, width=4, first=0):
     """``conv`` and ``norm`` are names with a place for the block's number; ``copies`` those of a second set."""
     weights = Weights(prefix)
-    for number in range(4):
-        inputs = width if number else 3
+    for number in range(first, first + 4):
+        inputs = 3 if number == first else width
         weights.conv(conv.format(number), width, inputs, 3, bias=True)
         weights.norm(norm.format(number), width)
         for name, copy in zip((conv, norm), copies or (), strict=False):
@@ -75,7 +75,7 @@ def conv4(prefix, conv, norm, copies=None, width=4):
                 weights.state[key.replace(name.format(number), copy.format(number))] = value
 
     def forward(case, x):
-        for number in range(4):
+        for number in range(first, first + 4):
             x = F.max_pool2d(F.relu(case.norm(case.conv(x, conv.format(number)), norm.format(number))), 2)
         return x.flatten(1)
 
@@ -199,3 +199,33 @@ def negative_margin(backbone, bias=False):
     optimizer.step()
     accuracies = {"acc": np.float64(0.5), "best_acc": np.mean(np.ones(3, np.float32))}
     return case, {"epoch": 399, "state": case.state, **accuracies, "optimizer": optimizer.state_dict()}
+
+
+def torchvision(depth):
+    """The case of a ResNet-18 or ResNet-50 of torchvision, with its classifier; timm has the same names."""
+    blocks = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}[depth]
+    case = resnet("", blocks, ("conv1", "bn1"), bottleneck=depth == 50)
+    case.state["fc.weight"] = case.weights.draw(5, 128 if depth == 50 else 32)
+    case.state["fc.bias"] = case.weights.draw(5)
+    return case
+
+
+def libfewshot(backbone, prefix="emb_func."):
+    if backbone == "conv4":
+        return conv4(prefix, "layer{}.0", "layer{}.1", first=1)
+    return resnet12(prefix)
+
+
+def meta_baseline(backbone):
+    """The case and the content of a ``.pth`` of few-shot-meta-baseline, after its first stage."""
+    if backbone == "resnet18":
+        case = resnet("encoder.", (2, 2, 2, 2), ("conv1", "bn1"))
+    else:
+        widths = (4, 8, 16, 32) if backbone == "resnet12" else (4, 10, 20, 40)
+        case = resnet12("encoder.", block="", widths=widths)
+    case.state["classifier.linear.weight"] = case.weights.draw(5, 32)
+    case.state["classifier.linear.bias"] = case.weights.draw(5)
+    training = {"epoch": 100, "optimizer": "sgd", "optimizer_args": {"lr": 0.1}, "optimizer_sd": {"state": {}}}
+    arguments = {"encoder": backbone, "encoder_args": {}, "classifier": "linear-classifier"}
+    content = {"file": "train.py", "config": {}, "model": "classifier", "model_args": arguments}
+    return case, {**content, "model_sd": case.state, "training": training}

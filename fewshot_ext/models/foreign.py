@@ -13,12 +13,12 @@ from fewshot_ext._validation import check_choice, check_count, check_positive, p
 from fewshot_ext.models.config import BackboneConfig, fitted
 from fewshot_ext.models.layouts import LAYOUTS, Layout, names_of, own_weights
 
-# What old versions of torch did not write; only training with a moving average of its own looks at it.
+# Old versions of torch did not write it, and no evaluation looks at it.
 _COUNTER = "num_batches_tracked"
 _BACKBONE, _HEAD, _PREPROCESSING = "network.backbone.", "head.", "network.preprocessing."
 _NAMED_AT_MOST = 5
 # What a checkpoint of ours may be written as: the layout, and the layout of one that belongs to DeepEMD.
-TARGETS = {"official": ("negative-margin", "deepemd")}
+TARGETS = {"official": ("negative-margin", "deepemd"), "torchvision": ("torchvision", "torchvision")}
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,15 @@ class _Reading(NamedTuple):
     def others(self) -> set[str]:
         """The names in the file that should be those of the backbone."""
         layout = LAYOUTS[self.layout]
-        return {name for name in self.state if not _is_counter(name) and not layout.is_passed_over(name)} - set(
-            self._projection()
-        )
+        return {
+            name for name in self.state if not _is_counter(name) and not layout.is_passed_over(name, self.prefix)
+        } - set(self._projection())
+
+    def unread(self) -> list[str]:
+        """Names of the weights of a method that stand beside the backbone, without those of the head."""
+        layout, head = LAYOUTS[self.layout], LAYOUTS[self.layout].head
+        beside = [name for name in self.state if layout.is_model and not name.startswith(self.prefix)]
+        return [name for name in beside if not (head and name.startswith(head))]
 
     def likeness(self) -> float:
         """Share of the names that file and backbone have in common."""
@@ -144,6 +150,37 @@ class _Reading(NamedTuple):
         ]
 
 
+def plain_state(content: Any, wrappers: Iterable[str | None]) -> dict[str, Tensor] | None:
+    """The first state_dict under one of these keys, without what ``DataParallel`` puts before all names; None where
+    there is none.
+
+    Raises:
+        ValueError: it holds other tensors than dense ones.
+    """
+    for wrapper in wrappers:
+        state = content if wrapper is None else content.get(wrapper) if isinstance(content, dict) else None
+        if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
+            continue
+        if all(isinstance(value, Tensor) for value in state.values()):
+            check_schema(state, {str: Tensor}, "the weights")
+            parallel = all(name.startswith("module.") for name in state)
+            return {name.removeprefix("module.") if parallel else name: value for name, value in state.items()}
+    return None
+
+
+def fresh_counters(expected: Iterable[str], found: Iterable[str]) -> dict[str, Tensor]:
+    """Those counters of batches that are expected and not found, at zero; old versions of torch wrote none."""
+    return {name: torch.zeros((), dtype=torch.int64) for name in {*expected} - {*found} if _is_counter(name)}
+
+
+def misfit(expected: Iterable[str], found: Iterable[str]) -> str:
+    """What is missing and what is left over, in words; empty where the names are the same."""
+    expected, found = set(expected), set(found)
+    missing, left = sorted(expected - found), sorted(found - expected)
+    parts = [f"it lacks {_listed(missing)}"] * bool(missing) + [f"left over are {_listed(left)}"] * bool(left)
+    return ", and ".join(parts)
+
+
 def adopt(content: Any, given: CheckpointSettings) -> Adopted:
     """What other code's checkpoint comes to in our layout.
 
@@ -168,7 +205,7 @@ def adopt(content: Any, given: CheckpointSettings) -> Adopted:
         "image_shape": (channels, size, size),
         "mean": values["mean"],
         "std": values["std"],
-        "image_size": size if layout.crops else None,
+        "image_size": None if reading.backbone in layout.whole else size,
         "channels_last": False,
         "similarity": values["similarity"],
     }
@@ -182,6 +219,10 @@ def adopt(content: Any, given: CheckpointSettings) -> Adopted:
     sentence = f"read as {layout.title}: {reading.backbone}, {width} channels wide, images of {channels} channels"
     if told:
         sentence += f"; the file does not say, and assumed is: {told}"
+    if layout.unsaid:
+        sentence += f"; {layout.unsaid}"
+    if unread := reading.unread():
+        sentence += f"; weights of its method are passed over: {_listed(unread)}"
     return Adopted(settings, _renamed(reading, values, head), sentence)
 
 
@@ -194,7 +235,8 @@ def _recognized(content: Any) -> _Reading:
     readings = [
         _Reading(layout, backbone, prefix, state)
         for layout, description in LAYOUTS.items()
-        for state in _states(content, description)
+        for state in [plain_state(content, description.wrappers)]
+        if state is not None
         for prefix in description.prefixes
         for backbone in description.backbones
     ]
@@ -204,30 +246,14 @@ def _recognized(content: Any) -> _Reading:
         raise ValueError(f"it fits no known layout: {_described(content)}. Known are: {known_layouts()}")
     nearest = [reading for reading in readings if likeness[reading[:3]] == most]
     if most < 1:
-        raise ValueError(_incomplete(nearest[0]))
+        first = nearest[0]
+        names = (name for name in first.names().values() if not _is_counter(name))
+        raise ValueError(f"{_is_taken_for(first)}, but {misfit(names, first.others())}")
     # Backbones may share their names and differ in their shapes.
     reading = min(nearest, key=lambda reading: len(reading.misshapen()))
     if misshapen := reading.misshapen():
         raise ValueError(f"{_is_taken_for(reading)} but for the shapes of {_listed(misshapen)}")
     return reading
-
-
-def _states(content: Any, layout: Layout) -> Iterable[Mapping[str, Tensor]]:
-    for wrapper in layout.wrappers:
-        state = content if wrapper is None else content.get(wrapper) if isinstance(content, dict) else None
-        if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
-            continue
-        if all(isinstance(value, Tensor) for value in state.values()):
-            check_schema(state, {str: Tensor}, "the weights")
-            parallel = all(name.startswith("module.") for name in state)
-            yield {name.removeprefix("module.") if parallel else name: value for name, value in state.items()}
-
-
-def _incomplete(reading: _Reading) -> str:
-    names = {name for name in reading.names().values() if not _is_counter(name)}
-    missing, left = sorted(names - reading.others()), sorted(reading.others() - names)
-    parts = [f"it lacks {_listed(missing)}"] * bool(missing) + [f"left over are {_listed(left)}"] * bool(left)
-    return f"{_is_taken_for(reading)}, but {', and '.join(parts)}"
 
 
 def _is_taken_for(reading: _Reading) -> str:
@@ -295,8 +321,9 @@ def _renamed(reading: _Reading, values: Mapping[str, Any], head: Mapping[str, Te
     for name in ("mean", "std"):
         state[_PREPROCESSING + name] = torch.tensor(values[name], dtype=torch.float32).view(-1, 1, 1)
     place = _BACKBONE if reading.embedding() is None else f"{_BACKBONE}backbone."
-    for own, other in reading.names().items():
-        state[place + own] = reading.state[other] if other in reading.state else torch.zeros((), dtype=torch.int64)
+    names = reading.names()
+    weights = fresh_counters(names.values(), reading.state) | dict(reading.state)
+    state |= {place + own: weights[other] for own, other in names.items()}
     if reading.embedding() is not None:
         state |= {_BACKBONE + name: value for name, value in reading.projection().items()}
     return state | {_HEAD + leaf: value for leaf, value in head.items()}

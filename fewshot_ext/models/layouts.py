@@ -16,7 +16,14 @@ Names = Callable[[], Iterator[tuple[str, str]]]
 
 _STAGES = range(4)
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-_PUBLISHED_SIZES = {"conv4": 84, "resnet12": 84, "resnet18": 224, "wrn28_10": 80}
+_PUBLISHED_SIZES = {
+    "conv4": 84,
+    "resnet12": 84,
+    "resnet12_narrow": 80,
+    "resnet18": 224,
+    "resnet50": 224,
+    "wrn28_10": 80,
+}
 
 
 @dataclass(frozen=True)
@@ -30,13 +37,15 @@ class Layout:
         prefixes: what may stand before the names of the backbone; the first is the one that is written.
         head: what stands before ``weight`` and ``bias`` of the classifier over the base classes; None without one.
         passed_over: a pattern of the names, besides the head's, that an evaluation does without.
+        is_model: whether weights before which the prefix does not stand are those of a method, and passed over.
         mean, std: of each of three channels, for pixels in [0, 1].
         image_sizes: side of the images, by backbone; the published one where it is not here.
-        crops: whether evaluation enlarges the image and cuts out the middle, as ``ImageInput`` does; otherwise images
-            are taken as they come.
+        whole: backbones that take images as they come; for the others they are enlarged and the middle is cut out, as
+            ``ImageInput`` does it.
         scales: of the loss, by similarity, and for one backbone by both; 1 for a linear classifier with a bias.
         linear_is_dot: whether a bias tells that the loss compared by inner products.
         copies: patterns of names that are written a second time, and what they are called there.
+        unsaid: what else no file says, and no option gives.
         parallel: backbones whose names are written behind ``module.``, as ``DataParallel`` has them.
     """
 
@@ -46,13 +55,15 @@ class Layout:
     prefixes: tuple[str, ...] = ("",)
     head: str | None = None
     passed_over: str = r"(?!)"
+    is_model: bool = False
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     image_sizes: Mapping[str, int] = field(default_factory=dict)
-    crops: bool = False
+    whole: tuple[str, ...] = ()
     scales: Mapping[tuple[str, ...], float] = field(default_factory=lambda: {("cosine",): 30.0, ("dot",): 1.0})
     linear_is_dot: bool = False
     copies: Mapping[str, str] = field(default_factory=dict)
+    unsaid: str = ""
     parallel: tuple[str, ...] = ()
 
     def image_size(self, backbone: str) -> int:
@@ -63,9 +74,13 @@ class Layout:
             return 1.0
         return self.scales.get((similarity, backbone), self.scales[(similarity,)])
 
-    def is_passed_over(self, name: str) -> bool:
-        """Whether it is neither of the backbone nor needed."""
-        return re.match(self.passed_over, name) is not None or bool(self.head and name.startswith(self.head))
+    def is_passed_over(self, name: str, prefix: str) -> bool:
+        """Whether a weight is neither of the backbone, whose names begin with ``prefix``, nor needed."""
+        return (
+            re.match(self.passed_over, name) is not None
+            or bool(self.head and name.startswith(self.head))
+            or (self.is_model and not name.startswith(prefix))
+        )
 
 
 def _itself(backbone: str) -> Names:
@@ -129,17 +144,23 @@ def _wrn(conv: str, norm: str) -> Names:
     return names
 
 
-_SHORTCUT = ("downsample.0.", "downsample.1.")
+_STEM, _SHORTCUT = ("conv1.", "bn1."), ("downsample.0.", "downsample.1.")
+_IMAGENET_RESNETS = {
+    "resnet18": _resnet((2, 2, 2, 2), 2, _STEM, "conv", "bn", _SHORTCUT),
+    "resnet50": _resnet((3, 4, 6, 3), 3, _STEM, "conv", "bn", _SHORTCUT),
+}
 
 # The weights of ours are those of theirs, tensor by tensor, and the functions are the same: the tests hold each against
-# a forward pass by hand. What is not the same function is not here. LibFewShot's ResNet-18 has a stem of 3 x 3 and
-# differs in a shape; its WRN takes the maximum of the map where ours takes the mean, which no shape tells.
+# a forward pass by hand. What is not the same function is not here: LibFewShot's WRN takes the maximum of the map where
+# ours takes the mean, which no shape tells. Its ResNet-18 is here for its names alone, so that an error can say that
+# its stem of 3 x 3 has another shape.
 LAYOUTS: dict[str, Layout] = {
     "fewshot_ext": Layout(
         "a state_dict of a backbone of this package",
         {name: _itself(name) for name in _PUBLISHED_SIZES},
         prefixes=("", "backbone.", "network.backbone."),
         passed_over=r".*\bdropout\.steps$",
+        whole=tuple(_PUBLISHED_SIZES),
     ),
     "negative-margin": Layout(
         "the official code of Negative Margin Matters",
@@ -156,7 +177,6 @@ LAYOUTS: dict[str, Layout] = {
         passed_over=r"feature\.trunk\.\d\.trunk\.[01]\.",
         mean=(0.507, 0.487, 0.441),
         std=(0.267, 0.257, 0.276),
-        crops=True,
         scales={("cosine",): 30.0, ("dot",): 5.0, ("dot", "resnet12"): 10.0},
         linear_is_dot=True,
         copies={r"(.*trunk\.\d\.)C\.": r"\1trunk.0.", r"(.*trunk\.\d\.)BN\.": r"\1trunk.1."},
@@ -171,7 +191,42 @@ LAYOUTS: dict[str, Layout] = {
         head="fc.",
         mean=(125.3 / 255, 123.0 / 255, 113.9 / 255),
         std=(63.0 / 255, 62.1 / 255, 66.7 / 255),
-        crops=True,
+    ),
+    "torchvision": Layout(
+        "torchvision or timm",
+        _IMAGENET_RESNETS,
+        wrappers=(None, "state_dict", "model"),
+        head="fc.",
+        **_IMAGENET,
+    ),
+    "libfewshot": Layout(
+        "LibFewShot",
+        {
+            "conv4": _conv4(lambda number: (f"layer{number + 1}.0.", f"layer{number + 1}.1.")),
+            "resnet12": _resnet12("conv", "bn"),
+            "resnet18": _IMAGENET_RESNETS["resnet18"],
+        },
+        wrappers=(None, "model"),
+        prefixes=("emb_func.", ""),
+        is_model=True,
+        mean=(120.39586422 / 255, 115.59361427 / 255, 104.54012653 / 255),
+        std=(70.68188272 / 255, 68.27635443 / 255, 72.54505529 / 255),
+        unsaid="options of the backbone that change no shape (leaky_relu, maxpool_last2) are taken as their defaults",
+    ),
+    "meta-baseline": Layout(
+        "few-shot-meta-baseline",
+        {
+            "resnet12": _resnet12("conv", "bn", block=""),
+            "resnet12_narrow": _resnet12("conv", "bn", block=""),
+            **_IMAGENET_RESNETS,
+        },
+        wrappers=("model_sd",),
+        prefixes=("encoder.",),
+        head="classifier.linear.",
+        is_model=True,
+        image_sizes={"resnet12": 80},
+        whole=("resnet12", "resnet12_narrow"),
+        **_IMAGENET,
     ),
 }
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from fewshot_ext import _extras
-from fewshot_ext._formats import misfits_named, typed
+from fewshot_ext._formats import misfits_named, read_weights, typed
 from fewshot_ext._validation import check_choice, plain_numbers
 from fewshot_ext.data import AugmentationConfig, ImageInput
 from fewshot_ext.data.augmentation import resized_size
 from fewshot_ext.models.checkpoint import NETWORK_SCHEMA, read_layout, upgraded
 from fewshot_ext.models.config import BackboneConfig, build_backbone, fitted
 from fewshot_ext.models.deepemd import LocalFeaturesConfig, build_local_features
-from fewshot_ext.models.foreign import BringsItsOwn, CheckpointSettings
+from fewshot_ext.models.foreign import BringsItsOwn, CheckpointSettings, fresh_counters, misfit, plain_state
 from fewshot_ext.models.local_features import LocalFeatures
 
 _TIMM = "timm:"
@@ -204,7 +204,8 @@ def load_network(source: str | Path, settings: CheckpointSettings = _NOTHING_GIV
         source: the path of ``last.ckpt`` or ``best.ckpt`` of any training, or of a checkpoint of other code, as
             ``docs/checkpoints.md`` lists them; or the name of a model of timm, as in "timm:resnet50" or, where no file
             is called so, "resnet50". It comes with its trained weights, which timm downloads or has kept, without its
-            classifier, and behind the normalization that it was trained with.
+            classifier, and behind the normalization that it was trained with. "timm:resnet50=FILE" takes the weights
+            from a file in their place.
         settings: what a checkpoint of other code does not hold. What is left open is assumed as its paper has it, and
             a logged warning says so.
 
@@ -223,10 +224,15 @@ def load_network(source: str | Path, settings: CheckpointSettings = _NOTHING_GIV
     path = Path(source).expanduser()
     # A folder is no checkpoint, and must not stand in the way of a model that is called the same.
     is_word = path.is_dir() and path.name == str(source)
-    if isinstance(source, Path) or path.suffix in _SUFFIXES or (path.exists() and not is_word):
+    if (
+        isinstance(source, Path)
+        or (path.suffix in _SUFFIXES and not source.startswith(_TIMM))
+        or (path.exists() and not is_word)
+    ):
         return network_of(read_checkpoint(path, settings=settings)).eval()
     BringsItsOwn.check(settings, "for a model of timm")
-    return timm_network(source.removeprefix(_TIMM))
+    name, equals, file = source.removeprefix(_TIMM).partition("=")
+    return timm_network(name, _timm_weights(name, Path(file).expanduser())) if equals else timm_network(name)
 
 
 def as_network(source: "Network | nn.Module | str | Path", preprocessing: Callable | None = None) -> Network:
@@ -323,6 +329,40 @@ def _check_weights(config: NetworkConfig, state: dict[str, Tensor]) -> None:
         build_network(config).load_state_dict(state, assign=True)
 
 
+def _timm_weights(name: str, path: Path) -> dict[str, Tensor]:
+    """The weights in a file that a model of timm has without its classifier.
+
+    Raises:
+        ImportError: timm is missing.
+        OSError: the file cannot be read.
+        ValueError: timm knows no such model, or the file does not hold its weights.
+    """
+    model = _timm_model(name)
+    with misfits_named(f"{path} does not hold the weights of timm's {name}"):
+        state = plain_state(read_weights(path, scalars=True), (None, "state_dict", "model"))
+        if state is None:
+            raise ValueError("it holds no state_dict")
+        heads = model.default_cfg.get("classifier") or ()
+        heads = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
+        kept = {key: value for key, value in state.items() if not key.startswith(heads)}
+        kept = fresh_counters(model.state_dict(), kept) | kept
+        if trouble := misfit(model.state_dict(), kept):
+            raise ValueError(trouble)
+        model.load_state_dict(kept, assign=True)
+    return kept
+
+
+def _timm_model(name: str) -> nn.Module:
+    """A model of timm without classifier and without memory."""
+    _extras.require("timm", "timm")
+    import timm
+
+    if not timm.is_model(name):
+        raise ValueError(f"backbone: expected a checkpoint file or a model that timm knows, got {name!r}")
+    with torch.device("meta"):
+        return timm.create_model(name, pretrained=False, num_classes=0)
+
+
 def timm_network(name: str, state_dict: dict[str, Tensor] | None = None) -> Network:
     """A model of timm without its classifier, behind the normalization that it was trained with.
 
@@ -341,8 +381,7 @@ def timm_network(name: str, state_dict: dict[str, Tensor] | None = None) -> Netw
         raise ValueError(f"backbone: expected a checkpoint file or a model that timm knows, got {name!r}")
     if state_dict is not None:
         # Without memory: a name may stand for any size, until it is that of the weights.
-        with torch.device("meta"):
-            timm.create_model(name, pretrained=False, num_classes=0).load_state_dict(state_dict, assign=True)
+        _timm_model(name).load_state_dict(state_dict, assign=True)
     model = timm.create_model(name, pretrained=state_dict is None, num_classes=0)
     if state_dict is not None:
         model.load_state_dict(state_dict)

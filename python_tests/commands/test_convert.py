@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checkpoint_cases import negative_margin, resnet12
+from checkpoint_cases import meta_baseline, negative_margin, resnet12, torchvision
 
 from fewshot_ext.cli import main
 from fewshot_ext.models import BackboneConfig, build_backbone, load_network
@@ -56,6 +56,27 @@ def test_deepemd_to_ours_and_back(prefix, tmp_path, capsys):
     found = load(tmp_path / "out.pth")
     assert found.keys() == {"params"}
     check_same(found["params"], {key.removeprefix(prefix): value for key, value in case.state.items()})
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_torchvision_to_ours_and_back(depth, tmp_path):
+    case = torchvision(depth)
+    torch.save(case.state, tmp_path / "in.pth")
+    assert convert(tmp_path / "in.pth", tmp_path / "ours.ckpt") == 0
+    assert convert(tmp_path / "ours.ckpt", tmp_path / "out.pth", "--to", "torchvision") == 0
+    check_same(load(tmp_path / "out.pth"), case.state)
+
+
+def test_from_one_code_to_another(tmp_path, capsys):
+    case, content = meta_baseline("resnet12-wide")
+    torch.save(content, tmp_path / "in.pth")
+    assert convert(tmp_path / "in.pth", tmp_path / "out.tar", "--to", "official") == 0
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(load_network(tmp_path / "out.tar").backbone(pixels), case.features(pixels))
+    capsys.readouterr()
+    assert convert(tmp_path / "in.pth", tmp_path / "out.pth", "--to", "torchvision") == 2
+    assert "to: torchvision or timm has resnet18, resnet50, and this is a resnet12" in capsys.readouterr().err
 
 
 def test_what_was_assumed_is_kept(tmp_path, caplog):

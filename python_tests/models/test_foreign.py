@@ -1,10 +1,13 @@
 """Checkpoints of other code: found by their names and shapes, the same function, and errors that say what was found."""
 
 import logging
+import sys
+import types
+from types import MappingProxyType
 
 import pytest
 import torch
-from checkpoint_cases import negative_margin, resnet12
+from checkpoint_cases import libfewshot, meta_baseline, negative_margin, resnet, resnet12, torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,6 +15,7 @@ from fewshot_ext.models import BackboneConfig, CheckpointSettings, build_backbon
 from fewshot_ext.models.network import read_checkpoint
 
 BACKBONES = ("conv4", "resnet12", "resnet18", "wrn28_10")
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 NEGATIVE_MARGIN = {"mean": (0.507, 0.487, 0.441), "std": (0.267, 0.257, 0.276)}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,9 +32,14 @@ def same_features(network, case):
         torch.testing.assert_close(network.backbone(pixels), case.features(pixels))
 
 
+def check_normalization(network, expected):
+    for key, value in expected.items():
+        torch.testing.assert_close(getattr(network.preprocessing, key).flatten(), torch.tensor(value))
+
+
 @pytest.mark.parametrize("embedding", [None, 3])
 @pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", [*BACKBONES, "resnet12_narrow", "resnet50"])
 def test_state_dicts_of_our_own_backbones(name, prefix, embedding, tmp_path):
     backbone = build_backbone(BackboneConfig(name, width=4, embedding=embedding), in_channels=1).eval()
     path = saved({prefix + key: value for key, value in backbone.state_dict().items()}, tmp_path)
@@ -58,8 +67,7 @@ def test_files_of_the_official_negative_margin_code(name, legacy, tmp_path, capl
     same_features(network, case)
     size = {"conv4": 84, "resnet12": 84, "resnet18": 224, "wrn28_10": 80}[name]
     assert network.preprocessing.image_size == size
-    for key, value in NEGATIVE_MARGIN.items():
-        torch.testing.assert_close(getattr(network.preprocessing, key).flatten(), torch.tensor(value))
+    check_normalization(network, NEGATIVE_MARGIN)
     (record,) = caplog.records
     for part in ("best_model.tar is read as the official code of Negative Margin Matters", name, f"image_size {size}"):
         assert part in record.message
@@ -78,6 +86,76 @@ def test_files_of_the_official_deepemd_code(prefix, tmp_path, caplog):
     torch.testing.assert_close(mean, torch.tensor([125.3, 123.0, 113.9]))
     assert "max_acc.pth is read as the official code of DeepEMD: resnet12" in caplog.text
     assert "scale" not in caplog.text, "which a file without a classifier does not need"
+
+
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
+@pytest.mark.parametrize("depth", [18, 50])
+def test_weights_of_torchvision_and_timm(depth, wrapper, tmp_path):
+    case = torchvision(depth)
+    # Its older files have no counters.
+    state = {key: value for key, value in case.state.items() if depth == 50 or "num_batches" not in key}
+    network = load_network(saved(state if wrapper is None else {wrapper: state, "epoch": 90}, tmp_path))
+    same_features(network, case)
+    check_normalization(network, IMAGENET)
+    assert (network.preprocessing.image_size, network.similarity) == (224, "cosine")
+
+
+def test_other_networks_of_torchvision_are_not_taken_for_ours(tmp_path):
+    wide = torchvision(50).state
+    wide["layer1.0.conv2.weight"] = torch.ones(8, 8, 3, 3)
+    with pytest.raises(
+        ValueError, match=r"with a resnet50 but for the shapes of layer1\.0\.conv2\.weight \[8, 8, 3, 3\]"
+    ):
+        load_network(saved(wide, tmp_path))
+    deeper = resnet("", (3, 4, 6, 3), ("conv1", "bn1")).state
+    with pytest.raises(ValueError, match=r"it is torchvision or timm with a resnet\d\d, but "):
+        load_network(saved(deeper, tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["model_best", "emb_func_best", "model_last"])
+@pytest.mark.parametrize("name", ["conv4", "resnet12"])
+def test_files_of_libfewshot(name, kind, tmp_path, caplog):
+    case = libfewshot(name, "" if kind == "emb_func_best" else "emb_func.")
+    state = dict(case.state)
+    if kind != "emb_func_best":
+        state |= {"classifier.weight": torch.ones(5, 40), "temperature": torch.ones(())}
+    content = {"epoch": 3, "model": state, "optimizer": {}, "lr_scheduler": {}} if kind == "model_last" else state
+    network = load_network(saved(content, tmp_path, f"{kind}.pth"))
+    same_features(network, case)
+    mean = network.preprocessing.mean.flatten() * 255
+    torch.testing.assert_close(mean, torch.tensor([120.39586422, 115.59361427, 104.54012653]))
+    assert network.preprocessing.image_size == 84
+    assert f"read as LibFewShot: {name}" in caplog.text and "(leaky_relu, maxpool_last2)" in caplog.text
+    assert ("are passed over: classifier.weight, temperature" in caplog.text) == (kind != "emb_func_best")
+
+
+def test_the_stem_of_libfewshots_resnet18_is_not_ours(tmp_path):
+    state = resnet("emb_func.", (2, 2, 2, 2), ("conv1", "bn1")).state
+    state["emb_func.conv1.weight"] = torch.ones(4, 3, 3, 3)
+    with pytest.raises(
+        ValueError, match=r"LibFewShot with a resnet18 but for the shapes of emb_func\.conv1\.weight \[4, 3, 3, 3\]"
+    ):
+        load_network(saved(state, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "ours", "size"),
+    [("resnet12", "resnet12_narrow", 80), ("resnet12-wide", "resnet12", 80), ("resnet18", "resnet18", 224)],
+)
+def test_files_of_few_shot_meta_baseline(name, ours, size, tmp_path, caplog):
+    case, content = meta_baseline(name)
+    network = load_network(saved(content, tmp_path, "max-va.pth"))
+    same_features(network, case)
+    check_normalization(network, IMAGENET)
+    # Its ResNet-12 sees whole images of 80 x 80; that for ImageNet the middle of larger ones.
+    assert network.preprocessing.image_size == (224 if ours == "resnet18" else None)
+    assert network.image_size == (257 if ours == "resnet18" else size)
+    assert f"read as few-shot-meta-baseline: {ours}, 4 channels wide" in caplog.text
+    caplog.clear()
+    state = {key: value for key, value in case.state.items() if key.startswith("encoder.")}
+    second = {**content, "model": "meta-baseline", "model_sd": state | {"temp": torch.tensor(10.0)}}
+    same_features(load_network(saved(second, tmp_path, "meta.pth")), case)
+    assert "passed over: temp" in caplog.text
 
 
 def test_what_the_file_says_and_what_is_given_is_not_assumed(tmp_path, caplog):
@@ -202,3 +280,48 @@ def test_our_own_checkpoints_are_read_in_silence(checkpoints, caplog):
     with caplog.at_level(logging.DEBUG):
         load_network(checkpoints[0])
     assert not caplog.records
+
+
+class TestWeightsForTimm:
+    @pytest.fixture(autouse=True)
+    def timm(self, monkeypatch):
+        """What stands for timm, which the tests do without: two models, of which one has a classifier."""
+        timm = types.ModuleType("timm")
+
+        def create_model(name, pretrained, num_classes):
+            assert not pretrained and num_classes == 0, "nothing is downloaded"
+            model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+            model.default_cfg = {"classifier": ("head", "head_dist") if name == "distilled" else "head"}
+            return model
+
+        timm.is_model, timm.create_model = lambda name: name in ("plain", "distilled"), create_model
+        config = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.25,) * 3}
+        timm.data = types.SimpleNamespace(resolve_model_data_config=lambda model: config)
+        monkeypatch.setitem(sys.modules, "timm", timm)
+        monkeypatch.setattr("fewshot_ext._extras.is_installed", lambda name: True)
+
+    STATE = MappingProxyType({"0.weight": torch.randn(4, 3, 3, 3), "0.bias": torch.zeros(4)})
+
+    @pytest.mark.parametrize("wrapper", [None, "state_dict"])
+    @pytest.mark.parametrize(("name", "heads"), [("plain", ["head"]), ("distilled", ["head", "head_dist"])])
+    def test_local_weights_without_the_classifier(self, name, heads, wrapper, tmp_path):
+        state = {**self.STATE, **{f"{head}.weight": torch.ones(5, 4) for head in heads}}
+        path = saved(state if wrapper is None else {wrapper: state, "epoch": 3}, tmp_path, "own.pth")
+        network = load_network(f"timm:{name}={path}")
+        assert torch.equal(network.backbone.model[0].weight, self.STATE["0.weight"])
+        assert network.content().keys() == {"timm", "state_dict"} and network.content()["timm"] == name
+
+    def test_what_does_not_fit_is_named(self, tmp_path):
+        path = saved({"0.weight": torch.ones(4, 3, 3, 3), "head_dist.weight": torch.ones(5, 4)}, tmp_path, "own.pth")
+        with pytest.raises(
+            ValueError, match=r"own\.pth does not hold .* timm's plain: it lacks 0\.bias, and left over are head_dist"
+        ):
+            load_network(f"timm:plain={path}")
+        with pytest.raises(ValueError, match=r"own\.pth does not hold .*: it holds no state_dict"):
+            load_network(f"timm:plain={saved([1], tmp_path, 'own.pth')}")
+        with pytest.raises(ValueError, match="a model that timm knows, got 'none'"):
+            load_network(f"timm:none={path}")
+        with pytest.raises(FileNotFoundError):
+            load_network(f"timm:plain={tmp_path / 'none.pth'}")
+        with pytest.raises(ValueError, match=r"own\.pth does not hold .*size mismatch"):
+            load_network(f"timm:plain={saved(self.STATE | {'0.bias': torch.zeros(5)}, tmp_path, 'own.pth')}")
