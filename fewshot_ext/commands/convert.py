@@ -21,6 +21,7 @@ from fewshot_ext.models.foreign import TARGETS, export
 from fewshot_ext.models.network import read_checkpoint
 
 SUMMARY = "convert a checkpoint of other code to one of this package, or back"
+USAGE = "IN OUT [options]"
 
 
 def add_arguments(parser) -> None:

@@ -170,7 +170,7 @@ LAYOUTS: dict[str, Layout] = {
             "resnet18": _resnet((2, 2, 2, 2), 2, ("trunk.0.", "trunk.1."), "C", "BN", ("shortcut.", "BNshortcut.")),
             "wrn28_10": _wrn("C", "BN"),
         },
-        wrappers=("state",),
+        wrappers=("state", None),
         prefixes=("feature.",),
         head="classifier.",
         # Each block of its Conv-4 has its convolution and normalization twice, once by name and once in a row.

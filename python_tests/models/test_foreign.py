@@ -158,6 +158,20 @@ def test_files_of_few_shot_meta_baseline(name, ours, size, tmp_path, caplog):
     assert "passed over: temp" in caplog.text
 
 
+def test_a_bare_state_dict_of_the_official_negative_margin_code(tmp_path):
+    case, content = negative_margin("resnet12")
+    same_features(load_network(saved(content["state"], tmp_path)), case)
+
+
+@pytest.mark.parametrize("shape", [(1 << 40, 0, 3, 3), (0, 3, 3, 3), (4, 0, 3, 3), (1 << 62, 0, 3, 3)])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_sizes_that_no_weights_stand_behind_are_refused(shape, tmp_path):
+    state = build_backbone(BackboneConfig(width=4)).state_dict()
+    path = saved({**state, "blocks.0.0.weight": torch.empty(shape)}, tmp_path)
+    with pytest.raises(ValueError, match=r"file\.pth"):
+        load_network(path)
+
+
 def test_what_the_file_says_and_what_is_given_is_not_assumed(tmp_path, caplog):
     content = negative_margin("resnet12", bias=True)[1]
     own = read_checkpoint(saved(content, tmp_path))["hyper_parameters"]
