@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import types
 import warnings
 import zipfile
@@ -14,8 +15,10 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.serialization import safe_globals
 
 from fewshot_ext._files import check_unpacked_size
 
@@ -177,12 +180,59 @@ def repeated(names: Iterable[str]) -> str | None:
     return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
-def read_weights(path: Path) -> Any:
+class _NumberType:
+    """What stands for ``numpy.dtype`` while a file is read: it keeps the letters of a type, and runs nothing."""
+
+    def __init__(self, code: str = "", *_: object) -> None:
+        self.code, self.order = code, "<"
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = state[1]
+
+
+def _plain_number(kind: object, data: object) -> int | float | bool:
+    """What stands for the function that makes numpy's scalars: Python's number of these bytes."""
+    if type(kind) is not _NumberType or not re.fullmatch("b1|[iu][1248]|f[248]", str(kind.code)):
+        raise ValueError("it holds a scalar of numpy that is no number")
+    if kind.order not in ("<", ">", "=", "|") or type(data) is not bytes or len(data) != int(kind.code[1:]):
+        raise ValueError("it holds a damaged scalar of numpy")
+    return np.frombuffer(data, kind.order + kind.code)[0].item()
+
+
+# Numpy's scalars stand in many checkpoints, as the accuracy of an epoch. Not numpy's own functions are let in, but two
+# of ours under their names, of which one keeps letters and the other reads at most eight bytes.
+_SCALARS = [
+    (_NumberType, "numpy.dtype"),
+    (_plain_number, "numpy.core.multiarray.scalar"),
+    (_plain_number, "numpy._core.multiarray.scalar"),
+]
+
+
+def _reason(error: Exception) -> str:
+    """Why torch refused a file, in a line without its advice to run whatever code is in it."""
+    text = str(error)
+    named = re.search(r"GLOBAL ([\w.]+)|unrecognized function (.+)|but got (<.+>)", text)
+    if "weights_only" in text and named is not None:
+        name = next(filter(None, named.groups()))
+        return f"it holds something that is not weights and settings, and needs code to run: {name[:200]}"
+    reason = text.partition("\n")[0]
+    # A KeyError's text is the key alone.
+    if not reason or "weights_only" in text or isinstance(error, LookupError):
+        return "it holds something that is not weights and settings"
+    return reason
+
+
+def read_weights(path: Path, *, scalars: bool = False) -> Any:
     """What ``torch.save`` wrote to a file, on the CPU: tensors and plain containers, without running code in it.
+
+    Args:
+        path: the file.
+        scalars: take numpy's scalars too, as Python's numbers.
 
     Raises:
         OSError: the file cannot be opened.
-        ValueError: it is another file, is damaged, or holds anything else.
+        ValueError: it is another file, is damaged, or holds anything else; a class that would need code to run is
+            named.
     """
     if path.is_fifo():  # to open one would wait for a writer for ever
         raise OSError(errno.ESPIPE, "it is a pipe, not a file", str(path))
@@ -196,10 +246,7 @@ def read_weights(path: Path) -> Any:
                 # Torch does not compress.
                 check_unpacked_size("the file", unpacked, path.stat().st_size, ratio=2, least=2**20)
             file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
+            with safe_globals(_SCALARS if scalars else []):
+                return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # what torch raises depends on where the file is damaged, or what lies there instead
-            reason = str(error).partition("\n")[0]
-            # Torch's own words advise to run whatever code is in the file; a KeyError's are the key alone.
-            if not reason or "weights_only" in str(error) or isinstance(error, LookupError):
-                reason = "it holds something that is not weights and settings"
-            raise ValueError(reason) from error
+            raise ValueError(_reason(error)) from error

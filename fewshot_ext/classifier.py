@@ -45,8 +45,9 @@ class FewShotClassifier:
     any number of images, one included, and different numbers.
 
     Args:
-        backbone: a module that maps images to features ``[B, D]``; or the path of a checkpoint of
-            ``fewshot-ext pretrain``, which brings its preprocessing; or the name of a model of timm.
+        backbone: a module that maps images to features ``[B, D]``; or the path of a checkpoint of any training, which
+            brings its preprocessing, or of other code; or the name of a model of timm; or what
+            ``fewshot_ext.models.load_network`` made of one of these.
         head: the classifier, by its name in ``fewshot_ext.heads.HEADS`` or as a ``Head`` with settings of your
             own. "finetune" goes on with the similarity that the backbone was pre-trained with. Those of ``MAP_HEADS``,
             such as "deepemd" or "deepemd@grid", look at regions of the images; see ``choose_head``. The backbone must

@@ -15,6 +15,7 @@ from fewshot_ext._version import __version__
 from fewshot_ext.commands import (
     analyze,
     classify,
+    convert,
     data,
     demo,
     env,
@@ -29,13 +30,14 @@ from fewshot_ext.commands.process import signals_as_interrupt, unbroken_output
 from fewshot_ext.commands.training import recipe_action
 from fewshot_ext.recipes import RECIPE_FOLDERS
 
-# Each command is a module with SUMMARY, add_arguments(parser) and prepare(arguments, resolved) -> run. `prepare`
-# finds every mistake of the user and raises it as ImportError, OSError, TypeError or ValueError; `run` does the
-# work, and what it raises is a defect of ours that deserves its traceback. A module with SUMMARY and COMMANDS, a
-# mapping of the same kind, is a group: "fewshot-ext data pack".
+# Each command is a module with SUMMARY, add_arguments(parser) and prepare(arguments, resolved) -> run, and with USAGE
+# where options are not all that it takes. `prepare` finds every mistake of the user and raises it as ImportError,
+# OSError, TypeError or ValueError; `run` does the work, and what it raises is a defect of ours that deserves its
+# traceback. A module with SUMMARY and COMMANDS, a mapping of the same kind, is a group: "fewshot-ext data pack".
 COMMANDS: dict[str, ModuleType] = {
     "analyze": analyze,
     "classify": classify,
+    "convert": convert,
     "data": data,
     "demo": demo,
     "env": env,
@@ -177,7 +179,7 @@ def _parser_class() -> type:
 
         def _expand_help(self, action):
             text = super()._expand_help(action).replace("``", "")
-            text = re.sub(r"type: Literal\[.*?\], ", "", text)  # the choices stand beside the option
+            text = re.sub(r"type: (Optional\[)?Literal\[.*?\]+, ", "", text)  # the choices stand beside the option
             text = text.replace("Optional[tuple[float, ...]]", "[float, ...] | null")
             return re.sub(r"\.? \((type|default): ", r" (\1: ", text)
 
@@ -214,7 +216,7 @@ def _add_commands(parsers: dict[str, Any], prog: str, commands: Mapping[str, Mod
     for name, module in commands.items():
         path = f"{prog} {name}"
         is_group = hasattr(module, "COMMANDS")
-        usage = f"{path} COMMAND ..." if is_group else f"{path} [options]"
+        usage = f"{path} COMMAND ..." if is_group else f"{path} {getattr(module, 'USAGE', '[options]')}"
         subparser = parsers[path] = _parser_class()(usage=usage, description=module.__doc__, exit_on_error=False)
         # Jsonargparse wants a group to have its place among its elders before it gets commands of its own.
         subcommands.add_subcommand(name, subparser, help=module.SUMMARY)

@@ -1,8 +1,10 @@
 """Files of strangers: too large for what is in them, too deep, or with other things in them than code expects."""
 
+import argparse
 import gzip
 import io
 import json
+import os
 import random
 import sys
 import types
@@ -295,6 +297,39 @@ class TestItem25:
         with pytest.raises(ValueError, match="something that is not weights and settings") as refused:
             read_weights(tmp_path / "a.pt")
         assert "weights_only" not in str(refused.value)
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+class TestNumbersOfNumpy:
+    def read(self, value, folder, legacy, **options):
+        torch.save({"acc": value, "w": torch.ones(2)}, folder / "a.tar", _use_new_zipfile_serialization=not legacy)
+        return read_weights(folder / "a.tar", **options)["acc"]
+
+    def test_they_are_read_as_those_of_python(self, legacy, tmp_path):
+        for value in (np.float64(0.5), np.float32(0.25), np.float16(2), np.int64(-7), np.uint8(255), np.bool_(True)):
+            found = self.read(value, tmp_path, legacy, scalars=True)
+            assert type(found) is type(value.item()) and found == value
+        # Where nobody needs them they are refused as before.
+        with pytest.raises(ValueError, match=r"needs code to run: numpy\._?core\.multiarray\.scalar"):
+            self.read(np.float64(0.5), tmp_path, legacy)
+
+    def test_what_would_need_code_is_refused_by_its_name(self, legacy, tmp_path):
+        class Trap:
+            def __reduce__(self):
+                return os.mkdir, (str(tmp_path / "made"),)
+
+        for value, name in (
+            (Trap(), r"posix\.mkdir"),
+            (nn.Flatten(), r"torch\.nn\.modules\.flatten\.Flatten"),
+            (argparse.Namespace(a=1), r"argparse\.Namespace"),
+            (np.ones(2), r"numpy\._?core\.multiarray\._reconstruct"),
+        ):
+            with pytest.raises(ValueError, match=f"something that is not weights and settings, .*: {name}$"):
+                self.read(value, tmp_path, legacy, scalars=True)
+        assert not (tmp_path / "made").exists()
+        for value in (np.str_("x"), np.datetime64(3, "s")):
+            with pytest.raises(ValueError, match="a scalar of numpy that is no number"):
+                self.read(value, tmp_path, legacy, scalars=True)
 
 
 JUNK = (None, "text", -1, 10**30, 0.5, float("nan"), [], {}, [[]], {"a": 1}, True, (1, 2), b"x")

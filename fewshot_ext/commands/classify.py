@@ -9,7 +9,7 @@ predictions beneath), results.json and config.yaml to the output folder.
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,11 @@ from fewshot_ext._threads import in_threads
 from fewshot_ext._validation import check_at_least
 from fewshot_ext.classifier import FewShotClassifier
 from fewshot_ext.commands.common import (
+    CHECKPOINT_HELP,
+    add_checkpoint_settings,
     add_machine_arguments,
     add_settings,
+    checkpoint_settings,
     print_written,
     set_up_machine,
     tell_passed_over,
@@ -36,10 +39,11 @@ from fewshot_ext.data import Split, contact_sheet
 from fewshot_ext.data.folders import list_folder
 from fewshot_ext.data.pictures import opened
 from fewshot_ext.data.walk import FOLDER_RULE, find_pictures
-from fewshot_ext.evaluation import csv_of_rows
+from fewshot_ext.evaluation import FrozenBackbone, csv_of_rows
 from fewshot_ext.evaluation.images import ImageBatches
 from fewshot_ext.heads.names import features_record
-from fewshot_ext.models import LocalFeaturesConfig, load_network
+from fewshot_ext.models import LocalFeaturesConfig
+from fewshot_ext.models.foreign import BringsItsOwn
 
 SUMMARY = "sort pictures into classes from a few examples of each"
 
@@ -63,7 +67,7 @@ def add_arguments(parser) -> None:
     run.add_argument("--skip_corrupt", action="store_true", help="leave out pictures that cannot be read")
     run.add_argument("--sheet_pictures", type=int, default=64, help="largest number of pictures on the contact sheet")
     model = parser.add_argument_group("model")
-    model.add_argument("--checkpoint", default=None, type=str | None, metavar="FILE", help="checkpoint of any training")
+    model.add_argument("--checkpoint", default=None, type=str | None, metavar="FILE", help=CHECKPOINT_HELP)
     model.add_argument(
         "--backbone", default=None, type=str | None, metavar="NAME", help="timm model in place of a checkpoint"
     )
@@ -76,10 +80,14 @@ def add_arguments(parser) -> None:
         "other than those below",
     )
     model.add_argument(
-        "--image_size", type=int | None, default=None, help="side to resize to; null takes the backbone's own"
+        "--image_size",
+        type=int | None,
+        default=None,
+        help="side to resize to; null takes the backbone's own, or for a checkpoint of other code its paper's",
     )
     model.add_argument("--batch_size", type=int, default=256, help="number of images in a forward pass")
     add_settings(parser, LocalFeaturesConfig, "local_features", "regions, for the heads that look at them")
+    add_checkpoint_settings(parser, skip={"image_size"})
 
 
 @dataclass(frozen=True)
@@ -131,10 +139,11 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     query = _Pictures(
         found.files, [next((name for name in part[:-1] if name in classes), None) for part in found.parts]
     )
+    backbone, image_size = _backbone(arguments)
     classifier = FewShotClassifier(
-        Path(arguments.checkpoint) if arguments.backbone is None else load_network(f"timm:{arguments.backbone}"),
+        backbone,
         arguments.head,
-        image_size=arguments.image_size,
+        image_size=image_size,
         device=device,
         batch_size=arguments.batch_size,
         seed=arguments.seed,
@@ -162,6 +171,18 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     classifier.fit(images[:least], support.labels[:least])
     work = _Work(classifier, support, images, query, damage, arguments.skip_corrupt, passed_over)
     return lambda: _run(work, output, resolved, arguments.sheet_pictures)
+
+
+def _backbone(arguments) -> tuple[FrozenBackbone, int | None]:
+    """The backbone, and the side of pictures where that is not for the backbone to say."""
+    source = arguments.checkpoint if arguments.backbone is None else f"timm:{arguments.backbone}"
+    settings = checkpoint_settings(arguments)
+    try:
+        return FrozenBackbone.from_checkpoint(source, settings), None
+    except BringsItsOwn:
+        # The preprocessing stays as it is; pictures may be brought to it in another size.
+        own = replace(settings, image_size=None)
+        return FrozenBackbone.from_checkpoint(source, own), arguments.image_size
 
 
 def _read(pictures: _Pictures, classifier: FewShotClassifier, damage: _Damage) -> tuple[_Pictures, Tensor]:

@@ -3,6 +3,7 @@
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence, Set
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -11,6 +12,11 @@ from fewshot_ext._files import as_text
 from fewshot_ext._validation import check_at_least
 from fewshot_ext.data import ImageArchive
 from fewshot_ext.data.named import open_images
+from fewshot_ext.models import CheckpointSettings
+
+CHECKPOINT_HELP = (
+    "checkpoint of any training, or of other code, such as the official ones, LibFewShot and torchvision; or timm:NAME"
+)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -52,6 +58,17 @@ def add_settings(parser, config: type, name: str, title: str, skip: Set[str] = f
     parser.add_class_arguments(config, name, skip=set(skip))
     # Otherwise the title is a sentence of the docstring.
     parser.groups[name].title = title
+
+
+def add_checkpoint_settings(parser, skip: Set[str] = frozenset()) -> None:
+    """Adds the options that say what other code's checkpoints do not."""
+    parser.add_class_arguments(CheckpointSettings, skip=set(skip))
+    parser.groups[CheckpointSettings.__name__].title = "checkpoints of other code (null: what their paper has)"
+
+
+def checkpoint_settings(arguments) -> CheckpointSettings:
+    """What ``add_checkpoint_settings`` asked for."""
+    return CheckpointSettings(**{setting.name: arguments[setting.name] for setting in fields(CheckpointSettings)})
 
 
 def load_data(name: str) -> ImageArchive:

@@ -29,8 +29,11 @@ from pathlib import Path
 from fewshot_ext import _extras
 from fewshot_ext._files import remove_leftovers, replace_text
 from fewshot_ext.commands.common import (
+    CHECKPOINT_HELP,
+    add_checkpoint_settings,
     add_machine_arguments,
     add_settings,
+    checkpoint_settings,
     load_data,
     print_written,
     set_up_machine,
@@ -57,7 +60,7 @@ def add_arguments(parser) -> None:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="checkpoints of any training; differences are taken to the first",
+        help=f"{CHECKPOINT_HELP}; several are compared, and differences taken to the first",
     )
     run.add_argument(
         "--data", required=True, metavar="NAME_OR_PATH", help="image set: a known name, a file or a folder"
@@ -113,6 +116,7 @@ def add_arguments(parser) -> None:
         ("local_features", LocalFeaturesConfig, set(), "local features"),
     ):
         add_settings(parser, settings, name, title, skip)
+    add_checkpoint_settings(parser)
     parser.groups["deepemd.classifier"].title = "heads deepemd: structured layer"
 
 
@@ -143,8 +147,9 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     )
     device = set_up_machine(arguments)
     names = distinct_names(arguments.checkpoint)
+    settings = checkpoint_settings(arguments)
     backbones = [
-        replace(FrozenBackbone.from_checkpoint(path), name=name)
+        replace(FrozenBackbone.from_checkpoint(path, settings), name=name)
         for name, path in zip(names, arguments.checkpoint, strict=True)
     ]
     archive = load_data(arguments.data)

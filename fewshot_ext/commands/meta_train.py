@@ -39,7 +39,8 @@ def add_arguments(parser) -> None:
     run.add_argument(
         "--checkpoint",
         metavar=f"FILE|{SCRATCH}",
-        help=f"checkpoint of any training; {SCRATCH} starts from random weights (DeepEMD's authors advise against it)",
+        help=f"checkpoint of any training or of other code; {SCRATCH} starts from random weights (DeepEMD's authors "
+        "advise against it)",
     )
     add_config_arguments(parser, MetaTrainingConfig)
 
@@ -57,7 +58,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     checkpoint = None if arguments.checkpoint == SCRATCH else arguments.checkpoint
     if checkpoint is not None:
         # A large image set takes minutes to load: a wrong path should not.
-        read_checkpoint(Path(checkpoint).expanduser())
+        read_checkpoint(Path(checkpoint).expanduser(), settings=config.checkpoint_settings)
     inputs = check_run(arguments)
 
     from fewshot_ext.training import MetaTrainingRun

@@ -35,8 +35,11 @@ from fewshot_ext._random import derive_generator
 from fewshot_ext._record import versions
 from fewshot_ext._validation import check_at_least, check_choice, check_positive
 from fewshot_ext.commands.common import (
+    CHECKPOINT_HELP,
+    add_checkpoint_settings,
     add_machine_arguments,
     add_settings,
+    checkpoint_settings,
     load_data,
     print_written,
     set_up_machine,
@@ -71,9 +74,7 @@ def add_arguments(parser) -> None:
     """Adds the options of ``retrieve`` to a jsonargparse parser."""
     parser.epilog = FOLDER_RULE
     run = parser.add_argument_group("run")
-    run.add_argument(
-        "--checkpoint", required=True, metavar="FILE", help="checkpoint of metric-train or of another training"
-    )
+    run.add_argument("--checkpoint", required=True, metavar="FILE", help=CHECKPOINT_HELP)
     run.add_argument("--output", default="retrieval", metavar="FOLDER", help="folder that the results are written to")
     add_machine_arguments(run)
     run.add_argument("--batch_size", type=int, default=256, help="number of images in a forward pass")
@@ -136,6 +137,7 @@ def add_arguments(parser) -> None:
     )
     picture.add_argument("--rows", type=int, default=10, help="number of queries in the picture")
     add_settings(parser, LocalFeaturesConfig, "local_features", "regions, for --rerank")
+    add_checkpoint_settings(parser)
 
 
 def prepare(arguments, resolved: str) -> Callable[[], int]:
@@ -161,7 +163,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         raise ValueError("expected either --data or --query, and not both")
     if arguments.data is not None and arguments.gallery is not None:
         raise ValueError("--gallery goes with --query; the classes of --data are searched among themselves")
-    backbone = FrozenBackbone.from_checkpoint(arguments.checkpoint)
+    backbone = FrozenBackbone.from_checkpoint(arguments.checkpoint, checkpoint_settings(arguments))
     queries, gallery = _images(arguments, backbone, device)
     labels = common_labels(queries) if gallery is None else common_labels(queries, gallery)
     check_retrieval(*labels, ks=(*arguments.ks,), lone_queries=arguments.lone_queries)

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from fewshot_ext._files import file_sha256
 from fewshot_ext.evaluation.protocol import extract_features
-from fewshot_ext.models import LocalFeaturesConfig, Network, as_network, load_network
+from fewshot_ext.models import CheckpointSettings, LocalFeaturesConfig, Network, as_network, load_network
+
+_NOTHING_GIVEN = CheckpointSettings()
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,14 +63,22 @@ class FrozenBackbone:
         return cls(network.made_from.get("timm", type(source).__name__), network)
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path) -> "FrozenBackbone":
-        """The network behind a checkpoint of any training; the file is read without running code in it.
+    def from_checkpoint(cls, path: str | Path, settings: CheckpointSettings = _NOTHING_GIVEN) -> "FrozenBackbone":
+        """The network behind a checkpoint of any training or of other code; no code in the file is run.
+
+        Args:
+            path: the file; or "timm:NAME", for a model of timm.
+            settings: what a checkpoint of other code does not hold; see ``fewshot_ext.models.CheckpointSettings``.
 
         Raises:
+            ImportError: a model of timm is asked for and timm is missing.
             OSError: the file cannot be read.
-            ValueError: it is no checkpoint of a training, or is damaged.
+            ValueError: it is no checkpoint that is known, or is damaged, or settings are given for one of ours.
         """
-        return cls._of_file(load_network(Path(path)), path)
+        if str(path).startswith("timm:"):
+            network = load_network(str(path), settings)
+            return cls(network.made_from["timm"], network)
+        return cls._of_file(load_network(Path(path), settings), path)
 
     @classmethod
     def _of_file(cls, network: Network, path: str | Path) -> "FrozenBackbone":

@@ -251,6 +251,10 @@ class Comparison:
         key = {
             "split": split,
             "checkpoint": backbone.sha256 or "",
+            # Of a checkpoint of other code the file does not tell how images are brought to it.
+            "network": hashlib.sha256(
+                json.dumps(backbone.network.made_from.get("network"), sort_keys=True).encode()
+            ).hexdigest(),
             "data": self._checksum,
             "device": self.device.type,
             **{name: self.results.versions[name] for name in ("fewshot_ext", "torch")},

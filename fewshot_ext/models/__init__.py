@@ -6,10 +6,11 @@ from fewshot_ext.models.conv import ConvBackbone, ConvBlock, conv4
 from fewshot_ext.models.deepemd import DeepEMD, LocalFeaturesConfig, build_local_features, class_prototypes
 from fewshot_ext.models.drop_block import DropBlock
 from fewshot_ext.models.embedding import EmbeddedBackbone
+from fewshot_ext.models.foreign import CheckpointSettings
 from fewshot_ext.models.local_features import FCN, Grid, LocalFeatures, Sampling
 from fewshot_ext.models.matching import Match, cross_reference_weights, emd_logits, match_flows
 from fewshot_ext.models.network import Network, NetworkConfig, as_network, build_network, load_network
-from fewshot_ext.models.resnet import ResNet12, ResNet18
+from fewshot_ext.models.resnet import NarrowResNet12, ResNet12, ResNet18, ResNet50
 from fewshot_ext.models.structured_classifier import StructuredClassifierConfig, fit_prototypes
 from fewshot_ext.models.wide_resnet import WideResNet28
 
@@ -17,6 +18,7 @@ __all__ = [
     "FCN",
     "Backbone",
     "BackboneConfig",
+    "CheckpointSettings",
     "ConvBackbone",
     "ConvBlock",
     "DeepEMD",
@@ -26,10 +28,12 @@ __all__ = [
     "LocalFeatures",
     "LocalFeaturesConfig",
     "Match",
+    "NarrowResNet12",
     "Network",
     "NetworkConfig",
     "ResNet12",
     "ResNet18",
+    "ResNet50",
     "Sampling",
     "StructuredClassifierConfig",
     "WideResNet28",

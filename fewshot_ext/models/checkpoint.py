@@ -1,20 +1,28 @@
-"""The checkpoint of a training: its layout, reading it without running code in it, and those of version 0.1.
+"""The checkpoint of a training: its layout, reading it without running code in it, those of version 0.1 and of others.
 
 Lightning puts the weights into ``state_dict`` and what the module was made from into ``hyper_parameters``. There, and
 under ``network.`` among the weights, the network stands apart from the training that made it; ``config`` has the
 settings of that training, ``stage`` says which it is, and each stage adds what it alone needs.
 """
 
+import logging
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from fewshot_ext._files import as_text
 from fewshot_ext._formats import check_schema, misfits_named, read_weights
+from fewshot_ext.models.foreign import BringsItsOwn, CheckpointSettings, adopt
 
 FORMAT_VERSION = 2
 PRE_TRAINING, META_TRAINING, METRIC_TRAINING = "pre-training", "meta-training", "metric training"
+# What a checkpoint of other code becomes; its ``origin`` tells whose it was, and what was assumed.
+CONVERSION = "conversion"
+_NOTHING_GIVEN = CheckpointSettings()
+_logger = logging.getLogger(__name__)
 
 NETWORK_SCHEMA = {
     "backbone": dict,
@@ -79,16 +87,40 @@ def upgraded(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return {**checkpoint, "hyper_parameters": settings, "state_dict": state}
 
 
-def read_layout(path: str | Path, stage: str | None = None) -> dict[str, Any]:
+@cache
+def _tell(sentence: str) -> None:
+    # Once: a command may look at a file, and read it again when its turn comes.
+    _logger.warning(sentence)
+
+
+def _adopted(content: Any, path: str | Path, given: CheckpointSettings) -> dict[str, Any]:
+    """The content of a file that no training of ours wrote, in our layout; what it was taken for is told."""
+    settings, state, sentence = adopt(content, given)
+    settings["origin"]["file"] = as_text(Path(path).name)
+    _tell(as_text(f"{path} is {sentence}"))
+    return {
+        "hyper_parameters": {"format_version": FORMAT_VERSION, "stage": CONVERSION, **settings},
+        "state_dict": state,
+    }
+
+
+def read_layout(
+    path: str | Path, stage: str | None = None, given: CheckpointSettings = _NOTHING_GIVEN
+) -> dict[str, Any]:
     """As ``fewshot_ext.models.network.read_checkpoint``, which also sees whether the weights fit the network."""
     kind = stage or f"{PRE_TRAINING} or of another training"
     try:
-        checkpoint = read_weights(Path(path))
+        checkpoint = read_weights(Path(path), scalars=True)
     except OSError as error:
         # Alone, errno and path do not tell which of many settings is meant.
         raise type(error)(error.errno, f"checkpoint cannot be read: {error.strerror}", str(path)) from error
     except ValueError as error:
         raise ValueError(f"{path} is not the checkpoint of a {kind}, or is damaged: {error}") from error
+    if stage is None and not (isinstance(checkpoint, dict) and "hyper_parameters" in checkpoint):
+        with misfits_named(f"{path} is not the checkpoint of a {kind}"):
+            checkpoint = _adopted(checkpoint, path, given)
+    else:
+        BringsItsOwn.check(given, "beside a checkpoint")
     with misfits_named(f"{path} is not the checkpoint of a {kind}"):
         check_schema(checkpoint, {"hyper_parameters": dict, "state_dict": {str: Tensor}}, "the file")
         if "format_version" not in checkpoint["hyper_parameters"]:

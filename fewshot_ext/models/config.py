@@ -8,11 +8,12 @@ from fewshot_ext.models.backbone import Backbone
 from fewshot_ext.models.conv import conv4
 from fewshot_ext.models.drop_block import RAMP_STEPS
 from fewshot_ext.models.embedding import EmbeddedBackbone
-from fewshot_ext.models.resnet import ResNet12, ResNet18
+from fewshot_ext.models.resnet import NarrowResNet12, ResNet12, ResNet18, ResNet50
 from fewshot_ext.models.wide_resnet import WideResNet28
 
 _POOLED_BLOCKS = 4  # as published, for 84 x 84 pixels
-_RESNETS = {"resnet12": ResNet12, "resnet18": ResNet18}
+_RESNETS = {"resnet12": ResNet12, "resnet12_narrow": NarrowResNet12, "resnet18": ResNet18, "resnet50": ResNet50}
+_NAMES = "conv4, resnet12, resnet12_narrow, resnet18, resnet50 or wrn28_10"
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class BackboneConfig:
     """Which backbone, and its shape.
 
     Args:
-        name: conv4, resnet12, resnet18 or wrn28_10 (published for 84, 84, 224 and 80 pixels).
+        name: conv4, resnet12, resnet12_narrow (as few-shot-meta-baseline has it), resnet18, resnet50 or wrn28_10
+            (published for 84, 84, 80, 224, 224 and 80 pixels).
         width: number of channels in the first stage; null takes the published number: 64, and 160 for wrn28_10.
         pooled_blocks: number of blocks that halve the image (conv4 only); null takes the published 4, or fewer where
             images are too small for them: 3 for 8 x 8.
@@ -33,7 +35,7 @@ class BackboneConfig:
         ValueError: a value out of range, or an option that the backbone does not have.
     """
 
-    name: Literal["conv4", "resnet12", "resnet18", "wrn28_10"] = "conv4"
+    name: Literal["conv4", "resnet12", "resnet12_narrow", "resnet18", "resnet50", "wrn28_10"] = "conv4"
     width: int | None = None
     pooled_blocks: int | None = None
     drop_rate: float = 0.0
@@ -44,7 +46,7 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         plain_numbers(self)
         if self.name not in ("conv4", "wrn28_10", *_RESNETS):
-            raise ValueError(f"name: expected conv4, resnet12, resnet18 or wrn28_10, got {self.name!r}")
+            raise ValueError(f"name: expected {_NAMES}, got {self.name!r}")
         if self.width is not None:
             check_count("width", self.width, 1)
             if self.name == "resnet12" and self.width % 2:

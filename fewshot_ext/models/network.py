@@ -9,16 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from fewshot_ext import _extras
-from fewshot_ext._formats import misfits_named, typed
+from fewshot_ext._formats import misfits_named, read_weights, typed
 from fewshot_ext._validation import check_choice, plain_numbers
 from fewshot_ext.data import AugmentationConfig, ImageInput
 from fewshot_ext.data.augmentation import resized_size
 from fewshot_ext.models.checkpoint import NETWORK_SCHEMA, read_layout, upgraded
 from fewshot_ext.models.config import BackboneConfig, build_backbone, fitted
 from fewshot_ext.models.deepemd import LocalFeaturesConfig, build_local_features
+from fewshot_ext.models.foreign import BringsItsOwn, CheckpointSettings, fresh_counters, misfit, plain_state
 from fewshot_ext.models.local_features import LocalFeatures
 
 _TIMM = "timm:"
+# Of files that torch writes; a text that ends so is no name of a model.
+_SUFFIXES = (".ckpt", ".tar", ".pth", ".pt", ".bin")
+_NOTHING_GIVEN = CheckpointSettings()
 # What ``Network.content`` gives, by what it is made from.
 CONTENT_SCHEMAS = {
     "network": {"network": NETWORK_SCHEMA, "state_dict": {str: Tensor}},
@@ -193,25 +197,42 @@ def build_network(config: NetworkConfig, augmentation: AugmentationConfig | None
     )
 
 
-def load_network(source: str | Path) -> Network:
+def load_network(source: str | Path, settings: CheckpointSettings = _NOTHING_GIVEN) -> Network:
     """A trained network, in evaluation mode on the CPU. Files are read without running code in them.
 
     Args:
-        source: the path of ``last.ckpt`` or ``best.ckpt`` of any training; or the name of a model of timm, as in
-            "timm:resnet50" or, where no file is called so, "resnet50". It comes with its trained weights, which timm
-            downloads or has kept, without its classifier, and behind the normalization that it was trained with.
+        source: the path of ``last.ckpt`` or ``best.ckpt`` of any training, or of a checkpoint of other code, as
+            ``docs/checkpoints.md`` lists them; or the name of a model of timm, as in "timm:resnet50" or, where no file
+            is called so, "resnet50". It comes with its trained weights, which timm downloads or has kept, without its
+            classifier, and behind the normalization that it was trained with. "timm:resnet50=FILE" takes the weights
+            from a file in their place.
+        settings: what a checkpoint of other code does not hold. What is left open is assumed as its paper has it, and
+            a logged warning says so.
 
     Raises:
         ImportError: a name is given and timm is missing.
         OSError: the file cannot be read.
-        ValueError: it is not the checkpoint of a training, or timm knows no such model.
+        ValueError: it is not the checkpoint of a training and fits no layout of others, timm knows no such model, or
+            settings are given for what brings its own.
+
+    Example:
+        >>> from fewshot_ext.models import conv4
+        >>> torch.save(conv4(1, width=8).state_dict(), "weights.pth")
+        >>> load_network("weights.pth", CheckpointSettings(image_size=28)).out_features
+        8
     """
     path = Path(source).expanduser()
     # A folder is no checkpoint, and must not stand in the way of a model that is called the same.
     is_word = path.is_dir() and path.name == str(source)
-    if isinstance(source, Path) or path.suffix == ".ckpt" or (path.exists() and not is_word):
-        return network_of(read_checkpoint(path)).eval()
-    return timm_network(source.removeprefix(_TIMM))
+    if (
+        isinstance(source, Path)
+        or (path.suffix in _SUFFIXES and not source.startswith(_TIMM))
+        or (path.exists() and not is_word)
+    ):
+        return network_of(read_checkpoint(path, settings=settings)).eval()
+    BringsItsOwn.check(settings, "for a model of timm")
+    name, equals, file = source.removeprefix(_TIMM).partition("=")
+    return timm_network(name, _timm_weights(name, Path(file).expanduser())) if equals else timm_network(name)
 
 
 def as_network(source: "Network | nn.Module | str | Path", preprocessing: Callable | None = None) -> Network:
@@ -247,18 +268,21 @@ def as_network(source: "Network | nn.Module | str | Path", preprocessing: Callab
     ).eval()
 
 
-def read_checkpoint(path: str | Path, stage: str | None = None) -> dict[str, Any]:
+def read_checkpoint(
+    path: str | Path, stage: str | None = None, settings: CheckpointSettings = _NOTHING_GIVEN
+) -> dict[str, Any]:
     """The content of a training's checkpoint, on the CPU, in today's layout, with weights that fit its network.
 
     Args:
-        path: the file; one of version 0.1 will do.
+        path: the file; one of version 0.1 will do, and without a ``stage`` one of other code.
         stage: the training that it must be of, such as ``checkpoint.PRE_TRAINING``; None for any.
+        settings: what a checkpoint of other code does not hold.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no checkpoint, or that of another stage.
+        ValueError: it is no checkpoint, or that of another stage, or settings are given for one that has its own.
     """
-    checkpoint = read_layout(path, stage)
+    checkpoint = read_layout(path, stage, settings)
     with misfits_named(f"{path} does not fit this version of fewshot_ext"):
         _check_weights(*_network_part(checkpoint))
     return checkpoint
@@ -305,6 +329,40 @@ def _check_weights(config: NetworkConfig, state: dict[str, Tensor]) -> None:
         build_network(config).load_state_dict(state, assign=True)
 
 
+def _timm_weights(name: str, path: Path) -> dict[str, Tensor]:
+    """The weights in a file that a model of timm has without its classifier.
+
+    Raises:
+        ImportError: timm is missing.
+        OSError: the file cannot be read.
+        ValueError: timm knows no such model, or the file does not hold its weights.
+    """
+    model = _timm_model(name)
+    with misfits_named(f"{path} does not hold the weights of timm's {name}"):
+        state = plain_state(read_weights(path, scalars=True), (None, "state_dict", "model"))
+        if state is None:
+            raise ValueError("it holds no state_dict")
+        heads = model.default_cfg.get("classifier") or ()
+        heads = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
+        kept = {key: value for key, value in state.items() if not key.startswith(heads)}
+        kept = fresh_counters(model.state_dict(), kept) | kept
+        if trouble := misfit(model.state_dict(), kept):
+            raise ValueError(trouble)
+        model.load_state_dict(kept, assign=True)
+    return kept
+
+
+def _timm_model(name: str) -> nn.Module:
+    """A model of timm without classifier and without memory."""
+    _extras.require("timm", "timm")
+    import timm
+
+    if not timm.is_model(name):
+        raise ValueError(f"backbone: expected a checkpoint file or a model that timm knows, got {name!r}")
+    with torch.device("meta"):
+        return timm.create_model(name, pretrained=False, num_classes=0)
+
+
 def timm_network(name: str, state_dict: dict[str, Tensor] | None = None) -> Network:
     """A model of timm without its classifier, behind the normalization that it was trained with.
 
@@ -323,8 +381,7 @@ def timm_network(name: str, state_dict: dict[str, Tensor] | None = None) -> Netw
         raise ValueError(f"backbone: expected a checkpoint file or a model that timm knows, got {name!r}")
     if state_dict is not None:
         # Without memory: a name may stand for any size, until it is that of the weights.
-        with torch.device("meta"):
-            timm.create_model(name, pretrained=False, num_classes=0).load_state_dict(state_dict, assign=True)
+        _timm_model(name).load_state_dict(state_dict, assign=True)
     model = timm.create_model(name, pretrained=state_dict is None, num_classes=0)
     if state_dict is not None:
         model.load_state_dict(state_dict)

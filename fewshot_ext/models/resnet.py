@@ -1,4 +1,4 @@
-"""The residual backbones of the few-shot literature: ResNet-12 and ResNet-18."""
+"""The residual backbones of the few-shot literature: ResNet-12, ResNet-18 and ResNet-50."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -72,11 +72,7 @@ class ResNet12(Backbone):
         ramp_steps: int = RAMP_STEPS,
     ) -> None:
         super().__init__()
-        if width < 2 or width % 2:
-            raise ValueError(
-                f"width: expected an even number of at least 2 (the second stage has 2.5 times as many), got {width}"
-            )
-        channels = (width, width * 5 // 2, width * 5, width * 10)
+        channels = self._stage_channels(width)
         inputs = (in_channels, *channels[:-1])
         self.out_channels = channels[-1]
         self.stages = nn.Sequential(
@@ -87,6 +83,14 @@ class ResNet12(Backbone):
         )
         initialize(self)
 
+    @staticmethod
+    def _stage_channels(width: int) -> tuple[int, ...]:
+        if width < 2 or width % 2:
+            raise ValueError(
+                f"width: expected an even number of at least 2 (the second stage has 2.5 times as many), got {width}"
+            )
+        return width, width * 5 // 2, width * 5, width * 10
+
     def feature_map(self, images: Tensor) -> Tensor:
         return self.stages(images)
 
@@ -94,22 +98,76 @@ class ResNet12(Backbone):
         return pooled_size("the four stages of ResNet-12", 4, height, width)
 
 
+class NarrowResNet12(ResNet12):
+    """ResNet-12 as few-shot-meta-baseline has it: each stage twice as wide as the one before, 64-128-256-512.
+
+    The arguments are those of ``ResNet12``.
+
+    Shape:
+        ``[N, in_channels, H, W]`` with H, W >= 16 -> ``[N, 8 width]``; the map is ``[N, 8 width, H // 16, W // 16]``.
+
+    Raises:
+        ValueError: a width below 1, or a value out of ``DropBlock``'s range.
+
+    Reference:
+        Chen et al., Meta-Baseline: Exploring Simple Meta-Learning for Few-Shot Learning, ICCV 2021.
+
+    Example:
+        >>> NarrowResNet12().feature_size(80, 80)
+        512
+    """
+
+    @staticmethod
+    def _stage_channels(width: int) -> tuple[int, ...]:
+        _check_width(width)
+        return width, 2 * width, 4 * width, 8 * width
+
+
+def _check_width(width: int) -> None:
+    if width < 1:
+        raise ValueError(f"width: expected at least 1, got {width}")
+
+
 class BasicBlock(nn.Module):
     """Two 3 x 3 convolutions beside a shortcut, ReLU, ``dropout``."""
 
+    growth = 1
+
     def __init__(self, in_channels: int, out_channels: int, stride: int, dropout: nn.Module) -> None:
         super().__init__()
-        self.residual = nn.Sequential(
-            conv_norm(in_channels, out_channels, 3, stride),
-            nn.ReLU(inplace=True),
-            conv_norm(out_channels, out_channels, 3),
-        )
+        self.residual = self._convolutions(in_channels, out_channels, stride)
         unchanged = in_channels == out_channels and stride == 1
         self.shortcut = nn.Identity() if unchanged else conv_norm(in_channels, out_channels, 1, stride)
         self.dropout = dropout
 
+    @staticmethod
+    def _convolutions(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+        return nn.Sequential(
+            conv_norm(in_channels, out_channels, 3, stride),
+            nn.ReLU(inplace=True),
+            conv_norm(out_channels, out_channels, 3),
+        )
+
     def forward(self, features: Tensor) -> Tensor:
         return self.dropout(F.relu(self.residual(features) + self.shortcut(features), inplace=True))
+
+
+class Bottleneck(BasicBlock):
+    """Convolutions of 1 x 1, 3 x 3 and 1 x 1, the last four times as wide, beside a shortcut, ReLU, ``dropout``. The
+    middle one has the stride, as in torchvision."""
+
+    growth = 4
+
+    @staticmethod
+    def _convolutions(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+        inner = out_channels // Bottleneck.growth
+        return nn.Sequential(
+            conv_norm(in_channels, inner, 1),
+            nn.ReLU(inplace=True),
+            conv_norm(inner, inner, 3, stride),
+            nn.ReLU(inplace=True),
+            conv_norm(inner, out_channels, 1),
+        )
 
 
 class ResNet18(Backbone):
@@ -138,6 +196,8 @@ class ResNet18(Backbone):
         torch.Size([1, 512, 7, 7])
     """
 
+    name, counts, block = "ResNet-18", (2, 2, 2, 2), BasicBlock
+
     def __init__(
         self,
         in_channels: int = 3,
@@ -148,19 +208,20 @@ class ResNet18(Backbone):
         ramp_steps: int = RAMP_STEPS,
     ) -> None:
         super().__init__()
-        if width < 1:
-            raise ValueError(f"width: expected at least 1, got {width}")
-        self.out_channels = 8 * width
+        _check_width(width)
+        growth = self.block.growth
+        self.out_channels = 8 * width * growth
         self.stem = nn.Sequential(
             conv_norm(in_channels, width, 7, stride=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, padding=1)
         )
         blocks: list[nn.Module] = []
         channels = width
-        for stage in range(4):
-            for stride in (1 if stage == 0 else 2, 1):
-                inputs, channels = channels, width * 2**stage
+        for stage, count in enumerate(self.counts):
+            for number in range(count):
+                inputs, channels = channels, width * 2**stage * growth
+                stride = 2 if stage and not number else 1
                 blocks.append(
-                    BasicBlock(inputs, channels, stride, stage_dropout(stage, drop_rate, block_size, ramp_steps))
+                    self.block(inputs, channels, stride, stage_dropout(stage, drop_rate, block_size, ramp_steps))
                 )
         self.blocks = nn.Sequential(*blocks)
         initialize(self)
@@ -170,5 +231,28 @@ class ResNet18(Backbone):
 
     def map_size(self, height: int, width: int) -> tuple[int, int]:
         if min(height, width) < 1:
-            raise ValueError(f"ResNet-18 needs images of at least 1 x 1, got {height} x {width}")
+            raise ValueError(f"{self.name} needs images of at least 1 x 1, got {height} x {width}")
         return -(-height // 32), -(-width // 32)
+
+
+class ResNet50(ResNet18):
+    """ResNet-50 of ImageNet as torchvision has it, for 224 x 224 images, headless.
+
+    The arguments are those of ``ResNet18``.
+
+    Shape:
+        ``[N, in_channels, H, W]`` -> ``[N, 32 width]``; the map is ``[N, 32 width, ceil(H / 32), ceil(W / 32)]``.
+
+    Raises:
+        ValueError: a width below 1, or a value out of ``DropBlock``'s range.
+
+    Reference:
+        He et al., Deep Residual Learning for Image Recognition, CVPR 2016; the stride stands in the 3 x 3 convolution,
+        as in torchvision.
+
+    Example:
+        >>> ResNet50().feature_size(224, 224)
+        2048
+    """
+
+    name, counts, block = "ResNet-50", (3, 4, 6, 3), Bottleneck

@@ -3,11 +3,9 @@
 from dataclasses import dataclass, field
 
 from fewshot_ext._validation import check_at_least, check_choice, check_count, check_fraction, check_positive
-from fewshot_ext.models import BackboneConfig, LocalFeaturesConfig, StructuredClassifierConfig
+from fewshot_ext.models import BackboneConfig, CheckpointSettings, LocalFeaturesConfig, StructuredClassifierConfig
 from fewshot_ext.models.matching import TEMPERATURE, Weighting
 from fewshot_ext.training.config import TrainingConfig, ValidationConfig
-
-FROM_SCRATCH = ("backbone", "image_size", "mean", "std")  # a checkpoint brings its own
 
 
 @dataclass(frozen=True)
@@ -36,8 +34,8 @@ class MetaTrainingConfig(TrainingConfig):
         temperature: temperature of the logits.
         weighting: weights of the regions: cross_reference (the paper's) or uniform.
         detach_weights: stop the gradient through the weights, as the official implementation does where OpenCV solves.
-        backbone: see ``BackboneConfig``; null takes its defaults. Like image_size, mean and std it goes with
-            --checkpoint scratch only: a checkpoint brings its own.
+        backbone: see ``BackboneConfig``; null takes its defaults. It goes with --checkpoint scratch only: a checkpoint
+            brings its own. So it is with image_size, mean and std, but for checkpoints of other code, which lack them.
         local_features: see ``LocalFeaturesConfig``. Grid and sampling cut and mirror regions themselves.
         classifier: see ``StructuredClassifierConfig``; used with more than one shot only.
         validation: see ``ValidationConfig``.
@@ -88,6 +86,11 @@ class MetaTrainingConfig(TrainingConfig):
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov: expected false without momentum, got momentum 0")
         check_choice("weighting", self.weighting, "cross_reference", "uniform")
+
+    @property
+    def checkpoint_settings(self) -> CheckpointSettings:
+        """What is given for a checkpoint of other code."""
+        return CheckpointSettings(image_size=self.image_size, mean=self.mean, std=self.std)
 
     @property
     def epoch_episodes(self) -> int:

@@ -15,7 +15,7 @@ from fewshot_ext.models import BackboneConfig, DeepEMD, EmbeddedBackbone, Networ
 from fewshot_ext.models.checkpoint import META_TRAINING
 from fewshot_ext.models.network import network_of, read_checkpoint
 from fewshot_ext.training.episodic import EpisodeBatches, EpisodeValidation, RankEpisodes, episode_loader
-from fewshot_ext.training.meta_config import FROM_SCRATCH, MetaTrainingConfig
+from fewshot_ext.training.meta_config import MetaTrainingConfig
 from fewshot_ext.training.run import BEST, ImageTraining, TrainingRun, describe_network
 from fewshot_ext.training.schedule import sgd_in_steps
 
@@ -210,13 +210,10 @@ def _from_scratch(config: MetaTrainingConfig, archive: ImageArchive, seed: int) 
 
 
 def _from_checkpoint(config: MetaTrainingConfig, archive: ImageArchive, path: str | Path, seed: int) -> MetaTraining:
-    for name in FROM_SCRATCH:
-        if getattr(config, name) is not None:
-            raise ValueError(
-                f"{name}: expected null beside a checkpoint, which brings its own, got {getattr(config, name)}"
-            )
+    if config.backbone is not None:
+        raise ValueError(f"backbone: expected null beside a checkpoint, which brings its own, got {config.backbone}")
     path = Path(path).expanduser()
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, settings=config.checkpoint_settings)
     trained, shape = network_of(checkpoint), tuple(archive.images.shape[1:])
     if trained.channels != shape[0]:
         raise ValueError(

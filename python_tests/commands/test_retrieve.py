@@ -149,7 +149,7 @@ def test_results_that_cannot_be_written_are_printed(checkpoints, tmp_path, monke
 
 def test_a_backbone_without_maps_is_found_before_any_work(with_regions, tmp_path, monkeypatch, capsys):
     plain = FrozenBackbone.open(torch.nn.Flatten())
-    monkeypatch.setattr(retrieve.FrozenBackbone, "from_checkpoint", lambda path: plain)
+    monkeypatch.setattr(retrieve.FrozenBackbone, "from_checkpoint", lambda path, settings: plain)
     assert run(with_regions, tmp_path / "out", "--data", "digits", "--rerank", "8") == 2
     assert "the backbone gives no feature maps, which matching needs: Flatten has no method" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -8,7 +8,7 @@ from fewshot_ext.models import Backbone, BackboneConfig, ResNet12, ResNet18, Wid
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NAMES = ["conv4", "resnet12", "resnet18", "wrn28_10"]
+NAMES = ["conv4", "resnet12", "resnet12_narrow", "resnet18", "resnet50", "wrn28_10"]
 
 
 def narrow(name, **options):
@@ -18,6 +18,7 @@ def narrow(name, **options):
 # conv4: Chen et al., A Closer Look at Few-shot Classification ("113 k").
 # resnet12: MetaOptNet's and the negative-margin paper's network, which the DeepEMD and RFS papers give as 12.4 M.
 # resnet18: torchvision documents 11,689,512 for its own, 513,000 of them the classifier of 1,000 classes.
+# resnet50: likewise 25,557,032, 2,049,000 of them the classifier.
 # wrn28_10: 36.5 M in Wide Residual Networks, table 4; 36,479,194 with CIFAR-10's classifier of 6,410.
 @pytest.mark.parametrize(
     ("name", "count"),
@@ -25,6 +26,7 @@ def narrow(name, **options):
         ("conv4", 113_088),
         ("resnet12", 12_424_320),
         ("resnet18", 11_689_512 - 513_000),
+        ("resnet50", 25_557_032 - 2_049_000),
         ("wrn28_10", 36_479_194 - 6_410),
     ],
 )
@@ -36,7 +38,14 @@ def test_published_parameter_counts(name, count):
 
 @pytest.mark.parametrize(
     ("name", "size", "channels", "side"),
-    [("conv4", 84, 64, 5), ("resnet12", 84, 640, 5), ("resnet18", 224, 512, 7), ("wrn28_10", 80, 640, 20)],
+    [
+        ("conv4", 84, 64, 5),
+        ("resnet12", 84, 640, 5),
+        ("resnet18", 224, 512, 7),
+        ("wrn28_10", 80, 640, 20),
+        ("resnet50", 224, 2048, 7),
+        ("resnet12_narrow", 80, 512, 5),
+    ],
 )
 def test_published_map_sizes(name, size, channels, side):
     with torch.device("meta"):
@@ -55,7 +64,7 @@ def test_sizes_are_foretold(name, size):
     assert backbone.feature_map(images).shape == (2, backbone.out_channels, *backbone.map_size(*size))
 
 
-@pytest.mark.parametrize("name", ["resnet12", "resnet18", "wrn28_10"])
+@pytest.mark.parametrize("name", NAMES[1:])
 def test_the_feature_vector_is_the_mean_of_the_map(name):
     backbone = narrow(name).eval()
     images = torch.randn(2, 1, 32, 32)
@@ -68,7 +77,9 @@ def test_conv4_flattens_its_map():
     assert torch.equal(backbone(images), backbone.feature_map(images).flatten(1))
 
 
-@pytest.mark.parametrize(("name", "side"), [("conv4", 16), ("resnet12", 16), ("resnet18", 1), ("wrn28_10", 1)])
+@pytest.mark.parametrize(
+    ("name", "side"), [("conv4", 16), ("resnet12", 16), ("resnet18", 1), ("resnet50", 1), ("wrn28_10", 1)]
+)
 def test_the_smallest_image(name, side):
     backbone = narrow(name).eval()
     assert backbone(torch.zeros(1, 1, side, side)).shape == (1, backbone.feature_size(side, side))
@@ -76,7 +87,7 @@ def test_the_smallest_image(name, side):
         backbone.feature_size(side - 1, side)
 
 
-@pytest.mark.parametrize("name", ["resnet12", "resnet18", "wrn28_10"])
+@pytest.mark.parametrize("name", NAMES[1:])
 def test_convolutions_start_by_he_over_the_fan_out(name):
     torch.manual_seed(0)
     for module in build_backbone(BackboneConfig(name, width=32)).modules():
@@ -161,7 +172,7 @@ def test_resnet12_by_its_formula():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "vgg"}, "name: expected conv4, resnet12, resnet18 or wrn28_10, got 'vgg'"),
+        ({"name": "vgg"}, "name: expected conv4, resnet12, .* or wrn28_10, got 'vgg'"),
         ({"width": 0}, "width: expected at least 1, got 0"),
         ({"name": "resnet12", "width": 5}, "width: expected an even number for resnet12"),
         ({"pooled_blocks": 5}, r"pooled_blocks: expected a number in \[0, 4\], got 5"),

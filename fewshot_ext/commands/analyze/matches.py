@@ -15,8 +15,11 @@ from fewshot_ext._record import versions
 from fewshot_ext._validation import check_at_least, check_choice
 from fewshot_ext.commands.analyze import common
 from fewshot_ext.commands.common import (
+    CHECKPOINT_HELP,
+    add_checkpoint_settings,
     add_machine_arguments,
     add_settings,
+    checkpoint_settings,
     load_data,
     print_written,
     set_up_machine,
@@ -44,7 +47,7 @@ def add_arguments(parser) -> None:
     """Adds the options of ``analyze matches`` to a jsonargparse parser."""
     parser.epilog = FOLDER_RULE
     run = parser.add_argument_group("run")
-    run.add_argument("--checkpoint", type=str | None, default=None, metavar="FILE", help="checkpoint of any training")
+    run.add_argument("--checkpoint", type=str | None, default=None, metavar="FILE", help=CHECKPOINT_HELP)
     run.add_argument(
         "--data",
         type=str | None,
@@ -87,6 +90,7 @@ def add_arguments(parser) -> None:
     )
     matching.add_argument("--columns", type=int, default=3, help="number of pairs next to each other; 3 fill a page")
     add_settings(parser, LocalFeaturesConfig, "local_features", "regions")
+    add_checkpoint_settings(parser)
 
 
 def prepare(arguments, resolved: str) -> Callable[[], int]:
@@ -103,7 +107,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     check_at_least("flows", arguments.flows, 1)
     check_at_least("columns", arguments.columns, 1)
     device = set_up_machine(arguments)
-    backbone = FrozenBackbone.from_checkpoint(arguments.checkpoint)
+    backbone = FrozenBackbone.from_checkpoint(arguments.checkpoint, checkpoint_settings(arguments))
     data = None
     if arguments.data is None:
         pairs, passed_over = _read_pairs(*files, backbone)
