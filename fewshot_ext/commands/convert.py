@@ -17,7 +17,7 @@ import torch
 from fewshot_ext._files import file_sha256, replace_file
 from fewshot_ext._validation import check_choice
 from fewshot_ext.commands.common import add_checkpoint_settings, checkpoint_settings, print_written
-from fewshot_ext.models.foreign import TARGETS, export
+from fewshot_ext.models.export import TARGETS, export
 from fewshot_ext.models.network import read_checkpoint
 
 SUMMARY = "convert a checkpoint of other code to one of this package, or back"

@@ -40,6 +40,7 @@ _SCHEMA = {
         "network": NETWORK_SCHEMA,
         "config": dict,
         "num_classes?": int,
+        "origin?": dict,
     },
     "state_dict": {str: Tensor},
 }

@@ -1,6 +1,5 @@
-"""Checkpoints that other code wrote: found in the table of layouts, renamed, checked, and written again."""
+"""Checkpoints that other code wrote: found in the table of layouts, renamed and checked."""
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple
@@ -14,11 +13,10 @@ from fewshot_ext.models.config import BackboneConfig, fitted
 from fewshot_ext.models.layouts import LAYOUTS, Layout, names_of, own_weights
 
 # Old versions of torch did not write it, and no evaluation looks at it.
-_COUNTER = "num_batches_tracked"
-_BACKBONE, _HEAD, _PREPROCESSING = "network.backbone.", "head.", "network.preprocessing."
+COUNTER = "num_batches_tracked"
+# What stands before names in our checkpoints.
+BACKBONE, HEAD, _PREPROCESSING = "network.backbone.", "head.", "network.preprocessing."
 _NAMED_AT_MOST = 5
-# What a checkpoint of ours may be written as: the layout, and the layout of one that belongs to DeepEMD.
-TARGETS = {"official": ("negative-margin", "deepemd"), "torchvision": ("torchvision", "torchvision")}
 
 
 @dataclass(frozen=True)
@@ -277,7 +275,7 @@ def _described(content: Any) -> str:
 
 
 def _is_counter(name: str) -> bool:
-    return name.endswith(_COUNTER)
+    return name.endswith(COUNTER)
 
 
 def _head(reading: _Reading) -> dict[str, Tensor]:
@@ -304,7 +302,8 @@ def _resolve(
         own = getattr(layout, name)
         defaults[name] = own if len(own) == channels else own[:1] * channels
     has_bias = "bias" in head
-    told = has_bias and layout.linear_is_dot  # the file itself says it
+    # The file itself says it.
+    told = has_bias and layout.linear_is_dot and given.similarity in (None, "dot")
     defaults["similarity"] = "dot" if told else "cosine"
     defaults["scale"] = layout.scale(backbone, values.get("similarity", defaults["similarity"]), has_bias)
     for name, value in defaults.items():
@@ -320,72 +319,10 @@ def _renamed(reading: _Reading, values: Mapping[str, Any], head: Mapping[str, Te
     state = {}
     for name in ("mean", "std"):
         state[_PREPROCESSING + name] = torch.tensor(values[name], dtype=torch.float32).view(-1, 1, 1)
-    place = _BACKBONE if reading.embedding() is None else f"{_BACKBONE}backbone."
+    place = BACKBONE if reading.embedding() is None else f"{BACKBONE}backbone."
     names = reading.names()
     weights = fresh_counters(names.values(), reading.state) | dict(reading.state)
     state |= {place + own: weights[other] for own, other in names.items()}
     if reading.embedding() is not None:
-        state |= {_BACKBONE + name: value for name, value in reading.projection().items()}
-    return state | {_HEAD + leaf: value for leaf, value in head.items()}
-
-
-class Exported(NamedTuple):
-    """A checkpoint of ours as other code writes it.
-
-    Attributes:
-        content: for ``torch.save``.
-        title: of the layout.
-    """
-
-    content: dict[str, Any]
-    title: str
-
-
-def export(checkpoint: Mapping[str, Any], target: str) -> Exported:
-    """The network and the classifier over base classes of a checkpoint of ours, as other code writes them.
-
-    Args:
-        checkpoint: as ``read_checkpoint`` gives it.
-        target: "torchvision", or "official" for the official code of the paper that the checkpoint belongs to: DeepEMD
-            for what that wrote or what was meta-trained, and otherwise Negative Margin Matters.
-
-    Raises:
-        ValueError: another target, or a backbone that this code does not have.
-    """
-    check_choice("to", target, *TARGETS)
-    own = checkpoint["hyper_parameters"]
-    is_deepemd = own["stage"] == "meta-training" or own.get("origin", {}).get("layout") == "deepemd"
-    layout = TARGETS[target][is_deepemd]
-    state, wrapper = _state_by_names_of(layout, checkpoint), LAYOUTS[layout].wrappers[0]
-    content = state if wrapper is None else {wrapper: state}
-    if layout == "negative-margin":
-        content = {"epoch": -1, **content, "acc": 0.0, "best_acc": 0.0, "optimizer": _fresh_optimizer(state)}
-    return Exported(content, LAYOUTS[layout].title)
-
-
-def _state_by_names_of(layout: str, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    target, backbone = LAYOUTS[layout], checkpoint["hyper_parameters"]["network"]["backbone"]
-    name = backbone.get("name", BackboneConfig.name)
-    if name not in target.backbones:
-        raise ValueError(f"to: {target.title} has {', '.join(target.backbones)}, and this is a {name}")
-    if backbone.get("embedding") is not None:
-        raise ValueError(f"to: {target.title} has no projection behind the backbone, and this one has it")
-    source, written = checkpoint["state_dict"], {}
-    names = {_BACKBONE + own: target.prefixes[0] + other for own, other in names_of(layout, name).items()}
-    if target.head is not None:
-        names |= {_HEAD + leaf: target.head + leaf for leaf in ("weight", "bias") if _HEAD + leaf in source}
-    for own, other in names.items():
-        written[other] = source[own]
-        for pattern, copy in target.copies.items():
-            if re.match(pattern, other):
-                written[re.sub(pattern, copy, other)] = source[own]
-    parallel = "module." if name in target.parallel else ""
-    return {parallel + other: value for other, value in written.items()}
-
-
-def _fresh_optimizer(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What Adam has of these parameters before its first step, which the official code loads even to evaluate."""
-    buffers = ("running_mean", "running_var", _COUNTER)
-    # Weights that stand in the file twice are one parameter.
-    count = len({id(value) for name, value in state.items() if not name.endswith(buffers)})
-    return torch.optim.Adam([torch.zeros(()) for _ in range(count)]).state_dict()
+        state |= {BACKBONE + name: value for name, value in reading.projection().items()}
+    return state | {HEAD + leaf: value for leaf, value in head.items()}

@@ -178,6 +178,9 @@ def test_what_the_file_says_and_what_is_given_is_not_assumed(tmp_path, caplog):
     assert own["config"] == {"similarity": "dot", "scale": 1.0} and own["num_classes"] == 6
     assumed = {"image_size": 84, **NEGATIVE_MARGIN}
     assert own["origin"] == {"layout": "negative-margin", "file": "file.pth", "assumed": assumed}
+    other = CheckpointSettings(similarity="cosine")
+    own = read_checkpoint(saved(content, tmp_path, "a.tar"), settings=other)["hyper_parameters"]
+    assert own["config"] == {"similarity": "cosine", "scale": 30.0} and "scale" in own["origin"]["assumed"]
     given = CheckpointSettings(80, (0.5,) * 3, (0.25,) * 3, "dot", 10.0)
     caplog.clear()
     own = read_checkpoint(saved(content, tmp_path, "b.tar"), settings=given)["hyper_parameters"]
