@@ -119,9 +119,12 @@ def test_chunks(dtype, sizes, chunks):
             assert_equals_reference(case, backend, problem)
 
 
-# Rows of less than a step of a block, of a few steps, and of one class more; by ones, by some with a rest, all at once.
-@pytest.mark.parametrize("rows", (1, 3, 100))
-@pytest.mark.parametrize("sizes", ((7, 151, 50), (5, 4096, 3), (4, 12289, 6)), ids=str)
+# Rows of less than a step of a block: by ones, by some with a rest, all at once. Of one step; of three and a class.
+@pytest.mark.parametrize(
+    "sizes, rows",
+    (((7, 151, 50), 1), ((7, 151, 50), 3), ((7, 151, 50), 100), ((5, 4096, 3), 100), ((4, 12289, 6), 100)),
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16, torch.float16), ids=str)
 def test_complete_rows(dtype, sizes, rows):
     one_pass = next(backend for backend in SIMT if backend.name == "simt-one_pass")
@@ -260,7 +263,7 @@ def test_every_kernel_has_run():
 @pytest.mark.parametrize(
     "chosen",
     [
-        "test_simt and (chunks and bfloat16 or complete and bfloat16 or sizes or poison or scale_gradients)",
+        "test_simt and (chunks and bfloat16 or complete and bfloat16 and 151 or sizes or poison or scale_gradients)",
         "test_emd_simt and (not_left_to_the_exact_kernel or ends_of_the_range or poisoned_alone or reads_nothing)",
     ],
     ids=["margin_softmax", "emd"],
