@@ -82,6 +82,7 @@ class DeepEMDHead(MapHead):
         temperature: temperature of the logits.
         weighting: "cross_reference" or "uniform"; see ``fewshot_ext.models.emd_logits``.
         classifier: settings of the structured layer; see ``fewshot_ext.models.StructuredClassifierConfig``.
+        detach_weights: stop the gradient through the weights of the regions; the scores are the same.
 
     Reference:
         Zhang et al., DeepEMD, CVPR 2020.
@@ -97,6 +98,8 @@ class DeepEMDHead(MapHead):
     temperature: float = TEMPERATURE
     weighting: Weighting = "cross_reference"
     classifier: StructuredClassifierConfig = _CLASSIFIER
+    detach_weights: bool = False
+    _temperature_field: ClassVar[str] = "temperature"
 
     def __post_init__(self) -> None:
         plain_numbers(self)
@@ -114,7 +117,13 @@ class DeepEMDHead(MapHead):
 
     def _scores(self, support, target, query, way, generator):
         prototypes, _ = self.condense(support, target, way, generator=generator)
-        return emd_logits(query, prototypes, temperature=self.temperature, weighting=self.weighting)
+        return emd_logits(
+            query,
+            prototypes,
+            temperature=self.temperature,
+            weighting=self.weighting,
+            detach_weights=self.detach_weights,
+        )
 
 
 @dataclass(frozen=True)
@@ -197,6 +206,7 @@ class PredictionFusion(MapHead):
     """
 
     local_scale: float = 10.0
+    _temperature_field: ClassVar[str] = "local_scale"
 
     def __post_init__(self) -> None:
         plain_numbers(self)
@@ -238,8 +248,16 @@ class Pooled(MapHead):
     def fits(self) -> bool:
         return self.head.fits
 
-    def probabilities(self, scores: Tensor) -> Tensor:
-        return self.head.probabilities(scores)
+    @property
+    def scale(self) -> float:
+        return self.head.scale
+
+    @property
+    def logit_scale(self) -> float:
+        return self.head.logit_scale
+
+    def with_logit_scale(self, value: float) -> "Pooled":
+        return Pooled(self.head.with_logit_scale(value))
 
     def condense(self, support, support_target, way, *, generator=None):
         return self.condense_queries(support), support_target

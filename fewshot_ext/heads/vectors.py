@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
@@ -54,6 +54,7 @@ class Head(ABC):
     scale: float = 1.0
     takes_maps: ClassVar[bool] = False
     """Whether features are maps, ``[E, images, N, C]`` with N local features an image; see ``MapHead``."""
+    _temperature_field: ClassVar[str] = "scale"
 
     @property
     def fits(self) -> bool:
@@ -64,6 +65,20 @@ class Head(ABC):
     def needs_base_mean(self) -> bool:
         """Whether a call needs ``base_mean``."""
         return False
+
+    @property
+    def logit_scale(self) -> float:
+        """What the similarities are multiplied by before the softmax: the temperature of a training with this head."""
+        return getattr(self, self._temperature_field)
+
+    def with_logit_scale(self, value: float) -> "Head":
+        """The same head with another ``logit_scale``.
+
+        Example:
+            >>> MatchingNet().with_logit_scale(10.0)
+            MatchingNet(attention_scale=10.0)
+        """
+        return replace(self, **{self._temperature_field: value})
 
     @full_precision()
     def __call__(
@@ -235,6 +250,7 @@ class MatchingNet(Head):
     """
 
     attention_scale: float = 1.0
+    _temperature_field: ClassVar[str] = "attention_scale"
 
     def __post_init__(self) -> None:
         plain_numbers(self)

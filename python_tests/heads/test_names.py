@@ -92,3 +92,12 @@ def test_records_hold_what_decides_the_features_and_no_more():
     assert features_record(LocalFeaturesConfig("sampling", seed=3))["seed"] == 3
     counts = [crops_an_image(LocalFeaturesConfig(name, regions=5)) for name in ("fcn", "grid", "sampling")]
     assert counts == [1, 13, 5]
+
+
+@pytest.mark.parametrize("name", [*HEADS, *(f"{name}@fcn" for name in MAP_HEADS)])
+def test_the_temperature_of_every_head_can_be_set(name):
+    head = choose_head(name).head
+    assert head.with_logit_scale(head.logit_scale) == head
+    changed = head.with_logit_scale(3.0)
+    assert changed != head
+    assert (type(changed), changed.logit_scale) == (type(head), 3.0)
