@@ -1,13 +1,18 @@
-"""Meta-train DeepEMD: classification of few-shot episodes by matching the regions of images.
+"""Meta-train a network on few-shot episodes, through DeepEMD or another classifier.
 
 This is the second stage of DeepEMD. It goes on from a checkpoint of pretrain or of another training, draws episodes
-from the base classes of an image set, and trains the backbone through the Earth Mover's Distance. Validates on
-episodes of the validation classes where there are some, by the same matching, and writes last.ckpt, best.ckpt,
+from the base classes of an image set, and trains the backbone through the head that classifies them: with deepemd
+through the Earth Mover's Distance, and with --head protonet, matchingnet and others as the papers of these train. It
+validates on episodes of the validation classes where there are some, by the same head, and writes last.ckpt, best.ckpt,
 config.yaml, run.json and a TensorBoard log to the output folder. Whatever takes a checkpoint takes these too.
 Published settings come by name:
 
     fewshot-ext meta-train --config miniimagenet_resnet12_deepemd_fcn_1shot \\
         --data mini.npz --checkpoint pre/best.ckpt --output out
+
+Recipes such as miniimagenet_resnet12_protonet_1shot are the other rows of the comparison in the DeepEMD paper; with
+--way 10 --validation.way 10 they are those of its 10-way column. The rows FC are not trained in episodes: evaluate
+measures fc_dot and fc_cosine on a pre-trained checkpoint.
 """
 
 from collections.abc import Callable
@@ -29,7 +34,7 @@ from fewshot_ext.training.meta_config import MetaTrainingConfig
 if TYPE_CHECKING:
     from fewshot_ext.training import MetaTrainingRun
 
-SUMMARY = "meta-train DeepEMD on episodes of base classes"
+SUMMARY = "meta-train a network on episodes of base classes, by DeepEMD or another head"
 SCRATCH = "scratch"
 
 
@@ -73,19 +78,22 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     }
 
     def summary(results):
-        return [*_start_line(results), *validation_line(run, results, "DeepEMD")]
+        return [*_start_line(results), *validation_line(run, results)]
 
     return lambda: train("meta-train", run, record, resolved, headline=_headline(run, checkpoint), summary=summary)
 
 
 def _headline(run: "MetaTrainingRun", checkpoint: str | None) -> list[str]:
     config, module = run.config, run.module
-    regions, channels = module.map_shape
+    *regions, channels = module.features_an_image
     parameters = sum(parameter.numel() for parameter in module.backbone.parameters())
     name = module.hparams["network"]["backbone"]["name"]
     return [
         f"backbone: {name}, {parameters:,} parameters, {'random weights' if checkpoint is None else checkpoint}",
-        f"images: {regions} regions of {channels} features each ({config.local_features.name})",
+        f"images: {regions[0]} regions of {channels} features each ({config.choice.local_features.name})"
+        if regions
+        else f"images: {channels} features each",
+        f"head: {config.head}, temperature {module.head.logit_scale:g}",
         f"episodes: {config.way}-way {config.shot}-shot, {config.queries} queries a class, "
         f"{config.epoch_episodes:,} an epoch, {config.episodes_per_step} a step",
     ]

@@ -73,6 +73,6 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     ]
 
     def summary(results):
-        return validation_line(run, results, "nearest class mean")
+        return validation_line(run, results)
 
     return lambda: train("pretrain", run, record, resolved, headline=headline, summary=summary)

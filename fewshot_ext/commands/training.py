@@ -26,7 +26,7 @@ from fewshot_ext.commands.common import (
 from fewshot_ext.commands.locks import hold_folder
 from fewshot_ext.data import ImageArchive, Split
 from fewshot_ext.data.walk import FOLDER_RULE
-from fewshot_ext.recipes import recipe_names, recipe_path, recipe_table
+from fewshot_ext.recipes import recipe_names, recipe_table, recipe_text
 
 if TYPE_CHECKING:
     from fewshot_ext.training.run import TrainingRun
@@ -42,7 +42,7 @@ def recipe_action(command: str) -> type:
             # A bare word that names no file can only be meant as a recipe, and its error should say so.
             is_word = Path(value).name == Path(value).stem == value
             if value in recipe_names(command) or (is_word and not Path(value).exists()):
-                value = str(recipe_path(value, command))
+                value = recipe_text(value, command)
             ActionConfigFile.apply_config(parser, cfg, dest, value)
 
     return RecipeOrFile
@@ -218,7 +218,7 @@ def train(
     return 0
 
 
-def validation_line(run: "TrainingRun", results: Mapping[str, Any], head: str) -> list[str]:
+def validation_line(run: "TrainingRun", results: Mapping[str, Any]) -> list[str]:
     """The line on the best epoch and the episodes that chose it; none without validation classes."""
     if run.validation is None:
         return []
@@ -226,7 +226,7 @@ def validation_line(run: "TrainingRun", results: Mapping[str, Any], head: str) -
     return [
         f"best epoch {results['best_epoch']}: {100 * results['best_validation_accuracy']:.2f} +- "
         f"{100 * results['best_validation_interval']:.2f} % on {episodes.episodes:,} validation episodes "
-        f"({episodes.way}-way {episodes.shot}-shot, {head})"
+        f"({episodes.way}-way {episodes.shot}-shot, {run.config.validation_head[0]})"
     ]
 
 

@@ -12,7 +12,7 @@ from fewshot_ext.training.metric_config import MetricTrainingConfig
 _FOLDER = Path(__file__).parent
 RECIPE_FOLDERS = {"pretrain": _FOLDER, "meta-train": _FOLDER / "meta_train", "metric-train": _FOLDER / "metric_train"}
 # DeepEMD has the same settings for all of these, where no file is for one alone.
-_SHARED = "resnet12_deepemd"
+_SHARED = "resnet12_"
 _DATA_SETS = ("cifarfs", "cub", "fc100", "miniimagenet", "tieredimagenet")
 
 
@@ -40,10 +40,23 @@ def recipe_path(name: str, command: str = "pretrain") -> Path:
 
 
 def read_recipe(name: str, command: str = "pretrain") -> dict[str, Any]:
-    """The settings that a recipe gives, as its file has them."""
+    """The settings that a recipe gives: those of its file over those of the file that it names as its base."""
     import yaml
 
-    return yaml.safe_load(recipe_path(name, command).read_text(encoding="utf-8"))
+    path = recipe_path(name, command)
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if (base := settings.pop("base", None)) is None:
+        return settings
+    below = yaml.safe_load(path.with_name(f"{base}.yaml").read_text(encoding="utf-8"))
+    nested = {key: below[key] | part for key, part in settings.items() if isinstance(part, dict)}
+    return below | settings | nested
+
+
+def recipe_text(name: str, command: str = "pretrain") -> str:
+    """The settings of :func:`read_recipe` as YAML."""
+    import yaml
+
+    return yaml.safe_dump(read_recipe(name, command), sort_keys=False)
 
 
 def load_recipe(name: str, command: str = "pretrain") -> PreTrainingConfig | MetaTrainingConfig | MetricTrainingConfig:
@@ -52,7 +65,8 @@ def load_recipe(name: str, command: str = "pretrain") -> PreTrainingConfig | Met
     Args:
         name: one of ``recipe_names(command)``. For "pretrain" it is ``DATA_BACKBONE_LOSS``, with ``_1shot`` or
             ``_5shot`` where the paper tells them apart, or ``DATA_BACKBONE_deepemd``, the first stage of DeepEMD; for
-            "meta-train" ``DATA_BACKBONE_deepemd_REGIONS_SHOT``, for "metric-train" ``DATA_BACKBONE``.
+            "meta-train" ``DATA_BACKBONE_deepemd_REGIONS_SHOT`` or ``DATA_BACKBONE_HEAD_SHOT``, for "metric-train"
+            ``DATA_BACKBONE``.
         command: what the recipe is for.
 
     Raises:
@@ -86,7 +100,8 @@ _COLUMNS: dict[str, dict[str, Callable[[Any], object]]] = {
         "pixels": lambda config: config.image_size or "as stored",
     },
     "meta-train": {
-        "regions": lambda config: config.local_features.name,
+        "head": lambda config: config.head,
+        "regions": lambda config: getattr(config.choice.local_features, "name", "-"),
         "episodes": lambda config: f"{config.way}-way {config.shot}-shot",
         "queries": lambda config: config.queries,
         "rate": lambda config: f"{config.learning_rate:g}",

@@ -3,9 +3,9 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -13,13 +13,17 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from fewshot_ext._random import derive_generator
-from fewshot_ext.data import ImageArchive, sample_episodes
+from fewshot_ext.data import Episodes, ImageArchive, sample_episodes
 from fewshot_ext.evaluation import episode_accuracies, extract_features, mean_and_interval
-from fewshot_ext.heads import ProtoNet
-from fewshot_ext.training.config import ValidationConfig
+from fewshot_ext.heads.names import crops_an_image
+
+if TYPE_CHECKING:
+    from fewshot_ext.training.run import ImageTraining
 
 # Part of the key that makes the episodes' seed of the run's.
 _EPISODES = 1
+_IMAGES_AT_ONCE = 1024
+_MAP_BYTES_AT_ONCE = 2**30
 
 # How the progress bar words the means that it has room for.
 _WORDS: dict[str, Callable[[float], str]] = {
@@ -141,18 +145,20 @@ class Validation(BestCheckpoint):
     """Measures few-shot accuracy on validation classes and keeps the checkpoint of the best epoch.
 
     Args:
-        config: see ``ValidationConfig``.
+        module: what is trained; its settings have the episodes and the head that classifies them.
         archive: images of the validation classes.
         path: of the best checkpoint.
         seed: decides the episodes.
 
     Raises:
-        ValueError: the classes or their images are too few for the episodes.
+        ValueError: the classes or their images are too few for the episodes, or images too small for the head.
     """
 
-    def __init__(self, config: ValidationConfig, archive: ImageArchive, path: Path, seed: int) -> None:
+    def __init__(self, module: "ImageTraining", archive: ImageArchive, path: Path, seed: int) -> None:
+        config, (name, self.choice) = module.config.validation, module.config.validation_head
         super().__init__(config.epochs, path)
-        self.config, self.images = config, archive.images
+        module.feature_shape(f"validation.head {name}", self.choice, config.shot)
+        self.images = archive.images
         try:
             self.episodes = sample_episodes(
                 archive.labels,
@@ -190,9 +196,35 @@ class Validation(BestCheckpoint):
             ) from error
 
     def _accuracies(self, module: pl.LightningModule) -> Tensor:
-        """``[E]``, of each episode; a subclass may have another classifier."""
-        features = extract_features(module, self.images)
-        return episode_accuracies(features, self.episodes, head=ProtoNet(metric="cosine"))
+        """``[E]``, of each episode."""
+        head, local_features = self.choice.head, self.choice.local_features
+        if local_features is None:
+            return episode_accuracies(extract_features(module, self.images), self.episodes, head=head)
+        was_training = module.training
+        extractor = module.network.local_features(local_features)  # in evaluation mode, and the network with it
+        batch_size, accuracies = max(1, _IMAGES_AT_ONCE // crops_an_image(local_features)), []
+        bytes_an_image = extract_features(extractor, self.images[:1]).nbytes
+        for part in _groups(self.episodes, _MAP_BYTES_AT_ONCE // bytes_an_image):
+            maps = extract_features(extractor, self.images[part.images], batch_size=batch_size)
+            accuracies.append(episode_accuracies(maps, part.episodes, head=head))
+        module.train(was_training)
+        return torch.cat(accuracies)
+
+
+class _Group(NamedTuple):
+    images: Tensor  # [n] int64, the different images of its episodes
+    episodes: Episodes  # of indices into them
+
+
+def _groups(episodes: Episodes, images_at_once: int) -> Iterator[_Group]:
+    """Parts of the episodes, of about ``images_at_once`` images each: all of them where their images are so few."""
+    shot, chosen = episodes.support.shape[-1], torch.cat([episodes.support, episodes.query], -1)  # [E, way, images]
+    together = len(chosen)
+    if len(chosen.unique()) > images_at_once:
+        together = max(1, images_at_once // chosen[0].numel())
+    for part, classes in zip(chosen.split(together), episodes.classes.split(together), strict=True):
+        images, index = part.unique(return_inverse=True)
+        yield _Group(images, Episodes(index[..., :shot], index[..., shot:], classes))
 
 
 class ProgressBar(Callback):

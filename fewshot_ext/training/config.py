@@ -15,6 +15,7 @@ from fewshot_ext._validation import (
     plain_numbers,
 )
 from fewshot_ext.data.augmentation import AugmentationConfig
+from fewshot_ext.heads.names import HeadChoice, choose_head
 from fewshot_ext.models import BackboneConfig
 from fewshot_ext.ops.margin_softmax import DEFAULTS
 
@@ -32,11 +33,10 @@ LOSSES = {"neg-cosine": "cosine", "neg-softmax": "dot", "cosine": "cosine", "sof
 class ValidationConfig:
     """Episodes of validation classes, from which the best checkpoint is chosen.
 
-    Meta-training classifies them as it does its own. After pre-training the head is the nearest class mean by cosine:
-    it has no training of its own, so that hundreds of episodes take seconds, and it ranks epochs of one backbone as the
-    fine-tuned classifier does.
-
     Args:
+        head: classifier of the episodes, by its name in evaluate; null takes the head that meta-training trains and,
+            after pre-training, protonet_cosine: it has no training of its own, so that hundreds of episodes take
+            seconds, and it ranks epochs of one backbone as the fine-tuned classifier does.
         epochs: number of epochs between two validations; the last epoch is always validated.
         episodes: number of episodes, the same ones at every validation.
         way: number of classes in an episode.
@@ -44,9 +44,11 @@ class ValidationConfig:
         queries: number of query images of each class.
 
     Raises:
-        ValueError: a value out of range; the message names it.
+        ValueError: a value out of range, an unknown head, or one that needs the mean feature of the base classes; the
+            message names it.
     """
 
+    head: str | None = None
     epochs: int = 20
     episodes: int = 600
     way: int = 5
@@ -57,6 +59,10 @@ class ValidationConfig:
         plain_numbers(self)
         for name, least in (("epochs", 1), ("episodes", 1), ("way", 2), ("shot", 1), ("queries", 1)):
             check_count(name, getattr(self, name), least)
+        if self.head is not None and choose_head(self.head).head.needs_base_mean:
+            raise ValueError(
+                f"head: expected one without need of the mean feature of the base classes, got {self.head!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +118,8 @@ class PreTrainingConfig(TrainingConfig):
         scale: multiplies the similarities before the softmax (the paper: 30 for cosine, 5 for the inner
             product).
         label_smoothing: share of the target that is spread over all classes.
+        head_classes: number of classes that the loss tells apart; null takes the base classes. What there are more of
+            are classes without images. The official code has 200 for the 100 base classes of CUB.
         epochs: number of passes over the base images.
         batch_size: number of images in a step, over all devices.
         optimizer: adam (linear warm-up, then cosine decay) or sgd (the learning rate falls in steps).
@@ -145,6 +153,7 @@ class PreTrainingConfig(TrainingConfig):
     margin: float = -0.3
     scale: float = 30.0
     label_smoothing: float = 0.0
+    head_classes: int | None = None
     epochs: int = 200
     batch_size: int = 256
     optimizer: Literal["adam", "sgd"] = "adam"
@@ -167,6 +176,8 @@ class PreTrainingConfig(TrainingConfig):
         check_number("margin", self.margin)
         check_positive("scale", self.scale)
         check_fraction("label_smoothing", self.label_smoothing)
+        if self.head_classes is not None:
+            check_count("head_classes", self.head_classes, 2)
         check_count("epochs", self.epochs, 1)
         check_count("batch_size", self.batch_size, 2)
         check_positive("learning_rate", self.learning_rate)
@@ -189,6 +200,12 @@ class PreTrainingConfig(TrainingConfig):
                     raise ValueError(f"{name} is an option of optimizer {optimizer}, got {came} for {self.optimizer}")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov: expected false without momentum, got momentum 0")
+
+    @property
+    def validation_head(self) -> tuple[str, HeadChoice]:
+        """What classifies validation episodes, and its name."""
+        name = self.validation.head or "protonet_cosine"
+        return name, choose_head(name, similarity=self.similarity)
 
     @property
     def loss(self) -> str:

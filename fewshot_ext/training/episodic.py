@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -11,17 +10,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from fewshot_ext._random import derive_generator
-from fewshot_ext.data import Episodes, ImageArchive, sample_episodes
-from fewshot_ext.evaluation import episode_accuracies, extract_features
-from fewshot_ext.heads import DeepEMDHead
-from fewshot_ext.models import FCN
+from fewshot_ext.data import ImageArchive, sample_episodes
 from fewshot_ext.training.callbacks import Validation
-from fewshot_ext.training.config import ValidationConfig
 
 # Ends the key of the training episodes' seed; shorter keys with the epoch in them are those of augmentation.
 _TRAINING_EPISODES = 2
-_IMAGES_AT_ONCE = 1024
-_MAP_BYTES_AT_ONCE = 2**30
 
 
 class EpisodeBatches(Sampler[Tensor]):
@@ -97,17 +90,17 @@ def episode_loader(archive: ImageArchive, sampler: Sampler[Tensor]) -> DataLoade
 
 
 class EpisodeValidation(Validation):
-    """Validation by the classifier that is being meta-trained, before the first epoch and after the others.
+    """Validation before the first epoch too, not only after the others.
 
     Args:
-        config, archive, path, seed: as in ``Validation``.
+        module, archive, path, seed: as in ``Validation``.
 
     Attributes:
         start_accuracy: of the network that the run began with.
     """
 
-    def __init__(self, config: ValidationConfig, archive: ImageArchive, path: Path, seed: int) -> None:
-        super().__init__(config, archive, path, seed)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self.start_accuracy: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -120,30 +113,3 @@ class EpisodeValidation(Validation):
         if self.start_accuracy is None:
             found = self._measure(module) if trainer.is_global_zero else (0.0, 0.0)
             self.start_accuracy, _ = trainer.strategy.broadcast(found)
-
-    def _accuracies(self, module: pl.LightningModule) -> Tensor:
-        deepemd = module.deepemd
-        head = DeepEMDHead(deepemd.temperature, deepemd.weighting, deepemd.classifier)
-        regions, channels = module.map_shape
-        passes = 1 if isinstance(deepemd.local_features, FCN) else regions
-        batch_size, accuracies = max(1, _IMAGES_AT_ONCE // passes), []
-        for part in _groups(self.episodes, _MAP_BYTES_AT_ONCE // (4 * regions * channels)):
-            maps = extract_features(deepemd.local_features, self.images[part.images], batch_size=batch_size)
-            accuracies.append(episode_accuracies(maps, part.episodes, head=head))
-        return torch.cat(accuracies)
-
-
-class _Group(NamedTuple):
-    images: Tensor  # [n] int64, the different images of its episodes
-    episodes: Episodes  # of indices into them
-
-
-def _groups(episodes: Episodes, images_at_once: int) -> Iterator[_Group]:
-    """Parts of the episodes, of about ``images_at_once`` images each: all of them where their images are so few."""
-    shot, chosen = episodes.support.shape[-1], torch.cat([episodes.support, episodes.query], -1)  # [E, way, images]
-    together = len(chosen)
-    if len(chosen.unique()) > images_at_once:
-        together = max(1, images_at_once // chosen[0].numel())
-    for part, classes in zip(chosen.split(together), episodes.classes.split(together), strict=True):
-        images, index = part.unique(return_inverse=True)
-        yield _Group(images, Episodes(index[..., :shot], index[..., shot:], classes))

@@ -1,4 +1,4 @@
-"""Meta-training of DeepEMD on episodes of base classes, the second of its two stages."""
+"""Meta-training through the head of an episode, such as DeepEMD: the second of two stages."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from fewshot_ext._files import file_sha256
 from fewshot_ext.data import ImageArchive
-from fewshot_ext.models import BackboneConfig, DeepEMD, EmbeddedBackbone, NetworkConfig, build_local_features
+from fewshot_ext.models import BackboneConfig, EmbeddedBackbone, NetworkConfig, build_local_features
 from fewshot_ext.models.checkpoint import META_TRAINING
 from fewshot_ext.models.network import network_of, read_checkpoint
 from fewshot_ext.training.episodic import EpisodeBatches, EpisodeValidation, RankEpisodes, episode_loader
@@ -21,7 +21,7 @@ from fewshot_ext.training.schedule import sgd_in_steps
 
 
 class MetaTraining(ImageTraining):
-    """DeepEMD over episodes of uint8 images, with SGD and a stepped rate.
+    """A network over episodes of uint8 images, through the head that classifies them, with SGD and a stepped rate.
 
     Args:
         config: see ``MetaTrainingConfig``.
@@ -30,8 +30,9 @@ class MetaTraining(ImageTraining):
         checkpoint_sha256: of the file that the first weights come from, for the record.
 
     Attributes:
-        deepemd: the classifier, around the network's own backbone and preprocessing.
-        map_shape: local features an image, and channels of each.
+        head: the classifier.
+        features: the module that makes what it takes of images, ``network`` or its local features.
+        features_an_image: shape of these, ``(D,)`` or ``(N, C)``.
 
     Shape:
         ``[B, C, H, W]`` uint8 -> features ``[B, D]``.
@@ -53,37 +54,31 @@ class MetaTraining(ImageTraining):
         checkpoint_sha256: str | None = None,
     ) -> None:
         super().__init__(config, network, seed, checkpoint_sha256=checkpoint_sha256)
-        if isinstance(self.backbone, EmbeddedBackbone):
-            # It projects feature vectors, which matching never makes; several processes wait for every gradient.
-            self.backbone.projection.requires_grad_(False)
-        local_features = build_local_features(config.local_features, self.backbone, self.network.preprocessing)
-        deepemd = DeepEMD(
-            local_features,
-            temperature=config.temperature,
-            weighting=config.weighting,
-            detach_weights=config.detach_weights,
-            classifier=config.classifier,
-        )
+        choice = config.choice
+        self.head, features = choice.head, self.network
+        if choice.local_features is not None:
+            features = build_local_features(choice.local_features, self.backbone, self.network.preprocessing)
+            if isinstance(self.backbone, EmbeddedBackbone):
+                # It projects feature vectors, which maps never become; several processes wait for every gradient.
+                self.backbone.projection.requires_grad_(False)
         # Not a submodule: all that it holds is the network's, and a checkpoint should have it once.
-        object.__setattr__(self, "deepemd", deepemd)
-        self.map_shape = self._map_shape(network)
+        object.__setattr__(self, "features", features)
+        self.features_an_image = self.feature_shape(f"head {config.head}", choice, config.shot)
 
     def train(self, mode: bool = True) -> "MetaTraining":
         super().train(mode)
-        self.deepemd.train(mode)
+        self.features.train(mode)
         return self
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> dict[str, Tensor]:
-        support, query = batch[0].split([self.config.shot, self.config.queries], 1)  # [way, images, C, H, W]
-        label = torch.arange(self.config.way, device=support.device)
-        target = label.repeat_interleave(self.config.queries)
+        way, counts = self.config.way, [self.config.shot, self.config.queries]
+        parts = [part.flatten(0, 1) for part in batch[0].split(counts, 1)]  # of [way, images, C, H, W]
+        label = torch.arange(way, device=self.device)
+        support_target, target = (label.repeat_interleave(count) for count in counts)
+        # Together, so that in training they share their batch statistics.
+        support, query = self.features(torch.cat(parts)).unsqueeze(0).split([way * count for count in counts], 1)
         try:
-            logits = self.deepemd(
-                support.flatten(0, 1).unsqueeze(0),
-                label.repeat_interleave(self.config.shot).unsqueeze(0),
-                query.flatten(0, 1).unsqueeze(0),
-                self.config.way,
-            ).squeeze(0)
+            logits = self.head.scale * self.head(support, support_target.unsqueeze(0), query, way).squeeze(0)
         except ValueError as error:
             # Shapes were tried before the run: what is left are features that are not finite.
             raise FloatingPointError(
@@ -98,25 +93,6 @@ class MetaTraining(ImageTraining):
 
     def configure_optimizers(self) -> dict:
         return sgd_in_steps([parameter for parameter in self.parameters() if parameter.requires_grad], self.config)
-
-    @torch.inference_mode()
-    def _map_shape(self, network: NetworkConfig) -> tuple[int, int]:
-        """Regions and channels of an image's local features, found by trying one.
-
-        Raises:
-            ValueError: images too small for the regions.
-        """
-        sides = self.backbone.map_size(*network.input_size)
-        for side in self.config.local_features.pyramid:
-            if side > min(sides):
-                raise ValueError(
-                    f"local_features.pyramid: expected sides of at most {min(sides)}, for the feature map is "
-                    f"{sides[0]} x {sides[1]}, got {side}"
-                )
-        self.eval()
-        maps = self.deepemd.local_features(torch.zeros(1, *network.image_shape, dtype=torch.uint8))
-        self.train()
-        return tuple(maps.shape[1:])
 
 
 class MetaTrainingRun(TrainingRun):
@@ -178,7 +154,7 @@ class MetaTrainingRun(TrainingRun):
             archive,
             episode_loader(archive, episodes),
             directory,
-            validation=validation and EpisodeValidation(config.validation, validation, Path(directory) / BEST, seed),
+            validation=validation and EpisodeValidation(module, validation, Path(directory) / BEST, seed),
             **options,
         )
 
@@ -197,7 +173,7 @@ class MetaTrainingRun(TrainingRun):
 def meta_train(
     config: MetaTrainingConfig, archive: ImageArchive, directory: str | Path, **options: Any
 ) -> MetaTraining:
-    """Meta-trains DeepEMD on the classes of ``archive``.
+    """Meta-trains a network on the classes of ``archive``.
 
     The arguments are those of ``MetaTrainingRun``; what comes back and what is raised are those of it and its
     ``train``.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from fewshot_ext._validation import check_count
 from fewshot_ext.data import ImageArchive, training_batches
 from fewshot_ext.losses import MarginCosineLoss, MarginSoftmaxLoss
 from fewshot_ext.models import NetworkConfig
@@ -26,7 +27,7 @@ class PreTraining(ImageTraining):
     Args:
         config: see ``PreTrainingConfig``.
         network: what is trained.
-        num_classes: base classes.
+        num_classes: classes of the margin head, as many as base classes or more.
         seed: with the epoch's number it decides the augmentation of that epoch.
 
     Shape:
@@ -135,16 +136,18 @@ class PreTrainingRun(TrainingRun):
         seed: int = 0,
         **options: Any,
     ) -> None:
-        network = describe_network(config, config.backbone, archive, config.similarity)
+        network, classes = describe_network(config, config.backbone, archive, config.similarity), archive.num_classes
+        if config.head_classes is not None:
+            classes = check_count("head_classes", config.head_classes, classes)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            module = PreTraining(config, network, archive.num_classes, seed)
+            module = PreTraining(config, network, classes, seed)
         super().__init__(
             module,
             archive,
             training_batches(archive, config.batch_size, seed),
             directory,
-            validation=validation and Validation(config.validation, validation, Path(directory) / BEST, seed),
+            validation=validation and Validation(module, validation, Path(directory) / BEST, seed),
             **options,
         )
 

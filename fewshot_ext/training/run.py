@@ -30,6 +30,8 @@ from fewshot_ext._random import derive_seed  # noqa: E402
 from fewshot_ext._record import check_same_settings  # noqa: E402
 from fewshot_ext._validation import check_at_least  # noqa: E402
 from fewshot_ext.data import ImageArchive  # noqa: E402
+from fewshot_ext.evaluation import extract_features  # noqa: E402
+from fewshot_ext.heads import HeadChoice  # noqa: E402
 from fewshot_ext.models import Backbone, BackboneConfig, NetworkConfig, build_network  # noqa: E402
 from fewshot_ext.models.checkpoint import FORMAT_VERSION, upgraded  # noqa: E402
 from fewshot_ext.models.network import read_checkpoint  # noqa: E402
@@ -85,7 +87,7 @@ class ImageTraining(pl.LightningModule):
     def __init__(self, config: TrainingConfig, network: NetworkConfig, seed: int, **others: Any) -> None:
         super().__init__()
         self.config, self.seed = config, seed
-        self.network = build_network(network, config.augmentation)
+        self.network, self._image_shape = build_network(network, config.augmentation), network.image_shape
         # Plain containers, so that a checkpoint loads with weights_only and survives a renamed class.
         self.save_hyperparameters(
             {
@@ -122,6 +124,37 @@ class ImageTraining(pl.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
+
+    @torch.inference_mode()
+    def feature_shape(self, name: str, choice: HeadChoice, shot: int) -> tuple[int, ...]:
+        """Shape of an image's features for a head, ``[D]`` or ``[N, C]``, found by trying one image.
+
+        Args:
+            name: what a message calls the head.
+            choice: the head, and the features that it takes.
+            shot: number of support images of a class.
+
+        Raises:
+            ValueError: images too small for the regions, or too few regions for the head.
+        """
+        image, extractor = torch.zeros(1, *self._image_shape, dtype=torch.uint8), self.network
+        if choice.local_features is not None:
+            extractor = self.network.local_features(choice.local_features)
+            sides = tuple(self.network.eval().feature_map(image).shape[2:])
+            for side in choice.local_features.pyramid:
+                if side > min(sides):
+                    raise ValueError(
+                        f"local_features.pyramid: expected sides of at most {min(sides)}, for the feature map is "
+                        f"{sides[0]} x {sides[1]}, got {side}"
+                    )
+        shape = tuple(extract_features(extractor, image).shape[1:])
+        self.train()
+        if choice.head.takes_maps:
+            try:
+                choice.head.check_regions(shape[0] * shot)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+        return shape
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = upgraded(checkpoint)["state_dict"]  # a run of version 0.1 goes on
@@ -261,8 +294,9 @@ class TrainingRun(ABC):
         if not last.exists():
             return None
         before, after = dict(read_checkpoint(last, self.module.stage)["hyper_parameters"]), dict(self.module.hparams)
-        # A setting that the checkpoint is older than had its default.
-        before["config"] = asdict(type(self.config)()) | before["config"]
+        with misfits_named(f"{last} does not fit this version of fewshot_ext"):
+            # A setting that the checkpoint is older than had its default.
+            before["config"] = asdict(self.module.config_type.from_dict(before["config"]))
         before["network"] = asdict(NetworkConfig.from_dict(before["network"]))
         # A run may go on with its checkpoints further apart: the result is the same. What describes the network is held
         # against the network itself.

@@ -26,15 +26,16 @@ def test_a_run_leaves_checkpoints_records_and_a_log(arguments, checkpoints, thre
     trained, before, best, written = printed.out.splitlines()
     assert trained.startswith("trained 3 epochs: loss ")
     assert re.fullmatch(r"before meta-training: \d+\.\d\d % on the same validation episodes", before)
-    line = r"best epoch \d: \d+\.\d\d \+- \d+\.\d\d % on 10 validation episodes \(2-way 1-shot, DeepEMD\)"
+    line = r"best epoch \d: \d+\.\d\d \+- \d+\.\d\d % on 10 validation episodes \(2-way 1-shot, deepemd\)"
     assert re.fullmatch(line, best)
     assert written.startswith(f"written: {output / 'best.ckpt'}, ")
     # Not a terminal: one line an epoch, no bar, none of Lightning's notices.
     lines = printed.err.splitlines()
-    heads = ["base classes", "backbone", "images", "episodes", *(f"epoch {epoch}/3" for epoch in (1, 2, 3))]
+    heads = ["base classes", "backbone", "images", "head", "episodes", *(f"epoch {epoch}/3" for epoch in (1, 2, 3))]
     assert [line.split(":")[0] for line in lines] == heads
     assert lines[1].endswith(f"parameters, {checkpoints[0]}")
     assert lines[2] == "images: 1 regions of 8 features each (fcn)"
+    assert lines[3] == "head: deepemd, temperature 12.5"
     assert "validation " in lines[-1]
     assert list(output.glob("events.out.tfevents*"))
 
@@ -59,11 +60,23 @@ def test_the_record_of_a_run_repeats_it(arguments, tmp_path):
     assert same_weights(tmp_path / "a", tmp_path / "b")
 
 
-def test_its_checkpoints_are_evaluated(arguments, three_splits, checkpoints, tmp_path, capsys):
-    assert main([*arguments, "--epochs", "1", "--output", str(tmp_path / "out")]) == 0
+@pytest.mark.parametrize(
+    ("head", "images"),
+    [
+        ("deepemd", "1 regions of 8 features each (fcn)"),
+        ("protonet", "8 features each"),
+        ("matchingnet@sampling", "9 regions of 8 features each (sampling)"),
+    ],
+)
+def test_its_checkpoints_are_evaluated(head, images, arguments, three_splits, checkpoints, tmp_path, capsys):
+    assert main([*arguments, "--head", head, "--epochs", "1", "--output", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr()
+    assert f"images: {images}\nhead: {head}, temperature " in printed.err
+    assert f"10 validation episodes (2-way 1-shot, {head})" in printed.out
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["config"]["head"] == head
     evaluate = ["evaluate", "--data", three_splits, "--output", str(tmp_path / "table"), "--episodes", "5"]
     evaluate += ["--checkpoint", str(checkpoints[0]), str(tmp_path / "out" / "best.ckpt")]
-    assert main([*evaluate, "--way", "3", "--heads", "protonet", "--queries", "3"]) == 0
+    assert main([*evaluate, "--way", "3", "--heads", head, "--queries", "3"]) == 0
     assert "difference to " in capsys.readouterr().out
 
 
@@ -97,6 +110,11 @@ def test_from_scratch(three_splits, tmp_path, capsys):
         (["--backbone.name", "resnet12"], "backbone: expected null beside a checkpoint"),
         (["--backbone.name", "vgg"], "vgg"),
         (["--local_features.name", "patches"], "patches"),
+        (["--head", "svm"], "head: expected one of finetune, protonet,"),
+        (["--head", "fc_dot"], "got 'fc_dot', which trains a classifier of its own in each episode: evaluate it on a"),
+        (["--head", "knn"], "head knn: neighbors: expected at most 1, the local features of the class with the fewest"),
+        (["--head", "protonet", "--temperature", "0"], "temperature: expected a number above 0"),
+        (["--validation.head", "simpleshot"], "head: expected one without need of the mean feature"),
         (["--local_features.pyramid", "[2]"], "local_features.pyramid: expected sides of at most 1"),
         (["--local_features.name", "grid", "--local_features.grids", "[5]"], "images: expected at least 10 x 10"),
         (["--learning_rate", "0"], "learning_rate: expected a number above 0"),

@@ -18,7 +18,7 @@ def test_a_run_leaves_checkpoints_records_and_a_log(three_splits, tmp_path, caps
     assert main([*PRETRAIN, "--data", three_splits, "--output", str(output), "--epochs", "3", "--seed", "4"]) == 0
     printed = capsys.readouterr()
     assert printed.out.startswith("trained 3 epochs: loss ")
-    assert "on 10 validation episodes (2-way 1-shot, nearest class mean)" in printed.out
+    assert "on 10 validation episodes (2-way 1-shot, protonet_cosine)" in printed.out
     # Not a terminal: one line an epoch, no bar, none of Lightning's notices.
     lines = printed.err.splitlines()
     assert [line.split(":")[0] for line in lines] == [

@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 
 from fewshot_ext.cli import main
 from fewshot_ext.data import AugmentationConfig
+from fewshot_ext.heads import HEAD_GROUPS, DeepEMDHead
 from fewshot_ext.models import BackboneConfig, StructuredClassifierConfig, build_backbone
 from fewshot_ext.recipes import (
     load_recipe,
@@ -10,7 +13,7 @@ from fewshot_ext.recipes import (
     recipe_path,
     recipe_table,
 )
-from fewshot_ext.training import MetaTrainingConfig, PreTrainingConfig
+from fewshot_ext.training import MetaTrainingConfig, PreTrainingConfig, ValidationConfig
 
 # The official scripts: margin, weight decay, and DropBlock's rate and size, None for none.
 PUBLISHED = {
@@ -50,7 +53,7 @@ def test_the_recipes_are_these():
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_recipes_have_the_published_values(name):
     margin, weight_decay, drop_block = PUBLISHED[name]
-    data, backbone, _, loss, shot = name.split("_")
+    data, backbone, _, loss, _ = name.split("_")
     config = load_recipe(name)
     assert (config.margin, config.weight_decay) == (margin, weight_decay)
     assert config.loss == loss
@@ -71,7 +74,9 @@ def test_published_recipes_have_the_published_values(name):
     assert (augmentation.crop_scale, augmentation.color_jitter, augmentation.horizontal_flip) == (0.08, 0.4, True)
     assert (augmentation.rotation, augmentation.translation, augmentation.zoom) == (0, 0, 0)
     assert config.label_smoothing == 0
-    assert config.validation.shot == int(shot.removesuffix("shot"))
+    assert config.head_classes == (200 if data == "cub" else None)
+    assert config.validation == ValidationConfig(head="finetune", epochs=20, episodes=100, way=5, shot=5, queries=16)
+    assert ("The official code drops 7 to 25 % less" in recipe_path(name).read_text()) == (drop_block is not None)
 
 
 @pytest.mark.parametrize("name", DEEPEMD)
@@ -85,7 +90,7 @@ def test_the_first_stage_of_deepemd_has_the_published_values(name):
     assert config.backbone == BackboneConfig("resnet12")
     assert config.augmentation == AugmentationConfig(crop_scale=0.08, horizontal_flip=True)
     validation = config.validation
-    assert (validation.epochs, validation.episodes) == (1, 100)
+    assert (validation.head, validation.epochs, validation.episodes) == ("deepemd", 1, 100)
     assert (validation.way, validation.shot, validation.queries) == (5, 1, 15)
     if name.startswith("cifarfs"):
         assert (config.mean, config.std) == ((0.5071, 0.4866, 0.4409), (0.2009, 0.1984, 0.2023))
@@ -158,11 +163,18 @@ def test_the_table_has_a_line_a_recipe(capsys):
 META_DATA = ("cifarfs", "cub", "fc100", "miniimagenet", "tieredimagenet")
 META_ROWS = ("fcn_1shot", "fcn_5shot", "fcn_10way_1shot", "grid_1shot", "sampling_1shot")
 META_PUBLISHED = [f"{data}_resnet12_deepemd_{row}" for data in META_DATA for row in META_ROWS]
+META_BASELINES = {
+    "protonet": ("protonet@fcn", 1.0),
+    "matchingnet": ("matchingnet@fcn", 1.0),
+    "knn": ("knn", 1.0),
+    "prediction_fusion": ("prediction_fusion", 10.0),
+}
 META_SMALL = ["miniimagenet32_conv4_deepemd_fcn_1shot", "omniglot28_conv4_deepemd_fcn_1shot"]
 
 
 def test_the_recipes_of_meta_training_are_these():
-    assert recipe_names("meta-train") == sorted([*META_PUBLISHED, *META_SMALL])
+    baselines = [f"{data}_resnet12_{head}_1shot" for data in META_DATA for head in META_BASELINES]
+    assert recipe_names("meta-train") == sorted([*META_PUBLISHED, *baselines, *META_SMALL])
 
 
 @pytest.mark.parametrize("name", META_PUBLISHED)
@@ -171,10 +183,10 @@ def test_published_recipes_of_meta_training_have_the_published_values(name):
     config, (regions, *setting) = load_recipe(name, "meta-train"), name.partition("deepemd_")[2].split("_")
     assert config.local_features.name == regions
     assert (config.way, config.shot) == (10 if "10way" in setting else 5, int(setting[-1].removesuffix("shot")))
-    assert (config.queries, config.temperature, config.episodes_per_step) == (15, 12.5, 1)
+    assert (config.head, config.choice.head) == ("deepemd", DeepEMDHead(temperature=12.5))
+    assert (config.queries, config.episodes_per_step) == (15, 1)
     assert (config.epochs, config.steps, config.decay, config.decay_epochs) == (100, 50, 0.5, 10)
     assert (config.learning_rate, config.momentum, config.nesterov, config.weight_decay) == (5e-4, 0.9, True, 5e-4)
-    assert (config.weighting, config.detach_weights) == ("cross_reference", False)
     # Crops on grids and random crops are drawn from the whole image.
     crop, flip = (0.08, True) if regions == "fcn" else (0.0, False)
     assert config.augmentation == AugmentationConfig(crop_scale=crop, horizontal_flip=flip)
@@ -188,6 +200,16 @@ def test_published_recipes_of_meta_training_have_the_published_values(name):
     assert (config.backbone, config.image_size, config.mean, config.std) == (None,) * 4
 
 
+@pytest.mark.parametrize("head", META_BASELINES)
+def test_the_other_rows_of_the_comparison_differ_in_the_head_alone(head):
+    name, temperature = META_BASELINES[head]
+    config = load_recipe(f"cub_resnet12_{head}_1shot", "meta-train")
+    assert config == replace(load_recipe("cub_resnet12_deepemd_fcn_1shot", "meta-train"), head=name)
+    assert config.choice.head.logit_scale == temperature
+    assert config.validation_head == (name, config.choice)
+    assert name in HEAD_GROUPS["deepemd_table"]
+
+
 @pytest.mark.parametrize("name", META_SMALL)
 def test_small_recipes_of_meta_training_name_their_data_and_suit_it(name):
     data = name.partition("_")[0]
@@ -199,7 +221,9 @@ def test_small_recipes_of_meta_training_name_their_data_and_suit_it(name):
     assert f"Pre-train with {first_stage}." in recipe_path(name, "meta-train").read_text()
 
 
-@pytest.mark.parametrize("name", [*(f"miniimagenet_resnet12_deepemd_{row}" for row in META_ROWS), *META_SMALL])
+@pytest.mark.parametrize(
+    "name", [*(f"cub_resnet12_deepemd_{row}" for row in META_ROWS), "cub_resnet12_protonet_1shot", *META_SMALL]
+)
 def test_the_command_line_reads_recipes_of_meta_training_as_python_does(name, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["meta-train", "--config", name, "--output", "out", "--print_config"])
@@ -222,7 +246,7 @@ def test_each_command_has_recipes_of_its_own(capsys):
     lines = recipe_table("meta-train").splitlines()
     assert [line.split()[0] for line in lines[1:]] == recipe_names("meta-train")
     line = next(line for line in lines if line.startswith("cub_resnet12_deepemd_fcn_5shot"))
-    assert line.split()[1:] == ["fcn", "5-way", "5-shot", "15", "0.0005", "100", "50"]
+    assert line.split()[1:] == ["deepemd", "fcn", "5-way", "5-shot", "15", "0.0005", "100", "50"]
     with pytest.raises(SystemExit) as done:
         main(["meta-train", "--list-recipes"])
     assert done.value.code == 0

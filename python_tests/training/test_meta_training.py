@@ -23,7 +23,8 @@ from fewshot_ext.training import (
     meta_train,
     pretrain,
 )
-from fewshot_ext.training.episodic import EpisodeBatches, _groups
+from fewshot_ext.training.callbacks import _groups
+from fewshot_ext.training.episodic import EpisodeBatches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -95,7 +96,7 @@ def test_the_loss_falls_and_reports_each_epoch(settings, shades, tmp_path, kind,
     module = run.train()
     assert len(losses) == 4
     assert losses[-1] < 0.8 * losses[0]
-    assert module.map_shape == ({"fcn": 4, "pyramid": 9, "grid": 5, "sampling": 4}[kind], 8)
+    assert module.features_an_image == ({"fcn": 4, "pyramid": 9, "grid": 5, "sampling": 4}[kind], 8)
     assert list(tmp_path.glob("events.out.tfevents*"))
 
 
@@ -213,8 +214,8 @@ def test_the_state_has_every_weight_once(settings, digits, tmp_path):
     module = MetaTrainingRun(settings, digits, tmp_path, checkpoint=None).module
     assert {key.partition(".")[0] for key in module.state_dict()} == {"network"}
     module.train()
-    assert module.deepemd.training and module.deepemd.local_features.training
-    assert not module.eval().deepemd.training
+    assert module.features.training
+    assert not module.eval().features.training
 
 
 # Kills itself in the middle of the third epoch, as the machine would: nothing is flushed, no handler runs.
@@ -330,7 +331,7 @@ def test_validation_is_that_of_the_classifier(settings, digits, validation_archi
     config = replace(settings, epochs=1, validation=ValidationConfig(epochs=1, episodes=15, way=4, shot=2, queries=5))
     run = MetaTrainingRun(config, digits, tmp_path, checkpoint=None, validation=validation_archive)
     module, validation = run.module, run.validation
-    maps = extract_features(module.deepemd.local_features, validation_archive.images)
+    maps = extract_features(module.features, validation_archive.images)
     head = DeepEMDHead(classifier=settings.classifier)
     expected = episode_accuracies(maps, validation.episodes, head=head)
     assert torch.equal(validation._accuracies(module), expected)
@@ -343,7 +344,7 @@ def test_validation_is_that_of_the_classifier(settings, digits, validation_archi
 def test_one_shot_validation_does_not_depend_on_memory(settings, digits, validation_archive, tmp_path, monkeypatch):
     run = MetaTrainingRun(settings, digits, tmp_path, checkpoint=None, validation=validation_archive)
     whole = run.validation._accuracies(run.module)
-    monkeypatch.setattr("fewshot_ext.training.episodic._MAP_BYTES_AT_ONCE", 4 * 4 * 8 * 30)
+    monkeypatch.setattr("fewshot_ext.training.callbacks._MAP_BYTES_AT_ONCE", 4 * 4 * 8 * 30)
     assert torch.equal(run.validation._accuracies(run.module), whole)
 
 

@@ -61,11 +61,21 @@ def refused(message, config, archive, checkpoint, tmp_path, error=ValueError, **
             for name in ("shot", "queries", "episodes_per_step", "steps", "epochs", "decay_epochs", "checkpoint_epochs")
         ),
         *(({name: 0.0}, f"{name}: expected a number above 0") for name in ("learning_rate", "decay", "temperature")),
+        ({"head": "svm"}, "head: expected one of finetune, protonet, .*, got 'svm'"),
+        ({"head": "deepemd@patches"}, "regions after @: expected one of fcn, grid, sampling, got 'patches'"),
+        ({"head": "simpleshot@fcn"}, "simpleshot takes feature vectors; the heads for maps are deepemd"),
+        *(
+            (
+                {"head": name},
+                f"head: expected one of protonet, .*, deepemd, .*, got '{name}', which trains a classifier",
+            )
+            for name in ("finetune", "fc_dot", "fc_cosine@grid")
+        ),
+        ({"head": "simpleshot"}, "got 'simpleshot', which needs the mean feature of the base classes"),
         ({"learning_rate": float("nan")}, "learning_rate: expected a finite number"),
         ({"momentum": 1.0}, r"momentum: expected a number in \[0, 1\)"),
         ({"momentum": 0.0}, "nesterov: expected false without momentum, got momentum 0"),
         ({"weight_decay": -1.0}, "weight_decay: expected at least 0"),
-        ({"weighting": "equal"}, "weighting: expected one of cross_reference, uniform, got 'equal'"),
         ({"precision": "8-bit"}, "precision: expected .* got '8-bit'"),
         ({"mean": (0.5,)}, "mean and std: expected both or neither"),
         ({"image_size": 0}, "image_size: expected at least 1"),
@@ -185,6 +195,8 @@ def test_one_stage_does_not_resume_another(tiny, settings, archive, digits, fold
     [
         ({"queries": 4}, {}, "config.queries is 3, not 4"),
         ({"epochs": 1}, {}, "config.epochs is 2, not 1"),
+        ({"head": "protonet"}, {}, "config.head is deepemd, not protonet"),
+        ({"temperature": 3.0}, {}, "config.temperature is None, not 3.0"),
         ({"classifier": StructuredClassifierConfig(lr=0.5)}, {}, "config.classifier.lr is 0.1, not 0.5"),
         ({}, {"seed": 1}, "seed is 0, not 1"),
     ],
@@ -193,6 +205,20 @@ def test_resume_refuses_other_settings(settings, digits, folder, checkpoint, cha
     config = replace(settings, **changes)
     with pytest.raises(ValueError, match=message):
         MetaTrainingRun(config, digits, folder / "meta", checkpoint=checkpoint, resume=True, **options)
+
+
+def test_runs_from_before_other_heads_go_on(settings, digits, folder, checkpoint, tmp_path):
+    content = torch.load(folder / "meta" / "last.ckpt", weights_only=True)
+    own = content["hyper_parameters"]["config"]
+    del own["head"], own["validation"]["head"]
+    for weighting, head in (("cross_reference", "deepemd"), ("uniform", "deepemd_uniform")):
+        own |= {"temperature": 12.5, "weighting": weighting}
+        torch.save(content, tmp_path / "last.ckpt")
+        assert MetaTraining.from_checkpoint(tmp_path / "last.ckpt").config == replace(settings, head=head)
+        config = replace(settings, head=head)
+        assert MetaTrainingRun(config, digits, tmp_path, checkpoint=checkpoint, resume=True).epochs_done == 2
+    with pytest.raises(ValueError, match=r"config\.head is deepemd_uniform, not deepemd"):
+        MetaTrainingRun(settings, digits, tmp_path, checkpoint=checkpoint, resume=True)
 
 
 def test_resume_refuses_another_start(settings, digits, folder, tiny, archive, tmp_path):

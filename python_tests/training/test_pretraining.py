@@ -393,3 +393,22 @@ def test_losses_by_name(loss, options, similarity, margin, scale):
 def test_margins_that_do_not_go_with_the_loss(arguments, message):
     with pytest.raises(ValueError, match=message):
         PreTrainingConfig.for_loss(**arguments)
+
+
+def test_a_head_may_have_classes_without_images(tiny, archive, tmp_path):
+    """The softmax then has columns that are never right, and are pushed away."""
+    config = replace(tiny, head_classes=9, epochs=1)
+    run = PreTrainingRun(config, archive, tmp_path, validation=None)
+    images, labels = archive.images[:32], archive.labels[:32]
+    weight = run.module.head.weight.detach()
+    assert weight.shape == (9, run.module.network.out_features)
+    with torch.no_grad():
+        features = run.module.eval()(images)
+        loss = run.module.train().head(features, labels)
+        logits = torch.nn.functional.normalize(features) @ torch.nn.functional.normalize(weight).T
+        logits -= config.margin * torch.nn.functional.one_hot(labels, 9)
+        torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(config.scale * logits, labels))
+    run.train()
+    assert PreTraining.from_checkpoint(tmp_path / "best.ckpt").head.weight.shape == weight.shape
+    with pytest.raises(ValueError, match="head_classes: expected at least 5, got 4"):
+        PreTrainingRun(replace(tiny, head_classes=4), archive, tmp_path / "few")
