@@ -30,10 +30,11 @@ from fewshot_ext.commands.process import signals_as_interrupt, unbroken_output
 from fewshot_ext.commands.training import recipe_action
 from fewshot_ext.recipes import RECIPE_FOLDERS
 
-# Each command is a module with SUMMARY, add_arguments(parser) and prepare(arguments, resolved) -> run, and with USAGE
-# where options are not all that it takes. `prepare` finds every mistake of the user and raises it as ImportError,
-# OSError, TypeError or ValueError; `run` does the work, and what it raises is a defect of ours that deserves its
-# traceback. A module with SUMMARY and COMMANDS, a mapping of the same kind, is a group: "fewshot-ext data pack".
+# Each command is a module with SUMMARY, add_arguments(parser) and prepare(arguments, resolved) -> run, with USAGE where
+# options are not all that it takes, and with dependent_defaults(settings) where defaults follow from other options.
+# `prepare` finds every mistake of the user and raises it as ImportError, OSError, TypeError or ValueError; `run` does
+# the work, and what it raises is a defect of ours that deserves its traceback. A module with SUMMARY and COMMANDS, a
+# mapping of the same kind, is a group: "fewshot-ext data pack".
 COMMANDS: dict[str, ModuleType] = {
     "analyze": analyze,
     "classify": classify,
@@ -87,10 +88,11 @@ def _main(arguments: Sequence[str] | None) -> int:
     try:
         _extras.require("train", "jsonargparse", "yaml")
         parsers = _build_parsers()
-        settings = parsers["fewshot-ext"].parse_args(arguments)
-        for part in path:
-            settings = settings[part]
-        parser = parsers[name]
+        if hasattr(command, "dependent_defaults"):
+            # The settings are printed when they are all known.
+            first = [argument for argument in arguments if not argument.startswith("--print_config")]
+            parsers[name].set_defaults(command.dependent_defaults(_parse(parsers, first, path)))
+        settings, parser = _parse(parsers, arguments, path), parsers[name]
         run = command.prepare(parser.instantiate(settings), parser.dump(settings))
     except (argparse.ArgumentError, ImportError, OSError, TypeError, ValueError) as error:
         message = " ".join(str(error).split())
@@ -110,6 +112,14 @@ def _main(arguments: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _parse(parsers: Mapping[str, Any], arguments: Sequence[str], path: Sequence[str]) -> Any:
+    """The settings of the command that ``path`` leads to."""
+    settings = parsers["fewshot-ext"].parse_args(arguments)
+    for part in path:
+        settings = settings[part]
+    return settings
 
 
 def _as_declared(arguments: Sequence[str]) -> list[str]:

@@ -111,7 +111,7 @@ def retrieval_markdown(retrieval: Mapping[str, Any], backbone: str) -> list[str]
 def _accuracy_caption(results: ComparisonResults) -> str:
     first = results.accuracies[0]
     queries, seeds = first.queries // results.way, max(map(len, stages(results).values()))
-    draw = f"{len(first.correct):,} episodes, {queries} queries a class"
+    draw = f"{results.draw()}, {queries} queries a class"
     caption = f"{results.way}-way accuracy (%) on {results.data['split']} classes, the best of each column in bold. "
     if seeds == 1:
         return f"{caption}Mean and 95 % interval over {draw}, of one training: it covers the draw of episodes alone."

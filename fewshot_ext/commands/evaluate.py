@@ -15,7 +15,12 @@ features), prediction_fusion (local features classified one by one), fc_dot and 
 mean). The regions follow the name: deepemd@fcn (positions of the feature map, the default), deepemd@grid or
 deepemd@sampling (crops); with them protonet, protonet_cosine and matchingnet take the mean of the local features.
 "--heads deepemd_table" is the whole comparison of the DeepEMD paper. The rate of the structured layer depends on the
-length of the features: choose --deepemd.classifier.lr with "--split validation" (the authors take 100 for ResNet-12).
+length of the features: choose --deepemd.classifier.lr with "--split validation".
+
+"--protocol deepemd" sets the defaults of that paper's evaluation: the head deepemd, 15 queries, 5000 episodes for one
+shot and 600 for several, and a rate of 100 for the structured layer, as the authors have it for their ResNet-12. The
+defaults below are those of negative_margin. Whatever is given beside the name of a protocol is taken as given, and
+config.yaml tells what was used.
 
 The local features of all images are kept in memory and on disk, one kind at a time: images x regions x channels x 4
 bytes. That is 0.77 GB for the 12,000 novel images of mini-ImageNet under a ResNet-12 (25 regions, 640 channels).
@@ -25,6 +30,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fewshot_ext import _extras
 from fewshot_ext._files import remove_leftovers, replace_text
@@ -48,6 +54,18 @@ from fewshot_ext.heads import DeepEMDHead, FineTuningConfig, expand_heads
 from fewshot_ext.models import LocalFeaturesConfig
 
 SUMMARY = "few-shot accuracy of checkpoints on novel classes, with several heads on the same episodes"
+
+
+def dependent_defaults(arguments) -> dict[str, Any]:
+    """What follows from ``--protocol``; the defaults that the options have are those of negative_margin."""
+    if arguments.protocol == "negative_margin":
+        return {}
+    return {
+        "heads": ["deepemd"],
+        "queries": 15,
+        "episodes": [5000 if shot == 1 else 600 for shot in arguments.shots],
+        "deepemd.classifier.lr": 100.0,
+    }
 
 
 def add_arguments(parser) -> None:
@@ -75,6 +93,12 @@ def add_arguments(parser) -> None:
         "--no_cache", action="store_true", help="do not keep features in the output folder, and do not read kept ones"
     )
     episodes = parser.add_argument_group("episodes")
+    episodes.add_argument(
+        "--protocol",
+        default="negative_margin",
+        choices=["negative_margin", "deepemd"],
+        help="paper whose evaluation the defaults of the other options are from",
+    )
     episodes.add_argument("--split", default=config.split, help="classes to draw from: base, validation or novel")
     episodes.add_argument("--way", type=int, default=protocol.way, help="number of classes in an episode")
     episodes.add_argument(
@@ -87,7 +111,10 @@ def add_arguments(parser) -> None:
     )
     episodes.add_argument("--queries", type=int, default=protocol.queries, help="number of query images of each class")
     episodes.add_argument(
-        "--episodes", type=int, default=protocol.episodes, help="number of episodes for each number of shots"
+        "--episodes",
+        type=int | list[int],
+        default=protocol.episodes,
+        help="number of episodes for each number of shots; one number for all, or a list such as [5000,600]",
     )
     episodes.add_argument(
         "--heads",
@@ -109,10 +136,10 @@ def add_arguments(parser) -> None:
         metavar="GIB",
         help="largest memory of local features in GiB",
     )
-    # Other heads of the family differ in the weighting.
+    # Other heads of the family differ in the weighting; nothing is trained here.
     for name, settings, skip, title in (
         ("finetuning", FineTuningConfig, set(), "head finetune"),
-        ("deepemd", DeepEMDHead, {"weighting"}, "heads deepemd"),
+        ("deepemd", DeepEMDHead, {"weighting", "detach_weights"}, "heads deepemd"),
         ("local_features", LocalFeaturesConfig, set(), "local features"),
     ):
         add_settings(parser, settings, name, title, skip)
@@ -128,13 +155,14 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         resolved: the same as YAML, to be written beside the results.
     """
     _extras.require("train", "tqdm")
+    episodes = arguments.episodes
     config = ComparisonConfig(
         heads=expand_heads(arguments.heads),
         split=arguments.split,
         seed=arguments.seed,
         batch_size=arguments.batch_size,
         protocol=ProtocolConfig(
-            episodes=arguments.episodes,
+            episodes=tuple(episodes) if isinstance(episodes, list) else episodes,
             way=arguments.way,
             shots=tuple(arguments.shots),
             queries=arguments.queries,

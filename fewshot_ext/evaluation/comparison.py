@@ -305,7 +305,7 @@ class Comparison:
         try:
             return sample_episodes(
                 self.images.labels,
-                protocol.episodes,
+                protocol.episodes_by_shot[shot],
                 way=protocol.way,
                 shot=shot,
                 queries=protocol.queries,

@@ -25,28 +25,46 @@ class ProtocolConfig:
     """Which episodes are drawn.
 
     Args:
-        episodes: how many for each number of shots.
+        episodes: how many for each number of shots; one number for all, or one for each.
         way: classes an episode.
         shots: support images a class; each value is an evaluation of its own.
         queries: query images a class.
 
     Raises:
-        ValueError: a value below 1, no shots, or a number of shots given twice.
+        ValueError: a value below 1, no shots, a number of shots given twice, or numbers of episodes for other shots.
+
+    Example:
+        >>> ProtocolConfig(episodes=(5000, 600), shots=(1, 5)).episodes_by_shot
+        {1: 5000, 5: 600}
     """
 
-    episodes: int = 600
+    episodes: int | tuple[int, ...] = 600
     way: int = 5
     shots: tuple[int, ...] = (1, 5)
     queries: int = 16
 
     def __post_init__(self) -> None:
         plain_numbers(self)
-        check_count("episodes", self.episodes, 1)
         check_count("way", self.way, 2)
         check_count("queries", self.queries, 1)
         check_counts("shots", self.shots, 1)
         if not self.shots or len(set(self.shots)) < len(self.shots):
             raise ValueError(f"shots: expected at least one number of shots, and none twice, got {list(self.shots)}")
+        if isinstance(self.episodes, tuple):
+            check_counts("episodes", self.episodes, 1)
+            if len(self.episodes) != len(self.shots):
+                raise ValueError(
+                    f"episodes: expected one number, or one for each of {list(self.shots)} shots, "
+                    f"got {list(self.episodes)}"
+                )
+        else:
+            check_count("episodes", self.episodes, 1)
+
+    @property
+    def episodes_by_shot(self) -> dict[int, int]:
+        """The number of episodes for each number of shots."""
+        counts = self.episodes if isinstance(self.episodes, tuple) else (self.episodes,) * len(self.shots)
+        return dict(zip(self.shots, counts, strict=True))
 
 
 def extract_features(

@@ -94,8 +94,7 @@ class ComparisonResults:
         queries = first.queries // self.way
         lines = [
             f"{self.way}-way accuracy (%) on the {self.data['split']} classes of {self.data['name']}",
-            f"mean ± 95 % interval over {len(first.correct)} episodes, {queries} "
-            f"{'query' if queries == 1 else 'queries'} a class",
+            f"mean ± 95 % interval over {self.draw()}, {queries} {'query' if queries == 1 else 'queries'} a class",
             "",
             *self._rows_of_text(
                 {row: mean_and_interval(row.per_episode()) for row in self.accuracies}, "{:.2f} ± {:.2f}"
@@ -110,6 +109,13 @@ class ComparisonResults:
                 *self._rows_of_text(differences, "{:+.2f} ± {:.2f}"),
             ]
         return "\n".join(lines)
+
+    def draw(self) -> str:
+        """How many episodes there are, in words; for each number of shots where these differ."""
+        counts = {row.shot: len(row.correct) for row in self.accuracies}
+        if len(set(counts.values())) == 1:
+            return f"{len(self.accuracies[0].correct):,} episodes"
+        return " and ".join(f"{counts[shot]:,} {shot}-shot episodes" for shot in self.shots)
 
     def _rows_of_text(self, cells: Mapping[HeadAccuracy, tuple[float, float]], layout: str) -> list[str]:
         names = list(dict.fromkeys((row.backbone, row.head) for row in cells))

@@ -158,7 +158,7 @@ class FewShotAccuracy:
         try:
             return sample_episodes(
                 labels,
-                self.protocol.episodes,
+                self.protocol.episodes_by_shot[shot],
                 way=self.protocol.way,
                 shot=shot,
                 queries=queries,

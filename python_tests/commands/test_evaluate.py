@@ -2,6 +2,7 @@ import json
 import sys
 
 import pytest
+import yaml
 
 from fewshot_ext.cli import main
 
@@ -48,6 +49,46 @@ def test_the_table_of_deepemd_beside_another_head(checkpoints, tmp_path, capsys)
     config = str(tmp_path / "a" / "config.yaml")
     assert main(["evaluate", "--config", config, "--output", str(tmp_path / "b"), "--no_cache"]) == 0
     assert json.loads((tmp_path / "b" / "results.json").read_text())["accuracies"] == content["accuracies"]
+
+
+def resolved(capsys, *arguments):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--checkpoint", "any.ckpt", "--data", "digits", *arguments, "--print_config"])
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_a_protocol_sets_defaults_and_nothing_that_is_given(capsys, tmp_path):
+    negative_margin, deepemd = (resolved(capsys, "--protocol", name) for name in ("negative_margin", "deepemd"))
+    assert negative_margin == resolved(capsys)
+    keys = ("way", "shots", "queries", "episodes", "heads")
+    assert [negative_margin[key] for key in keys] == [5, [1, 5], 16, 600, ["finetune"]]
+    assert [deepemd[key] for key in keys] == [5, [1, 5], 15, [5000, 600], ["deepemd"]]
+    assert deepemd["deepemd"]["classifier"] == negative_margin["deepemd"]["classifier"] | {"lr": 100.0}
+    decided = {"protocol", "queries", "episodes", "heads", "deepemd"}
+    assert {key for key in deepemd if deepemd[key] != negative_margin[key]} == decided
+    assert resolved(capsys, "--protocol", "deepemd", "--shots", "5")["episodes"] == [600]
+
+    given = ["--queries", "16", "--heads", "finetune", "--deepemd.classifier.lr", "0.1", "--episodes", "600"]
+    expected = negative_margin | {"protocol": "deepemd"}
+    assert resolved(capsys, *given, "--protocol", "deepemd") == expected
+    assert resolved(capsys, "--protocol=deepemd", *given) == expected
+    (tmp_path / "own.yaml").write_text(
+        "protocol: deepemd\nqueries: 16\ndeepemd: {classifier: {lr: 0.1}}\nepisodes: 600\n"
+    )
+    assert resolved(capsys, "--config", str(tmp_path / "own.yaml")) == expected | {"heads": ["deepemd"]}
+
+
+def test_the_evaluation_of_deepemd_by_its_name(with_regions, tmp_path, capsys):
+    arguments = ["--data", "digits", "--protocol", "deepemd", "--episodes", "[4,3]", "--deepemd.classifier.passes", "2"]
+    assert main(["evaluate", "--checkpoint", str(with_regions), "--output", str(tmp_path), *arguments]) == 0
+    assert "over 4 1-shot episodes and 3 5-shot episodes, 15 queries a class" in capsys.readouterr().out
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert [(row["head"], row["shot"], len(row["correct"])) for row in content["accuracies"]] == [
+        ("deepemd", 1, 4),
+        ("deepemd", 5, 3),
+    ]
+    assert content["config"]["head_settings"]["deepemd"]["classifier"]["lr"] == 100
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["protocol"] == "deepemd"
 
 
 def test_ctrl_c_prints_what_is_there(checkpoints, tmp_path, capsys, monkeypatch):
@@ -112,6 +153,9 @@ def test_a_full_disk_loses_no_number(checkpoints, tmp_path, capsys, monkeypatch)
         (["--deepemd.temperature", "0"], "temperature: expected a number above 0"),
         (["--deepemd.classifier.passes", "-1"], "passes: expected at least 0"),
         (["--episodes", "0"], "episodes: expected at least 1"),
+        (["--episodes", "[3,0]"], "episodes: expected at least 1"),
+        (["--episodes", "[3,4,5]"], "episodes: expected one number, or one for each of [1, 2] shots, got [3, 4, 5]"),
+        (["--protocol", "maml"], "protocol"),
         (["--seed", "-1"], "seed: expected at least 0"),
         (["--threads", "0"], "threads: expected at least 1"),
         (["--batch_size", "0"], "batch_size: expected at least 1"),

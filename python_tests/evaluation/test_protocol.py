@@ -115,3 +115,14 @@ def test_interval_is_that_of_the_protocol():
 def test_bad_settings_are_named(config, field, value):
     with pytest.raises(ValueError, match=field):
         config(**{field: value})
+
+
+def test_episodes_for_each_number_of_shots():
+    assert ProtocolConfig(episodes=7, shots=(5, 1)).episodes_by_shot == {5: 7, 1: 7}
+    assert ProtocolConfig(episodes=(600, 5000), shots=(5, 1)).episodes_by_shot == {5: 600, 1: 5000}
+    with pytest.raises(
+        ValueError, match=r"episodes: expected one number, or one for each of \[1, 5\] shots, got \[3\]"
+    ):
+        ProtocolConfig(episodes=(3,))
+    with pytest.raises(ValueError, match="episodes: expected at least 1"):
+        ProtocolConfig(episodes=(3, 0))
