@@ -63,7 +63,7 @@ def dependent_defaults(arguments) -> dict[str, Any]:
     return {
         "heads": ["deepemd"],
         "queries": 15,
-        "episodes": [5000 if shot == 1 else 600 for shot in arguments.shots],
+        "episodes": tuple(5000 if shot == 1 else 600 for shot in arguments.shots),
         "deepemd.classifier.lr": 100.0,
     }
 
@@ -112,7 +112,7 @@ def add_arguments(parser) -> None:
     episodes.add_argument("--queries", type=int, default=protocol.queries, help="number of query images of each class")
     episodes.add_argument(
         "--episodes",
-        type=int | list[int],
+        type=int | tuple[int, ...],
         default=protocol.episodes,
         help="number of episodes for each number of shots; one number for all, or a list such as [5000,600]",
     )
@@ -155,14 +155,13 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         resolved: the same as YAML, to be written beside the results.
     """
     _extras.require("train", "tqdm")
-    episodes = arguments.episodes
     config = ComparisonConfig(
         heads=expand_heads(arguments.heads),
         split=arguments.split,
         seed=arguments.seed,
         batch_size=arguments.batch_size,
         protocol=ProtocolConfig(
-            episodes=tuple(episodes) if isinstance(episodes, list) else episodes,
+            episodes=arguments.episodes,
             way=arguments.way,
             shots=tuple(arguments.shots),
             queries=arguments.queries,

@@ -99,9 +99,7 @@ class EpisodeValidation(Validation):
         start_accuracy: of the network that the run began with.
     """
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.start_accuracy: float | None = None
+    start_accuracy: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "start_accuracy": self.start_accuracy}

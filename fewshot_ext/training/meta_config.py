@@ -20,7 +20,7 @@ class MetaTrainingConfig(TrainingConfig):
         head: classifier of the episodes, by its name in evaluate: deepemd, deepemd_uniform, deepemd_mean, knn,
             prediction_fusion, protonet, protonet_cosine, matchingnet, nearest_neighbor, nearest_neighbor_euclidean or
             simpleshot_l2n. Regions may follow, as in deepemd@grid or protonet@fcn; without them they are those of
-            local_features. Validation takes the same head.
+            local_features. Validation takes the same head, unless validation.head names another.
         temperature: factor of the similarities before the softmax; null takes that of the head: 12.5 for deepemd, 1 for
             protonet, matchingnet and knn, as their papers have it, and 10 for protonet_cosine, nearest_neighbor and
             prediction_fusion.
