@@ -18,6 +18,7 @@ from fewshot_ext._validation import (
     check_positive,
     plain_numbers,
 )
+from fewshot_ext.data.resampling import resized_parts
 
 _TRIES = 10
 
@@ -65,8 +66,8 @@ class ImageInput(nn.Module):
         augmentation: applied in training mode only; see ``AugmentationConfig``.
         image_size: side of the square that comes out. In evaluation, and in training without random crops, images
             are stretched to 1.15 times this side and the middle is cut out, as in Chen et al. (2019); random crops
-            are resized to it. None leaves the size as it is, and cuts nothing in evaluation. Random crops of images
-            much larger than this are not smoothed before they shrink: store images near the size they are used in.
+            are resized to it. None leaves the size as it is, and cuts nothing in evaluation. What shrinks is
+            antialiased, as Pillow does it, and not rounded to the 256 levels of pixels again.
 
     Raises:
         ImportError: rotation, translation or zoom is asked for and kornia is missing.
@@ -99,16 +100,22 @@ class ImageInput(nn.Module):
             numbers = torch.tensor([check(name, value) for value in values], dtype=torch.float32)
             self.register_buffer(name, numbers.view(-1, 1, 1))
         self.image_size = image_size
-        self.crops = augmentation.crop_scale > 0
-        self.augmentation = _build_augmentation(augmentation, image_size)
+        self.crop = None
+        if augmentation.crop_scale:
+            self.crop = _CropAndFlip(augmentation.crop_scale, augmentation.horizontal_flip, image_size)
+        self.augmentation = _build_augmentation(augmentation)
 
     def forward(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8:
             raise TypeError(f"images: expected a torch.uint8 tensor, got {images.dtype}")
         channels_last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
-        pixels = images.to(self.mean.dtype).div_(255)
-        if self.image_size is not None and not (self.training and self.crops):
-            pixels = _resize_and_crop(pixels, self.image_size)
+        dtype = self.mean.dtype
+        if self.training and self.crop is not None:
+            pixels = self.crop(images, dtype)
+        else:
+            pixels = images.to(dtype).div_(255)
+            if self.image_size is not None:
+                pixels = _resize_and_crop(pixels, self.image_size)
         if self.training:
             pixels = self.augmentation(pixels)
         pixels = pixels.sub_(self.mean).div_(self.std)
@@ -129,34 +136,39 @@ def _resize_and_crop(pixels: Tensor, size: int) -> Tensor:
 
 
 class _CropAndFlip(nn.Module):
-    """A random crop of random shape, resized, and half of the images mirrored, all by one bilinear sampling.
+    """A random crop of random shape, resized, and half of the images mirrored, from uint8 to [0, 1] in one step.
 
     The crops are drawn as torchvision's RandomResizedCrop draws them: an area, an aspect ratio from 3/4 to 4/3, and
-    the first of ten tries that lies inside of the image. Kornia has the same in several passes, which take about
-    five times as long.
+    the first of ten tries that lies inside of the image; but their edges need not be those of pixels.
     """
 
     def __init__(self, smallest_scale: float, flip: bool, size: int | None) -> None:
         super().__init__()
         self.smallest_scale, self.flip, self.size = smallest_scale, flip, size
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, dtype: torch.dtype) -> Tensor:
         height, width = images.shape[-2:]
         out_height, out_width = (height, width) if self.size is None else (self.size, self.size)
-        half_width, half_height, center_x, center_y = self._draw_boxes(images)
-        if self.flip:
-            half_width = torch.where(torch.rand_like(half_width) < 0.5, -half_width, half_width)
-        x = center_x + half_width * _pixel_centers(out_width, images)
-        y = center_y + half_height * _pixel_centers(out_height, images)
+        half_width, half_height, center_x, center_y = self._draw_boxes(images, dtype)
+        mirrored = torch.rand_like(half_width) < 0.5 if self.flip else torch.zeros_like(half_width, dtype=torch.bool)
+        if height > out_height or width > out_width:
+            edges = (center_x - half_width, center_y - half_height, center_x + half_width, center_y + half_height)
+            unit = torch.tensor([width, height] * 2, device=images.device) / 2
+            boxes = (torch.stack(edges, -1) + 1) * unit
+            return resized_parts(images, boxes, (out_height, out_width), mirrored).squeeze(1).to(dtype).div_(255)
+        # Nothing shrinks: one sampling is faster for small images.
+        half_width = torch.where(mirrored, -half_width, half_width)
+        x = center_x + half_width * _pixel_centers(out_width, half_width)
+        y = center_y + half_height * _pixel_centers(out_height, half_width)
         grid = torch.stack(
             (x.unsqueeze(1).expand(-1, out_height, -1), y.unsqueeze(2).expand(-1, -1, out_width)), dim=-1
         )
-        return functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
+        return functional.grid_sample(images.to(dtype).div_(255), grid, padding_mode="border", align_corners=False)
 
-    def _draw_boxes(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _draw_boxes(self, images: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Half width, half height and center of each box, ``[B, 1]``, the image reaching from -1 to 1."""
         count, _, height, width = images.shape
-        draw = partial(torch.rand, device=images.device, dtype=images.dtype)
+        draw = partial(torch.rand, device=images.device, dtype=dtype)
         area = draw(count, _TRIES) * (1 - self.smallest_scale) + self.smallest_scale
         stretch = ((draw(count, _TRIES) * 2 - 1) * (math.log(4 / 3) / 2)).exp()
         # An image that is not square has as many pixels; only its sides weigh differently.
@@ -213,11 +225,9 @@ def _pixel_centers(count: int, like: Tensor) -> Tensor:
     return torch.linspace(-1 + 1 / count, 1 - 1 / count, count, device=like.device, dtype=like.dtype)
 
 
-def _build_augmentation(config: AugmentationConfig, image_size: int | None) -> nn.Module:
+def _build_augmentation(config: AugmentationConfig) -> nn.Module:
     steps: list[nn.Module] = []
-    if config.crop_scale:
-        steps.append(_CropAndFlip(config.crop_scale, config.horizontal_flip, image_size))
-    elif config.horizontal_flip:
+    if config.horizontal_flip and not config.crop_scale:
         steps.append(_Flip())
     if config.rotation or config.translation or config.zoom:
         _extras.require("train", "kornia")
