@@ -194,6 +194,7 @@ def _read(pictures: _Pictures, classifier: FewShotClassifier, damage: _Damage) -
             image_size=classifier.image_size,
             batch_size=_READ_AT_ONCE,
             on_damage=damage.__setitem__,
+            resize_mode=classifier.backbone.network.resize_mode,
         )
         images = []
         for batch in batches:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +13,14 @@ from torch.nn import functional
 from fewshot_ext import _extras
 from fewshot_ext._validation import (
     check_at_least,
+    check_choice,
     check_count,
     check_fraction,
     check_number,
     check_positive,
     plain_numbers,
 )
+from fewshot_ext.data.pictures import RESIZES, short_side_resized
 from fewshot_ext.data.resampling import resized_parts
 
 _TRIES = 10
@@ -65,15 +68,19 @@ class ImageInput(nn.Module):
         mean, std: one number a channel, for pixels in [0, 1].
         augmentation: applied in training mode only; see ``AugmentationConfig``.
         image_size: side of the square that comes out. In evaluation, and in training without random crops, images
-            are stretched to 1.15 times this side and the middle is cut out, as in Chen et al. (2019); random crops
-            are resized to it. None leaves the size as it is, and cuts nothing in evaluation. What shrinks is
-            antialiased, as Pillow does it, and not rounded to the 256 levels of pixels again.
+            are brought to ``resize`` and the middle is cut out; random crops are resized to it. None leaves the size
+            as it is, and cuts nothing in evaluation. What shrinks is antialiased, as Pillow does it, and not rounded
+            to the 256 levels of pixels again.
+        resize: side that images are brought to before the middle is cut out; None takes 1.15 times ``image_size``, as
+            in Chen et al. (2019).
+        resize_mode: "stretch" makes both sides ``resize``; "crop" makes the short side so and keeps the shape, as
+            ``torchvision.transforms.Resize`` does with one number.
 
     Raises:
         ImportError: rotation, translation or zoom is asked for and kornia is missing.
         TypeError: images that are not uint8, a mean or a deviation that is no number.
-        ValueError: an image size below 1, another number of deviations than of means, a mean that is not finite, or a
-            deviation that is not above 0.
+        ValueError: an image size below 1, a ``resize`` below it or without it, another mode, another number of
+            deviations than of means, a mean that is not finite, or a deviation that is not above 0.
 
     Shape:
         ``[B, C, H, W]`` uint8 -> ``[B, C, image_size, image_size]`` (or H, W) float32, channels-last if the input is.
@@ -90,16 +97,19 @@ class ImageInput(nn.Module):
         std: Sequence[float],
         augmentation: AugmentationConfig = AugmentationConfig(),
         image_size: int | None = None,
+        resize: int | None = None,
+        resize_mode: Literal["crop", "stretch"] = "stretch",
     ) -> None:
         super().__init__()
-        if image_size is not None:
-            check_count("image_size", image_size, 1)
+        check_sizes(image_size, resize)
+        check_choice("resize_mode", resize_mode, *RESIZES)
         if len(mean) != len(std):
             raise ValueError(f"std: expected a number a channel as mean has, {len(mean)}, got {len(std)}")
         for name, values, check in (("mean", mean, check_number), ("std", std, check_positive)):
             numbers = torch.tensor([check(name, value) for value in values], dtype=torch.float32)
             self.register_buffer(name, numbers.view(-1, 1, 1))
-        self.image_size = image_size
+        self.image_size, self.resize_mode = image_size, resize_mode
+        self.resize = resize if resize or image_size is None else int(1.15 * image_size)
         self.crop = None
         if augmentation.crop_scale:
             self.crop = _CropAndFlip(augmentation.crop_scale, augmentation.horizontal_flip, image_size)
@@ -115,24 +125,33 @@ class ImageInput(nn.Module):
         else:
             pixels = images.to(dtype).div_(255)
             if self.image_size is not None:
-                pixels = _resize_and_crop(pixels, self.image_size)
+                pixels = self._middle(pixels, self.image_size)
         if self.training:
             pixels = self.augmentation(pixels)
         pixels = pixels.sub_(self.mean).div_(self.std)
         return pixels.contiguous(memory_format=torch.channels_last) if channels_last else pixels
 
+    def _middle(self, pixels: Tensor, size: int) -> Tensor:
+        sides = (self.resize, self.resize)
+        if self.resize_mode == "crop":
+            sides = short_side_resized(*pixels.shape[2:], self.resize)
+        resized = functional.interpolate(pixels, sides, mode="bilinear", antialias=True)
+        top, left = (round((side - size) / 2) for side in sides)
+        # The clone frees what was cut off, and keeps the in-place steps off a view.
+        return resized[..., top : top + size, left : left + size].clone(memory_format=torch.contiguous_format)
 
-def resized_size(size: int) -> int:
-    """The side that evaluation resizes to before it cuts out the middle ``size``, 1.15 times as large."""
-    return int(1.15 * size)
 
-
-def _resize_and_crop(pixels: Tensor, size: int) -> Tensor:
-    side = resized_size(size)
-    resized = functional.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
-    start = round((side - size) / 2)
-    # The clone frees what was cut off, and keeps the in-place steps off a view.
-    return resized[..., start : start + size, start : start + size].clone(memory_format=torch.contiguous_format)
+def check_sizes(image_size: int | None, resize: int | None) -> None:
+    """Raises unless images can be brought to ``resize`` and have a middle of ``image_size``."""
+    if image_size is not None:
+        check_count("image_size", image_size, 1)
+    if resize is None:
+        return
+    check_count("resize", resize, 1)
+    if image_size is None:
+        raise ValueError(f"resize: expected null without an image_size, got {resize}")
+    if resize < image_size:
+        raise ValueError(f"resize: expected at least image_size, {image_size}, got {resize}")
 
 
 class _CropAndFlip(nn.Module):

@@ -255,6 +255,19 @@ def test_what_is_not_uint8_is_refused():
         ImageInput(**RGB, image_size=0)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"resize": 92}, "resize: expected null without an image_size, got 92"),
+        ({"image_size": 84, "resize": 83}, "resize: expected at least image_size, 84, got 83"),
+        ({"image_size": 84, "resize_mode": "fold"}, "resize_mode: expected one of crop, stretch, got 'fold'"),
+    ],
+)
+def test_what_cannot_be_resized_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ImageInput(**RGB, **settings)
+
+
 def test_kornia_is_needed_for_rotations_alone(monkeypatch):
     monkeypatch.setattr(_extras, "is_installed", lambda name: name != "kornia")
     ImageInput(**RGB, augmentation=AugmentationConfig(crop_scale=0.08, color_jitter=0.4, horizontal_flip=True))

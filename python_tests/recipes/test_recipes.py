@@ -81,7 +81,7 @@ def test_the_first_stage_of_deepemd_has_the_published_values(name):
     assert (config.similarity, config.margin, config.scale, config.label_smoothing) == ("dot", 0, 1, 0)
     assert (config.optimizer, config.learning_rate, config.momentum, config.nesterov) == ("sgd", 0.1, 0.9, True)
     assert (config.decay, config.decay_epochs, config.weight_decay) == (0.2, 30, 5e-4)
-    assert (config.epochs, config.batch_size, config.image_size) == (120, 128, 84)
+    assert (config.epochs, config.batch_size, config.image_size, config.resize) == (120, 128, 84, 92)
     assert config.backbone == BackboneConfig("resnet12")
     assert config.augmentation == AugmentationConfig(crop_scale=0.08, horizontal_flip=True)
     validation = config.validation
