@@ -116,6 +116,13 @@ class ImageInput(nn.Module):
         self.augmentation = _build_augmentation(augmentation)
 
     def forward(self, images: Tensor) -> Tensor:
+        return self._prepared(images, self.image_size)
+
+    def whole(self, images: Tensor) -> Tensor:
+        """As ``forward``, but neither resized nor cut, except by random crops in training: ``[B, C, H, W]``."""
+        return self._prepared(images, None)
+
+    def _prepared(self, images: Tensor, image_size: int | None) -> Tensor:
         if images.dtype != torch.uint8:
             raise TypeError(f"images: expected a torch.uint8 tensor, got {images.dtype}")
         channels_last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
@@ -124,8 +131,8 @@ class ImageInput(nn.Module):
             pixels = self.crop(images, dtype)
         else:
             pixels = images.to(dtype).div_(255)
-            if self.image_size is not None:
-                pixels = self._middle(pixels, self.image_size)
+            if image_size is not None:
+                pixels = self._middle(pixels, image_size)
         if self.training:
             pixels = self.augmentation(pixels)
         pixels = pixels.sub_(self.mean).div_(self.std)
@@ -171,9 +178,9 @@ class _CropAndFlip(nn.Module):
         half_width, half_height, center_x, center_y = self._draw_boxes(images, dtype)
         mirrored = torch.rand_like(half_width) < 0.5 if self.flip else torch.zeros_like(half_width, dtype=torch.bool)
         if height > out_height or width > out_width:
-            edges = (center_x - half_width, center_y - half_height, center_x + half_width, center_y + half_height)
-            unit = torch.tensor([width, height] * 2, device=images.device) / 2
-            boxes = (torch.stack(edges, -1) + 1) * unit
+            x, y = (center_x + 1) * (width / 2), (center_y + 1) * (height / 2)
+            half_width, half_height = half_width * (width / 2), half_height * (height / 2)
+            boxes = torch.stack((x - half_width, y - half_height, x + half_width, y + half_height), -1)
             return resized_parts(images, boxes, (out_height, out_width), mirrored).squeeze(1).to(dtype).div_(255)
         # Nothing shrinks: one sampling is faster for small images.
         half_width = torch.where(mirrored, -half_width, half_width)

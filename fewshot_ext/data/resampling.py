@@ -3,6 +3,11 @@
 import torch
 from torch import Tensor
 
+from fewshot_ext._precision import full_precision
+
+# Pixels of an image that need not be read in parts.
+_SMALL = 128 * 128
+
 
 def resized_parts(
     images: Tensor, boxes: Tensor, size: tuple[int, int], mirrored: Tensor | None = None, *, alone: bool = False
@@ -26,62 +31,50 @@ def resized_parts(
         >>> resized_parts(image, torch.tensor([[[2, 0, 4, 1]]]), (4, 4), alone=True)[0, 0, 0, 0]
         tensor([2.0000, 2.2500, 2.7500, 3.0000])
     """
-    (height, width), (out_height, out_width) = images.shape[2:], size
+    height, width = images.shape[2:]
     dtype = images.dtype if images.is_floating_point() else torch.float32
     boxes = boxes.to(images.device, torch.promote_types(dtype, torch.float32))
-    # Positions in what comes out, [B, P, size], in its pixels.
-    columns, rows = (
-        torch.arange(count, device=boxes.device, dtype=boxes.dtype) + 0.5 for count in (out_width, out_height)
-    )
-    columns, rows = columns.expand(*boxes.shape[:2], -1), rows.expand(*boxes.shape[:2], -1)
-    if mirrored is not None:
-        columns = torch.where(mirrored.to(boxes.device).unsqueeze(2), columns.flip(2), columns)
-    if images.is_cuda:
-        across = _weights(boxes[..., 0::2], columns, 0, width, alone).to(dtype)
-        down = _weights(boxes[..., 1::2], rows, 0, height, alone).to(dtype)
-        # Autocast would round the pixels to half types.
-        with torch.autocast("cuda", enabled=False):
-            found = torch.einsum("bchw,bpow->bpcho", images.to(dtype), across)
-            return torch.einsum("bpqh,bpcho->bpcqo", down, found)
-    # A processor gains more by leaving out what is beside a part than it loses by taking the parts one by one.
+    across = _weights(boxes[..., 0], boxes[..., 2], size[1], width, alone, mirrored).to(dtype)
+    down = _weights(boxes[..., 1], boxes[..., 3], size[0], height, alone).to(dtype)
+    if images.device.type != "cpu" or height * width <= _SMALL:
+        return _combined(images.to(dtype), across, down)
+    # A processor gains more by leaving out what is beside the parts than it loses by taking the images one by one.
     parts = []
-    with torch.autocast("cpu", enabled=False):
-        for b, spans in enumerate(_spans(boxes, size, height, width)):
-            for p, (left, top, right, bottom) in enumerate(spans):
-                across = _weights(boxes[b, p, 0::2], columns[b, p], left, right, alone).to(dtype)
-                down = _weights(boxes[b, p, 1::2], rows[b, p], top, bottom, alone).to(dtype)
-                part = images[b, :, top:bottom, left:right].to(dtype)
-                parts.append(down @ (part.flatten(0, 1) @ across.mT).unflatten(0, part.shape[:2]))
-    if not parts:
-        return torch.zeros(*boxes.shape[:2], images.shape[1], *size, dtype=dtype)
-    return torch.stack(parts).unflatten(0, boxes.shape[:2])
+    for image, (left, top, right, bottom) in enumerate(_spans(boxes, size, height, width)):
+        one = slice(image, image + 1)
+        inside = images[one, :, top:bottom, left:right].to(dtype)
+        parts.append(_combined(inside, across[one, ..., left:right], down[one, ..., top:bottom]))
+    return torch.cat(parts) if parts else _combined(images.to(dtype), across, down)
 
 
-def _weights(edges: Tensor, positions: Tensor, first: int, last: int, alone: bool) -> Tensor:
-    """How much the pixels from ``first`` to ``last`` of a line count at each position of its resized parts.
-
-    Args:
-        edges: ``[..., 2]``, where each part begins and ends.
-        positions: ``[..., size]``.
-
-    Returns:
-        ``[..., size, last - first]``.
-    """
-    start, stop = edges.unsqueeze(-1).unbind(-2)  # [..., 1]
-    scale = (stop - start) / positions.shape[-1]
-    pixel = torch.arange(first, last, device=edges.device, dtype=edges.dtype)
-    weights = pixel - (start + scale * positions - 0.5).unsqueeze(-1)
-    weights = weights.abs_().div_(-scale.clamp_min(1).unsqueeze(-1)).add_(1).clamp_min_(0)
+def _weights(
+    start: Tensor, stop: Tensor, size: int, pixels: int, alone: bool, mirrored: Tensor | None = None
+) -> Tensor:
+    """How much each of the pixels of a line counts in each pixel that comes out of ``[B, P]`` parts of it,
+    ``[B, P, size, pixels]``."""
+    start, stop = start[..., None, None], stop[..., None, None]
+    scale = (stop - start) / size
+    steps = torch.arange(size, device=start.device, dtype=start.dtype).unsqueeze(1) + 0.5
+    if mirrored is not None:
+        steps = torch.where(mirrored.to(start.device)[..., None, None], steps.flip(0), steps)
+    pixel = torch.arange(pixels, device=start.device, dtype=start.dtype)
+    weights = pixel - (start + scale * steps - 0.5)
+    weights = weights.abs_().div_(-scale.clamp_min(1)).add_(1).clamp_min_(0)
     if alone:
-        weights.mul_(((pixel >= start) & (pixel < stop)).unsqueeze(-2))
+        weights.mul_((pixel >= start) & (pixel < stop))
     return weights.div_(weights.sum(-1, keepdim=True))
 
 
-def _spans(boxes: Tensor, size: tuple[int, int], height: int, width: int) -> list[list[list[int]]]:
-    """The pixels that take part in ``[B, P]`` parts: those of the boxes, and as many beside them as the filter
-    reaches."""
-    sides = boxes[..., 2:] - boxes[..., :2]
-    reach = (sides / boxes.new_tensor([size[1], size[0]])).clamp_min(1)
-    first = (boxes[..., :2] - reach).floor().clamp_min(0)
-    last = torch.minimum((boxes[..., 2:] + reach).ceil(), boxes.new_tensor([width, height]))
+# Autocast would round the pixels to half types.
+@full_precision()
+def _combined(images: Tensor, across: Tensor, down: Tensor) -> Tensor:
+    rows = torch.einsum("bchw,bpow->bpcho", images, across)
+    return down.unsqueeze(2) @ rows
+
+
+def _spans(boxes: Tensor, size: tuple[int, int], height: int, width: int) -> list[list[int]]:
+    """The pixels of each image that take part: those in its boxes, and as many beside them as the filter reaches."""
+    reach = ((boxes[..., 2:] - boxes[..., :2]) / boxes.new_tensor([size[1], size[0]])).clamp_min(1)
+    first = (boxes[..., :2] - reach).amin(1).floor().clamp_min(0)
+    last = torch.minimum((boxes[..., 2:] + reach).amax(1).ceil(), boxes.new_tensor([width, height]))
     return torch.cat([first, last], -1).long().tolist()
