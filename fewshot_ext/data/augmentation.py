@@ -206,8 +206,9 @@ class _CropAndFlip(nn.Module):
         fitted = fits.any(1, keepdim=True)
         box_width = torch.where(fitted, box_width.gather(1, first), min(1.0, 4 / 3 * side * side))
         box_height = torch.where(fitted, box_height.gather(1, first), min(1.0, 4 / 3 / (side * side)))
-        center_x = (draw(count, 1) * 2 - 1) * (1 - box_width)
-        center_y = (draw(count, 1) * 2 - 1) * (1 - box_height)
+        # That one is in the middle.
+        center_x = (draw(count, 1) * 2 - 1) * (1 - box_width) * fitted
+        center_y = (draw(count, 1) * 2 - 1) * (1 - box_height) * fitted
         return box_width, box_height, center_x, center_y
 
 

@@ -316,10 +316,10 @@ def pooled_regions(parts: tuple[int, int], cells: tuple[int, int], size: tuple[i
 
 
 def random_boxes(uniform: Tensor, height: int, width: int) -> Tensor:
-    """Boxes of random area, aspect and place, distributed as those of torchvision's ``RandomResizedCrop``.
+    """Boxes of random area, aspect and place, as torchvision's ``RandomResizedCrop`` has them.
 
     It draws area and aspect again while the box does not fit, ten times at most, and then takes the largest box of a
-    legal aspect, in the middle of the image; here that one has a random place too.
+    legal aspect, in the middle of the image.
 
     Args:
         uniform: ``[..., 22]`` numbers of [0, 1) that decide them.
@@ -343,7 +343,8 @@ def random_boxes(uniform: Tensor, height: int, width: int) -> Tensor:
     size = torch.cat([size, torch.tensor([widest, highest]).expand(*size.shape[:-2], 1, 2)], -2)
     first = F.pad(fits, (0, 1), value=True).long().argmax(-1)
     size = size.gather(-2, first[..., None, None].expand(*first.shape, 1, 2)).squeeze(-2)
-    start = (place * (limit - size + 1)).long()
+    room = limit - size
+    start = torch.where(fits.any(-1, keepdim=True), (place * (room + 1)).long(), room // 2)
     return torch.cat([start, start + size], -1)
 
 

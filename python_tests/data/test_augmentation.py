@@ -148,6 +148,7 @@ def test_crops_of_long_images(height, width):
     whole, part = (out[:, 1, :, 4], out[:, 0, 4]) if height < width else (out[:, 0, 4], out[:, 1, :, 4])
     assert (whole[:, -1] - whole[:, 0]).min() > 0.8
     assert (part[:, -1] - part[:, 0]).max() < 0.15
+    torch.testing.assert_close(part[:, 3:5].mean(1), torch.full((200,), 0.5), atol=0.01, rtol=0)
 
 
 def test_half_of_the_images_are_mirrored_with_and_without_crops():

@@ -183,6 +183,8 @@ def random_resized_crop(uniform, height, width):
             break
     else:
         w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+        left, top = (width - w) // 2, (height - h) // 2
+        return [left, top, left + w, top + h]
     left, top = int(place[0] * (width - w + 1)), int(place[1] * (height - h + 1))
     return [left, top, left + w, top + h]
 
@@ -195,8 +197,8 @@ def test_random_boxes_are_those_of_random_resized_crop(height, width):
 
 
 def test_boxes_that_never_fit_are_the_largest_legal_ones():
-    assert random_boxes(torch.full((22,), 0.999), 10, 100).tolist() == [87, 0, 100, 10]
-    assert random_boxes(torch.full((22,), 0.999), 100, 10).tolist() == [0, 87, 10, 100]
+    assert random_boxes(torch.full((22,), 0.999), 10, 100).tolist() == [43, 0, 56, 10]
+    assert random_boxes(torch.full((22,), 0.999), 100, 10).tolist() == [0, 43, 10, 56]
 
 
 def test_sampling_is_decided_by_seed_and_pixels(images):
