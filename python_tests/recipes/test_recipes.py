@@ -1,7 +1,10 @@
+import re
+
 import pytest
 
 from fewshot_ext.cli import main
-from fewshot_ext.data import AugmentationConfig
+from fewshot_ext.data import AugmentationConfig, ImageInput
+from fewshot_ext.data.download import BY_HAND, REMOTE
 from fewshot_ext.models import BackboneConfig, StructuredClassifierConfig, build_backbone
 from fewshot_ext.recipes import (
     load_recipe,
@@ -45,6 +48,17 @@ DEEPEMD = [f"{data}_resnet12_deepemd" for data in ("cifarfs", "cub", "fc100", "m
 
 def test_the_recipes_are_these():
     assert recipe_names() == sorted([*PUBLISHED, *SMALL, *DEEPEMD])
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, "miniimagenet_resnet12_deepemd"])
+def test_pictures_packed_as_the_recipe_says_shrink_and_never_grow(name):
+    config = load_recipe(name)
+    packed = int(re.search(r"# Pack .*--size (\d+) --resize-mode stretch", recipe_path(name).read_text())[1])
+    assert packed >= ImageInput(config.mean, config.std, image_size=config.image_size, resize=config.resize).resize
+    data = name.partition("_")[0]
+    if data in ("cub", "miniimagenet"):
+        sizes = re.findall(r"--size (\d+)", REMOTE["cub"].next_step if data == "cub" else BY_HAND[data])
+        assert str(packed) in sizes
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
