@@ -35,8 +35,8 @@ class MetaTrainingConfig(TrainingConfig):
         weighting: weights of the regions: cross_reference (the paper's) or uniform.
         detach_weights: stop the gradient through the weights, as the official implementation does where OpenCV solves.
         backbone: see ``BackboneConfig``; null takes its defaults. It goes with --checkpoint scratch only: a checkpoint
-            brings its own. So it is with image_size, resize, mean and std, but for checkpoints of other code, which
-            lack them.
+            brings its own. So it is with resize_mode, and with image_size, resize, mean and std, but for checkpoints of
+            other code, which lack them.
         local_features: see ``LocalFeaturesConfig``. Grid and sampling cut and mirror regions themselves.
         classifier: see ``StructuredClassifierConfig``; used with more than one shot only.
         validation: see ``ValidationConfig``.

@@ -54,6 +54,7 @@ def test_the_recipes_are_these():
 def test_pictures_packed_as_the_recipe_says_shrink_and_never_grow(name):
     config = load_recipe(name)
     packed = int(re.search(r"# Pack .*--size (\d+) --resize-mode stretch", recipe_path(name).read_text())[1])
+    assert config.resize_mode == "stretch"
     assert packed >= ImageInput(config.mean, config.std, image_size=config.image_size, resize=config.resize).resize
     data = name.partition("_")[0]
     if data in ("cub", "miniimagenet"):
