@@ -302,6 +302,7 @@ def _classify(work: _Work, sheet_pictures: int) -> tuple[list[dict[str, Any]], d
         batch_size=classifier.batch_size,
         # A picture that begins well may end badly: to find that in the last of many hours would cost all of them.
         on_damage=damage.__setitem__ if work.skip_corrupt else damage.refuse,
+        resize_mode=classifier.backbone.network.resize_mode,
     )
     with progress_bar(total=examples + total, desc="classifying", unit="pictures") as bar:
 

@@ -221,7 +221,8 @@ class _Flip(nn.Module):
 class _ColorJitter(nn.Module):
     """Random brightness, contrast and saturation, image by image, in this order and clipped after each.
 
-    That is what the closer-look code does with Pillow. Gray images have no saturation to change. The images are
+    That is what the closer-look code does with Pillow; torchvision draws the order, which changes what is clipped and
+    nothing else. Gray images have no saturation to change. The images are
     changed in place: they are the batch's own copy, and fresh memory takes longer than the sums.
     """
 

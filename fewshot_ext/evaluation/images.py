@@ -47,7 +47,7 @@ class ImageBatches:
         channels: int | None,
         image_size: int | None,
         batch_size: int,
-        resize_mode: Literal["crop", "stretch"] | None = None,
+        resize_mode: Literal["crop", "stretch"] | None,
         on_damage: Callable[[Path, str], None] | None = None,
     ) -> None:
         self.channels, self.image_size, self.batch_size = channels, image_size, batch_size
