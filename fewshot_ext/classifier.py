@@ -40,9 +40,10 @@ class FewShotClassifier:
 
     Images are a uint8 tensor ``[N, C, H, W]``, a float tensor of that shape in [0, 1], an array ``[N, H, W]`` or
     ``[N, H, W, C]`` of either kind, a list of picture files, or a folder. Floats are rounded to the 256 levels of
-    picture files. Files are resized so that the short side is ``image_size`` and cut to the middle square; gray is
-    turned to color, or color to gray, as the backbone needs. Labels may be of any hashable kind, classes may have
-    any number of images, one included, and different numbers.
+    picture files. Files are brought to a square of ``image_size`` as the network's ``resize_mode`` says: by default
+    the short side is resized to it and the middle cut out. Gray is turned to color, or color to gray, as the backbone
+    needs. Labels may be of any hashable kind, classes may have any number of images, one included, and different
+    numbers.
 
     Args:
         backbone: a module that maps images to features ``[B, D]``; or the path of a checkpoint of any training, which
@@ -355,7 +356,11 @@ class FewShotClassifier:
 
     def _batches(self, images: Any) -> ImageBatches:
         return ImageBatches(
-            images, channels=self.backbone.network.channels, image_size=self.image_size, batch_size=self.batch_size
+            images,
+            channels=self.backbone.network.channels,
+            image_size=self.image_size,
+            batch_size=self.batch_size,
+            resize_mode=self.backbone.network.resize_mode,
         )
 
     def _features(self, batches: ImageBatches, on_progress: Callable[[int], None] | None) -> Iterator[Tensor]:

@@ -148,7 +148,7 @@ def test_gray_and_color_are_turned_into_what_the_backbone_takes():
     color = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
 
     def batches(images, channels):
-        return next(iter(ImageBatches(images, channels=channels, image_size=None, batch_size=8)))
+        return next(iter(ImageBatches(images, channels=channels, image_size=None, batch_size=8, resize_mode=None)))
 
     assert torch.equal(batches(gray, 3), gray.repeat(1, 3, 1, 1))
     luma = (color.double() * torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64).view(3, 1, 1)).sum(1)
@@ -161,7 +161,7 @@ def test_files_of_mixed_sizes_and_kinds_are_brought_to_one_size(tmp_path):
     Image.new("RGB", (40, 20), "red").save(tmp_path / "a.jpg")
     Image.new("L", (9, 33), 255).save(tmp_path / "b.png")
     Image.new("RGBA", (16, 16), (0, 0, 255, 255)).save(tmp_path / "c.png")
-    (batch,) = ImageBatches(tmp_path, channels=None, image_size=8, batch_size=4)
+    (batch,) = ImageBatches(tmp_path, channels=None, image_size=8, batch_size=4, resize_mode=None)
     assert batch.shape == (3, 3, 8, 8)
     assert (batch[1] == 255).all()
 

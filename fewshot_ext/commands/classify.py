@@ -194,6 +194,7 @@ def _read(pictures: _Pictures, classifier: FewShotClassifier, damage: _Damage) -
             image_size=classifier.image_size,
             batch_size=_READ_AT_ONCE,
             on_damage=damage.__setitem__,
+            resize_mode=classifier.backbone.network.resize_mode,
         )
         images = []
         for batch in batches:
@@ -301,6 +302,7 @@ def _classify(work: _Work, sheet_pictures: int) -> tuple[list[dict[str, Any]], d
         batch_size=classifier.batch_size,
         # A picture that begins well may end badly: to find that in the last of many hours would cost all of them.
         on_damage=damage.__setitem__ if work.skip_corrupt else damage.refuse,
+        resize_mode=classifier.backbone.network.resize_mode,
     )
     with progress_bar(total=examples + total, desc="classifying", unit="pictures") as bar:
 

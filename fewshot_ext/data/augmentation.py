@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +13,15 @@ from torch.nn import functional
 from fewshot_ext import _extras
 from fewshot_ext._validation import (
     check_at_least,
+    check_choice,
     check_count,
     check_fraction,
     check_number,
     check_positive,
     plain_numbers,
 )
+from fewshot_ext.data.pictures import RESIZES, short_side_resized
+from fewshot_ext.data.resampling import resized_parts
 
 _TRIES = 10
 
@@ -64,15 +68,19 @@ class ImageInput(nn.Module):
         mean, std: one number a channel, for pixels in [0, 1].
         augmentation: applied in training mode only; see ``AugmentationConfig``.
         image_size: side of the square that comes out. In evaluation, and in training without random crops, images
-            are stretched to 1.15 times this side and the middle is cut out, as in Chen et al. (2019); random crops
-            are resized to it. None leaves the size as it is, and cuts nothing in evaluation. Random crops of images
-            much larger than this are not smoothed before they shrink: store images near the size they are used in.
+            are brought to ``resize`` and the middle is cut out; random crops are resized to it. None leaves the size
+            as it is, and cuts nothing in evaluation. What shrinks is antialiased, as Pillow does it, and not rounded
+            to the 256 levels of pixels again.
+        resize: side that images are brought to before the middle is cut out; None takes 1.15 times ``image_size``, as
+            in Chen et al. (2019).
+        resize_mode: "stretch" makes both sides ``resize``; "crop" makes the short side so and keeps the shape, as
+            ``torchvision.transforms.Resize`` does with one number.
 
     Raises:
         ImportError: rotation, translation or zoom is asked for and kornia is missing.
         TypeError: images that are not uint8, a mean or a deviation that is no number.
-        ValueError: an image size below 1, another number of deviations than of means, a mean that is not finite, or a
-            deviation that is not above 0.
+        ValueError: an image size below 1, a ``resize`` below it or without it, another mode, another number of
+            deviations than of means, a mean that is not finite, or a deviation that is not above 0.
 
     Shape:
         ``[B, C, H, W]`` uint8 -> ``[B, C, image_size, image_size]`` (or H, W) float32, channels-last if the input is.
@@ -89,74 +97,104 @@ class ImageInput(nn.Module):
         std: Sequence[float],
         augmentation: AugmentationConfig = AugmentationConfig(),
         image_size: int | None = None,
+        resize: int | None = None,
+        resize_mode: Literal["crop", "stretch"] = "stretch",
     ) -> None:
         super().__init__()
-        if image_size is not None:
-            check_count("image_size", image_size, 1)
+        check_sizes(image_size, resize)
+        check_choice("resize_mode", resize_mode, *RESIZES)
         if len(mean) != len(std):
             raise ValueError(f"std: expected a number a channel as mean has, {len(mean)}, got {len(std)}")
         for name, values, check in (("mean", mean, check_number), ("std", std, check_positive)):
             numbers = torch.tensor([check(name, value) for value in values], dtype=torch.float32)
             self.register_buffer(name, numbers.view(-1, 1, 1))
-        self.image_size = image_size
-        self.crops = augmentation.crop_scale > 0
-        self.augmentation = _build_augmentation(augmentation, image_size)
+        self.image_size, self.resize_mode = image_size, resize_mode
+        self.resize = resize if resize or image_size is None else int(1.15 * image_size)
+        self.crop = None
+        if augmentation.crop_scale:
+            self.crop = _CropAndFlip(augmentation.crop_scale, augmentation.horizontal_flip, image_size)
+        self.augmentation = _build_augmentation(augmentation)
 
     def forward(self, images: Tensor) -> Tensor:
+        return self._prepared(images, self.image_size)
+
+    def whole(self, images: Tensor) -> Tensor:
+        """As ``forward``, but neither resized nor cut, except by random crops in training: ``[B, C, H, W]``."""
+        return self._prepared(images, None)
+
+    def _prepared(self, images: Tensor, image_size: int | None) -> Tensor:
         if images.dtype != torch.uint8:
             raise TypeError(f"images: expected a torch.uint8 tensor, got {images.dtype}")
         channels_last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
-        pixels = images.to(self.mean.dtype).div_(255)
-        if self.image_size is not None and not (self.training and self.crops):
-            pixels = _resize_and_crop(pixels, self.image_size)
+        dtype = self.mean.dtype
+        if self.training and self.crop is not None:
+            pixels = self.crop(images, dtype)
+        else:
+            pixels = images.to(dtype).div_(255)
+            if image_size is not None:
+                pixels = self._middle(pixels, image_size)
         if self.training:
             pixels = self.augmentation(pixels)
         pixels = pixels.sub_(self.mean).div_(self.std)
         return pixels.contiguous(memory_format=torch.channels_last) if channels_last else pixels
 
+    def _middle(self, pixels: Tensor, size: int) -> Tensor:
+        sides = (self.resize, self.resize)
+        if self.resize_mode == "crop":
+            sides = short_side_resized(*pixels.shape[2:], self.resize)
+        resized = functional.interpolate(pixels, sides, mode="bilinear", antialias=True)
+        top, left = (round((side - size) / 2) for side in sides)
+        # The clone frees what was cut off, and keeps the in-place steps off a view.
+        return resized[..., top : top + size, left : left + size].clone(memory_format=torch.contiguous_format)
 
-def resized_size(size: int) -> int:
-    """The side that evaluation resizes to before it cuts out the middle ``size``, 1.15 times as large."""
-    return int(1.15 * size)
 
-
-def _resize_and_crop(pixels: Tensor, size: int) -> Tensor:
-    side = resized_size(size)
-    resized = functional.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
-    start = round((side - size) / 2)
-    # The clone frees what was cut off, and keeps the in-place steps off a view.
-    return resized[..., start : start + size, start : start + size].clone(memory_format=torch.contiguous_format)
+def check_sizes(image_size: int | None, resize: int | None) -> None:
+    """Raises unless images can be brought to ``resize`` and have a middle of ``image_size``."""
+    if image_size is not None:
+        check_count("image_size", image_size, 1)
+    if resize is None:
+        return
+    check_count("resize", resize, 1)
+    if image_size is None:
+        raise ValueError(f"resize: expected null without an image_size, got {resize}")
+    if resize < image_size:
+        raise ValueError(f"resize: expected at least image_size, {image_size}, got {resize}")
 
 
 class _CropAndFlip(nn.Module):
-    """A random crop of random shape, resized, and half of the images mirrored, all by one bilinear sampling.
+    """A random crop of random shape, resized, and half of the images mirrored, from uint8 to [0, 1] in one step.
 
     The crops are drawn as torchvision's RandomResizedCrop draws them: an area, an aspect ratio from 3/4 to 4/3, and
-    the first of ten tries that lies inside of the image. Kornia has the same in several passes, which take about
-    five times as long.
+    the first of ten tries that lies inside of the image; but their edges need not be those of pixels.
     """
 
     def __init__(self, smallest_scale: float, flip: bool, size: int | None) -> None:
         super().__init__()
         self.smallest_scale, self.flip, self.size = smallest_scale, flip, size
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, dtype: torch.dtype) -> Tensor:
         height, width = images.shape[-2:]
         out_height, out_width = (height, width) if self.size is None else (self.size, self.size)
-        half_width, half_height, center_x, center_y = self._draw_boxes(images)
-        if self.flip:
-            half_width = torch.where(torch.rand_like(half_width) < 0.5, -half_width, half_width)
-        x = center_x + half_width * _pixel_centers(out_width, images)
-        y = center_y + half_height * _pixel_centers(out_height, images)
+        half_width, half_height, center_x, center_y = self._draw_boxes(images, dtype)
+        mirrored = torch.rand_like(half_width) < 0.5 if self.flip else torch.zeros_like(half_width, dtype=torch.bool)
+        if height > out_height or width > out_width:
+            x, y = (center_x + 1) * (width / 2), (center_y + 1) * (height / 2)
+            half_width, half_height = half_width * (width / 2), half_height * (height / 2)
+            boxes = torch.stack((x - half_width, y - half_height, x + half_width, y + half_height), -1)
+            return resized_parts(images, boxes, (out_height, out_width), mirrored).squeeze(1).to(dtype).div_(255)
+        # Nothing shrinks: one sampling is faster for small images.
+        half_width = torch.where(mirrored, -half_width, half_width)
+        x = center_x + half_width * _pixel_centers(out_width, half_width)
+        y = center_y + half_height * _pixel_centers(out_height, half_width)
         grid = torch.stack(
             (x.unsqueeze(1).expand(-1, out_height, -1), y.unsqueeze(2).expand(-1, -1, out_width)), dim=-1
         )
-        return functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
+        return functional.grid_sample(images.to(dtype).div_(255), grid, padding_mode="border", align_corners=False)
 
-    def _draw_boxes(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _draw_boxes(self, images: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Half width, half height and center of each box, ``[B, 1]``, the image reaching from -1 to 1."""
         count, _, height, width = images.shape
-        draw = partial(torch.rand, device=images.device, dtype=images.dtype)
+        draw = partial(torch.rand, device=images.device, dtype=dtype)
         area = draw(count, _TRIES) * (1 - self.smallest_scale) + self.smallest_scale
         stretch = ((draw(count, _TRIES) * 2 - 1) * (math.log(4 / 3) / 2)).exp()
         # An image that is not square has as many pixels; only its sides weigh differently.
@@ -168,8 +206,9 @@ class _CropAndFlip(nn.Module):
         fitted = fits.any(1, keepdim=True)
         box_width = torch.where(fitted, box_width.gather(1, first), min(1.0, 4 / 3 * side * side))
         box_height = torch.where(fitted, box_height.gather(1, first), min(1.0, 4 / 3 / (side * side)))
-        center_x = (draw(count, 1) * 2 - 1) * (1 - box_width)
-        center_y = (draw(count, 1) * 2 - 1) * (1 - box_height)
+        # That one is in the middle.
+        center_x = (draw(count, 1) * 2 - 1) * (1 - box_width) * fitted
+        center_y = (draw(count, 1) * 2 - 1) * (1 - box_height) * fitted
         return box_width, box_height, center_x, center_y
 
 
@@ -182,7 +221,8 @@ class _Flip(nn.Module):
 class _ColorJitter(nn.Module):
     """Random brightness, contrast and saturation, image by image, in this order and clipped after each.
 
-    That is what the closer-look code does with Pillow. Gray images have no saturation to change. The images are
+    That is what the closer-look code does with Pillow; torchvision draws the order, which changes what is clipped and
+    nothing else. Gray images have no saturation to change. The images are
     changed in place: they are the batch's own copy, and fresh memory takes longer than the sums.
     """
 
@@ -213,11 +253,9 @@ def _pixel_centers(count: int, like: Tensor) -> Tensor:
     return torch.linspace(-1 + 1 / count, 1 - 1 / count, count, device=like.device, dtype=like.dtype)
 
 
-def _build_augmentation(config: AugmentationConfig, image_size: int | None) -> nn.Module:
+def _build_augmentation(config: AugmentationConfig) -> nn.Module:
     steps: list[nn.Module] = []
-    if config.crop_scale:
-        steps.append(_CropAndFlip(config.crop_scale, config.horizontal_flip, image_size))
-    elif config.horizontal_flip:
+    if config.horizontal_flip and not config.crop_scale:
         steps.append(_Flip())
     if config.rotation or config.translation or config.zoom:
         _extras.require("train", "kornia")

@@ -72,8 +72,8 @@ REMOTE: dict[str, RemoteSet] = {
                 1_150_585_339,
             ),
         ),
-        "fewshot-ext data pack --source {folder}/CUB_200_2011/images --split cub --size 84 --jpeg-quality 95 "
-        "--output cub84.npz",
+        "fewshot-ext data pack --source {folder}/CUB_200_2011/images --split cub --size 384 --resize-mode stretch "
+        "--jpeg-quality 95 --output cub384.npz",
     ),
 }
 _IMAGENET = (
@@ -83,11 +83,11 @@ _IMAGENET = (
 )
 BY_HAND = {
     "miniimagenet": f"{_IMAGENET}; or, if you have the pictures of mini-ImageNet (n0153282900000005.jpg, ...), put "
-    "them into one folder. Then: fewshot-ext data pack --source FOLDER --split miniimagenet --size 84 --jpeg-quality "
-    "95 --output miniimagenet84.npz. From all of ImageNet that takes every picture of the 100 classes, not the 600 "
-    "a class of Ravi and Larochelle",
+    "them into one folder. Then: fewshot-ext data pack --source FOLDER --split miniimagenet --size 256 --resize-mode "
+    "stretch --jpeg-quality 95 --output miniimagenet256.npz, or with --size 384 for the recipes at 224 pixels. From "
+    "all of ImageNet that takes every picture of the 100 classes, not the 600 a class of Ravi and Larochelle",
     "tieredimagenet": f"{_IMAGENET}. Then: fewshot-ext data pack --source FOLDER --split tieredimagenet --size 84 "
-    "--jpeg-quality 95 --output tieredimagenet84.npz",
+    "--resize-mode stretch --jpeg-quality 95 --output tieredimagenet84.npz",
 }
 
 

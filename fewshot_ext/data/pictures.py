@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fewshot_ext import _extras
+from fewshot_ext._validation import check_choice
 from fewshot_ext.data.fonts import caption_font, drawable
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ _DAMAGE = (OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError, O
 
 MODES = ("RGB", "L")
 RESIZES = ("crop", "stretch")
+# By the names of Pillow's ``Resampling``.
+FILTERS = ("lanczos", "bilinear")
 
 
 def suffixes() -> frozenset[str]:
@@ -50,7 +53,9 @@ def suffixes() -> frozenset[str]:
     return frozenset(suffix for suffixes in _formats(_extras.is_installed("PIL")).values() for suffix in suffixes)
 
 
-def read_image(path: str | Path, size: int | None = None, *, mode: str = "RGB", resize: str = "crop") -> Tensor:
+def read_image(
+    path: str | Path, size: int | None = None, *, mode: str = "RGB", resize: str = "crop", filter: str = "lanczos"
+) -> Tensor:
     """One picture file as a tensor, turned the way its EXIF orientation says; transparency becomes white.
 
     Args:
@@ -60,6 +65,7 @@ def read_image(path: str | Path, size: int | None = None, *, mode: str = "RGB", 
         mode: "RGB" or "L" (gray).
         resize: "crop" brings the short side to ``size`` and cuts the middle out; "stretch" brings both sides to
             ``size``.
+        filter: "lanczos", as in the script that made mini-ImageNet, or "bilinear", as torchvision resizes.
 
     Returns:
         ``[C, H, W]`` uint8; C is 3 for RGB and 1 for L.
@@ -68,7 +74,7 @@ def read_image(path: str | Path, size: int | None = None, *, mode: str = "RGB", 
         ImportError: Pillow is missing.
         OSError: the file cannot be opened.
         ValueError: it is no picture of these formats, is damaged or cut short, or has more than 64 million
-            pixels (checked before they are decoded); a mode, resize or size that is not known. The message
+            pixels (checked before they are decoded); a mode, resize, filter or size that is not known. The message
             names the file.
 
     Example:
@@ -78,7 +84,8 @@ def read_image(path: str | Path, size: int | None = None, *, mode: str = "RGB", 
         torch.Size([3, 16, 16])
     """
     check_reading(size, mode, resize)
-    return torch.from_numpy(decode(path, size=size, mode=mode, resize=resize))
+    check_choice("filter", filter, *FILTERS)
+    return torch.from_numpy(decode(path, size=size, mode=mode, resize=resize, filter=filter))
 
 
 def check_reading(size: int | None, mode: str | None, resize: str) -> None:
@@ -92,14 +99,20 @@ def check_reading(size: int | None, mode: str | None, resize: str) -> None:
 
 
 def decode(
-    source: str | Path | bytes, name: str = "", *, size: int | None = None, mode: str = "RGB", resize: str = "crop"
+    source: str | Path | bytes,
+    name: str = "",
+    *,
+    size: int | None = None,
+    mode: str = "RGB",
+    resize: str = "crop",
+    filter: str = "lanczos",
 ) -> np.ndarray:
     """As ``read_image``, from a file or from the bytes of one, as a ``[C, H, W]`` array.
 
     Args:
         source: a path, or the content of a file.
         name: what to call the picture in an error; the path where empty.
-        size, mode, resize: as in ``read_image``.
+        size, mode, resize, filter: as in ``read_image``.
     """
     name = name or repr(str(source))
     from PIL import ImageOps
@@ -110,7 +123,7 @@ def decode(
             picture.draft(None, (2 * size, 2 * size))
         pixels = _in_mode(ImageOps.exif_transpose(picture), mode)
         if size is not None:
-            pixels = _resized(pixels, size, resize)
+            pixels = _resized(pixels, size, resize, filter)
         array = np.asarray(pixels)
     # A copy, because Pillow's arrays are read-only.
     return np.array(array[None] if array.ndim == 2 else array.transpose(2, 0, 1), order="C")
@@ -323,10 +336,20 @@ def _in_mode(picture: "Image.Image", mode: str) -> "Image.Image":
     return picture.convert(mode)
 
 
-def _resized(picture: "Image.Image", size: int, resize: str) -> "Image.Image":
+def short_side_resized(height: int, width: int, side: int) -> tuple[int, int]:
+    """Height and width of a picture whose short side becomes ``side``, rounded as torchvision rounds them."""
+    return tuple(int(side * length / min(height, width)) for length in (height, width))
+
+
+def _resized(picture: "Image.Image", size: int, resize: str, filter: str) -> "Image.Image":
     from PIL import Image, ImageOps
 
-    # Lanczos, as the script that made mini-ImageNet from ImageNet.
+    how = Image.Resampling[filter.upper()]
     if resize == "stretch":
-        return picture.resize((size, size), Image.Resampling.LANCZOS)
-    return ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+        return picture.resize((size, size), how)
+    if filter == "lanczos":
+        return ImageOps.fit(picture, (size, size), how)
+    # As torchvision: resized first, and then cut at a whole pixel.
+    height, width = short_side_resized(picture.height, picture.width, size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return picture.resize((width, height), how).crop((left, top, left + size, top + size))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,7 +26,8 @@ class ImageBatches:
         images: see ``TAKEN``. Floats are rounded to the 256 levels that picture files have.
         channels: 1 or 3; gray images are repeated, and colored ones turned to gray. None leaves tensors as they
             are and reads files in color.
-        image_size: side that files are resized and center-cropped to.
+        image_size: side that files are brought to.
+        resize_mode: how they are; see ``fewshot_ext.models.NetworkConfig``.
         batch_size: images a batch.
         on_damage: called with a file that cannot be read and what is wrong with it, which is left out then; without
             it that is an error.
@@ -46,10 +47,11 @@ class ImageBatches:
         channels: int | None,
         image_size: int | None,
         batch_size: int,
+        resize_mode: Literal["crop", "stretch"] | None,
         on_damage: Callable[[Path, str], None] | None = None,
     ) -> None:
         self.channels, self.image_size, self.batch_size = channels, image_size, batch_size
-        self.on_damage = on_damage
+        self.on_damage, self.resize_mode = on_damage, resize_mode
         self.images: Tensor | Sequence[Path]
         if isinstance(images, str | Path):
             images = _files(Path(images).expanduser())
@@ -80,7 +82,7 @@ class ImageBatches:
 
     def _read(self, path: Path) -> Tensor | None:
         try:
-            return read_image(path, self.image_size, mode="L" if self.channels == 1 else "RGB")
+            return read_for(path, self.image_size, self.channels, self.resize_mode)
         except (OSError, ValueError) as error:
             if self.on_damage is None:
                 raise
@@ -95,6 +97,12 @@ class ImageBatches:
         for path in self.images:
             if not path.is_file():
                 raise FileNotFoundError(f"images: {str(path)!r} is not a file")
+
+
+def read_for(path: Path, image_size: int, channels: int | None, resize_mode: str | None) -> Tensor:
+    """A picture file as a network takes it; see ``fewshot_ext.models.NetworkConfig`` for ``resize_mode``."""
+    how = {} if resize_mode is None else {"resize": resize_mode, "filter": "bilinear"}
+    return read_image(path, image_size, mode="L" if channels == 1 else "RGB", **how)
 
 
 def _files(path: Path) -> list[Path]:

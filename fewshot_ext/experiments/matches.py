@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewshot_ext._files import replace_file
 from fewshot_ext._precision import normalize
@@ -18,7 +18,7 @@ from fewshot_ext.data.fonts import figure_text
 from fewshot_ext.evaluation import FrozenBackbone, extract_features
 from fewshot_ext.experiments.match_plots import MatchedPair, plot_matches, strongest_flows
 from fewshot_ext.experiments.tables import Row, write_table
-from fewshot_ext.models import LocalFeaturesConfig, emd_logits, match_flows
+from fewshot_ext.models import LocalFeatures, LocalFeaturesConfig, emd_logits, match_flows
 from fewshot_ext.models.matching import Weighting
 
 NAME, FLOWS = "matches", "match_flows"
@@ -128,7 +128,7 @@ def measure_matches(
     maps = extract_features(module, images).unflatten(0, (-1, 2))
     with torch.inference_mode():
         regions = module.boxes(images.to(device)).cpu().unflatten(0, (-1, 2))
-        views = _seen_by(module.preprocessing, images.to(device)).cpu().unflatten(0, (-1, 2))
+        views = _seen_by(module, images.to(device)).cpu().unflatten(0, (-1, 2))
     distances = 1 - emd_logits(maps[:, :1], maps[:, 1:], temperature=1.0, weighting=weighting).flatten()
     matches = match_flows(maps[:, 0], maps[:, 1], weighting=weighting)
     centered = normalize(maps - maps.mean(-1, keepdim=True))
@@ -231,9 +231,9 @@ def check_pairs(pairs: int) -> None:
         raise ValueError(f"pairs: expected 1 to {MOST_PAIRS} for one picture, got {pairs}")
 
 
-def _seen_by(preprocessing: nn.Module, images: Tensor) -> Tensor:
-    """The images as the backbone sees them, resized and cut, but not normalized: ``[B, C, H, W]`` in [0, 1]."""
-    pixels = preprocessing(images)
+def _seen_by(module: LocalFeatures, images: Tensor) -> Tensor:
+    """The images that the regions are of, but not normalized: ``[B, C, H, W]`` in [0, 1]."""
+    pixels, preprocessing = module.view(images), module.preprocessing
     if isinstance(preprocessing, ImageInput):
         return (pixels * preprocessing.std + preprocessing.mean).clamp(0, 1)
     return F.interpolate(images / 255, pixels.shape[2:])

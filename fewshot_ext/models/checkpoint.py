@@ -32,6 +32,9 @@ NETWORK_SCHEMA = {
     "image_size": (int, type(None)),
     "channels_last": bool,
     "similarity": str,
+    # As version 0.1 did it, where they are missing.
+    "resize?": (int, type(None)),
+    "resize_mode?": (str, type(None)),
 }
 _SCHEMA = {
     "hyper_parameters": {

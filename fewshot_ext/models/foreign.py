@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fewshot_ext._formats import check_schema
 from fewshot_ext._validation import check_choice, check_count, check_positive, plain_numbers
+from fewshot_ext.data.augmentation import check_sizes
 from fewshot_ext.models.config import BackboneConfig, fitted
 from fewshot_ext.models.layouts import LAYOUTS, Layout, names_of, own_weights
 
@@ -29,6 +30,7 @@ class CheckpointSettings:
         std: standard deviation of each channel for pixels in [0, 1].
         similarity: how features compare, cosine or dot, by the loss that trained the network.
         scale: factor of the similarities in that loss.
+        resize: side that images are resized to before the middle of image_size is cut out.
 
     Raises:
         TypeError: a value of another type.
@@ -44,11 +46,13 @@ class CheckpointSettings:
     std: tuple[float, ...] | None = None
     similarity: Literal["cosine", "dot"] | None = None
     scale: float | None = None
+    resize: int | None = None
 
     def __post_init__(self) -> None:
         plain_numbers(self)
-        if self.image_size is not None:
-            check_count("image_size", self.image_size, 1)
+        for name in ("image_size", "resize"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), 1)
         if (self.mean is None) != (self.std is None):
             raise ValueError(f"mean and std: expected both or neither, got {self.mean} and {self.std}")
         if self.similarity is not None:
@@ -194,7 +198,8 @@ def adopt(content: Any, given: CheckpointSettings) -> Adopted:
     width, channels = reading.shape()
     head = _head(reading)
     values, assumed = _resolve(layout, reading.backbone, channels, head, given)
-    size = values["image_size"]
+    size, resize = values["image_size"], values.get("resize")
+    check_sizes(size, resize)
     backbone = fitted(BackboneConfig(reading.backbone, width, embedding=reading.embedding()), size, size)
     if backbone.pooled_blocks is not None:
         assumed["pooled_blocks"] = backbone.pooled_blocks
@@ -203,9 +208,11 @@ def adopt(content: Any, given: CheckpointSettings) -> Adopted:
         "image_shape": (channels, size, size),
         "mean": values["mean"],
         "std": values["std"],
-        "image_size": None if reading.backbone in layout.whole else size,
+        "image_size": size if resize else None,
         "channels_last": False,
         "similarity": values["similarity"],
+        "resize": resize,
+        "resize_mode": layout.resize_mode if resize else None,
     }
     settings = {
         "network": network,
@@ -301,6 +308,8 @@ def _resolve(
     for name in ("mean", "std"):
         own = getattr(layout, name)
         defaults[name] = own if len(own) == channels else own[:1] * channels
+    if backbone not in layout.whole:
+        defaults["resize"] = layout.resize(backbone, values.get("image_size", defaults["image_size"]))
     has_bias = "bias" in head
     # The file itself says it.
     told = has_bias and layout.linear_is_dot and given.similarity in (None, "dot")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from types import MappingProxyType
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ Names = Callable[[], Iterator[tuple[str, str]]]
 
 _STAGES = range(4)
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+_IMAGENET_MARGINS = {"resnet18": 256 / 224, "resnet50": 256 / 224}
 _PUBLISHED_SIZES = {
     "conv4": 84,
     "resnet12": 84,
@@ -40,8 +42,10 @@ class Layout:
         is_model: whether weights before which the prefix does not stand are those of a method, and passed over.
         mean, std: of each of three channels, for pixels in [0, 1].
         image_sizes: side of the images, by backbone; the published one where it is not here.
-        whole: backbones that take images as they come; for the others they are enlarged and the middle is cut out, as
+        whole: backbones that take images as they come; for the others they are resized and the middle is cut out, as
             ``ImageInput`` does it.
+        margins: sides of the resized image over that of the middle, by backbone; 1.15 where it is not here.
+        resize_mode: see ``ImageInput``.
         scales: of the loss, by similarity, and for one backbone by both; 1 for a linear classifier with a bias.
         linear_is_dot: whether a bias tells that the loss compared by inner products.
         copies: patterns of names that are written a second time, and what they are called there.
@@ -60,6 +64,8 @@ class Layout:
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     image_sizes: Mapping[str, int] = field(default_factory=dict)
     whole: tuple[str, ...] = ()
+    margins: Mapping[str, float] = field(default_factory=dict)
+    resize_mode: Literal["crop", "stretch"] = "stretch"
     scales: Mapping[tuple[str, ...], float] = field(default_factory=lambda: {("cosine",): 30.0, ("dot",): 1.0})
     linear_is_dot: bool = False
     copies: Mapping[str, str] = field(default_factory=dict)
@@ -68,6 +74,10 @@ class Layout:
 
     def image_size(self, backbone: str) -> int:
         return self.image_sizes.get(backbone, _PUBLISHED_SIZES[backbone])
+
+    def resize(self, backbone: str, image_size: int) -> int:
+        margin = self.margins.get(backbone)
+        return int(1.15 * image_size) if margin is None else round(margin * image_size)
 
     def scale(self, backbone: str, similarity: str, has_bias: bool) -> float:
         if has_bias and similarity == "dot":
@@ -191,12 +201,15 @@ LAYOUTS: dict[str, Layout] = {
         head="fc.",
         mean=(125.3 / 255, 123.0 / 255, 113.9 / 255),
         std=(63.0 / 255, 62.1 / 255, 66.7 / 255),
+        margins={"resnet12": 92 / 84},
     ),
     "torchvision": Layout(
         "torchvision or timm",
         _IMAGENET_RESNETS,
         wrappers=(None, "state_dict", "model"),
         head="fc.",
+        margins=_IMAGENET_MARGINS,
+        resize_mode="crop",
         **_IMAGENET,
     ),
     "libfewshot": Layout(
@@ -225,7 +238,8 @@ LAYOUTS: dict[str, Layout] = {
         head="classifier.linear.",
         is_model=True,
         image_sizes={"resnet12": 80},
-        whole=("resnet12", "resnet12_narrow"),
+        margins={"resnet12": 1.0, "resnet12_narrow": 1.0, **_IMAGENET_MARGINS},
+        resize_mode="crop",
         **_IMAGENET,
     ),
 }

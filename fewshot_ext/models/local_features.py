@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from fewshot_ext._random import derive_generator
 from fewshot_ext._validation import check_at_least, check_count
+from fewshot_ext.data import ImageInput
+from fewshot_ext.data.resampling import resized_parts
 from fewshot_ext.models.backbone import Backbone
 
 # Of torchvision's RandomResizedCrop, which the official implementation draws its regions with.
@@ -23,9 +25,9 @@ class LocalFeatures(nn.Module, ABC):
 
     Args:
         backbone: offers ``feature_map``, images ``[B, ...]`` to ``[B, C, h, w]``.
-        preprocessing: applied to the images first, such as ``fewshot_ext.data.ImageInput``; nothing where None. Of a
-            trained network, ``network = fewshot_ext.models.load_network(path)``, the two are ``network.backbone`` and
-            ``network.preprocessing``.
+        preprocessing: applied to the images before the backbone, such as ``fewshot_ext.data.ImageInput``; nothing where
+            None. Of a trained network, ``network = fewshot_ext.models.load_network(path)``, the two are
+            ``network.backbone`` and ``network.preprocessing``.
 
     Raises:
         TypeError: a backbone without ``feature_map``.
@@ -47,9 +49,13 @@ class LocalFeatures(nn.Module, ABC):
     def boxes(self, images: Tensor) -> Tensor:
         """Where the local features of images look: ``[B, N, 4]`` float64 boxes (left, top, right, bottom).
 
-        They are in pixels of the image behind the preprocessing, and those of ``forward`` in evaluation; in training
-        crops are drawn anew by every call.
+        They are in pixels of ``view``, and those of ``forward`` in evaluation; in training crops are drawn anew by
+        every call.
         """
+
+    def view(self, images: Tensor) -> Tensor:
+        """What the regions are regions of, normalized: here the images behind the preprocessing."""
+        return self.preprocessing(images)
 
 
 class FCN(LocalFeatures):
@@ -110,31 +116,43 @@ class FCN(LocalFeatures):
 
 
 class _Crops(LocalFeatures):
-    """Each region is a crop, resized to the whole image's size; its feature is the mean over the crop's map."""
+    """Each region is a crop of the stored image, resized to the size that the backbone sees; its feature is the mean
+    over the crop's map.
+
+    An ``ImageInput`` resizes nothing before the crops are cut, as in the official implementation. Another
+    preprocessing comes first, and the crops are resized to the size of what it makes.
+    """
 
     def __init__(self, backbone: Backbone | nn.Module, horizontal_flip: bool, preprocessing: nn.Module | None) -> None:
         super().__init__(backbone, preprocessing)
         self.horizontal_flip = horizontal_flip
 
     def forward(self, images: Tensor) -> Tensor:
-        pixels = self.preprocessing(images)
+        pixels = self.view(images)
         if pixels.dim() != 4 or not pixels.is_floating_point():
             raise TypeError(
                 "images: expected floating-point [B, C, H, W], or a preprocessing that makes them so, "
                 f"got {pixels.dtype} {list(pixels.shape)}"
             )
         boxes, mirrored = self.draw(images, *pixels.shape[2:])
-        crops = resized_crops(pixels, boxes, mirrored)
+        side = self.preprocessing.image_size if isinstance(self.preprocessing, ImageInput) else None
+        size = tuple(pixels.shape[2:]) if side is None else (side, side)
+        crops = resized_parts(pixels, boxes, size, mirrored, alone=True)
         features = self.backbone.feature_map(crops.flatten(0, 1)).mean((2, 3))
         return features.unflatten(0, crops.shape[:2])
 
     def boxes(self, images: Tensor) -> Tensor:
-        boxes, _ = self.draw(images, *self.preprocessing(images[:1]).shape[2:])
+        boxes, _ = self.draw(images, *self.view(images[:1]).shape[2:])
         return boxes.double()
+
+    def view(self, images: Tensor) -> Tensor:
+        """The stored images, in training augmented; behind a preprocessing that is no ``ImageInput``."""
+        own = self.preprocessing
+        return own.whole(images) if isinstance(own, ImageInput) else own(images)
 
     @abstractmethod
     def draw(self, images: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """The regions of images ``[B, ...]`` that are ``height`` x ``width`` after the preprocessing.
+        """The regions of images ``[B, ...]`` whose views are ``height`` x ``width``.
 
         Returns:
             Boxes ``[B, N, 4]`` int64, (left, top, right, bottom) in pixels, and whether each is mirrored, ``[B, N]``
@@ -143,7 +161,7 @@ class _Crops(LocalFeatures):
 
 
 class Grid(_Crops):
-    """The image cut into grids of several sizes; every cell, enlarged around its center, is a region.
+    """The stored image cut into grids of several sizes; every cell, enlarged around its center, is a region.
 
     In training the enlargement is drawn for every image and grid, 1 + 2 U(0, 1), from torch's global generator.
 
@@ -210,7 +228,7 @@ class Grid(_Crops):
 
 
 class Sampling(_Crops):
-    """Random resized crops: 8 to 100 % of the image's area, with sides in a ratio of 3:4 to 4:3.
+    """Random resized crops: 8 to 100 % of the stored image's area, with sides in a ratio of 3:4 to 4:3.
 
     In training they come from torch's global generator. In evaluation they are decided by ``seed`` and the pixels of
     the image, so that the features of an image are the same in every batch and in every run.
@@ -270,40 +288,6 @@ class Sampling(_Crops):
         return f"regions={self.regions}, seed={self.seed}, horizontal_flip={self.horizontal_flip}"
 
 
-def resized_crops(images: Tensor, boxes: Tensor, mirrored: Tensor) -> Tensor:
-    """Parts of images, enlarged bilinearly to the size of the whole; nothing outside of a part shines in.
-
-    Args:
-        images: ``[B, C, H, W]``, floating.
-        boxes: ``[B, P, 4]`` (left, top, right, bottom) in whole pixels, each of at least one pixel.
-        mirrored: ``[B, P]`` bool, whether the crop is flipped from left to right.
-
-    Returns:
-        ``[B, P, C, H, W]``, differentiable to the images.
-
-    Example:
-        >>> image = torch.arange(16.0).view(1, 1, 4, 4)
-        >>> resized_crops(image, torch.tensor([[[2, 0, 4, 1]]]), torch.tensor([[False]]))[0, 0, 0, 0]
-        tensor([2.0000, 2.2500, 2.7500, 3.0000])
-    """
-    batch, channels, height, width = images.shape
-    regions = boxes.shape[1]
-    left, top, right, bottom = boxes.to(images.device, torch.float32).unsqueeze(-1).unbind(2)  # [B, P, 1]
-
-    def positions(start: Tensor, stop: Tensor, size: int) -> Tensor:
-        centers = (torch.arange(size, device=images.device) + 0.5) / size  # [size], in sides of the box
-        return torch.clamp(start + centers * (stop - start) - 0.5, start, stop - 1)  # [B, P, size]
-
-    across, down = positions(left, right, width), positions(top, bottom, height)
-    across = torch.where(mirrored.to(images.device).unsqueeze(-1), across.flip(-1), across)
-    # grid_sample runs over [-1, 1] from edge to edge. The regions of an image lie below each other in one tall grid.
-    across = ((2 * across + 1) / width - 1).unsqueeze(2).expand(-1, -1, height, -1)
-    down = ((2 * down + 1) / height - 1).unsqueeze(3).expand(-1, -1, -1, width)
-    grid = torch.stack([across, down], -1).flatten(1, 2).to(images.dtype)
-    crops = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    return crops.view(batch, channels, regions, height, width).transpose(1, 2)
-
-
 def pooled_regions(parts: tuple[int, int], cells: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """The regions of an image behind a feature map that is pooled to fewer parts, row by row.
 
@@ -332,10 +316,10 @@ def pooled_regions(parts: tuple[int, int], cells: tuple[int, int], size: tuple[i
 
 
 def random_boxes(uniform: Tensor, height: int, width: int) -> Tensor:
-    """Boxes of random area, aspect and place, distributed as those of torchvision's ``RandomResizedCrop``.
+    """Boxes of random area, aspect and place, as torchvision's ``RandomResizedCrop`` has them.
 
     It draws area and aspect again while the box does not fit, ten times at most, and then takes the largest box of a
-    legal aspect, in the middle of the image; here that one has a random place too.
+    legal aspect, in the middle of the image.
 
     Args:
         uniform: ``[..., 22]`` numbers of [0, 1) that decide them.
@@ -359,7 +343,8 @@ def random_boxes(uniform: Tensor, height: int, width: int) -> Tensor:
     size = torch.cat([size, torch.tensor([widest, highest]).expand(*size.shape[:-2], 1, 2)], -2)
     first = F.pad(fits, (0, 1), value=True).long().argmax(-1)
     size = size.gather(-2, first[..., None, None].expand(*first.shape, 1, 2)).squeeze(-2)
-    start = (place * (limit - size + 1)).long()
+    room = limit - size
+    start = torch.where(fits.any(-1, keepdim=True), (place * (room + 1)).long(), room // 2)
     return torch.cat([start, start + size], -1)
 
 

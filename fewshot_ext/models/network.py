@@ -12,7 +12,8 @@ from fewshot_ext import _extras
 from fewshot_ext._formats import misfits_named, read_weights, typed
 from fewshot_ext._validation import check_choice, plain_numbers
 from fewshot_ext.data import AugmentationConfig, ImageInput
-from fewshot_ext.data.augmentation import resized_size
+from fewshot_ext.data.augmentation import check_sizes
+from fewshot_ext.data.pictures import RESIZES
 from fewshot_ext.models.checkpoint import NETWORK_SCHEMA, read_layout, upgraded
 from fewshot_ext.models.config import BackboneConfig, build_backbone, fitted
 from fewshot_ext.models.deepemd import LocalFeaturesConfig, build_local_features
@@ -44,6 +45,9 @@ class NetworkConfig:
         channels_last: keeps feature maps in the channels-last layout, which most convolutions are faster in.
         similarity: how its features compare, "cosine" or "dot", by the loss that trained it; classifiers that are
             trained on its features go on with it.
+        resize: side that images are brought to before the middle ``image_size`` is cut out; None takes 1.15 times it.
+        resize_mode: how images become square, "stretch" or "crop", picture files too; see ``ImageInput`` and
+            ``read_image``. None stretches images and crops files, and resizes these by Lanczos' filter.
 
     Raises:
         ValueError: a value out of range, or numbers of channels that differ.
@@ -56,6 +60,8 @@ class NetworkConfig:
     image_size: int | None = None
     channels_last: bool = False
     similarity: Literal["cosine", "dot"] = "cosine"
+    resize: int | None = None
+    resize_mode: Literal["crop", "stretch"] | None = None
 
     def __post_init__(self) -> None:
         plain_numbers(self)
@@ -66,6 +72,9 @@ class NetworkConfig:
                 f"got {shape}, {self.mean} and {self.std}"
             )
         check_choice("similarity", self.similarity, "cosine", "dot")
+        check_sizes(self.image_size, self.resize)
+        if self.resize_mode is not None:
+            check_choice("resize_mode", self.resize_mode, *RESIZES)
         object.__setattr__(self, "backbone", fitted(self.backbone, *self.input_size))
 
     @property
@@ -90,6 +99,7 @@ class Network(nn.Module):
         channels: 1 or 3 where it takes only that, None where unknown.
         image_size: side to bring picture files to, None where unknown. Where the preprocessing resizes and then cuts
             out the middle, it is the side before the cut, so that nothing is scaled twice.
+        resize_mode: how picture files are brought to it; see ``NetworkConfig``.
         similarity: how the features compare, "cosine" or "dot"; see ``NetworkConfig``.
         out_features: D, None where unknown.
         channels_last: whether the backbone gets its input in the channels-last layout.
@@ -112,6 +122,7 @@ class Network(nn.Module):
         *,
         channels: int | None = None,
         image_size: int | None = None,
+        resize_mode: Literal["crop", "stretch"] | None = None,
         similarity: Literal["cosine", "dot"] = "cosine",
         out_features: int | None = None,
         channels_last: bool = False,
@@ -119,7 +130,8 @@ class Network(nn.Module):
     ) -> None:
         super().__init__()
         self.preprocessing, self.backbone = preprocessing, backbone
-        self.channels, self.image_size, self.similarity = channels, image_size, similarity
+        self.channels, self.image_size, self.resize_mode = channels, image_size, resize_mode
+        self.similarity = similarity
         self.out_features, self.channels_last, self.made_from = out_features, channels_last, dict(made_from or {})
         if channels_last:
             backbone.to(memory_format=torch.channels_last)
@@ -183,13 +195,21 @@ def build_network(config: NetworkConfig, augmentation: AugmentationConfig | None
         torch.Size([2, 32])
     """
     channels, height, width = config.image_shape
-    preprocessing = ImageInput(config.mean, config.std, augmentation or AugmentationConfig(), config.image_size)
+    preprocessing = ImageInput(
+        config.mean,
+        config.std,
+        augmentation or AugmentationConfig(),
+        config.image_size,
+        config.resize,
+        config.resize_mode or "stretch",
+    )
     backbone = build_backbone(config.backbone, channels)
     return Network(
         preprocessing,
         backbone,
         channels=channels,
-        image_size=_size_of_files(preprocessing) or (height if height == width else None),
+        image_size=preprocessing.resize or (height if height == width else None),
+        resize_mode=config.resize_mode,
         similarity=config.similarity,
         out_features=backbone.feature_size(*config.input_size),
         channels_last=config.channels_last,
@@ -264,7 +284,7 @@ def as_network(source: "Network | nn.Module | str | Path", preprocessing: Callab
         preprocessing or (nn.Identity() if inputs else _Pixels()),
         source,
         channels=len(inputs[0].mean) if inputs else None,
-        image_size=_size_of_files(inputs[0]) if inputs else None,
+        image_size=inputs[0].resize if inputs else None,
     ).eval()
 
 
@@ -390,10 +410,6 @@ def timm_network(name: str, state_dict: dict[str, Tensor] | None = None) -> Netw
     preprocessing, backbone = ImageInput(data["mean"], data["std"]), _TimmBackbone(model)
     made_from = {"timm": name}
     return Network(preprocessing, backbone, channels=channels, image_size=image_size, made_from=made_from).eval()
-
-
-def _size_of_files(preprocessing: ImageInput) -> int | None:
-    return None if preprocessing.image_size is None else resized_size(preprocessing.image_size)
 
 
 class _Pixels(nn.Module):

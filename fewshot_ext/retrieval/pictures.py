@@ -237,4 +237,10 @@ def _below(heading: str, sheet: "Image.Image") -> "Image.Image":
 
 def _batches(images: Tensor | list[Path], backbone: FrozenBackbone, batch_size: int) -> ImageBatches:
     network = backbone.network
-    return ImageBatches(images, channels=network.channels, image_size=network.image_size, batch_size=batch_size)
+    return ImageBatches(
+        images,
+        channels=network.channels,
+        image_size=network.image_size,
+        batch_size=batch_size,
+        resize_mode=network.resize_mode,
+    )

@@ -14,7 +14,8 @@ from fewshot_ext._validation import (
     check_similarity,
     plain_numbers,
 )
-from fewshot_ext.data.augmentation import AugmentationConfig
+from fewshot_ext.data.augmentation import AugmentationConfig, check_sizes
+from fewshot_ext.data.pictures import RESIZES
 from fewshot_ext.heads.names import HeadChoice, choose_head
 from fewshot_ext.models import BackboneConfig
 from fewshot_ext.ops.margin_softmax import DEFAULTS
@@ -74,6 +75,10 @@ class TrainingConfig:
         channels_last: keep feature maps in the channels-last layout, in which most convolutions are faster.
         checkpoint_epochs: number of epochs between two checkpoints; an interrupted run resumes from the last of them.
         image_size: side of the square images that the backbone sees; null takes the size of the stored images.
+        resize: side that images are brought to before the middle of image_size is cut out, in evaluation and in
+            training without random crops; null takes 1.15 times image_size.
+        resize_mode: how images become square there, and the picture files that the trained network is given: stretch,
+            or crop, which keeps their shape; null stretches images and crops files. Take that of data pack.
         mean: mean of each channel for pixels in [0, 1]; null takes that of the training images.
         std: standard deviation of each channel; null takes that of the training images.
         augmentation: see ``AugmentationConfig``.
@@ -83,6 +88,8 @@ class TrainingConfig:
     channels_last: bool = False
     checkpoint_epochs: int = 1
     image_size: int | None = None
+    resize: int | None = None
+    resize_mode: Literal["crop", "stretch"] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
@@ -91,8 +98,9 @@ class TrainingConfig:
         plain_numbers(self)
         check_choice("precision", self.precision, "32-true", "16-mixed", "bf16-mixed", "64-true")
         check_count("checkpoint_epochs", self.checkpoint_epochs, 1)
-        if self.image_size is not None:
-            check_count("image_size", self.image_size, 1)
+        check_sizes(self.image_size, self.resize)
+        if self.resize_mode is not None:
+            check_choice("resize_mode", self.resize_mode, *RESIZES)
         if (self.mean is None) != (self.std is None):
             raise ValueError(f"mean and std: expected both or neither, got {self.mean} and {self.std}")
         for name, values, check in (("mean", self.mean, check_number), ("std", self.std, check_positive)):

@@ -43,7 +43,8 @@ class MetaTrainingConfig(TrainingConfig):
         detach_weights: stop the gradient through the weights of the regions (deepemd only), as the official
             implementation does where OpenCV solves.
         backbone: see ``BackboneConfig``; null takes its defaults. It goes with --checkpoint scratch only: a checkpoint
-            brings its own. So it is with image_size, mean and std, but for checkpoints of other code, which lack them.
+            brings its own. So it is with resize_mode, and with image_size, resize, mean and std, but for checkpoints of
+            other code, which lack them.
         local_features: see ``LocalFeaturesConfig``. Grid and sampling cut and mirror regions themselves.
         classifier: see ``StructuredClassifierConfig``; used by deepemd with more than one shot only.
         validation: see ``ValidationConfig``.
@@ -135,7 +136,7 @@ class MetaTrainingConfig(TrainingConfig):
     @property
     def checkpoint_settings(self) -> CheckpointSettings:
         """What is given for a checkpoint of other code."""
-        return CheckpointSettings(image_size=self.image_size, mean=self.mean, std=self.std)
+        return CheckpointSettings(image_size=self.image_size, mean=self.mean, std=self.std, resize=self.resize)
 
     @property
     def epoch_episodes(self) -> int:

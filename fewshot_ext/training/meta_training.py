@@ -186,8 +186,9 @@ def _from_scratch(config: MetaTrainingConfig, archive: ImageArchive, seed: int) 
 
 
 def _from_checkpoint(config: MetaTrainingConfig, archive: ImageArchive, path: str | Path, seed: int) -> MetaTraining:
-    if config.backbone is not None:
-        raise ValueError(f"backbone: expected null beside a checkpoint, which brings its own, got {config.backbone}")
+    for name in ("backbone", "resize_mode"):
+        if (given := getattr(config, name)) is not None:
+            raise ValueError(f"{name}: expected null beside a checkpoint, which brings its own, got {given}")
     path = Path(path).expanduser()
     checkpoint = read_checkpoint(path, settings=config.checkpoint_settings)
     trained, shape = network_of(checkpoint), tuple(archive.images.shape[1:])

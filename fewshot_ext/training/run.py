@@ -300,7 +300,8 @@ class TrainingRun(ABC):
         before["network"] = asdict(NetworkConfig.from_dict(before["network"]))
         # A run may go on with its checkpoints further apart: the result is the same. What describes the network is held
         # against the network itself.
-        free = dict.fromkeys(("checkpoint_epochs", "backbone", "image_size", "mean", "std", "channels_last"))
+        of_network = ("backbone", "image_size", "resize", "resize_mode", "mean", "std", "channels_last")
+        free = dict.fromkeys(("checkpoint_epochs", *of_network))
         if self.module.can_go_on and self.config.epochs > before["config"]["epochs"]:
             free["epochs"] = self.config.epochs
         before["config"], after["config"] = before["config"] | free, after["config"] | free
@@ -346,7 +347,8 @@ def describe_network(
     mean, std = (config.mean, config.std) if config.mean is not None else archive.channel_statistics()
     if len(mean) != shape[0] or len(std) != shape[0]:
         raise ValueError(f"mean and std: expected one number a channel: the images have {shape[0]} channels")
-    return NetworkConfig(backbone, shape, mean, std, config.image_size, config.channels_last, similarity)
+    resizing = (config.resize, config.resize_mode)
+    return NetworkConfig(backbone, shape, mean, std, config.image_size, config.channels_last, similarity, *resizing)
 
 
 def _epochs_done(checkpoint: Path) -> int:

@@ -85,10 +85,10 @@ def test_what_was_assumed_is_kept(tmp_path, caplog):
     assert "in.tar is read as" in caplog.text
     own = load(tmp_path / "ours.ckpt")["hyper_parameters"]
     assert own["stage"] == "conversion" and own["origin"]["file"] == "in.tar" and len(own["origin"]["sha256"]) == 64
-    assert own["origin"]["assumed"].keys() == {"mean", "std", "scale"}
+    assert own["origin"]["assumed"].keys() == {"mean", "std", "resize", "scale"}
     caplog.clear()
     network = load_network(tmp_path / "ours.ckpt")
-    assert (network.similarity, network.preprocessing.image_size) == ("dot", 80)
+    assert (network.similarity, network.preprocessing.image_size, network.preprocessing.resize) == ("dot", 80, 92)
     assert not caplog.records, "ours says all itself"
 
 

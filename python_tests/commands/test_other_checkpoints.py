@@ -11,6 +11,7 @@ import torch
 from checkpoint_cases import negative_margin, resnet12
 from PIL import Image
 
+from fewshot_ext import FewShotClassifier
 from fewshot_ext.cli import main
 from fewshot_ext.data import ImageArchive, Split
 from fewshot_ext.models import conv4, load_network
@@ -82,6 +83,36 @@ def test_classify_takes_the_size_for_the_network_where_it_has_none_of_its_own(of
         assert json.loads(results.read_text())["image_size"] == size
     assert main([*command, "--checkpoint", str(checkpoints[0]), "--image-size", "9"]) == 0
     assert json.loads(results.read_text())["image_size"] == 9
+
+
+@pytest.fixture
+def wide(tmp_path):
+    """Two classes of wide pictures that differ at their ends alone, which a cut to the middle square would lose."""
+    draw = np.random.default_rng(0)
+    middle, ends = draw.integers(256, size=(40, 40, 3), dtype=np.uint8), (0, 255)
+    for label, end in enumerate(ends):
+        for side, shift in (("support", 0), ("query", 1)):
+            picture = np.pad(middle, ((0, 0), (40, 40), (0, 0)), constant_values=end)
+            folder = tmp_path / side / f"class {label}"
+            folder.mkdir(parents=True)
+            Image.fromarray(np.roll(picture, shift, 0)).save(folder / "a.png")
+    return tmp_path
+
+
+def test_commands_bring_picture_files_to_the_network_as_its_code_does(official, wide):
+    checkpoint = ["--checkpoint", str(official)]
+    support, query = str(wide / "support"), str(wide / "query")
+    assert FewShotClassifier(official, "protonet").fit(support).score(query) == 1
+    command = ["classify", *checkpoint, "--support", support, "--query", query, "--head", "protonet"]
+    assert main([*command, "--output", str(wide / "a")]) == 0
+    assert json.loads((wide / "a" / "results.json").read_text())["accuracy"] == 1
+    command = ["retrieve", *checkpoint, "--query", support, "--gallery", query, "--ks", "1", "--no-nmi"]
+    assert main([*command, "--neighbors", "1", "--output", str(wide / "b")]) == 0
+    assert '"recall_at_1": 1.0' in (wide / "b" / "retrieval.json").read_text()
+    pair = [str(wide / "support" / f"class {label}" / "a.png") for label in (0, 1)]
+    command = ["analyze", "matches", *checkpoint, "--query", pair[0], "--support", pair[1]]
+    assert main([*command, "--output", str(wide / "c")]) == 0
+    assert json.loads((wide / "c" / "matches.json").read_text())["rows"][0]["distance"] > 0.01
 
 
 def test_meta_training_goes_on_from_the_official_deepemd(colored, tmp_path):

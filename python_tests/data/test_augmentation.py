@@ -1,8 +1,12 @@
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
 from torch.nn import functional
 
 from fewshot_ext import _extras
@@ -101,12 +105,38 @@ def test_a_crop_equals_the_same_box_resized():
     module = ImageInput(**RGB, augmentation=AugmentationConfig(crop_scale=0.2), image_size=24)
     # A box whose edges are those of pixels, doubled.
     box = (torch.full((8, 1), 12 / 40), torch.full((8, 1), 12 / 40), torch.full((8, 1), -0.1), torch.full((8, 1), 0.1))
-    module.augmentation[0]._draw_boxes = lambda images: box
+    module.crop._draw_boxes = lambda images, dtype: box
     left, top = 18 - 6, 22 - 6
     crop = images[..., top : top + 12, left : left + 12] / 255
     expected = functional.interpolate(crop, (24, 24), mode="bilinear", align_corners=False)
     # At the edge of a crop its neighbors in the image take part, as they do not after cutting.
     torch.testing.assert_close(module(images)[..., 1:-1, 1:-1], expected[..., 1:-1, 1:-1], atol=1e-5, rtol=0)
+
+
+def pillow(image, size, box=None):
+    """A ``[C, H, W]`` uint8 image, or the box in it, resized by Pillow, as torchvision does on its pictures."""
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    return torch.from_numpy(np.array(picture.resize((size, size), Image.Resampling.BILINEAR, box))).permute(2, 0, 1)
+
+
+@settings(max_examples=25)
+@given(height=st.integers(12, 70), width=st.integers(12, 70), size=st.integers(8, 40), seed=st.integers(0, 99))
+def test_crops_are_those_of_pillow_whether_they_shrink_or_grow(height, width, size, seed):
+    torch.manual_seed(seed)
+    images = torch.randint(256, (4, 3, height, width), dtype=torch.uint8)
+    config = AugmentationConfig(crop_scale=0.08, horizontal_flip=True)
+    module, drawn = ImageInput(**RGB, augmentation=config, image_size=size), []
+    draw = module.crop._draw_boxes
+    module.crop._draw_boxes = lambda *arguments: drawn.append(draw(*arguments)) or drawn[0]
+    out = module(images)
+    half_width, half_height, x, y = (part.squeeze(1).double() for part in drawn[0])
+    edges = torch.stack([x - half_width, y - half_height, x + half_width, y + half_height], 1)
+    boxes = ((edges + 1) / 2 * torch.tensor([width, height] * 2)).clamp_min(0)
+    for found, image, box in zip(out * 255, images, boxes.tolist(), strict=True):
+        box = (box[0], box[1], min(box[2], width), min(box[3], height))
+        expected = pillow(image, size, box).float()
+        # Pillow rounds to whole levels twice, once in each direction.
+        assert min((found - expected).abs().max(), (found - expected.flip(-1)).abs().max()) < 1.01
 
 
 @pytest.mark.parametrize(("height", "width"), [(10, 100), (100, 10)])
@@ -118,6 +148,7 @@ def test_crops_of_long_images(height, width):
     whole, part = (out[:, 1, :, 4], out[:, 0, 4]) if height < width else (out[:, 0, 4], out[:, 1, :, 4])
     assert (whole[:, -1] - whole[:, 0]).min() > 0.8
     assert (part[:, -1] - part[:, 0]).max() < 0.15
+    torch.testing.assert_close(part[:, 3:5].mean(1), torch.full((200,), 0.5), atol=0.01, rtol=0)
 
 
 def test_half_of_the_images_are_mirrored_with_and_without_crops():
@@ -131,7 +162,7 @@ def test_half_of_the_images_are_mirrored_with_and_without_crops():
 
 def pillow_jitter(image, brightness, contrast, saturation):
     """Brightness, contrast and saturation as the closer-look code changes them, with Pillow."""
-    from PIL import Image, ImageEnhance
+    from PIL import ImageEnhance
 
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
     picture = ImageEnhance.Brightness(picture).enhance(brightness)
@@ -223,6 +254,19 @@ def test_what_is_not_uint8_is_refused():
         ImageInput(**RGB)(torch.rand(2, 3, 4, 4))
     with pytest.raises(ValueError, match="image_size: expected at least 1, got 0"):
         ImageInput(**RGB, image_size=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"resize": 92}, "resize: expected null without an image_size, got 92"),
+        ({"image_size": 84, "resize": 83}, "resize: expected at least image_size, 84, got 83"),
+        ({"image_size": 84, "resize_mode": "fold"}, "resize_mode: expected one of crop, stretch, got 'fold'"),
+    ],
+)
+def test_what_cannot_be_resized_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ImageInput(**RGB, **settings)
 
 
 def test_kornia_is_needed_for_rotations_alone(monkeypatch):

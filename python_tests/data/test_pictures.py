@@ -91,6 +91,7 @@ def test_a_large_jpeg_is_reduced_while_it_is_decoded(tmp_path):
         ({"size": 0}, "size: expected at least 1, got 0"),
         ({"mode": "RGBA"}, "mode: expected RGB or L, got 'RGBA'"),
         ({"resize": "squeeze"}, "resize: expected crop or stretch, got 'squeeze'"),
+        ({"filter": "cubic"}, "filter: expected one of lanczos, bilinear, got 'cubic'"),
     ],
 )
 def test_bad_arguments_of_read_image(arguments, message):

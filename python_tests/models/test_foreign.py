@@ -147,9 +147,7 @@ def test_files_of_few_shot_meta_baseline(name, ours, size, tmp_path, caplog):
     network = load_network(saved(content, tmp_path, "max-va.pth"))
     same_features(network, case)
     check_normalization(network, IMAGENET)
-    # Its ResNet-12 sees whole images of 80 x 80; that for ImageNet the middle of larger ones.
-    assert network.preprocessing.image_size == (224 if ours == "resnet18" else None)
-    assert network.image_size == (257 if ours == "resnet18" else size)
+    assert network.preprocessing.image_size == size
     assert f"read as few-shot-meta-baseline: {ours}, 4 channels wide" in caplog.text
     caplog.clear()
     state = {key: value for key, value in case.state.items() if key.startswith("encoder.")}
@@ -176,16 +174,17 @@ def test_what_the_file_says_and_what_is_given_is_not_assumed(tmp_path, caplog):
     content = negative_margin("resnet12", bias=True)[1]
     own = read_checkpoint(saved(content, tmp_path))["hyper_parameters"]
     assert own["config"] == {"similarity": "dot", "scale": 1.0} and own["num_classes"] == 6
-    assumed = {"image_size": 84, **NEGATIVE_MARGIN}
+    assumed = {"image_size": 84, "resize": 96, **NEGATIVE_MARGIN}
     assert own["origin"] == {"layout": "negative-margin", "file": "file.pth", "assumed": assumed}
     other = CheckpointSettings(similarity="cosine")
     own = read_checkpoint(saved(content, tmp_path, "a.tar"), settings=other)["hyper_parameters"]
     assert own["config"] == {"similarity": "cosine", "scale": 30.0} and "scale" in own["origin"]["assumed"]
-    given = CheckpointSettings(80, (0.5,) * 3, (0.25,) * 3, "dot", 10.0)
+    given = CheckpointSettings(80, (0.5,) * 3, (0.25,) * 3, "dot", 10.0, resize=90)
     caplog.clear()
     own = read_checkpoint(saved(content, tmp_path, "b.tar"), settings=given)["hyper_parameters"]
     assert own["config"] == {"similarity": "dot", "scale": 10.0} and own["origin"]["assumed"] == {}
     assert own["network"]["image_shape"] == (3, 80, 80) and own["network"]["std"] == (0.25,) * 3
+    assert own["network"]["resize"] == 90
     assert caplog.messages[0].endswith("resnet12, 4 channels wide, images of 3 channels")
     content = negative_margin("resnet12")[1]
     scales = {
@@ -267,6 +266,8 @@ def test_a_file_that_needs_code_is_refused_by_the_name_of_its_class(tmp_path):
         ({"mean": (0.5,)}, r"mean and std: expected both or neither, got \(0.5,\) and None"),
         ({"similarity": "euclidean"}, "similarity: expected one of cosine, dot, got 'euclidean'"),
         ({"scale": -1.0}, "scale: expected a number above 0, got -1.0"),
+        ({"resize": 0}, "resize: expected at least 1, got 0"),
+        ({"resize": 83}, "resize: expected at least image_size, 84, got 83"),
         ({"mean": (0.5,), "std": (0.25,)}, "image_shape: expected .*, and a mean and std for each channel"),
     ],
 )

@@ -2,14 +2,16 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from fewshot_ext.data import ImageInput
 from fewshot_ext.models import FCN, Grid, Sampling, conv4
-from fewshot_ext.models.local_features import random_boxes, resized_crops
+from fewshot_ext.models.local_features import random_boxes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -18,6 +20,14 @@ class Pixels(nn.Module):
     """A backbone whose feature map is the image: what reaches it can be seen."""
 
     def feature_map(self, images):
+        return images
+
+
+class Kept(Pixels):
+    """Keeps what reached it."""
+
+    def feature_map(self, images):
+        self.images = images
         return images
 
 
@@ -81,16 +91,20 @@ def official_cells(size, ratio, side):
     return cells
 
 
-@pytest.mark.parametrize(("height", "width"), [(84, 84), (32, 32), (25, 31), (6, 6)])
-@pytest.mark.parametrize("ratio", [1.0, 1.7, 2.0, 3.0])
-def test_grid_boxes_are_the_official_ones(height, width, ratio):
-    boxes, mirrored = Grid(Pixels(), ratio=ratio).eval().draw(torch.zeros(2, 3, height, width), height, width)
-    expected = [
+def official_grid(height, width, ratio=2):
+    return [
         [left, top, right, bottom]
         for side in (2, 3)
         for top, bottom in official_cells(height, ratio, side)
         for left, right in official_cells(width, ratio, side)
     ]
+
+
+@pytest.mark.parametrize(("height", "width"), [(84, 84), (32, 32), (25, 31), (6, 6)])
+@pytest.mark.parametrize("ratio", [1.0, 1.7, 2.0, 3.0])
+def test_grid_boxes_are_the_official_ones(height, width, ratio):
+    boxes, mirrored = Grid(Pixels(), ratio=ratio).eval().draw(torch.zeros(2, 3, height, width), height, width)
+    expected = official_grid(height, width, ratio)
     assert boxes.tolist() == [expected, expected]
     assert not mirrored.any()
     assert (boxes[..., 2:] > boxes[..., :2]).all()
@@ -111,16 +125,41 @@ def test_grid_ratio_is_drawn_for_every_image_and_grid_in_training():
     assert not Grid(Pixels(), horizontal_flip=False).train().draw(torch.zeros(9, 3, 84, 84), 84, 84)[1].any()
 
 
-def test_crops_equal_interpolation_of_the_part_alone(images):
-    boxes = torch.tensor([[[0, 0, 30, 24], [3, 5, 20, 11], [29, 23, 30, 24]]]).expand(3, -1, -1)
-    mirrored = torch.tensor([[False, True, False], [True, False, True], [False, False, False]])
-    crops = resized_crops(images, boxes, mirrored)
-    for b in range(3):
-        for p, (left, top, right, bottom) in enumerate(boxes[b].tolist()):
-            part = images[b : b + 1, :, top:bottom, left:right]
-            expected = F.interpolate(part, size=(24, 30), mode="bilinear", align_corners=False)[0]
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("height", "width"), [(67, 103), (31, 25), (84, 84)])
+@pytest.mark.parametrize("kind", [Grid, Sampling])
+def test_regions_are_cut_from_the_stored_picture_as_the_official_code_cuts_them(kind, height, width, training):
+    """Of the whole picture, which nothing has resized: crop, then resize, both of Pillow."""
+    images = torch.randint(256, (3, 3, height, width), dtype=torch.uint8)
+    backbone = Kept().train(training)
+    own = ImageInput((0.5,) * 3, (0.25,) * 3, image_size=40, resize=44).train(training)
+    module, drawn = kind(backbone, preprocessing=own), []
+    draw = module.draw
+    module.draw = lambda *arguments: drawn.append(draw(*arguments)) or drawn[0]
+    module(images)
+    boxes, mirrored = drawn[0]
+    if kind is Grid and not training:
+        assert boxes[0].tolist() == official_grid(height, width)
+    seen = (backbone.images * 0.25 + 0.5).mul(255).unflatten(0, boxes.shape[:2])
+    for b, image in enumerate(images):
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        for p, box in enumerate(boxes[b].tolist()):
+            region = picture.crop(box).resize((40, 40), Image.Resampling.BILINEAR)
+            expected = torch.from_numpy(np.array(region)).permute(2, 0, 1)
             expected = expected.flip(-1) if mirrored[b, p] else expected
-            torch.testing.assert_close(crops[b, p], expected, rtol=1e-4, atol=1e-4)
+            # Pillow rounds to whole levels twice, once in each direction.
+            assert (seen[b, p] - expected).abs().max() < 1.01
+
+
+def test_the_view_is_what_the_boxes_are_of():
+    images = torch.randint(256, (2, 3, 50, 60), dtype=torch.uint8)
+    own = ImageInput((0.0,) * 3, (1.0,) * 3, image_size=40)
+    for module in (Grid(Pixels(), preprocessing=own), Sampling(Pixels(), preprocessing=own)):
+        torch.testing.assert_close(module.eval().view(images), images / 255)
+        boxes = module.boxes(images)
+        assert boxes[..., 2].max() > 44 and boxes[..., 3].max() > 44
+    fcn = FCN(Pixels(), preprocessing=own).eval()
+    assert torch.equal(fcn.view(images), own(images))
 
 
 def test_grid_features_are_means_over_the_crops(images):
@@ -144,6 +183,8 @@ def random_resized_crop(uniform, height, width):
             break
     else:
         w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+        left, top = (width - w) // 2, (height - h) // 2
+        return [left, top, left + w, top + h]
     left, top = int(place[0] * (width - w + 1)), int(place[1] * (height - h + 1))
     return [left, top, left + w, top + h]
 
@@ -156,8 +197,8 @@ def test_random_boxes_are_those_of_random_resized_crop(height, width):
 
 
 def test_boxes_that_never_fit_are_the_largest_legal_ones():
-    assert random_boxes(torch.full((22,), 0.999), 10, 100).tolist() == [87, 0, 100, 10]
-    assert random_boxes(torch.full((22,), 0.999), 100, 10).tolist() == [0, 87, 10, 100]
+    assert random_boxes(torch.full((22,), 0.999), 10, 100).tolist() == [43, 0, 56, 10]
+    assert random_boxes(torch.full((22,), 0.999), 100, 10).tolist() == [0, 43, 10, 56]
 
 
 def test_sampling_is_decided_by_seed_and_pixels(images):

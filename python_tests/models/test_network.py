@@ -1,7 +1,7 @@
 """Networks and their checkpoints, of this version and of 0.1, whose files in ``fixtures`` were written by it."""
 
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +32,16 @@ def test_checkpoints_of_version_0_1_give_the_features_that_it_gave(name):
     torch.testing.assert_close(network(novel()[:4]), expected)
     assert network.similarity == ("dot" if name == "softmax" else "cosine")
     assert (network.channels, network.image_size) == (1, 8)
+
+
+def test_a_checkpoint_that_says_nothing_of_resizing_has_the_old_one():
+    values = asdict(replace(CONFIG, image_size=20))
+    del values["resize"], values["resize_mode"]
+    network = build_network(NetworkConfig.from_dict(values))
+    assert (network.preprocessing.resize, network.preprocessing.resize_mode) == (23, "stretch")
+    assert (network.image_size, network.resize_mode) == (23, None)
+    kept = rebuild_network(build_network(replace(CONFIG, image_size=20, resize=21, resize_mode="crop")).content())
+    assert (kept.preprocessing.resize, kept.image_size, kept.resize_mode) == (21, 21, "crop")
 
 
 def test_a_classifier_of_version_0_1_gives_the_scores_that_it_gave(tmp_path):

@@ -1,9 +1,11 @@
+import re
 from dataclasses import replace
 
 import pytest
 
 from fewshot_ext.cli import main
-from fewshot_ext.data import AugmentationConfig
+from fewshot_ext.data import AugmentationConfig, ImageInput
+from fewshot_ext.data.download import BY_HAND, REMOTE
 from fewshot_ext.heads import HEAD_GROUPS, DeepEMDHead
 from fewshot_ext.models import BackboneConfig, StructuredClassifierConfig, build_backbone
 from fewshot_ext.recipes import (
@@ -50,6 +52,18 @@ def test_the_recipes_are_these():
     assert recipe_names() == sorted([*PUBLISHED, *SMALL, *DEEPEMD])
 
 
+@pytest.mark.parametrize("name", [*PUBLISHED, "miniimagenet_resnet12_deepemd"])
+def test_pictures_packed_as_the_recipe_says_shrink_and_never_grow(name):
+    config = load_recipe(name)
+    packed = int(re.search(r"# Pack .*--size (\d+) --resize-mode stretch", recipe_path(name).read_text())[1])
+    assert config.resize_mode == "stretch"
+    assert packed >= ImageInput(config.mean, config.std, image_size=config.image_size, resize=config.resize).resize
+    data = name.partition("_")[0]
+    if data in ("cub", "miniimagenet"):
+        sizes = re.findall(r"--size (\d+)", REMOTE["cub"].next_step if data == "cub" else BY_HAND[data])
+        assert str(packed) in sizes
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_recipes_have_the_published_values(name):
     margin, weight_decay, drop_block = PUBLISHED[name]
@@ -86,7 +100,7 @@ def test_the_first_stage_of_deepemd_has_the_published_values(name):
     assert (config.similarity, config.margin, config.scale, config.label_smoothing) == ("dot", 0, 1, 0)
     assert (config.optimizer, config.learning_rate, config.momentum, config.nesterov) == ("sgd", 0.1, 0.9, True)
     assert (config.decay, config.decay_epochs, config.weight_decay) == (0.2, 30, 5e-4)
-    assert (config.epochs, config.batch_size, config.image_size) == (120, 128, 84)
+    assert (config.epochs, config.batch_size, config.image_size, config.resize) == (120, 128, 84, 92)
     assert config.backbone == BackboneConfig("resnet12")
     assert config.augmentation == AugmentationConfig(crop_scale=0.08, horizontal_flip=True)
     validation = config.validation

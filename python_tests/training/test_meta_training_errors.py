@@ -134,7 +134,7 @@ def test_images_of_other_channels(settings, images32, checkpoint, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("backbone", BackboneConfig()), ("image_size", 16)],
+    [("backbone", BackboneConfig()), ("image_size", 16), ("resize_mode", "crop")],
 )
 def test_settings_of_a_network_beside_a_checkpoint(settings, digits, checkpoint, tmp_path, name, value):
     message = f"{name}: expected null beside a checkpoint, which brings its own, got"

@@ -27,9 +27,10 @@ from fewshot_ext.commands.common import (
     writable_folder,
 )
 from fewshot_ext.commands.locks import hold_folder
-from fewshot_ext.data import Split, read_image
+from fewshot_ext.data import Split
 from fewshot_ext.data.walk import FOLDER_RULE, find_pictures
 from fewshot_ext.evaluation import FrozenBackbone
+from fewshot_ext.evaluation.images import read_for
 from fewshot_ext.experiments.matches import (
     ImagePair,
     check_pairs,
@@ -169,9 +170,11 @@ def _read_pairs(query: str, support: str, backbone: FrozenBackbone) -> tuple[lis
             f"{len(sides[1])}"
         )
     check_pairs(count)
-    mode = "L" if backbone.network.channels == 1 else "RGB"
-    side = backbone.network.image_size
-    read = {path: read_image(path, side, mode=mode) for path in dict.fromkeys((*sides[0], *sides[1]))}
+    network = backbone.network
+    read = {
+        path: read_for(path, network.image_size, network.channels, network.resize_mode)
+        for path in dict.fromkeys((*sides[0], *sides[1]))
+    }
     sides = [side * count if len(side) == 1 else side for side in sides]
     pairs = zip(*sides, strict=True)
     return [

@@ -40,7 +40,8 @@ def add_arguments(parser) -> None:
         "--resize_mode",
         type=Literal["crop", "stretch"],
         default="crop",
-        help="how to resize: crop makes the short side SIZE and cuts out the middle, stretch makes both sides SIZE",
+        help="how to resize: crop makes the short side SIZE and cuts out the middle, stretch makes both sides SIZE, "
+        "as the published recipes take it",
     )
     parser.add_argument(
         "--mode",
