@@ -13,14 +13,13 @@ from fewshot_ext._validation import (
     check_like,
     check_tensor,
 )
+from fewshot_ext.losses.miners import MINERS, TripletMiner
 
 PROXY_LOSSES = ("proxy_anchor", "proxy_nca")
 BASE_LOSSES = (*PROXY_LOSSES, "contrastive", "triplet")
-# Of the official code: scale and threshold of cosines, the deviation of the first proxies, and the distances between
-# which negatives are drawn.
+# Of the official code: scale and threshold of cosines, and the deviation of the first proxies.
 _SCALE, _THRESHOLD = 64.0, 0.1
 _PROXY_DEVIATION = 1 / 8
-_NEAREST_NEGATIVE, _FARTHEST_NEGATIVE = 0.5, 1.4
 
 
 class ProxyLoss(nn.Module):
@@ -65,9 +64,9 @@ class ProxyLoss(nn.Module):
 
 
 class MinedLoss(nn.Module):
-    """A loss over the tuples that a miner finds in the batch: both of pytorch-metric-learning."""
+    """A loss of pytorch-metric-learning over the triplets that a miner draws from the batch."""
 
-    def __init__(self, loss: nn.Module, miner: nn.Module) -> None:
+    def __init__(self, loss: nn.Module, miner: TripletMiner) -> None:
         super().__init__()
         self.loss = loss
         self.miner = miner
@@ -87,7 +86,7 @@ def require_packages(name: str) -> None:
         require("metric", "pytorch_metric_learning")
 
 
-def base_loss(name: str, num_classes: int, embedding_size: int) -> nn.Module:
+def base_loss(name: str, num_classes: int, embedding_size: int, miner: str = "distance") -> nn.Module:
     """A loss ``loss(embeddings [n, D], labels [n]) -> []`` with the settings of the official Anti-Collapse code.
 
     ============== =========================================================== ==========================
@@ -95,13 +94,13 @@ def base_loss(name: str, num_classes: int, embedding_size: int) -> nn.Module:
     ============== =========================================================== ==========================
     "proxy_anchor" ProxyAnchor (Kim et al., CVPR 2020), alpha 64, delta 0.1     all
     "proxy_nca"    ProxyNCA in the official form, see :class:`ProxyLoss`        all
-    "contrastive"  margins 0 and 1, mean over pairs                             distance-weighted
-    "triplet"      margin 0.2                                                   distance-weighted
+    "contrastive"  margins 0 and 1, mean over pairs                             of ``miner``
+    "triplet"      margin 0.2                                                   of ``miner``
     ============== =========================================================== ==========================
 
     The first two own ``proxies`` ``[num_classes, embedding_size]``, which want a learning rate far above that of the
-    backbone (2000 times as high in the official code). Distance-weighted negatives (Wu et al., ICCV 2017) are drawn
-    from torch's global generator. Every loss normalizes the embeddings.
+    backbone (2000 times as high in the official code). Miners draw from torch's global generator. Every loss normalizes
+    the embeddings.
 
     Embeddings are float32, float64, bfloat16 or float16. Half types are computed in float32, also under autocast; the
     loss is float64 for float64 embeddings and float32 otherwise. Gradients reach the embeddings and the proxies.
@@ -110,12 +109,14 @@ def base_loss(name: str, num_classes: int, embedding_size: int) -> nn.Module:
         name: see above.
         num_classes: at least 2; labels are in [0, num_classes).
         embedding_size: D, at least 1.
+        miner: "distance", "random", "semihard" or "softhard"; see :class:`TripletMiner`. The first two losses take all
+            images of the batch.
 
     Raises:
         ImportError: for the last two, where pytorch-metric-learning is missing (extra ``metric``).
-        TypeError, ValueError: an unknown name, a size that is no integer or too small. In a call a wrong type or dtype,
-            shapes or devices that do not fit and no samples; of the first two labels without a proxy; of the last two
-            embeddings that are not finite, and batches of one class or without two images of a class.
+        TypeError, ValueError: an unknown name or miner, a size that is no integer or too small. In a call a wrong type
+            or dtype, shapes or devices that do not fit and no samples; of the first two labels without a proxy; of the
+            last two embeddings that are not finite, and batches of one class or without two images of a class.
 
     Example:
         >>> import torch
@@ -126,18 +127,17 @@ def base_loss(name: str, num_classes: int, embedding_size: int) -> nn.Module:
     check_choice("name", name, *BASE_LOSSES)
     num_classes = check_count("num_classes", num_classes, 2)
     embedding_size = check_count("embedding_size", embedding_size, 1)
+    check_choice("miner", miner, *MINERS)
     if name in PROXY_LOSSES:
         return ProxyLoss(name, num_classes, embedding_size)
     require_packages(name)
-    from pytorch_metric_learning import losses, miners, reducers
+    from pytorch_metric_learning import losses, reducers
 
     if name == "contrastive":
         loss = losses.ContrastiveLoss(pos_margin=0, neg_margin=1, reducer=reducers.MeanReducer())
     else:
         loss = losses.TripletMarginLoss(margin=0.2)
-    return MinedLoss(
-        loss, miners.DistanceWeightedMiner(cutoff=_NEAREST_NEGATIVE, nonzero_loss_cutoff=_FARTHEST_NEGATIVE)
-    )
+    return MinedLoss(loss, TripletMiner(miner))
 
 
 def _log_one_plus_sum(exponents: Tensor, mask: Tensor, dim: int) -> Tensor:

@@ -13,6 +13,7 @@ from fewshot_ext._validation import (
 )
 from fewshot_ext.losses.anti_collapse import CONVENTIONS, VARIANTS
 from fewshot_ext.losses.base_losses import BASE_LOSSES, PROXY_LOSSES
+from fewshot_ext.losses.miners import MINERS
 from fewshot_ext.models import BackboneConfig
 from fewshot_ext.training.config import TrainingConfig
 
@@ -98,6 +99,9 @@ class MetricTrainingConfig(TrainingConfig):
     Args:
         loss: loss with the settings of the official Anti-Collapse code. proxy_anchor and proxy_nca compare images with
             proxies of the classes, contrastive and triplet compare images with each other.
+        miner: how triplets are drawn for contrastive and triplet: negatives by the inverse density of their distance
+            (distance), all at random (random), negatives a little farther than the positive (semihard), or positives
+            and negatives that are in the wrong order (softhard). See ``TripletMiner``.
         epochs: number of epochs; an epoch has as many batches as hold all training images.
         classes_per_batch: number of classes in a batch (P); null takes 45, or all where there are fewer.
         samples_per_class: number of images of each class in a batch (K); at least 2 for contrastive and triplet.
@@ -122,6 +126,7 @@ class MetricTrainingConfig(TrainingConfig):
     """
 
     loss: Literal["proxy_anchor", "proxy_nca", "contrastive", "triplet"] = "proxy_anchor"
+    miner: Literal["distance", "random", "semihard", "softhard"] = "distance"
     epochs: int = 100
     classes_per_batch: int | None = None
     samples_per_class: int = 2
@@ -146,6 +151,9 @@ class MetricTrainingConfig(TrainingConfig):
                 "negatives"
             )
         has_proxies = self.loss in PROXY_LOSSES
+        check_choice("miner", self.miner, *MINERS)
+        if has_proxies and self.miner != MINERS[0]:
+            raise ValueError(f"miner is an option of contrastive and triplet, got {self.miner!r} for {self.loss}")
         check_count("samples_per_class", self.samples_per_class, 1)
         if self.samples_per_class < 2 and not has_proxies:
             raise ValueError(

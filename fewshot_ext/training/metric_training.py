@@ -52,7 +52,7 @@ class MetricTraining(ImageTraining):
         seed: int = 0,
     ) -> None:
         super().__init__(config, network, seed, num_classes=num_classes)
-        self.criterion = base_loss(config.loss, num_classes, self.network.out_features)
+        self.criterion = base_loss(config.loss, num_classes, self.network.out_features, config.miner)
         if config.anti_collapse.variant != NO_ANTI_COLLAPSE:
             self.criterion = AntiCollapseLoss(self.criterion, **asdict(config.anti_collapse))
 

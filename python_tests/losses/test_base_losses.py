@@ -124,7 +124,7 @@ def test_base_losses_have_the_official_settings():
     assert base_loss("proxy_nca", 1000, DIMENSIONS).proxies.std().item() == pytest.approx(1 / 8, rel=0.05)
     contrastive = base_loss("contrastive", CLASSES, DIMENSIONS)
     assert (contrastive.loss.pos_margin, contrastive.loss.neg_margin) == (0, 1)
-    assert (contrastive.miner.cutoff, contrastive.miner.nonzero_loss_cutoff) == (0.5, 1.4)
+    assert contrastive.miner.name == "distance"
     assert base_loss("triplet", CLASSES, DIMENSIONS).loss.margin == 0.2
 
 
@@ -171,6 +171,19 @@ def test_bad_batches_of_base_losses(names, change, error, message):
                 assert message in str(raised.value)
 
 
+def test_contrastive_is_the_mean_over_the_pairs_of_the_triplets():
+    needs_metric_learning()
+    base = base_loss("contrastive", CLASSES, DIMENSIONS, "random")
+    embeddings, labels = batch(torch.float64)
+    torch.manual_seed(3)
+    loss = base(embeddings, labels)
+    torch.manual_seed(3)
+    anchors, positives, negatives = base.miner(F.normalize(embeddings), labels)
+    unit = F.normalize(embeddings)
+    near, far = ((unit[anchors] - unit[others]).norm(dim=1) for others in (positives, negatives))
+    torch.testing.assert_close(loss, near.mean() + (1 - far).relu().mean())
+
+
 def test_names_of_parameters():
     assert list(base_loss("proxy_anchor", CLASSES, DIMENSIONS).state_dict()) == ["proxies"]
     assert not base_loss("triplet", CLASSES, DIMENSIONS).state_dict()
@@ -182,6 +195,7 @@ def test_names_of_parameters():
         (("arcface", 5, 8), ValueError, "name: expected one of proxy_anchor, proxy_nca, contrastive, triplet"),
         (("triplet", 1, 8), ValueError, "num_classes: expected at least 2, got 1"),
         (("triplet", 5, 0), ValueError, "embedding_size: expected at least 1, got 0"),
+        (("triplet", 5, 8, "hard"), ValueError, "miner: expected one of distance, random, semihard, softhard"),
         (("triplet", 5.0, 8), TypeError, "num_classes: expected an integer, got float"),
     ),
 )

@@ -252,6 +252,8 @@ def test_a_config_survives_plain_containers():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"loss": "triplet", "miner": "hard"}, "miner: expected one of distance, .*, softhard, got 'hard'"),
+        ({"miner": "random"}, "miner is an option of contrastive and triplet, got 'random' for proxy_anchor"),
         ({"loss": "hinge"}, "loss: expected one of proxy_anchor, .*, got 'hinge'"),
         (
             {"classes_per_batch": 1},
