@@ -60,11 +60,12 @@ def pooled_size(name: str, poolings: int, height: int, width: int) -> tuple[int,
 
 @torch.no_grad()
 def initialize(module: nn.Module) -> None:
-    """He's normal initialization over the fan-out for convolutions, as all residual backbones of the field start.
+    """He's normal initialization over the fan-out for convolutions, as the field's backbones start.
 
     Reference:
         He et al., Delving Deep into Rectifiers, ICCV 2015.
     """
     for part in module.modules():
-        if isinstance(part, nn.Conv2d):
+        # Without memory there is nothing to draw, and torch would import its compiler to find that out.
+        if isinstance(part, nn.Conv2d) and not part.weight.is_meta:
             nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")

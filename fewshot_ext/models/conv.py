@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from fewshot_ext.models.backbone import Backbone, pooled_size
+from fewshot_ext.models.backbone import Backbone, initialize, pooled_size
 
 
 class ConvBlock(nn.Sequential):
@@ -54,6 +54,7 @@ class ConvBackbone(Backbone):
         self.blocks = nn.Sequential(
             *(ConvBlock(i, o, pool=k < pooled_blocks) for k, (i, o) in enumerate(zip(inputs, channels, strict=True)))
         )
+        initialize(self)
 
     def feature_map(self, images: Tensor) -> Tensor:
         return self.blocks(images)

@@ -16,7 +16,7 @@ from fewshot_ext.training.callbacks import Validation
 from fewshot_ext.training.config import PreTrainingConfig
 from fewshot_ext.training.distributed import RankBatches, share_batches
 from fewshot_ext.training.run import BEST, ImageTraining, TrainingRun, describe_network
-from fewshot_ext.training.schedule import sgd_in_steps, warmup_cosine
+from fewshot_ext.training.schedule import WarmupCosine, sgd_in_steps
 
 HEADS = {"cosine": MarginCosineLoss, "dot": MarginSoftmaxLoss}
 
@@ -62,6 +62,11 @@ class PreTraining(ImageTraining):
     def can_go_on(self) -> bool:
         return self.config.optimizer == "sgd"  # whose steps do not depend on the number of epochs
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        for state in checkpoint["lr_schedulers"]:
+            WarmupCosine.upgrade(state)
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> dict[str, Tensor]:
         images, target = batch
         loss, prediction = self.head(self(images), target, return_prediction=True)
@@ -92,8 +97,7 @@ class PreTraining(ImageTraining):
         warmup_steps = round(total_steps * config.warmup)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
-            lambda step: warmup_cosine(
-                step,
+            WarmupCosine(
                 total_steps=total_steps,
                 warmup_steps=warmup_steps,
                 peak=config.learning_rate,

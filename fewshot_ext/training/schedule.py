@@ -36,6 +36,29 @@ def warmup_cosine(
     return minimum + (peak - minimum) * (1 + math.cos(math.pi * progress)) / 2
 
 
+class WarmupCosine:
+    """:func:`warmup_cosine` as a factor of ``LambdaLR``, whose state keeps when a step's rate is set.
+
+    Args:
+        settings: the keywords of :func:`warmup_cosine`.
+    """
+
+    # The official negative-margin code sets a step's rate after the step: the first two steps have the first rate.
+    delay = 1
+
+    def __init__(self, **settings: float) -> None:
+        self._settings = settings
+
+    def __call__(self, step: int) -> float:
+        return warmup_cosine(max(step - self.delay, 0), **self._settings)
+
+    @classmethod
+    def upgrade(cls, state: dict[str, Any]) -> None:
+        """Has the schedule of a run of version 0.1, which set a step's rate before the step, go on as it began."""
+        if state.get("lr_lambdas") == [None]:
+            state["lr_lambdas"] = [{"delay": 0}]
+
+
 def sgd_in_steps(
     parameters: Iterable[nn.Parameter], config: "PreTrainingConfig | MetaTrainingConfig"
 ) -> dict[str, Any]:

@@ -24,6 +24,18 @@ def test_feature_size(channels, pooled_blocks, size, features):
     assert backbone(torch.randn(2, 1, *size)).shape == (2, features)
 
 
+def test_initial_weights_are_those_of_the_official_negative_margin_code():
+    """Convolutions normal by the fan-out; torch's own are uniform by the fan-in."""
+    torch.manual_seed(0)
+    for block in conv4(width=64).blocks:
+        convolution, norm = block[0], block[1]
+        weight = convolution.weight / (2 / (3 * 3 * 64)) ** 0.5
+        assert weight.std().item() == pytest.approx(1, rel=0.05)
+        assert weight.abs().max() > 2.5  # a uniform distribution ends at 1.7 deviations
+        assert (norm.weight == 1).all()
+        assert (norm.bias == 0).all()
+
+
 def test_too_small_images_are_named():
     with pytest.raises(ValueError, match="4 pooled blocks need images of at least 16 x 16, got 8 x 20"):
         conv4().feature_size(8, 20)

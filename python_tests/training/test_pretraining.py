@@ -11,7 +11,6 @@ from fewshot_ext.training import (
     PreTrainingConfig,
     PreTrainingRun,
     pretrain,
-    warmup_cosine,
 )
 from fewshot_ext.training.schedule import sgd_in_steps
 
@@ -99,14 +98,28 @@ def logged_rates(folder):
     return [event.value for event in events.Scalars("train/learning_rate")]
 
 
-def test_the_log_has_the_mean_rate_over_each_epochs_steps(tiny, archive, tmp_path):
+def official_rates(total, warmup, peak, minimum, multiplier):
+    """The loop of the official negative-margin code: a step of the optimizer, then that step's rate is set."""
+    rates, rate = [], peak / multiplier
+    for step in range(total):
+        rates.append(rate)
+        if step <= warmup:
+            rate = peak / multiplier * (1 + (multiplier - 1) * step / warmup)
+        else:
+            rate = minimum + (peak - minimum) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+    return rates
+
+
+def test_every_step_has_the_official_rate_and_the_log_their_means(tiny, archive, tmp_path, monkeypatch):
+    found = []
+    watch = lambda module, optimizer: found.append(optimizer.param_groups[0]["lr"])  # noqa: E731
+    monkeypatch.setattr(PreTraining, "on_before_optimizer_step", watch)
     pretrain(tiny, archive, tmp_path)
     steps = math.ceil(len(archive) / tiny.batch_size)
-    # The warm-up is the first of the four epochs.
-    schedule = {"total_steps": 4 * steps, "warmup_steps": steps, "peak": tiny.learning_rate}
-    schedule |= {"minimum": tiny.minimum_learning_rate, "warmup_multiplier": tiny.warmup_multiplier}
-    rates = [warmup_cosine(step, **schedule) for step in range(4 * steps)]
     assert steps > 1
+    # The warm-up is the first of the four epochs.
+    rates = official_rates(4 * steps, steps, tiny.learning_rate, 1e-6, 16)
+    assert found == pytest.approx(rates, rel=1e-9)
     assert logged_rates(tmp_path) == pytest.approx(
         [fmean(rates[epoch * steps : (epoch + 1) * steps]) for epoch in range(4)]
     )
