@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fewshot_ext.commands.training import add_config_arguments, add_run_arguments, check_run, fields_of, train
 from fewshot_ext.losses.base_losses import require_packages
+from fewshot_ext.models.network import own_network
 from fewshot_ext.training.metric_config import NO_ANTI_COLLAPSE, MetricTrainingConfig
 
 if TYPE_CHECKING:
@@ -26,8 +27,14 @@ SUMMARY = "train an embedding for retrieval, with or without Anti-Collapse"
 
 def add_arguments(parser) -> None:
     """Adds the options of ``metric-train`` to a jsonargparse parser."""
-    add_run_arguments(
+    run = add_run_arguments(
         parser, "metric-train", seed="seed of weights, batches, augmentation and mined negatives", processes=False
+    )
+    run.add_argument(
+        "--checkpoint",
+        metavar="FILE|timm:NAME",
+        help="network to start from: a checkpoint of any training or of other code, such as a state_dict of "
+        "torchvision's ResNet-50, or timm:resnet50.tv_in1k; by default random weights",
     )
     add_config_arguments(parser, MetricTrainingConfig)
 
@@ -41,13 +48,24 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     """
     require_packages(arguments.loss)
     config = MetricTrainingConfig(**fields_of(MetricTrainingConfig, arguments))
+    if arguments.checkpoint is not None:
+        own_network(arguments.checkpoint)  # a large image set takes minutes to load: a wrong path should not
     inputs = check_run(arguments)
 
     from fewshot_ext.training import MetricTrainingRun
 
-    run = MetricTrainingRun(config, inputs.base, inputs.output, unseen=inputs.novel, **inputs.options)
+    run = MetricTrainingRun(
+        config, inputs.base, inputs.output, checkpoint=arguments.checkpoint, unseen=inputs.novel, **inputs.options
+    )
     unseen = inputs.novel and {"novel": {"images": len(inputs.novel), "classes": inputs.novel.num_classes}}
-    record = {**inputs.record, "data": {**inputs.record["data"], **(unseen or {})}, "config": asdict(config)}
+    settings = run.module.hparams
+    record = {
+        **inputs.record,
+        "data": {**inputs.record["data"], **(unseen or {})},
+        "checkpoint": {"name": arguments.checkpoint, "sha256": settings["checkpoint_sha256"]},
+        "config": asdict(config),
+        "network": settings["network"],
+    }
     return lambda: train(
         "metric-train",
         run,
@@ -64,7 +82,7 @@ def _headline(run: "MetricTrainingRun") -> list[str]:
     parameters = sum(parameter.numel() for parameter in run.module.backbone.parameters())
     with_term = f", with Anti-Collapse ({term.variant}, {term.convention}, weight {term.weight:g})"
     return [
-        f"backbone: {config.backbone.name}, {parameters:,} parameters, embeddings of "
+        f"backbone: {run.module.hparams['network']['backbone']['name']}, {parameters:,} parameters, embeddings of "
         f"{run.module.network.out_features:,} dimensions",
         f"loss: {config.loss}{'' if term.variant == NO_ANTI_COLLAPSE else with_term}",
         f"batches: {config.classes_per_batch} classes x {config.samples_per_class} images",

@@ -3,11 +3,11 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fewshot_ext._validation import check_count, check_fraction, plain_numbers
+from fewshot_ext._validation import check_choice, check_count, check_fraction, plain_numbers
 from fewshot_ext.models.backbone import Backbone
 from fewshot_ext.models.conv import conv4
 from fewshot_ext.models.drop_block import RAMP_STEPS
-from fewshot_ext.models.embedding import EmbeddedBackbone
+from fewshot_ext.models.embedding import POOLINGS, EmbeddedBackbone
 from fewshot_ext.models.resnet import NarrowResNet12, ResNet12, ResNet18, ResNet50
 from fewshot_ext.models.wide_resnet import WideResNet28
 
@@ -30,6 +30,7 @@ class BackboneConfig:
         drop_block_size: side of DropBlock's blocks in a ResNet.
         drop_ramp_steps: number of training steps in which DropBlock's rate grows from 0.
         embedding: number of dimensions that a linear layer projects the features to; null adds no such layer.
+        pooling: what is projected: the mean of the feature map (average), or mean and maximum added (average_max).
 
     Raises:
         ValueError: a value out of range, or an option that the backbone does not have.
@@ -42,6 +43,7 @@ class BackboneConfig:
     drop_block_size: int = 5
     drop_ramp_steps: int = RAMP_STEPS
     embedding: int | None = None
+    pooling: Literal["average", "average_max"] = "average"
 
     def __post_init__(self) -> None:
         plain_numbers(self)
@@ -64,6 +66,9 @@ class BackboneConfig:
         check_count("drop_ramp_steps", self.drop_ramp_steps, 0)
         if self.embedding is not None:
             check_count("embedding", self.embedding, 1)
+        check_choice("pooling", self.pooling, *POOLINGS)
+        if self.embedding is None and self.pooling != POOLINGS[0]:
+            raise ValueError(f"pooling is an option of backbones with an embedding, got {self.pooling!r} without one")
 
 
 def fitted(config: BackboneConfig, height: int, width: int) -> BackboneConfig:
@@ -90,7 +95,7 @@ def build_backbone(config: BackboneConfig, in_channels: int = 3) -> Backbone:
         640
     """
     backbone = _build_plain(config, in_channels)
-    return backbone if config.embedding is None else EmbeddedBackbone(backbone, config.embedding)
+    return backbone if config.embedding is None else EmbeddedBackbone(backbone, config.embedding, config.pooling)
 
 
 def _build_plain(config: BackboneConfig, in_channels: int) -> Backbone:

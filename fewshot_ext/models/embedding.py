@@ -1,16 +1,23 @@
-"""A backbone whose features are projected to a few dimensions, as for pictures of the feature space."""
+"""A backbone whose features are projected to a few dimensions, for retrieval and for pictures of the feature space."""
 
 from torch import Tensor, nn
 
+from fewshot_ext._validation import check_choice
 from fewshot_ext.models.backbone import Backbone
+
+POOLINGS = ("average", "average_max")
 
 
 class EmbeddedBackbone(Backbone):
-    """A backbone with a linear layer behind the mean of its feature map.
+    """A backbone with a linear layer behind its pooled feature map.
 
     Args:
         backbone: what is projected.
         features: dimensions of the feature vector.
+        pooling: "average" projects the mean over the map's positions, "average_max" the sum of mean and maximum.
+
+    Raises:
+        ValueError: another pooling.
 
     Shape:
         ``[N, C, H, W]`` -> ``[N, features]``.
@@ -22,9 +29,10 @@ class EmbeddedBackbone(Backbone):
         torch.Size([3, 2])
     """
 
-    def __init__(self, backbone: Backbone, features: int) -> None:
+    def __init__(self, backbone: Backbone, features: int, pooling: str = "average") -> None:
         super().__init__()
-        self.backbone = backbone
+        check_choice("pooling", pooling, *POOLINGS)
+        self.backbone, self.pooling = backbone, pooling
         self.out_channels = backbone.out_channels
         self.projection = nn.Linear(backbone.out_channels, features)
 
@@ -39,4 +47,8 @@ class EmbeddedBackbone(Backbone):
         return self.projection.out_features
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.projection(self.feature_map(images).mean((2, 3)))
+        features = self.feature_map(images)
+        pooled = features.mean((2, 3))
+        if self.pooling == "average_max":
+            pooled = pooled + features.amax((2, 3))
+        return self.projection(pooled)

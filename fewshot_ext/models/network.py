@@ -17,10 +17,10 @@ from fewshot_ext.data.pictures import RESIZES
 from fewshot_ext.models.checkpoint import NETWORK_SCHEMA, read_layout, upgraded
 from fewshot_ext.models.config import BackboneConfig, build_backbone, fitted
 from fewshot_ext.models.deepemd import LocalFeaturesConfig, build_local_features
-from fewshot_ext.models.foreign import BringsItsOwn, CheckpointSettings, fresh_counters, misfit, plain_state
+from fewshot_ext.models.foreign import BringsItsOwn, CheckpointSettings, adopt, fresh_counters, misfit, plain_state
 from fewshot_ext.models.local_features import LocalFeatures
 
-_TIMM = "timm:"
+TIMM = "timm:"
 # Of files that torch writes; a text that ends so is no name of a model.
 _SUFFIXES = (".ckpt", ".tar", ".pth", ".pt", ".bin")
 _NOTHING_GIVEN = CheckpointSettings()
@@ -246,13 +246,33 @@ def load_network(source: str | Path, settings: CheckpointSettings = _NOTHING_GIV
     is_word = path.is_dir() and path.name == str(source)
     if (
         isinstance(source, Path)
-        or (path.suffix in _SUFFIXES and not source.startswith(_TIMM))
+        or (path.suffix in _SUFFIXES and not source.startswith(TIMM))
         or (path.exists() and not is_word)
     ):
         return network_of(read_checkpoint(path, settings=settings)).eval()
     BringsItsOwn.check(settings, "for a model of timm")
-    name, equals, file = source.removeprefix(_TIMM).partition("=")
+    name, equals, file = source.removeprefix(TIMM).partition("=")
     return timm_network(name, _timm_weights(name, Path(file).expanduser())) if equals else timm_network(name)
+
+
+def own_network(source: str | Path, settings: CheckpointSettings = _NOTHING_GIVEN) -> Network:
+    """As :func:`load_network`, always with a backbone of this package, whose training can go on.
+
+    Args:
+        source: as there; a model of timm has to be one of which this package has the backbone, such as
+            "timm:resnet50.tv_in1k".
+        settings: as there.
+
+    Raises:
+        ImportError, OSError, ValueError: as there, and ValueError for another model of timm.
+    """
+    if not str(source).startswith(TIMM):
+        return network_of(read_checkpoint(Path(source).expanduser(), settings=settings))
+    peer = load_network(source, settings)
+    mean, std = (getattr(peer.preprocessing, name).flatten().tolist() for name in ("mean", "std"))
+    with misfits_named(f"{source} is no backbone of this package"):
+        adopted = adopt(peer.backbone.model.state_dict(), CheckpointSettings(peer.image_size, tuple(mean), tuple(std)))
+    return network_of({"hyper_parameters": adopted.settings, "state_dict": adopted.state_dict})
 
 
 def as_network(source: "Network | nn.Module | str | Path", preprocessing: Callable | None = None) -> Network:

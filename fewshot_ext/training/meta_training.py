@@ -9,14 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from fewshot_ext._files import file_sha256
 from fewshot_ext.data import ImageArchive
 from fewshot_ext.models import BackboneConfig, EmbeddedBackbone, NetworkConfig, build_local_features
 from fewshot_ext.models.checkpoint import META_TRAINING
-from fewshot_ext.models.network import network_of, read_checkpoint
 from fewshot_ext.training.episodic import EpisodeBatches, EpisodeValidation, RankEpisodes, episode_loader
 from fewshot_ext.training.meta_config import MetaTrainingConfig
-from fewshot_ext.training.run import BEST, ImageTraining, TrainingRun, describe_network
+from fewshot_ext.training.run import BEST, ImageTraining, TrainingRun, describe_network, read_start
 from fewshot_ext.training.schedule import sgd_in_steps
 
 
@@ -189,22 +187,8 @@ def _from_checkpoint(config: MetaTrainingConfig, archive: ImageArchive, path: st
     for name in ("backbone", "resize_mode"):
         if (given := getattr(config, name)) is not None:
             raise ValueError(f"{name}: expected null beside a checkpoint, which brings its own, got {given}")
-    path = Path(path).expanduser()
-    checkpoint = read_checkpoint(path, settings=config.checkpoint_settings)
-    trained, shape = network_of(checkpoint), tuple(archive.images.shape[1:])
-    if trained.channels != shape[0]:
-        raise ValueError(
-            f"checkpoint {path} takes images of {trained.channels} channels, as it was trained on, got {shape[0]}"
-        )
-    not_finite = [
-        name
-        for name, value in checkpoint["state_dict"].items()
-        if value.is_floating_point() and not value.isfinite().all()
-    ]
-    if not_finite:
-        raise ValueError(f"checkpoint {path} holds NaN or infinity in {not_finite[0]}")
-    own = NetworkConfig.from_dict(checkpoint["hyper_parameters"]["network"])
-    network = replace(own, image_shape=shape, channels_last=config.channels_last)
-    module = MetaTraining(config, network, seed, checkpoint_sha256=file_sha256(path))
-    module.network.load_state_dict(trained.state_dict())
+    start = read_start(path, archive, config.checkpoint_settings)
+    network = replace(start.config, channels_last=config.channels_last)
+    module = MetaTraining(config, network, seed, checkpoint_sha256=start.sha256)
+    module.network.load_state_dict(start.network.state_dict())
     return module

@@ -93,8 +93,8 @@ _CLASSES_PER_BATCH = 45  # of the official code
 class MetricTrainingConfig(TrainingConfig):
     """An embedding of unit length trained by a metric learning loss on batches of P classes with K images each.
 
-    Batches, losses and weight decay are those of the official Anti-Collapse code; its rates are for a ResNet-50 that
-    knows ImageNet (learning_rate 1e-5, proxy_learning_rate 0.02), the default here for a network that starts afresh.
+    Batches, losses and the factor of weight decay are those of the official Anti-Collapse code, whose recipes have
+    the rest: it fine-tunes networks that know ImageNet, and the defaults here are for one that starts afresh.
 
     Args:
         loss: loss with the settings of the official Anti-Collapse code. proxy_anchor and proxy_nca compare images with
@@ -105,16 +105,21 @@ class MetricTrainingConfig(TrainingConfig):
         epochs: number of epochs; an epoch has as many batches as hold all training images.
         classes_per_batch: number of classes in a batch (P); null takes 45, or all where there are fewer.
         samples_per_class: number of images of each class in a batch (K); at least 2 for contrastive and triplet.
-        learning_rate: learning rate of AdamW for the backbone.
+        optimizer: adam, whose weight decay is an L2 penalty, as in the official code, or adamw, whose is decoupled.
+        learning_rate: learning rate of the network.
         proxy_learning_rate: learning rate of the proxies, if the loss has any. They start anywhere and must move faster
             than the backbone. They have no weight decay.
         milestones: epochs after which both learning rates fall.
         decay_factor: factor that both learning rates are multiplied by at each milestone.
-        weight_decay: weight decay of AdamW for the backbone.
+        weight_decay: weight decay of the network.
+        warmup_epochs: number of first epochs that train the embedding's layer and the proxies alone.
+        freeze_batch_norm: keep means and variances of batch normalization as the checkpoint has them; its scales and
+            shifts are trained.
         compile: compile the backbone by torch.compile; the first steps then take minutes.
         anti_collapse: see ``AntiCollapseConfig``.
         backbone: see ``BackboneConfig``; its ``embedding`` is the number of dimensions that are compared, and null
-            leaves the features as they are.
+            leaves the features as they are. A checkpoint brings the rest of it, and image_size, mean and std where
+            they are null.
         measurement: see ``MeasurementConfig``.
 
     Raises:
@@ -130,11 +135,14 @@ class MetricTrainingConfig(TrainingConfig):
     epochs: int = 100
     classes_per_batch: int | None = None
     samples_per_class: int = 2
+    optimizer: Literal["adam", "adamw"] = "adamw"
     learning_rate: float = 1e-3
     proxy_learning_rate: float = 0.02
     milestones: tuple[int, ...] = ()
     decay_factor: float = 0.5
     weight_decay: float = 4e-4
+    warmup_epochs: int = 0
+    freeze_batch_norm: bool = False
     compile: bool = False
     anti_collapse: AntiCollapseConfig = field(default_factory=AntiCollapseConfig)
     backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig(embedding=64))
@@ -163,6 +171,12 @@ class MetricTrainingConfig(TrainingConfig):
             raise ValueError(
                 f"anti_collapse.variant: expected 'pair' or 'none' for {self.loss}, which has no proxies, "
                 f"got {self.anti_collapse.variant!r}"
+            )
+        check_choice("optimizer", self.optimizer, "adam", "adamw")
+        check_count("warmup_epochs", self.warmup_epochs, 0)
+        if self.warmup_epochs and self.backbone.embedding is None:
+            raise ValueError(
+                f"warmup_epochs: expected 0 without backbone.embedding, whose layer it trains, got {self.warmup_epochs}"
             )
         check_positive("proxy_learning_rate", self.proxy_learning_rate)
         check_positive("decay_factor", self.decay_factor)

@@ -1,32 +1,35 @@
 """Metric learning: an embedding of unit length, trained on P x K batches with or without the Anti-Collapse term."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fewshot_ext._precision import normalize
 from fewshot_ext.data import ImageArchive, PKBatches
 from fewshot_ext.losses import AntiCollapseLoss, base_loss
-from fewshot_ext.models import NetworkConfig
+from fewshot_ext.models import Backbone, CheckpointSettings, EmbeddedBackbone, NetworkConfig
 from fewshot_ext.models.checkpoint import METRIC_TRAINING
 from fewshot_ext.ops import coding_rate
 from fewshot_ext.training.metric_callbacks import EmbeddingHistory
 from fewshot_ext.training.metric_config import NO_ANTI_COLLAPSE, MetricTrainingConfig
-from fewshot_ext.training.run import BEST, ImageTraining, TrainingRun, describe_network
+from fewshot_ext.training.run import BEST, ImageTraining, TrainingRun, describe_network, read_start
+
+_OF_THE_EMBEDDING = ("embedding", "pooling")
 
 
 class MetricTraining(ImageTraining):
-    """Backbone and loss over uint8 images, with AdamW and a rate of its own for the proxies.
+    """Backbone and loss over uint8 images, with Adam or AdamW and a rate of its own for the proxies.
 
     Args:
         config: see ``MetricTrainingConfig``.
         network: what is trained.
         num_classes: seen classes.
         seed: with the epoch's number it decides the augmentation and the mined negatives of that epoch.
+        checkpoint_sha256: of the file that the first weights come from, for the record.
 
     Shape:
         ``[B, C, H, W]`` uint8 -> embeddings ``[B, D]`` of length 1, in float32, or float64 for that precision.
@@ -40,7 +43,7 @@ class MetricTraining(ImageTraining):
 
     stage = METRIC_TRAINING
     config_type = MetricTrainingConfig
-    others = ("num_classes",)
+    others = ("num_classes", "checkpoint_sha256")
     means = ("base_loss", "coding_rate")
     rates = ("learning_rate_backbone", "learning_rate_proxies")
 
@@ -50,8 +53,9 @@ class MetricTraining(ImageTraining):
         network: NetworkConfig,
         num_classes: int,
         seed: int = 0,
+        checkpoint_sha256: str | None = None,
     ) -> None:
-        super().__init__(config, network, seed, num_classes=num_classes)
+        super().__init__(config, network, seed, num_classes=num_classes, checkpoint_sha256=checkpoint_sha256)
         self.criterion = base_loss(config.loss, num_classes, self.network.out_features, config.miner)
         if config.anti_collapse.variant != NO_ANTI_COLLAPSE:
             self.criterion = AntiCollapseLoss(self.criterion, **asdict(config.anti_collapse))
@@ -59,6 +63,21 @@ class MetricTraining(ImageTraining):
     def forward(self, images: Tensor) -> Tensor:
         features = super().forward(images)
         return normalize(features)
+
+    def train(self, mode: bool = True) -> "MetricTraining":
+        super().train(mode)
+        if self.config.freeze_batch_norm:
+            for part in self.network.modules():
+                if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                    part.eval()
+        return self
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self.train()  # Lightning leaves the mode of every part as it finds it
+        if self.config.warmup_epochs:
+            # Without a gradient Adam takes no step, not even that of weight decay.
+            self.backbone.backbone.requires_grad_(self.current_epoch >= self.config.warmup_epochs)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> dict[str, Tensor]:
         images, target = batch
@@ -79,11 +98,12 @@ class MetricTraining(ImageTraining):
 
     def configure_optimizers(self) -> dict:
         config = self.config
+        kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
         groups: list[dict[str, Any]] = [{"params": list(self.network.parameters()), "lr": config.learning_rate}]
         if proxies := list(self.criterion.parameters()):
             # Their length is divided away, so that decay would do nothing but change their rate.
             groups.append({"params": proxies, "lr": config.proxy_learning_rate, "weight_decay": 0.0})
-        optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+        optimizer = kind(groups, weight_decay=config.weight_decay)
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(config.milestones), config.decay_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
 
@@ -97,6 +117,8 @@ class MetricTrainingRun(TrainingRun):
         config: see ``MetricTrainingConfig``.
         seen: training images of the seen classes.
         directory: receives ``last.ckpt``, ``best.ckpt``, ``history.json``, ``history.csv`` and the TensorBoard log.
+        checkpoint: whose backbone is trained on, behind a fresh layer for the embedding: a file of any training or of
+            other code, or "timm:NAME" for a backbone of this package with timm's weights; None starts from random ones.
         validation: images of validation classes, which choose ``best.ckpt``; without any the last epoch is the best.
         unseen: images of the classes that are tested; they choose nothing.
         seed: decides initial weights, batches, augmentation and mined negatives.
@@ -104,9 +126,10 @@ class MetricTrainingRun(TrainingRun):
 
     Raises:
         ImportError: Lightning, TensorBoard, pytorch-metric-learning or kornia (where images are augmented) is missing.
-        OSError: ``last.ckpt`` cannot be read.
+        OSError: ``checkpoint`` or ``last.ckpt`` cannot be read.
         ValueError: images too small for the backbone, fewer seen classes than P, a class with a single image, a K of
-            Recall@K larger than a gallery, or a ``last.ckpt`` of other settings.
+            Recall@K larger than a gallery, a checkpoint that does not fit the images or the settings of the backbone,
+            or a ``last.ckpt`` of other settings.
 
     Example:
         >>> from fewshot_ext.data import Split, load_digits
@@ -126,6 +149,7 @@ class MetricTrainingRun(TrainingRun):
         seen: ImageArchive,
         directory: str | Path,
         *,
+        checkpoint: str | Path | None = None,
         validation: ImageArchive | None = None,
         unseen: ImageArchive | None = None,
         seed: int = 0,
@@ -141,10 +165,13 @@ class MetricTrainingRun(TrainingRun):
             Path(directory) / BEST,
             seed,
         )
-        network = describe_network(config, config.backbone, seen)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            module = MetricTraining(config, network, seen.num_classes, seed)
+            if checkpoint is None:
+                network = describe_network(config, config.backbone, seen)
+                module = MetricTraining(config, network, seen.num_classes, seed)
+            else:
+                module = _from_checkpoint(config, seen, checkpoint, seed)
         batches = PKBatches(seen.labels, config.classes_per_batch, config.samples_per_class, seed)
         super().__init__(
             module,
@@ -172,6 +199,31 @@ class MetricTrainingRun(TrainingRun):
         for name, row in last.items():
             found[name] = {key: value for key, value in row.items() if key not in ("classes", "spectrum")}
         return found
+
+
+def _from_checkpoint(config: MetricTrainingConfig, seen: ImageArchive, source: str | Path, seed: int) -> MetricTraining:
+    start = read_start(source, seen, CheckpointSettings())
+    own, asked = start.config.backbone, config.backbone
+    for field in fields(asked):
+        value, kept = getattr(asked, field.name), getattr(own, field.name)
+        if field.name not in _OF_THE_EMBEDDING and value not in (field.default, kept):
+            raise ValueError(f"backbone.{field.name}: expected {kept}, as checkpoint {source} has it, got {value}")
+    network = replace(
+        start.config,
+        backbone=replace(own, **{name: getattr(asked, name) for name in _OF_THE_EMBEDDING}),
+        image_size=config.image_size or start.config.image_size,
+        mean=config.mean or start.config.mean,
+        std=config.std or start.config.std,
+        channels_last=config.channels_last,
+        similarity="cosine",
+    )
+    module = MetricTraining(config, network, seen.num_classes, seed, start.sha256)
+    _without_projection(module.backbone).load_state_dict(_without_projection(start.network.backbone).state_dict())
+    return module
+
+
+def _without_projection(backbone: Backbone) -> Backbone:
+    return backbone.backbone if isinstance(backbone, EmbeddedBackbone) else backbone
 
 
 def check_batches(config: MetricTrainingConfig, seen: ImageArchive) -> None:

@@ -7,10 +7,10 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ import lightning.pytorch as pl  # noqa: E402  (the check above words a missing L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint  # noqa: E402
 from lightning.pytorch.loggers import TensorBoardLogger  # noqa: E402
 
-from fewshot_ext._files import remove_leftovers  # noqa: E402
+from fewshot_ext._files import file_sha256, remove_leftovers  # noqa: E402
 from fewshot_ext._formats import check_schema, misfits_named, read_weights  # noqa: E402
 from fewshot_ext._random import derive_seed  # noqa: E402
 from fewshot_ext._record import check_same_settings  # noqa: E402
@@ -32,9 +32,16 @@ from fewshot_ext._validation import check_at_least  # noqa: E402
 from fewshot_ext.data import ImageArchive  # noqa: E402
 from fewshot_ext.evaluation import extract_features  # noqa: E402
 from fewshot_ext.heads import HeadChoice  # noqa: E402
-from fewshot_ext.models import Backbone, BackboneConfig, NetworkConfig, build_network  # noqa: E402
+from fewshot_ext.models import (  # noqa: E402
+    Backbone,
+    BackboneConfig,
+    CheckpointSettings,
+    Network,
+    NetworkConfig,
+    build_network,
+)
 from fewshot_ext.models.checkpoint import FORMAT_VERSION, upgraded  # noqa: E402
-from fewshot_ext.models.network import read_checkpoint  # noqa: E402
+from fewshot_ext.models.network import TIMM, own_network, read_checkpoint  # noqa: E402
 from fewshot_ext.training.callbacks import BestCheckpoint, EpochMeans, ProgressBar  # noqa: E402
 from fewshot_ext.training.checkpoints import AtomicCheckpointIO  # noqa: E402
 from fewshot_ext.training.config import PreTrainingConfig  # noqa: E402
@@ -114,7 +121,8 @@ class ImageTraining(pl.LightningModule):
         with misfits_named(f"{path} does not fit this version of fewshot_ext"):
             own = checkpoint["hyper_parameters"]
             config, network = cls.config_type.from_dict(own["config"]), NetworkConfig.from_dict(own["network"])
-            module = cls(config, network, seed=own["seed"], **{name: own[name] for name in cls.others})
+            others = {name: own[name] for name in cls.others if name in own}
+            module = cls(config, network, seed=own["seed"], **others)
             module.load_state_dict(checkpoint["state_dict"])
         return module.eval()
 
@@ -349,6 +357,44 @@ def describe_network(
         raise ValueError(f"mean and std: expected one number a channel: the images have {shape[0]} channels")
     resizing = (config.resize, config.resize_mode)
     return NetworkConfig(backbone, shape, mean, std, config.image_size, config.channels_last, similarity, *resizing)
+
+
+class Start(NamedTuple):
+    """The network that a training goes on from, what describes it, and the checksum of its file if it has one."""
+
+    network: Network
+    config: NetworkConfig
+    sha256: str | None
+
+
+def read_start(source: str | Path, archive: ImageArchive, settings: CheckpointSettings) -> Start:
+    """The network of a checkpoint, for images of the shape of those in ``archive``.
+
+    Args:
+        source: a file as ``read_checkpoint`` takes it, or "timm:NAME" or "timm:NAME=FILE" for one of timm's models that
+            are backbones of this package.
+        archive: training images.
+        settings: what a checkpoint of other code does not hold.
+
+    Raises:
+        ImportError: timm is named and missing.
+        OSError: the file cannot be read.
+        ValueError: it is no checkpoint, its network takes images of other channels or is none of this package, or
+            weights are not finite.
+    """
+    shape = tuple(archive.images.shape[1:])
+    network, sha256 = own_network(source, settings), None
+    if not str(source).startswith(TIMM):
+        sha256 = file_sha256(Path(source).expanduser())
+    if network.channels != shape[0]:
+        raise ValueError(
+            f"checkpoint {source} takes images of {network.channels} channels, as it was trained on, got {shape[0]}"
+        )
+    for name, value in network.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"checkpoint {source} holds NaN or infinity in network.{name}")
+    config = NetworkConfig.from_dict(network.made_from["network"])
+    return Start(network, replace(config, image_shape=shape), sha256)
 
 
 def _epochs_done(checkpoint: Path) -> int:

@@ -4,13 +4,15 @@ import torch
 from fewshot_ext.models import BackboneConfig, EmbeddedBackbone, build_backbone
 
 
-def test_features_are_a_linear_map_of_the_mean_feature():
+@pytest.mark.parametrize("pooling", ["average", "average_max"])
+def test_features_are_a_linear_map_of_the_pooled_feature(pooling):
     torch.manual_seed(0)
-    backbone = build_backbone(BackboneConfig(width=8, embedding=2), in_channels=1).eval()
+    backbone = build_backbone(BackboneConfig(width=8, embedding=2, pooling=pooling), in_channels=1).eval()
     images = torch.randn(30, 1, 32, 32)
     with torch.no_grad():
         features = backbone(images)
-        inner = backbone.backbone.feature_map(images).mean((2, 3))
+        positions = backbone.backbone.feature_map(images).flatten(2)
+        inner = positions.mean(2) + (positions.max(2).values if pooling == "average_max" else 0)
         expected = inner @ backbone.projection.weight.T + backbone.projection.bias
     torch.testing.assert_close(features, expected)
     assert (features < 0).any(), "a ReLU behind the projection would leave a quarter of the plane"
@@ -34,3 +36,7 @@ def test_images_too_small_and_bad_sizes_are_named():
         backbone.feature_size(8, 8)
     with pytest.raises(ValueError, match="embedding: expected at least 1, got 0"):
         BackboneConfig(embedding=0)
+    with pytest.raises(ValueError, match="pooling: expected one of average, average_max, got 'max'"):
+        BackboneConfig(embedding=2, pooling="max")
+    with pytest.raises(ValueError, match="pooling is an option of backbones with an embedding, got 'average_max'"):
+        BackboneConfig(pooling="average_max")
