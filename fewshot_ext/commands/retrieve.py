@@ -1,9 +1,9 @@
 """Find the nearest images of every query by the embeddings of a checkpoint, and measure how many are of its class.
 
 Takes the unseen classes of an image set, or folders of pictures with a folder for each class: --query alone, where
-every picture is searched among the others, or --query and --gallery. Prints Recall@K, MAP@R, R-precision and NMI, and
-writes them to retrieval.json and retrieval.csv, the neighbors of every query to neighbors.csv, and a picture of
-some queries with their nearest neighbors, right and wrong ones marked, to neighbors.png.
+every picture is searched among the others, or --query and --gallery. Prints Recall@K, MAP@R, R-precision, NMI and
+F1, and writes them to retrieval.json and retrieval.csv, the neighbors of every query to neighbors.csv, and a picture
+of some queries with their nearest neighbors, right and wrong ones marked, to neighbors.png.
 
 --rerank N retrieves in two stages: the N images nearest by their embeddings are put in the order of the Earth Mover's
 Distance (EMD) between their regions. Recall@K is then given before and after; neighbors.csv and neighbors.png have the
@@ -33,7 +33,7 @@ from fewshot_ext._files import replace_file, replace_text
 from fewshot_ext._progress import progress_bar
 from fewshot_ext._random import derive_generator
 from fewshot_ext._record import versions
-from fewshot_ext._validation import check_at_least, check_choice, check_positive
+from fewshot_ext._validation import check_at_least, check_choice, check_counts, check_positive
 from fewshot_ext.commands.common import (
     CHECKPOINT_HELP,
     add_checkpoint_settings,
@@ -54,9 +54,10 @@ from fewshot_ext.evaluation.protocol import check_map_memory
 from fewshot_ext.heads.names import features_record
 from fewshot_ext.models import LocalFeaturesConfig
 from fewshot_ext.retrieval import (
+    ClusteringMetrics,
     RerankedRetrieval,
     check_retrieval,
-    clustering_nmi,
+    clustering_metrics,
     measure_spread,
     nearest_neighbors,
     retrieval_metrics,
@@ -99,6 +100,9 @@ def add_arguments(parser) -> None:
     )
     measures = parser.add_argument_group("measures")
     measures.add_argument("--ks", type=int, nargs="+", default=[1, 2, 4, 8], metavar="K", help="numbers K of Recall@K")
+    measures.add_argument(
+        "--map_ks", type=int, nargs="*", default=[], metavar="K", help="numbers K of MAP@K, such as 1000"
+    )
     measures.add_argument("--distance", default="cosine", help="distance of embeddings: cosine or euclidean")
     measures.add_argument(
         "--lone_queries",
@@ -152,6 +156,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         _extras.require("metric", "sklearn")
     for name in ("batch_size", "neighbors", "rows"):
         check_at_least(name, arguments[name], 1)
+    check_counts("map_ks", (*arguments.map_ks,), 1)
     check_at_least("seed", arguments.seed, 0)
     check_choice("distance", arguments.distance, *DISTANCES)
     check_choice("weighting", arguments.weighting, "cross_reference", "uniform")
@@ -276,6 +281,7 @@ class _Search:
                 ks=(*arguments.ks,),
                 distance=arguments.distance,
                 lone_queries=arguments.lone_queries,
+                map_ks=(*arguments.map_ks,),
                 on_progress=lambda count: bar.update(count - bar.n),
             )
         found: dict[str, Any] = {
@@ -285,7 +291,7 @@ class _Search:
             **metrics.row(),
         }
         if not arguments.no_nmi:
-            found["nmi"] = clustering_nmi(*pairs[:2], distance=arguments.distance, seed=arguments.seed)
+            found |= clustering_metrics(*pairs[:2], distance=arguments.distance, seed=arguments.seed)._asdict()
         found |= measure_spread(embeddings[0]).row()
         neighbors = nearest_neighbors(*embeddings, k=arguments.neighbors, distance=arguments.distance)
         yield _Found(found, neighbors.cpu(), None)
@@ -372,7 +378,8 @@ def _table(search: _Search, results: _Found) -> str:
     among = "the others" if search.gallery is None else f"{found['gallery_images']:,} images of {arguments.gallery}"
     shares = {f"Recall@{k}": found[f"recall_at_{k}"] for k in arguments.ks}
     shares |= {"MAP@R": found["map_at_r"], "R-precision": found["r_precision"]}
-    shares |= {"NMI": found["nmi"]} if "nmi" in found else {}
+    shares |= {f"MAP@{k}": found[f"map_at_{k}"] for k in arguments.map_ks}
+    shares |= {name.upper(): found[name] for name in ClusteringMetrics._fields if name in found}
     rows = {"embeddings": list(shares.values())}
     if results.second is not None:
         rows[f"{arguments.rerank} re-ranked"] = list(results.second.after.values())

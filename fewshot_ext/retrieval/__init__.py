@@ -1,9 +1,10 @@
 """Retrieval: exact nearest neighbors and their measures, re-ranking by regions, spectrum, pictures."""
 
 from fewshot_ext.retrieval.measures import (
+    ClusteringMetrics,
     RetrievalMetrics,
     check_retrieval,
-    clustering_nmi,
+    clustering_metrics,
     nearest_neighbors,
     retrieval_metrics,
 )
@@ -17,11 +18,12 @@ from fewshot_ext.retrieval.spectrum import (
 )
 
 __all__ = [
+    "ClusteringMetrics",
     "EmbeddingSpread",
     "RerankedRetrieval",
     "RetrievalMetrics",
     "check_retrieval",
-    "clustering_nmi",
+    "clustering_metrics",
     "effective_rank",
     "measure_spread",
     "nearest_neighbors",

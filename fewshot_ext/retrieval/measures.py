@@ -1,8 +1,8 @@
 """Retrieval: exact nearest neighbors of every query, in chunks, and the measures of metric learning over them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class RetrievalMetrics:
         r_precision: mean share of the query's class among its R nearest.
         queries: how many queries count.
         classes: how many classes they are of.
+        map_at: mean average precision among the K nearest, by K.
     """
 
     recall: dict[int, float]
@@ -41,11 +42,20 @@ class RetrievalMetrics:
     r_precision: float
     queries: int
     classes: int
+    map_at: dict[int, float] = field(default_factory=dict)
 
     def row(self) -> dict[str, float]:
-        """The means as columns of a table: recall_at_1, ..., map_at_r, r_precision."""
+        """The means as columns of a table: recall_at_1, ..., map_at_r, r_precision, map_at_1000, ..."""
         recall = {f"recall_at_{k}": value for k, value in self.recall.items()}
-        return {**recall, "map_at_r": self.map_at_r, "r_precision": self.r_precision}
+        map_at = {f"map_at_{k}": value for k, value in self.map_at.items()}
+        return {**recall, "map_at_r": self.map_at_r, "r_precision": self.r_precision, **map_at}
+
+
+class ClusteringMetrics(NamedTuple):
+    """What :func:`clustering_metrics` returns, in [0, 1]: normalized mutual information, and F1 over pairs."""
+
+    nmi: float
+    f1: float
 
 
 @full_precision()
@@ -59,17 +69,20 @@ def retrieval_metrics(
     distance: Literal["cosine", "euclidean"] = "cosine",
     lone_queries: Literal["error", "exclude", "miss"] = "error",
     query_index: Tensor | None = None,
+    map_ks: Sequence[int] = (),
     chunk_size: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> RetrievalMetrics:
-    r"""Recall@K, MAP@R and R-precision of each query's exact nearest neighbors.
+    r"""Recall@K, MAP@R, R-precision and MAP@K of each query's exact nearest neighbors.
 
     For a query with R others of its class in the gallery, and P(i) the share of its class among the i nearest,
 
     .. math::
         \text{MAP@R} = \frac{1}{R} \sum_{i=1}^{R} P(i) \, [\text{the } i\text{-th nearest is of the class}]
 
-    as in Musgrave et al., "A Metric Learning Reality Check", ECCV 2020. A query never counts as its own neighbor.
+    as in Musgrave et al., "A Metric Learning Reality Check", ECCV 2020. MAP@K is the same sum to K in place of R, over
+    the number of the class's images in the gallery, the query included where it is one of them: that is "mAP@1000" of
+    the official Anti-Collapse code, below 1 even where nothing is wrong. A query never counts as its own neighbor.
     Neighbors at the same distance come in the order of the gallery.
 
     Distances are compared in float64, and again by sums of squared differences where rounding leaves their order open:
@@ -94,6 +107,7 @@ def retrieval_metrics(
             Anti-Collapse code does.
         query_index: ``[Q]`` int64, the rows of the gallery that the queries are, where they are in it; each leaves
             itself out.
+        map_ks: the K of MAP@K; of fewer neighbors all are taken.
         chunk_size: queries at a time; chosen for 256 MB of distances where None.
         on_progress: called with the number of queries done so far.
 
@@ -119,6 +133,7 @@ def retrieval_metrics(
     gallery_labels = labels if gallery_labels is None else gallery_labels
     neighbors = len(gallery) - (own is not None)
     ks = _check_ks(ks, neighbors)
+    map_ks = [check_count("map_ks", k, 1) for k in map_ks]
     check_choice("distance", distance, *DISTANCES)
     check_choice("lone_queries", lone_queries, *LONE_QUERIES)
     if chunk_size is None:
@@ -134,17 +149,31 @@ def retrieval_metrics(
     # Queries with as many relevant neighbors side by side: few chunks have to look far.
     counted = counted[relevant[counted].argsort(descending=True, stable=True)]
     search = ExactSearch(embeddings, gallery, distance)
-    totals, done = torch.zeros(len(ks) + 2, dtype=torch.float64, device=labels.device), 0
+    totals, done = torch.zeros(len(ks) + 2 + len(map_ks), dtype=torch.float64, device=labels.device), 0
     for chunk in counted.split(chunk_size):
-        depth = min(max(*ks, int(relevant[chunk].max())), neighbors)
+        depth = min(max(*ks, *map_ks, int(relevant[chunk].max())), neighbors)
         found = search.nearest(chunk, None if own is None else own[chunk], depth)
-        totals += _sums(gallery_labels[found] == labels[chunk].unsqueeze(1), relevant[chunk], ks)
+        hits = gallery_labels[found] == labels[chunk].unsqueeze(1)
+        totals[: len(ks) + 2] += _sums(hits, relevant[chunk], ks)
+        if map_ks:
+            of_class = relevant[chunk].clone()
+            if own is not None:
+                of_class += gallery_labels[own[chunk]] == labels[chunk]
+            totals[len(ks) + 2 :] += _map_sums(hits, of_class, map_ks)
         done += len(chunk)
         if on_progress is not None:
             on_progress(done)
 
-    *recall, map_at_r, r_precision = (totals / len(counted)).tolist()
-    return RetrievalMetrics(dict(zip(ks, recall, strict=True)), map_at_r, r_precision, len(counted), classes)
+    means = (totals / len(counted)).tolist()
+    recall, (map_at_r, r_precision), map_at = means[: len(ks)], means[len(ks) :][:2], means[len(ks) + 2 :]
+    return RetrievalMetrics(
+        dict(zip(ks, recall, strict=True)),
+        map_at_r,
+        r_precision,
+        len(counted),
+        classes,
+        dict(zip(map_ks, map_at, strict=True)),
+    )
 
 
 @full_precision()
@@ -186,13 +215,15 @@ def nearest_neighbors(
 
 
 @full_precision()
-def clustering_nmi(
+def clustering_metrics(
     embeddings: Tensor, labels: Tensor, *, distance: Literal["cosine", "euclidean"] = "cosine", seed: int = 0
-) -> float:
-    """Normalized mutual information of the classes and a k-means clustering into as many clusters, in [0, 1].
+) -> ClusteringMetrics:
+    """Agreement of the classes with a k-means clustering into as many clusters.
 
-    Clusters come from scikit-learn's k-means with one k-means++ start, and the information is normalized by the mean of
-    the two entropies. ``AccuracyCalculator`` of pytorch-metric-learning computes the same measure of other clusters: 20
+    Clusters come from scikit-learn's k-means with one k-means++ start. NMI is their mutual information with the classes
+    over the mean of the two entropies. F1 is that of pairs: precision is the share of one class among the pairs in a
+    cluster, recall the share of one cluster among the pairs of a class. ``AccuracyCalculator`` of
+    pytorch-metric-learning and the official Anti-Collapse code compute the same measures of other clusters: 20
     iterations of faiss. An iteration costs samples x classes x D operations: minutes for thousands of classes.
 
     Args:
@@ -208,7 +239,7 @@ def clustering_nmi(
     Example:
         >>> import torch
         >>> embeddings = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
-        >>> round(clustering_nmi(embeddings, torch.tensor([0, 0, 1, 1])), 6)
+        >>> clustering_metrics(embeddings, torch.tensor([0, 0, 1, 1])).f1
         1.0
     """
     _check_set("embeddings", embeddings, "labels", labels)
@@ -217,10 +248,16 @@ def clustering_nmi(
     require("metric", "sklearn")
     from sklearn.cluster import KMeans
     from sklearn.metrics import normalized_mutual_info_score
+    from sklearn.metrics.cluster import pair_confusion_matrix
 
     points = normalize(embeddings) if distance == "cosine" else embeddings.to(accumulate_dtype(embeddings.dtype))
     clusters = KMeans(len(labels.unique()), n_init=1, random_state=seed).fit_predict(points.numpy(force=True))
-    return float(normalized_mutual_info_score(labels.numpy(force=True), clusters))
+    classes = labels.numpy(force=True)
+    (_, apart_in_class), (apart_in_cluster, together) = pair_confusion_matrix(classes, clusters).tolist()
+    wrong = apart_in_class + apart_in_cluster
+    # Without any pair both groupings say that all are different, and agree.
+    f1 = 2 * together / (2 * together + wrong) if together or wrong else 1.0
+    return ClusteringMetrics(float(normalized_mutual_info_score(classes, clusters)), f1)
 
 
 def _check_embeddings(name: str, embeddings: object) -> None:
@@ -350,3 +387,10 @@ def _sums(hits: Tensor, relevant: Tensor, ks: Sequence[int]) -> Tensor:
             (within.sum(1) / count).sum(),
         ]
     )
+
+
+def _map_sums(hits: Tensor, of_class: Tensor, map_ks: Sequence[int]) -> Tensor:
+    """Sums over queries of what each contributes to MAP@K, [len(map_ks)] in float64; ``of_class`` [queries]."""
+    rank = torch.arange(1, hits.shape[1] + 1, device=hits.device)
+    precision = hits * hits.cumsum(1) / rank.double()
+    return torch.stack([(precision[:, :k].sum(1) / of_class.clamp(min=1)).sum() for k in map_ks])

@@ -9,11 +9,12 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from fewshot_ext._extras import require
 from fewshot_ext._files import replace_text
 from fewshot_ext._random import derive_generator
 from fewshot_ext.data import ImageArchive
 from fewshot_ext.evaluation import csv_of_rows, extract_features, json_with_rows
-from fewshot_ext.retrieval import check_retrieval, measure_spread, retrieval_metrics
+from fewshot_ext.retrieval import check_retrieval, clustering_metrics, measure_spread, retrieval_metrics
 from fewshot_ext.training.callbacks import BestCheckpoint
 from fewshot_ext.training.metric_config import MeasurementConfig
 
@@ -37,7 +38,8 @@ class EmbeddingHistory(BestCheckpoint):
 
     Attributes:
         rows: one a measurement and set of classes, with columns epoch, classes, images, recall_at_K, map_at_r,
-            r_precision, coding_rate, effective_rank, spectral_decay and spectrum; a checkpoint carries them.
+            r_precision, map_at_K, nmi and f1 where they are asked for, coding_rate, effective_rank, spectral_decay and
+            spectrum; a checkpoint carries them.
 
     Raises:
         ValueError: a class with a single image, or a K larger than the neighbors that an image has; the message
@@ -48,6 +50,8 @@ class EmbeddingHistory(BestCheckpoint):
         self, config: MeasurementConfig, sets: Mapping[str, ImageArchive], directory: Path, best: Path, seed: int
     ) -> None:
         super().__init__(config.epochs, best)
+        if config.clusters:
+            require("metric", "sklearn")
         self.config, self.directory = config, directory
         self.sets: dict[str, tuple[Tensor, Tensor]] = {}
         for name, archive in sets.items():
@@ -96,9 +100,12 @@ class EmbeddingHistory(BestCheckpoint):
             raise FloatingPointError(
                 f"embeddings of {name} classes are not finite after epoch {epoch}: take a smaller learning_rate"
             )
-        retrieval = retrieval_metrics(embeddings, labels.to(embeddings.device), ks=self.config.ks)
-        spread = measure_spread(embeddings, self.config.eps)
-        return {"epoch": epoch, "classes": name, "images": len(images), **retrieval.row(), **spread.row()}
+        labels, config = labels.to(embeddings.device), self.config
+        found = retrieval_metrics(embeddings, labels, ks=config.ks, map_ks=config.map_ks).row()
+        if config.clusters:
+            found |= clustering_metrics(embeddings, labels)._asdict()
+        spread = measure_spread(embeddings, config.eps)
+        return {"epoch": epoch, "classes": name, "images": len(images), **found, **spread.row()}
 
 
 def evenly(labels: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -63,6 +63,8 @@ class MeasurementConfig:
     Args:
         epochs: number of epochs between two measurements; the last epoch is always measured.
         ks: numbers K of Recall@K.
+        map_ks: numbers K of MAP@K.
+        clusters: measure NMI and F1 of a k-means clustering too, which takes the longest.
         seen_images: largest number of training images to measure, drawn evenly from the classes. All images of
             validation and unseen classes are measured.
         eps: distortion of the coding rate that is measured.
@@ -73,6 +75,8 @@ class MeasurementConfig:
 
     epochs: int = 5
     ks: tuple[int, ...] = (1, 2, 4, 8)
+    map_ks: tuple[int, ...] = ()
+    clusters: bool = False
     seen_images: int = 10_000
     eps: float = 0.5
 
@@ -82,6 +86,7 @@ class MeasurementConfig:
         check_count("seen_images", self.seen_images, 2)
         check_positive("eps", self.eps)
         check_counts("ks", self.ks, 1)
+        check_counts("map_ks", self.map_ks, 1)
         if not self.ks or len(set(self.ks)) < len(self.ks):
             raise ValueError(f"ks: expected at least one K, and none twice, got {list(self.ks)}")
 

@@ -17,7 +17,7 @@ from fewshot_ext.commands import retrieve
 from fewshot_ext.data import ImageArchive, Split, load_digits
 from fewshot_ext.evaluation import FrozenBackbone
 from fewshot_ext.models import load_network
-from fewshot_ext.retrieval import clustering_nmi, nearest_neighbors, retrieval_metrics
+from fewshot_ext.retrieval import clustering_metrics, nearest_neighbors, retrieval_metrics
 from fewshot_ext.retrieval import pictures as retrieval_images
 
 # The command sets the number of threads of the process; the fixture sets it back.
@@ -34,7 +34,8 @@ def test_measures_are_those_of_the_embeddings(checkpoints, tmp_path, capsys):
     found = retrieval_metrics(embeddings, novel.labels, ks=(1, 5))
     measures = record["measures"]
     assert {key: measures[key] for key in found.row()} == pytest.approx(found.row(), abs=1e-6)
-    assert measures["nmi"] == pytest.approx(clustering_nmi(embeddings, novel.labels), abs=1e-6)
+    clusters = clustering_metrics(embeddings, novel.labels)
+    assert (measures["nmi"], measures["f1"]) == pytest.approx(clusters, abs=1e-6)
     assert measures["queries"] == len(novel)
     assert f"{100 * found.recall[5]:.2f} %" in printed
     assert "novel classes of digits: 896 queries of 5 classes, searched among the others" in printed
@@ -53,7 +54,7 @@ def test_measures_are_those_of_the_embeddings(checkpoints, tmp_path, capsys):
 
 
 def test_the_picture_has_a_row_for_each_query(checkpoints, tmp_path):
-    assert run(checkpoints[0], tmp_path, "--data", "digits", "--no_nmi", "--rows", "3", "--neighbors", "4") == 0
+    assert run(checkpoints[0], tmp_path, "--data", "digits", "--no_nmi", "--rows", "8", "--neighbors", "4") == 0
     with Image.open(tmp_path / "neighbors.png") as picture:
         # Cells of 96 pixels with gaps of 8 between and around them.
         assert picture.width == 5 * 104 + 8

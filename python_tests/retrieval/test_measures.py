@@ -11,9 +11,12 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fewshot_ext.retrieval import clustering_nmi, nearest_neighbors, retrieval_metrics
+from fewshot_ext.retrieval import clustering_metrics, nearest_neighbors, retrieval_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+MAP_KS = (1, 3, 1000)
 
 
 def signs(count, seed):
@@ -34,12 +37,20 @@ def by_the_definitions(queries, labels, gallery, gallery_labels, ks, with_itself
             found.append(None)
             continue
         precisions = [sum(hits[:rank]) / rank * hits[rank - 1] for rank in range(1, relevant + 1)]
-        found.append([*(float(any(hits[:k])) for k in ks), sum(precisions) / relevant, sum(hits[:relevant]) / relevant])
+        near = [float(any(hits[:k])) for k in ks]
+        near += [sum(precisions) / relevant, sum(hits[:relevant]) / relevant]
+        found.append([*near, *official_map(hits, with_itself)])
     return found
 
 
+def official_map(hits, with_itself):
+    """mAP@K of the official Anti-Collapse code, which divides by the images of the class, the query among them."""
+    hits, count = np.array(hits), sum(hits) + with_itself
+    return [(np.cumsum(hits) * hits / np.arange(1, len(hits) + 1))[:k].sum() / count for k in MAP_KS]
+
+
 def as_list(metrics):
-    return [*metrics.recall.values(), metrics.map_at_r, metrics.r_precision]
+    return [*metrics.recall.values(), metrics.map_at_r, metrics.r_precision, *metrics.map_at.values()]
 
 
 def mean(rows):
@@ -65,7 +76,7 @@ def test_equals_the_definitions(sizes, classes, with_itself, chunk_size, lone_qu
     arguments = (queries, labels) if with_itself else (queries, labels, gallery, gallery_labels)
 
     def found():
-        return retrieval_metrics(*arguments, ks=ks, chunk_size=chunk_size, lone_queries=lone_queries)
+        return retrieval_metrics(*arguments, ks=ks, map_ks=MAP_KS, chunk_size=chunk_size, lone_queries=lone_queries)
 
     counted = [row for row in rows if row is not None]
     if None in rows and lone_queries == "error":
@@ -77,7 +88,7 @@ def test_equals_the_definitions(sizes, classes, with_itself, chunk_size, lone_qu
             found()
         return
     if lone_queries == "miss":
-        counted = [row or [0.0] * (len(ks) + 2) for row in rows]
+        counted = [row or [0.0] * (len(ks) + 2 + len(MAP_KS)) for row in rows]
     metrics = found()
     assert list(metrics.recall) == list(ks)
     assert metrics.queries == len(counted)
@@ -87,7 +98,7 @@ def test_equals_the_definitions(sizes, classes, with_itself, chunk_size, lone_qu
 def test_collapsed_embeddings_are_retrieved_in_the_order_of_the_gallery():
     """Every distance ties: an order that differed would make chance look like skill."""
     labels = torch.tensor([3, 1, 1, 3, 1])
-    metrics = retrieval_metrics(torch.ones(5, 8), labels, ks=(1, 2, 3, 4))
+    metrics = retrieval_metrics(torch.ones(5, 8), labels, ks=(1, 2, 3, 4), map_ks=MAP_KS)
     rows = by_the_definitions(torch.ones(5, 8), labels, torch.ones(5, 8), labels, (1, 2, 3, 4), True)
     assert as_list(metrics) == pytest.approx(mean(rows))
 
@@ -125,7 +136,7 @@ def test_agrees_with_pytorch_metric_learning(separate, distance):
     assert metrics.recall[1] == pytest.approx(expected["precision_at_1"])
     assert metrics.r_precision == pytest.approx(expected["r_precision"])
     assert metrics.map_at_r == pytest.approx(expected["mean_average_precision_at_r"])
-    assert clustering_nmi(embeddings, labels, distance=distance, seed=7) == pytest.approx(expected["NMI"])
+    assert clustering_metrics(embeddings, labels, distance=distance, seed=7).nmi == pytest.approx(expected["NMI"])
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.float16), ids=str)
@@ -266,17 +277,35 @@ def test_nmi_is_one_for_clusters_that_are_the_classes_and_seeded():
     torch.manual_seed(0)
     labels = torch.arange(60) % 3
     embeddings = 10 * torch.eye(3)[labels] + torch.rand(60, 3)
-    assert clustering_nmi(embeddings, labels) == pytest.approx(1.0)
+    assert clustering_metrics(embeddings, labels).nmi == pytest.approx(1.0)
     noise = torch.randn(60, 3)
-    assert clustering_nmi(noise, labels, seed=3) == clustering_nmi(noise, labels, seed=3)
-    assert 0 <= clustering_nmi(noise, labels) < 0.3
+    assert clustering_metrics(noise, labels, seed=3) == clustering_metrics(noise, labels, seed=3)
+    assert 0 <= clustering_metrics(noise, labels).nmi < 0.3
+
+
+def test_f1_is_that_of_the_pairs():
+    """Pair by pair, as the official Anti-Collapse code counts them; the clusters are scikit-learn's."""
+    from sklearn.cluster import KMeans
+
+    torch.manual_seed(0)
+    labels = torch.randint(4, (50,))
+    embeddings = 2 * torch.eye(4)[labels] + torch.randn(50, 4)
+    clusters = KMeans(4, n_init=1, random_state=2).fit_predict(embeddings.numpy())
+    pairs = [(labels[i] == labels[j], clusters[i] == clusters[j]) for i in range(50) for j in range(i)]
+    both = sum(of_class and of_cluster for of_class, of_cluster in pairs)
+    precision, recall = both / sum(of_cluster for _, of_cluster in pairs), both / sum(of_class for of_class, _ in pairs)
+    expected = 2 * precision * recall / (precision + recall)
+    found = clustering_metrics(embeddings, labels, distance="euclidean", seed=2)
+    assert 0.1 < found.f1 < 0.9
+    assert found.f1 == pytest.approx(float(expected))
+    assert clustering_metrics(torch.eye(3), torch.arange(3)).f1 == 1
 
 
 def test_nmi_of_lengths_alone():
     """Cosines see no difference between near and far in one direction."""
     labels = torch.arange(40) % 2
     embeddings = (1.0 + 9.0 * labels)[:, None] * torch.ones(40, 2)
-    assert clustering_nmi(embeddings, labels, distance="euclidean") == pytest.approx(1.0)
+    assert clustering_metrics(embeddings, labels, distance="euclidean").nmi == pytest.approx(1.0)
 
 
 def entry(value):
@@ -349,14 +378,14 @@ def test_numbers_may_be_numpys():
 
 def test_bad_input_of_nmi(monkeypatch):
     with pytest.raises(ValueError, match="embeddings: expected finite entries, got others in row 4"):
-        clustering_nmi(entry(math.nan), LABELS)
+        clustering_metrics(entry(math.nan), LABELS)
     with pytest.raises(ValueError, match="distance: expected one of cosine, euclidean"):
-        clustering_nmi(signs(6, 0), LABELS, distance="dot")
+        clustering_metrics(signs(6, 0), LABELS, distance="dot")
     with pytest.raises(ValueError, match="seed: expected at least 0, got -1"):
-        clustering_nmi(signs(6, 0), LABELS, seed=-1)
+        clustering_metrics(signs(6, 0), LABELS, seed=-1)
     monkeypatch.setattr("fewshot_ext._extras.is_installed", lambda module: False)
     with pytest.raises(ImportError, match=r"'sklearn' is missing; pip install 'fewshot_ext\[metric\]'"):
-        clustering_nmi(signs(6, 0), LABELS)
+        clustering_metrics(signs(6, 0), LABELS)
 
 
 _PEAK = """

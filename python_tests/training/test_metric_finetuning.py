@@ -9,6 +9,7 @@ import torch
 from checkpoint_cases import torchvision
 
 from fewshot_ext.models import BackboneConfig, load_network
+from fewshot_ext.retrieval import clustering_metrics, retrieval_metrics
 from fewshot_ext.training import (
     AntiCollapseConfig,
     MeasurementConfig,
@@ -28,7 +29,7 @@ CONFIG = MetricTrainingConfig(
     image_size=32,
     anti_collapse=AntiCollapseConfig("batch_proxy", "official", weight=1.0, base_weight=0.0035),
     backbone=BackboneConfig("resnet50", embedding=16, pooling="average_max"),
-    measurement=MeasurementConfig(ks=(1,)),
+    measurement=MeasurementConfig(ks=(1,), map_ks=(10, 1000), clusters=True),
 )
 
 
@@ -65,6 +66,12 @@ def test_what_is_trained_in_each_epoch(checkpoint, images32, tmp_path, epochs):
     statistics = {name for name in inner if "running" in name or "num_batches" in name}
     expected = {"network.backbone.projection.weight", "network.backbone.projection.bias", "criterion.base.proxies"}
     assert changed == (expected if epochs == 1 else expected | inner - statistics)
+    embeddings, row = run.module(images32.images), run.history.rows[-1]
+    found = retrieval_metrics(embeddings, images32.labels, ks=(1,), map_ks=(10, 1000))
+    clusters = clustering_metrics(embeddings, images32.labels)
+    assert [row[name] for name in ("map_at_10", "map_at_1000", "nmi", "f1")] == pytest.approx(
+        [*found.map_at.values(), *clusters]
+    )
     loaded = load_network(tmp_path / "last.ckpt")
     assert torch.equal(loaded.eval()(images32.images), load_network(tmp_path / "best.ckpt")(images32.images))
 
