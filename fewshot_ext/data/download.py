@@ -73,7 +73,7 @@ REMOTE: dict[str, RemoteSet] = {
             ),
         ),
         "fewshot-ext data pack --source {folder}/CUB_200_2011/images --split cub --size 384 --resize-mode stretch "
-        "--jpeg-quality 95 --output cub384.npz",
+        "--jpeg-quality 95 --output cub384.npz (for retrieval --split halves --size 256 --output cub256.npz)",
     ),
 }
 _IMAGENET = (
@@ -81,6 +81,7 @@ _IMAGENET = (
     "https://image-net.org, download the ILSVRC 2012 training images, and unpack them into one folder a class "
     "(n01440764, ...)"
 )
+_CVGL = "http://ftp.cs.stanford.edu/cs/cvgl"
 BY_HAND = {
     "miniimagenet": f"{_IMAGENET}; or, if you have the pictures of mini-ImageNet (n0153282900000005.jpg, ...), put "
     "them into one folder. Then: fewshot-ext data pack --source FOLDER --split miniimagenet --size 256 --resize-mode "
@@ -88,6 +89,15 @@ BY_HAND = {
     "all of ImageNet that takes every picture of the 100 classes, not the 600 a class of Ravi and Larochelle",
     "tieredimagenet": f"{_IMAGENET}. Then: fewshot-ext data pack --source FOLDER --split tieredimagenet --size 84 "
     "--resize-mode stretch --jpeg-quality 95 --output tieredimagenet84.npz",
+    "cars196": "its first address is gone, and where it lies now no checksum is known: fetch "
+    f"{_CVGL}/CARS196.zip and unpack it. Then: fewshot-ext data pack --source FOLDER --split FOLDER/cars_annos.mat "
+    "--size 256 --jpeg-quality 95 --output cars196_256.npz. Where each class has its folder, take --split halves",
+    "sop": f"{_CVGL}/Stanford_Online_Products.zip (3.1 GB) has no https address: fetch it, see that its SHA-256 is "
+    "b04fa78210e69fab050ce73939550e1cd0f96890bdd98ec9fee732c3b756ef48, and unpack it. Then: fewshot-ext data pack "
+    "--source FOLDER --split FOLDER/Ebay_train.txt --size 256 --jpeg-quality 95 --output sop256.npz",
+    "inshop": "its pictures are given to those who accept its terms: get the In-shop Clothes Retrieval Benchmark from "
+    "https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion.html and unpack img.zip. Then: fewshot-ext data pack --source "
+    "FOLDER --split FOLDER/list_eval_partition.txt --size 256 --jpeg-quality 95 --output inshop256.npz",
 }
 
 

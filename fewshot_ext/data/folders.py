@@ -14,7 +14,7 @@ from fewshot_ext._threads import in_threads
 from fewshot_ext._validation import check_count
 from fewshot_ext.data.archive import ImageArchive, Split
 from fewshot_ext.data.pictures import check_reading, decode, picture_size
-from fewshot_ext.data.splits import ClassSplit, load_split, role_of
+from fewshot_ext.data.splits import HALVES, ClassSplit, load_split, role_of
 from fewshot_ext.data.walk import FoundPictures, find_pictures, warn_passed_over
 
 _WORDNET_ID = re.compile(r"n\d{8}")
@@ -52,11 +52,16 @@ def list_folder(
     check_count("class_depth", class_depth, 1)
     pictures = find_pictures(root)
     parts, told = pictures.parts, list(pictures.passed_over)
-    if split is None or isinstance(split, Split):
+    if split is None or split == HALVES or isinstance(split, Split):
         top = _common_folders(parts, class_depth)
         if top:
             told.append(f"folders above those of the classes stepped over: {top}, namely {'/'.join(parts[0][:top])!r}")
-        found = _by_folder(pictures, top, split, class_depth, told)
+        role = Split.NOVEL if split == HALVES else split
+        found = _by_folder(pictures, top, role, class_depth, told)
+        if split == HALVES:
+            names = sorted({name for name, _ in found})
+            base = {*names[: len(names) // 2]}
+            found = [(name, Split.BASE if name in base else Split.NOVEL) for name, _ in found]
     else:
         found = _by_split(pictures, split if isinstance(split, ClassSplit) else load_split(split), told)
 
@@ -104,9 +109,10 @@ def read_folder(
 
     Args:
         root: the folder.
-        split: a split's name or path (see ``load_split``), or one role for every class. Pictures of other classes,
-            and those that a split with file lists does not list, are left out. Where all pictures lie in one folder
-            a split with file lists tells their classes; for ImageNet's the file names do.
+        split: a split's name or path (see ``load_split``), one role for every class, or "halves", by which the first
+            half of the classes is base and the second novel, as metric learning divides CUB and Cars196. Pictures of
+            other classes, and those that a split with file lists does not list, are left out. Where all pictures lie in
+            one folder a split with file lists tells their classes; for ImageNet's the file names do.
         size, resize: as in ``read_image``; without a size, all pictures must have the same.
         mode: "RGB", "L", or None for L where every picture is gray and RGB otherwise.
         class_depth: folders that name a class: with 2, as Omniglot has it, ``Greek/alpha/1.png`` is of the class

@@ -13,6 +13,7 @@ from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fewshot_ext._extras import require
 from fewshot_ext._files import check_unpacked_size
 from fewshot_ext._formats import repeated
 from fewshot_ext.data.archive import Split
@@ -32,6 +33,14 @@ SPLIT_NAMES = (
     "fc100",
     "omniglot_vinyals",
 )
+# Sorted by name, the first half of the classes is base and the second novel: CUB and Cars196 in metric learning.
+HALVES = "halves"
+# The lists of metric learning: the columns of the file, of the class and of the role or None where its name tells it.
+_TABLES = {
+    ("image_id", "class_id", "super_class_id", "path"): (3, 1, None),  # Stanford Online Products
+    ("image_name", "item_id", "evaluation_status"): (0, 1, 2),  # In-Shop Clothes
+}
+_STATUS = {"train": Split.BASE, "query": Split.NOVEL, "gallery": Split.NOVEL}
 # Of what a .gz file unpacks to, for lists of names take many times their length once they are read.
 _TEXT_RATIO, _LEAST_TEXT = 20, 2**24
 _SUFFIXES = (".csv", ".json", ".txt")
@@ -104,16 +113,20 @@ def load_split(name_or_path: str | Path) -> ClassSplit:
 
             - one file for all roles: JSON ``{"train": [class, ...], "val": [...], "test": [...]}``, or CSV with
               the columns ``filename``, ``label`` and ``split``;
+            - a list of metric learning: ``cars_annos.mat`` of Cars196, whose first half of classes is base, or
+              ``list_eval_partition.txt`` of In-Shop Clothes, of which train is base, query and gallery are novel;
             - one of three files that differ in a word such as train, val and test, or base, val and novel; the
               other two are looked for beside it;
             - a folder with one such set of files.
 
             Files for one role are CSV (``filename,label``, as mini-ImageNet has it), JSON (a list of classes or of
             [superclass, class]; or ``class_names``; or ``label_names``, ``image_labels`` and ``image_names``, as the
-            closer-look code writes it) or text (a class a line); each may end in ``.gz``. Base may be called train,
-            training or background, validation val or valid, novel test, testing or evaluation.
+            closer-look code writes it) or text (a class a line, or ``Ebay_train.txt`` of Stanford Online Products);
+            each may end in ``.gz``. Base may be called train, training or background, validation val or valid, novel
+            test, testing or evaluation.
 
     Raises:
+        ImportError: scipy is missing, which reads ``cars_annos.mat``.
         OSError: no such name or file.
         ValueError: a file that cannot be read so, no class at all, a class with two roles; the message names the
             file and the class.
@@ -194,12 +207,17 @@ def _add_file(draft: _Draft, path: Path, role: Split | None) -> None:
                 f"split file {str(path)!r}", len(unpacked), len(content), ratio=_TEXT_RATIO, least=_LEAST_TEXT
             )
             content = unpacked
-        text = content.decode("utf-8-sig")
         kind = Path(path.name.removesuffix(".gz")).suffix
+        if kind == ".mat":
+            _add_cars(draft, content)
+            return
+        text = content.decode("utf-8-sig")
         if kind == ".json":
             _add_json(draft, json.loads(text, object_pairs_hook=_unrepeated, parse_int=_number), role, str(path))
         elif kind == ".csv":
             _add_csv(draft, text, role, str(path))
+        elif kind == ".txt" and (table := _table(text)):
+            _add_table(draft, *table, role, str(path))
         elif kind == ".txt":
             if role is None:
                 raise ValueError(
@@ -221,6 +239,45 @@ def _add_file(draft: _Draft, path: Path, role: Split | None) -> None:
         _Unfit,
     ) as error:
         raise ValueError(f"split file {str(path)!r} is damaged: {error}") from error
+
+
+def _table(text: str) -> tuple[list[list[str]], tuple[int, int, int | None]] | None:
+    """The rows of a list of metric learning, and its columns of file, class and role; None for another text."""
+    rows = [line.split() for line in text.splitlines()]
+    # The number of its rows stands above In-Shop's header.
+    for start, row in enumerate(rows[:2]):
+        if tuple(row) in _TABLES:
+            return [row for row in rows[start + 1 :] if row], _TABLES[tuple(row)]
+    return None
+
+
+def _add_table(
+    draft: _Draft, rows: list[list[str]], columns: tuple[int, int, int | None], role: Split | None, path: str
+) -> None:
+    file, name, status = columns
+    for row in rows:
+        given = role if status is None else _STATUS.get(row[status]) if len(row) > status else None
+        if given is None or len(row) <= max(file, name):
+            raise ValueError(f"split file {path!r}: got the row {' '.join(row)[:200]!r}")
+        draft.add([row[name]], given)
+        draft.add_file(row[file], row[name])
+
+
+def _add_cars(draft: _Draft, content: bytes) -> None:
+    require("train", "scipy")
+    from scipy.io import loadmat
+
+    try:
+        table = loadmat(io.BytesIO(content), squeeze_me=True)
+        names = [str(name) for name in table["class_names"]]
+        files = [str(file) for file in table["annotations"]["relative_im_path"]]
+        classes = [names[number - 1] for number in table["annotations"]["class"].tolist()]
+    except Exception as error:  # whatever a reader of a binary format stumbles over
+        raise _Unfit(f"it is no cars_annos.mat: {error}") from error
+    for number, name in enumerate(names):
+        draft.add([name], Split.BASE if number < len(names) // 2 else Split.NOVEL)
+    for file, name in zip(files, classes, strict=True):
+        draft.add_file(file, name)
 
 
 class _Unfit(ValueError):

@@ -33,6 +33,13 @@ def test_folders_of_roles(picture_tree):
     assert roles(listing) == {"a": Split.BASE, "b": Split.VALIDATION, "c": Split.NOVEL, "d": Split.NOVEL}
 
 
+def test_halves_are_the_first_and_the_last_classes_by_name(picture_tree):
+    names = ["002.b", "001.z", "004.a", "003.c", "005.d"]
+    listing = list_folder(picture_tree({f"images/{name}/1.png": SQUARE for name in names}), "halves")
+    assert listing.class_names == sorted(names)
+    assert roles(listing) == {name: Split.BASE if name < "003" else Split.NOVEL for name in names}
+
+
 def test_omniglot_as_it_comes(picture_tree):
     root = picture_tree(
         {

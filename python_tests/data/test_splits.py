@@ -1,6 +1,7 @@
 import gzip
 import json
 
+import numpy as np
 import pytest
 
 from fewshot_ext.data import SPLIT_NAMES, Split, load_split
@@ -197,3 +198,56 @@ def test_blanks_around_cells_are_no_part_of_them(write):
 def test_classes_may_list_pictures_of_the_same_name(write):
     split = load_split(write("train.csv", "filename,label\n1.jpg,a\n1.jpg,b\n2.jpg,b\n"))
     assert split.files == {"a/1.jpg": "a", "b/1.jpg": "b", "2.jpg": "b"}
+
+
+PRODUCTS = """image_id class_id super_class_id path
+1 {0} 1 bicycle_final/111_0.JPG
+2 {0} 1 bicycle_final/111_1.JPG
+3 {1} 2 cabinet_final/222_0.JPG
+"""
+
+
+def test_the_lists_of_stanford_online_products(write):
+    write("Ebay_test.txt", PRODUCTS.format(3, 4).replace("_final/", "_final/t"))
+    write("Ebay_info.txt", "image_id class_id super_class_id path")
+    split = load_split(write("Ebay_train.txt", PRODUCTS.format(1, 2)))
+    assert dict(split.roles) == {"1": Split.BASE, "2": Split.BASE, "3": Split.NOVEL, "4": Split.NOVEL}
+    assert split.files["bicycle_final/111_1.JPG"] == "1"
+    assert len(split.files) == 6
+
+
+IN_SHOP = """4
+image_name item_id evaluation_status
+img/WOMEN/Dresses/id_1/02_1_front.jpg         id_1    train
+img/WOMEN/Dresses/id_1/02_2_side.jpg          id_1    train
+img/MEN/Denim/id_2/01_1_front.jpg             id_2    query
+img/MEN/Denim/id_2/01_2_side.jpg              id_2    gallery
+"""
+
+
+def test_the_list_of_in_shop_clothes(write):
+    split = load_split(write("list_eval_partition.txt", IN_SHOP))
+    assert dict(split.roles) == {"id_1": Split.BASE, "id_2": Split.NOVEL}
+    assert split.files["img/MEN/Denim/id_2/01_2_side.jpg"] == "id_2"
+    for row in ("img/id_2/3.jpg id_2 test", "img/id_2/3.jpg id_2", "3.jpg"):
+        with pytest.raises(ValueError, match=f"list_eval_partition.txt': got the row '{row}'"):
+            load_split(write("list_eval_partition.txt", IN_SHOP + row))
+    with pytest.raises(ValueError, match="class 'id_2' is both base and novel"):
+        load_split(write("list_eval_partition.txt", IN_SHOP.replace("query", "train")))
+
+
+def test_the_annotations_of_cars196(tmp_path):
+    scipy_io = pytest.importorskip("scipy.io")
+    path = tmp_path / "cars_annos.mat"
+    names = np.array(["AM Hummer", "Ram C/V Van", "Volvo", "smart"], dtype=object)
+    rows = [("car_ims/000001.jpg", 1, 0), ("car_ims/000002.jpg", 2, 1), ("car_ims/000003.jpg", 4, 0)]
+    kinds = [("relative_im_path", object), ("class", object), ("test", object)]
+    scipy_io.savemat(path, {"annotations": np.array(rows, dtype=kinds), "class_names": names})
+    split = load_split(path)
+    assert split.of(Split.BASE) == ["AM Hummer", "Ram C/V Van"]
+    assert split.of(Split.NOVEL) == ["Volvo", "smart"]
+    assert dict(split.files) == {rows[0][0]: "AM Hummer", rows[1][0]: "Ram C/V Van", rows[2][0]: "smart"}
+    for content in (b"", b"MATLAB 5.0", path.read_bytes()[:150]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"cars_annos\.mat' is damaged: it is no cars_annos\.mat"):
+            load_split(path)

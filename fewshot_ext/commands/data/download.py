@@ -1,7 +1,7 @@
 """Download an image set that has a public address, check its SHA-256 and unpack it.
 
-NAME is omniglot, cifar100 (for CIFAR-FS and FC100) or cub. For miniimagenet and tieredimagenet, whose pictures
-ImageNet gives out itself, the command says where to get them and what to do with them.
+NAME is omniglot, cifar100 (for CIFAR-FS and FC100) or cub. For miniimagenet, tieredimagenet, cars196, sop (Stanford
+Online Products) and inshop (In-Shop Clothes) the command says where to get them and what to do with them.
 """
 
 import sys
