@@ -99,11 +99,14 @@ def _summary(run: "MetricTrainingRun", results: Mapping[str, Any]) -> list[str]:
         )
     width = max(map(len, run.history.sets))
     ks = run.config.measurement.ks
-    heads = [*(f"Recall@{k}" for k in ks), "MAP@R", "coding rate", "effective rank"]
+    shares = {f"Recall@{k}": f"recall_at_{k}" for k in ks} | {"MAP@R": "map_at_r"}
+    shares |= {f"MAP@{k}": f"map_at_{k}" for k in run.config.measurement.map_ks}
+    shares |= {"NMI": "nmi", "F1": "f1"} if run.config.measurement.clusters else {}
+    heads = [*shares, "coding rate", "effective rank"]
     lines.append(f"{'last epoch':<{width + 8}}" + "".join(head.rjust(16) for head in heads))
     for name in run.history.sets:
         row = results[name]
-        shares = [f"{100 * row[key]:.2f} %" for key in (*(f"recall_at_{k}" for k in ks), "map_at_r")]
-        cells = [*shares, f"{row['coding_rate']:.2f} nats", f"{row['effective_rank']:.1f}"]
+        percents = [f"{100 * row[key]:.2f} %" for key in shares.values()]
+        cells = [*percents, f"{row['coding_rate']:.2f} nats", f"{row['effective_rank']:.1f}"]
         lines.append(f"{f'{name} classes':<{width + 8}}" + "".join(cell.rjust(16) for cell in cells))
     return lines

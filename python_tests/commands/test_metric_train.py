@@ -1,16 +1,23 @@
 """``fewshot-ext metric-train`` on the digits, and ``analyze collapse`` on top of it."""
 
+import hashlib
 import json
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from checkpoint_cases import torchvision
+from PIL import Image
+from scipy.io import savemat
 from training_commands import METRIC_TRAIN, check_refused, same_weights
 
 from fewshot_ext import _extras
 from fewshot_ext.cli import main
-from fewshot_ext.models import build_backbone
+from fewshot_ext.data import AugmentationConfig
+from fewshot_ext.models import BackboneConfig, build_backbone
 from fewshot_ext.recipes import load_recipe, read_recipe, recipe_names
-from fewshot_ext.training import MetricTraining, MetricTrainingConfig
+from fewshot_ext.training import AntiCollapseConfig, MetricTraining, MetricTrainingConfig
 
 # The command sets the number of threads of the process; the fixture sets it back.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,7 +101,7 @@ PLACE = ["--data", "digits", "--output", "out"]
         ([*PLACE, "--devices", "2"], "--devices"),
         (
             ["--config", "missing"],
-            "there is no recipe 'missing'; the recipes are miniimagenet32_conv4, omniglot28_conv4",
+            "there is no recipe 'missing'; the recipes are cars196_resnet50_anti_collapse, cub_",
         ),
     ],
 )
@@ -113,8 +120,8 @@ def test_a_missing_package_of_collapse_names_the_pip_line(module, extra, tmp_pat
     assert f"'{module}' is missing; pip install 'fewshot_ext[{extra}]'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", recipe_names("metric-train"))
-def test_recipes_fit_their_data(name, capsys):
+@pytest.mark.parametrize("name", ["miniimagenet32_conv4", "omniglot28_conv4"])
+def test_small_recipes_fit_their_data(name, capsys):
     config = load_recipe(name, "metric-train")
     channels, size = (1, 28) if read_recipe(name, "metric-train")["data"].startswith("omniglot") else (3, 32)
     assert build_backbone(config.backbone, channels).feature_size(size, size) == config.backbone.embedding == 64
@@ -122,6 +129,97 @@ def test_recipes_fit_their_data(name, capsys):
     with pytest.raises(SystemExit):
         main(["metric-train", "--list-recipes"])
     assert name in capsys.readouterr().out
+
+
+# The official antico_runs.sh: epochs, milestones, factor and first epochs without the backbone.
+ANTI_COLLAPSE = {
+    "cub_resnet50_anti_collapse": (100, (), None, 0),
+    "cars196_resnet50_anti_collapse": (300, (100,), 0.5, 0),
+    "sop_resnet50_anti_collapse": (400, (190, 250), 0.2, 1),
+}
+
+
+@pytest.mark.parametrize("name", ANTI_COLLAPSE)
+def test_published_recipes_have_the_published_values(name):
+    """The scripts, and the defaults of their parameters.py."""
+    config, (epochs, milestones, factor, warmup) = load_recipe(name, "metric-train"), ANTI_COLLAPSE[name]
+    assert (config.epochs, config.milestones, config.warmup_epochs) == (epochs, milestones, warmup)
+    assert factor in (None, config.decay_factor)
+    assert (config.loss, config.classes_per_batch, config.samples_per_class) == ("proxy_anchor", 45, 2)
+    assert (config.optimizer, config.learning_rate, config.weight_decay) == ("adam", 1e-5, 4e-4)
+    assert config.proxy_learning_rate == pytest.approx(2000 * config.learning_rate)
+    assert config.anti_collapse == AntiCollapseConfig("batch_proxy", "official", 1.0, 0.0035, 0.5, 1.0, 1.0)
+    assert config.backbone == BackboneConfig("resnet50", embedding=512, pooling="average_max")
+    assert config.freeze_batch_norm
+    assert (config.image_size, config.mean, config.std) == (224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert config.augmentation == AugmentationConfig(crop_scale=0.08, horizontal_flip=True)
+    assert (config.measurement.ks, config.measurement.map_ks) == ((1, 2, 4, 8), (1000,))
+
+
+def test_the_recipes_are_these():
+    assert recipe_names("metric-train") == sorted([*ANTI_COLLAPSE, "miniimagenet32_conv4", "omniglot28_conv4"])
+
+
+def pictures_of(form, folder):
+    """Six classes of three tiny pictures, as the archive of a public set holds them; returns its split."""
+    rows = []
+    for number in range(18):
+        label, value = number // 3, number % 3
+        place = {
+            "cub": f"images/{label + 1:03}.Bird_{label}/{number}.jpg",
+            "cars196": f"car_ims/{number:06}.jpg",
+            "sop": f"chair_final/{label}_{value}.JPG",
+            "inshop": f"img/MEN/id_{label}/{value}_front.jpg",
+        }[form]
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((40 + number, 36), 10.0 * (label + 1)).convert("RGB").save(folder / place)
+        rows.append((place, label))
+    if form == "cub":
+        return "halves"
+    if form == "cars196":
+        kinds = [("relative_im_path", object), ("class", object)]
+        annotations = np.array([(place, label + 1) for place, label in rows], dtype=kinds)
+        names = np.array([f"Car {label}" for label in range(6)], dtype=object)
+        savemat(folder / "cars_annos.mat", {"annotations": annotations, "class_names": names})
+        return str(folder / "cars_annos.mat")
+    if form == "sop":
+        for name, part in (("train", rows[:9]), ("test", rows[9:])):
+            lines = [f"{number} {label} 1 {place}" for number, (place, label) in enumerate(part)]
+            text = "\n".join(["image_id class_id super_class_id path", *lines])
+            (folder / f"Ebay_{name}.txt").write_text(text)
+        return str(folder / "Ebay_train.txt")
+    status = ["train"] * 9 + ["query", "gallery", "gallery"] * 3
+    lines = [f"{place}   id_{label}   {use}" for (place, label), use in zip(rows, status, strict=True)]
+    text = "\n".join(["18", "image_name item_id evaluation_status", *lines])
+    (folder / "list_eval_partition.txt").write_text(text)
+    return str(folder / "list_eval_partition.txt")
+
+
+@pytest.mark.parametrize("form", ["cub", "cars196", "sop", "inshop"])
+def test_a_published_recipe_from_the_pictures_to_the_measures(form, tmp_path, capsys):
+    """On sets of the form of the public ones and a network of the form of torchvision's, both tiny."""
+    split = pictures_of(form, tmp_path / "set")
+    data, output, checkpoint = tmp_path / "set.npz", tmp_path / "out", tmp_path / "resnet50.pth"
+    assert main(["data", "pack", "--source", str(tmp_path / "set"), "--split", split, "--size", "32",
+                 "--output", str(data)]) == 0  # fmt: skip
+    torch.save(torchvision(50).state, checkpoint)
+    recipe = "cub_resnet50_anti_collapse" if form == "inshop" else f"{form}_resnet50_anti_collapse"
+    assert main(["metric-train", "--config", recipe, "--checkpoint", str(checkpoint), "--data", str(data), "--epochs",
+                 "2", "--milestones", "[1]", "--image-size", "28", "--classes-per-batch", "3", "--backbone.embedding",
+                 "16", "--threads", "1", "--output", str(output)]) == 0  # fmt: skip
+    record = json.loads((output / "run.json").read_text())
+    assert (record["data"]["base"]["classes"], record["data"]["novel"]["classes"]) == (3, 3)
+    assert record["checkpoint"]["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    assert record["network"]["backbone"]["name"] == "resnet50"
+    last = json.loads((output / "history.json").read_text())["rows"][-1]
+    assert last["classes"] == "unseen" and 0 < last["map_at_1000"] < 1
+    assert main(["retrieve", "--checkpoint", str(output / "last.ckpt"), "--data", str(data), "--map-ks", "1000",
+                 "--neighbors", "4", "--output", str(tmp_path / "found")]) == 0  # fmt: skip
+    found = json.loads((tmp_path / "found" / "retrieval.json").read_text())["measures"]
+    names = ["recall_at_1", "map_at_1000", "coding_rate", *(["nmi", "f1"] if form != "sop" else [])]
+    assert [found[name] for name in names] == pytest.approx([last[name] for name in names], rel=1e-5)
+    assert ("nmi" in last) == (form != "sop")
+    assert capsys.readouterr().out.count("MAP@1000") == 2
 
 
 COLLAPSE = ["--seeds", "0", "--epochs", "1", "--losses", "contrastive", "proxy_anchor"]
