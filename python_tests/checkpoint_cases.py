@@ -210,6 +210,48 @@ def torchvision(depth):
     return case
 
 
+def bn_inception():
+    """The case of a BN-Inception of pretrainedmodels, a 32nd as wide, with its classifier."""
+    weights, inputs = Weights(), 6
+    joined = {
+        "3a": "2 2 2 2 3 1", "3b": "2 2 3 2 3 2", "3c": "- 4 5 2 3 -", "4a": "7 2 3 3 4 4", "4b": "6 3 4 3 4 4",
+        "4c": "5 4 5 4 5 4", "4d": "3 4 6 5 6 4", "4e": "- 4 6 6 8 -", "5a": "11 6 10 5 7 4", "5b": "11 6 10 6 7 4",
+    }  # fmt: skip
+    layers = [("conv1_7x7_s2", 2, 3, 7), ("conv2_3x3_reduce", 2, 2, 1), ("conv2_3x3", 6, 2, 3)]
+    for block, numbers in joined.items():
+        one, reduced, three, twice, double, projected = (int(n) if n != "-" else 0 for n in numbers.split())
+        place = f"inception_{block}_"
+        layers += [(f"{place}1x1", one, inputs, 1), (f"{place}pool_proj", projected, inputs, 1)] if one else []
+        layers += [(f"{place}3x3_reduce", reduced, inputs, 1), (f"{place}3x3", three, reduced, 3)]
+        layers += [(f"{place}double_3x3_reduce", twice, inputs, 1), (f"{place}double_3x3_1", double, twice, 3)]
+        layers += [(f"{place}double_3x3_2", double, double, 3)]
+        inputs = one + three + double + (projected or inputs)
+    for name, *shape in layers:
+        weights.conv(name, *shape, bias=True)
+        weights.norm(f"{name}_bn", shape[0])
+    weights.state["last_linear.weight"], weights.state["last_linear.bias"] = weights.draw(5, 32), weights.draw(5)
+
+    def forward(case, x):
+        def layer(x, name, stride=1):
+            return F.relu(case.norm(case.conv(x, name, stride), f"{name}_bn"))
+
+        x = F.max_pool2d(layer(x[:, [2, 1, 0]], "conv1_7x7_s2", 2), 3, 2, ceil_mode=True)
+        x = F.max_pool2d(layer(layer(x, "conv2_3x3_reduce"), "conv2_3x3"), 3, 2, ceil_mode=True)
+        for block in joined:
+            place, stride = f"inception_{block}_", 2 if block in ("3c", "4e") else 1
+            three = layer(layer(x, f"{place}3x3_reduce"), f"{place}3x3", stride)
+            double = layer(layer(x, f"{place}double_3x3_reduce"), f"{place}double_3x3_1")
+            double = layer(double, f"{place}double_3x3_2", stride)
+            if stride == 2:
+                x = torch.cat([three, double, F.max_pool2d(x, 3, 2, ceil_mode=True)], 1)
+                continue
+            pooled = F.max_pool2d(x, 3, 1, 1) if block == "5b" else F.avg_pool2d(x, 3, 1, 1)
+            x = torch.cat([layer(x, f"{place}1x1"), three, double, layer(pooled, f"{place}pool_proj")], 1)
+        return x.mean((2, 3))
+
+    return Case(weights, forward, 64)
+
+
 def libfewshot(backbone, prefix="emb_func."):
     if backbone == "conv4":
         return conv4(prefix, "layer{}.0", "layer{}.1", first=1)

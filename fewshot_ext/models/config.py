@@ -5,6 +5,7 @@ from typing import Literal
 
 from fewshot_ext._validation import check_choice, check_count, check_fraction, plain_numbers
 from fewshot_ext.models.backbone import Backbone
+from fewshot_ext.models.bn_inception import BNInception
 from fewshot_ext.models.conv import conv4
 from fewshot_ext.models.drop_block import RAMP_STEPS
 from fewshot_ext.models.embedding import POOLINGS, EmbeddedBackbone
@@ -13,7 +14,8 @@ from fewshot_ext.models.wide_resnet import WideResNet28
 
 _POOLED_BLOCKS = 4  # as published, for 84 x 84 pixels
 _RESNETS = {"resnet12": ResNet12, "resnet12_narrow": NarrowResNet12, "resnet18": ResNet18, "resnet50": ResNet50}
-_NAMES = "conv4, resnet12, resnet12_narrow, resnet18, resnet50 or wrn28_10"
+_WITHOUT_DROPOUT = ("conv4", "bn_inception")
+_NAMES = "conv4, resnet12, resnet12_narrow, resnet18, resnet50, wrn28_10 or bn_inception"
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,13 @@ class BackboneConfig:
     """Which backbone, and its shape.
 
     Args:
-        name: conv4, resnet12, resnet12_narrow (as few-shot-meta-baseline has it), resnet18, resnet50 or wrn28_10
-            (published for 84, 84, 80, 224, 224 and 80 pixels).
+        name: conv4, resnet12, resnet12_narrow (as few-shot-meta-baseline has it), resnet18, resnet50, wrn28_10 or
+            bn_inception (published for 84, 84, 80, 224, 224, 80 and 224 pixels).
         width: number of channels in the first stage; null takes the published number: 64, and 160 for wrn28_10.
         pooled_blocks: number of blocks that halve the image (conv4 only); null takes the published 4, or fewer where
             images are too small for them: 3 for 8 x 8.
-        drop_rate: rate of dropout and DropBlock in a ResNet, or of dropout in wrn28_10; conv4 has neither.
+        drop_rate: rate of dropout and DropBlock in a ResNet, or of dropout in wrn28_10; conv4 and bn_inception have
+            neither.
         drop_block_size: side of DropBlock's blocks in a ResNet.
         drop_ramp_steps: number of training steps in which DropBlock's rate grows from 0.
         embedding: number of dimensions that a linear layer projects the features to; null adds no such layer.
@@ -36,7 +39,7 @@ class BackboneConfig:
         ValueError: a value out of range, or an option that the backbone does not have.
     """
 
-    name: Literal["conv4", "resnet12", "resnet12_narrow", "resnet18", "resnet50", "wrn28_10"] = "conv4"
+    name: Literal["conv4", "resnet12", "resnet12_narrow", "resnet18", "resnet50", "wrn28_10", "bn_inception"] = "conv4"
     width: int | None = None
     pooled_blocks: int | None = None
     drop_rate: float = 0.0
@@ -47,7 +50,7 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         plain_numbers(self)
-        if self.name not in ("conv4", "wrn28_10", *_RESNETS):
+        if self.name not in ("conv4", "wrn28_10", "bn_inception", *_RESNETS):
             raise ValueError(f"name: expected {_NAMES}, got {self.name!r}")
         if self.width is not None:
             check_count("width", self.width, 1)
@@ -60,8 +63,8 @@ class BackboneConfig:
         if self.pooled_blocks not in (None, _POOLED_BLOCKS) and self.name != "conv4":
             raise ValueError(f"pooled_blocks is an option of conv4, got {self.pooled_blocks} for {self.name}")
         check_fraction("drop_rate", self.drop_rate)
-        if self.drop_rate and self.name == "conv4":
-            raise ValueError(f"drop_rate: expected 0 for conv4, which has no dropout, got {self.drop_rate}")
+        if self.drop_rate and self.name in _WITHOUT_DROPOUT:
+            raise ValueError(f"drop_rate: expected 0 for {self.name}, which has no dropout, got {self.drop_rate}")
         check_count("drop_block_size", self.drop_block_size, 1)
         check_count("drop_ramp_steps", self.drop_ramp_steps, 0)
         if self.embedding is not None:
@@ -104,6 +107,8 @@ def _build_plain(config: BackboneConfig, in_channels: int) -> Backbone:
         return conv4(
             in_channels, **shape, pooled_blocks=_POOLED_BLOCKS if config.pooled_blocks is None else config.pooled_blocks
         )
+    if config.name == "bn_inception":
+        return BNInception(in_channels, **shape)
     if config.name == "wrn28_10":
         return WideResNet28(in_channels, **shape, drop_rate=config.drop_rate)
     return _RESNETS[config.name](

@@ -25,6 +25,7 @@ _PUBLISHED_SIZES = {
     "resnet18": 224,
     "resnet50": 224,
     "wrn28_10": 80,
+    "bn_inception": 224,
 }
 
 
@@ -154,6 +155,15 @@ def _wrn(conv: str, norm: str) -> Names:
     return names
 
 
+def _inception() -> Iterator[tuple[str, str]]:
+    for own in {name.rpartition(".")[0] for name in own_weights("bn_inception", 2)}:
+        place, *block, name, part = own.split(".")
+        yield (
+            f"{own}.",
+            "_".join(["inception", *block] * (place == "blocks") + [name]) + ("_bn." if part == "1" else "."),
+        )
+
+
 _STEM, _SHORTCUT = ("conv1.", "bn1."), ("downsample.0.", "downsample.1.")
 _IMAGENET_RESNETS = {
     "resnet18": _resnet((2, 2, 2, 2), 2, _STEM, "conv", "bn", _SHORTCUT),
@@ -211,6 +221,14 @@ LAYOUTS: dict[str, Layout] = {
         margins=_IMAGENET_MARGINS,
         resize_mode="crop",
         **_IMAGENET,
+    ),
+    "pretrainedmodels": Layout(
+        "Cadene's pretrainedmodels",
+        {"bn_inception": _inception},
+        wrappers=(None, "state_dict"),
+        head="last_linear.",
+        mean=(128 / 255, 117 / 255, 104 / 255),
+        std=(1 / 255,) * 3,
     ),
     "libfewshot": Layout(
         "LibFewShot",

@@ -109,7 +109,7 @@ _COLUMNS: dict[str, dict[str, Callable[[Any], object]]] = {
         "episodes an epoch": lambda config: f"{config.epoch_episodes:,}",
     },
     "metric-train": {
-        "backbone": lambda config: config.backbone.name,
+        "backbone": lambda config: "checkpoint's" if config.freeze_batch_norm else config.backbone.name,
         "embedding": lambda config: config.backbone.embedding or "-",
         "P x K": lambda config: f"{config.classes_per_batch} x {config.samples_per_class}",
         "rate, of proxies": lambda config: f"{config.learning_rate:g}, {config.proxy_learning_rate:g}",

@@ -168,6 +168,10 @@ class MetricTrainingRun(TrainingRun):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             if checkpoint is None:
+                if config.freeze_batch_norm:
+                    raise ValueError(
+                        "freeze_batch_norm: expected false without a checkpoint, whose statistics it keeps"
+                    )
                 network = describe_network(config, config.backbone, seen)
                 module = MetricTraining(config, network, seen.num_classes, seed)
             else:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from checkpoint_cases import torchvision
+from checkpoint_cases import bn_inception, torchvision
 from PIL import Image
 from scipy.io import savemat
 from training_commands import METRIC_TRAIN, check_refused, same_weights
@@ -97,11 +97,13 @@ PLACE = ["--data", "digits", "--output", "out"]
         ([*PLACE, "--measurement.ks", "[1, 5000]"], "ks: expected K in [1, "),
         ([*PLACE, "--milestones", "[0]"], "milestones: expected at least 1"),
         ([*PLACE, "--backbone.pooled_blocks", "4"], "at least 16 x 16, got 8 x 8"),
+        ([*PLACE, "--freeze-batch-norm", "true"], "freeze_batch_norm: expected false without a checkpoint"),
+        ([*PLACE, "--checkpoint", "nowhere.pth"], "nowhere.pth"),
         ([*PLACE, "--seed", "-1"], "seed: expected at least 0"),
         ([*PLACE, "--devices", "2"], "--devices"),
         (
             ["--config", "missing"],
-            "there is no recipe 'missing'; the recipes are cars196_resnet50_anti_collapse, cub_",
+            "there is no recipe 'missing'; the recipes are cars196_anti_collapse, cub_",
         ),
     ],
 )
@@ -133,9 +135,9 @@ def test_small_recipes_fit_their_data(name, capsys):
 
 # The official antico_runs.sh: epochs, milestones, factor and first epochs without the backbone.
 ANTI_COLLAPSE = {
-    "cub_resnet50_anti_collapse": (100, (), None, 0),
-    "cars196_resnet50_anti_collapse": (300, (100,), 0.5, 0),
-    "sop_resnet50_anti_collapse": (400, (190, 250), 0.2, 1),
+    "cub_anti_collapse": (100, (), None, 0),
+    "cars196_anti_collapse": (300, (100,), 0.5, 0),
+    "sop_anti_collapse": (400, (190, 250), 0.2, 1),
 }
 
 
@@ -149,9 +151,10 @@ def test_published_recipes_have_the_published_values(name):
     assert (config.optimizer, config.learning_rate, config.weight_decay) == ("adam", 1e-5, 4e-4)
     assert config.proxy_learning_rate == pytest.approx(2000 * config.learning_rate)
     assert config.anti_collapse == AntiCollapseConfig("batch_proxy", "official", 1.0, 0.0035, 0.5, 1.0, 1.0)
-    assert config.backbone == BackboneConfig("resnet50", embedding=512, pooling="average_max")
+    # The network is the checkpoint's, and so are mean and standard deviation.
+    assert config.backbone == BackboneConfig(embedding=512, pooling="average_max")
     assert config.freeze_batch_norm
-    assert (config.image_size, config.mean, config.std) == (224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert (config.image_size, config.mean, config.std) == (224, None, None)
     assert config.augmentation == AugmentationConfig(crop_scale=0.08, horizontal_flip=True)
     assert (config.measurement.ks, config.measurement.map_ks) == ((1, 2, 4, 8), (1000,))
 
@@ -195,22 +198,25 @@ def pictures_of(form, folder):
     return str(folder / "list_eval_partition.txt")
 
 
-@pytest.mark.parametrize("form", ["cub", "cars196", "sop", "inshop"])
-def test_a_published_recipe_from_the_pictures_to_the_measures(form, tmp_path, capsys):
-    """On sets of the form of the public ones and a network of the form of torchvision's, both tiny."""
+@pytest.mark.parametrize(
+    ("form", "network"),
+    [("cub", "resnet50"), ("cars196", "bn_inception"), ("sop", "bn_inception"), ("inshop", "resnet50")],
+)
+def test_a_published_recipe_from_the_pictures_to_the_measures(form, network, tmp_path, capsys):
+    """On sets of the form of the public ones and networks with weights of ImageNet's form, all tiny."""
     split = pictures_of(form, tmp_path / "set")
-    data, output, checkpoint = tmp_path / "set.npz", tmp_path / "out", tmp_path / "resnet50.pth"
-    assert main(["data", "pack", "--source", str(tmp_path / "set"), "--split", split, "--size", "32",
+    data, output, checkpoint = tmp_path / "set.npz", tmp_path / "out", tmp_path / "imagenet.pth"
+    assert main(["data", "pack", "--source", str(tmp_path / "set"), "--split", split, "--size", "40",
                  "--output", str(data)]) == 0  # fmt: skip
-    torch.save(torchvision(50).state, checkpoint)
-    recipe = "cub_resnet50_anti_collapse" if form == "inshop" else f"{form}_resnet50_anti_collapse"
+    torch.save((torchvision(50) if network == "resnet50" else bn_inception()).state, checkpoint)
+    recipe = "cub_anti_collapse" if form == "inshop" else f"{form}_anti_collapse"
     assert main(["metric-train", "--config", recipe, "--checkpoint", str(checkpoint), "--data", str(data), "--epochs",
-                 "2", "--milestones", "[1]", "--image-size", "28", "--classes-per-batch", "3", "--backbone.embedding",
+                 "2", "--milestones", "[1]", "--image-size", "32", "--classes-per-batch", "3", "--backbone.embedding",
                  "16", "--threads", "1", "--output", str(output)]) == 0  # fmt: skip
     record = json.loads((output / "run.json").read_text())
     assert (record["data"]["base"]["classes"], record["data"]["novel"]["classes"]) == (3, 3)
     assert record["checkpoint"]["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-    assert record["network"]["backbone"]["name"] == "resnet50"
+    assert record["network"]["backbone"]["name"] == network
     last = json.loads((output / "history.json").read_text())["rows"][-1]
     assert last["classes"] == "unseen" and 0 < last["map_at_1000"] < 1
     assert main(["retrieve", "--checkpoint", str(output / "last.ckpt"), "--data", str(data), "--map-ks", "1000",

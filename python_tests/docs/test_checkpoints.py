@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_cases import libfewshot, meta_baseline, negative_margin, resnet12, torchvision
+from checkpoint_cases import bn_inception, libfewshot, meta_baseline, negative_margin, resnet12, torchvision
 
 from fewshot_ext.cli import main
 from fewshot_ext.models import ResNet12, load_network
@@ -26,6 +26,7 @@ def test_each_command_runs(tmp_path, monkeypatch):
         "best_model.tar": negative_margin("resnet18")[1],
         "max_acc.pth": {"params": resnet12("module.encoder.").state},
         "resnet50.pth": torchvision(50).state,
+        "bn_inception.pth": bn_inception().state,
         "model_best.pth": libfewshot("resnet12").state,
         "max-va.pth": meta_baseline("resnet12")[1],
         "weights.pth": ResNet12(width=4).state_dict(),

@@ -19,6 +19,7 @@ def narrow(name, **options):
 # resnet12: MetaOptNet's and the negative-margin paper's network, which the DeepEMD and RFS papers give as 12.4 M.
 # resnet18: torchvision documents 11,689,512 for its own, 513,000 of them the classifier of 1,000 classes.
 # resnet50: likewise 25,557,032, 2,049,000 of them the classifier.
+# bn_inception: 11,295,240 with pretrainedmodels' classifier of 1,025,000.
 # wrn28_10: 36.5 M in Wide Residual Networks, table 4; 36,479,194 with CIFAR-10's classifier of 6,410.
 @pytest.mark.parametrize(
     ("name", "count"),
@@ -28,6 +29,7 @@ def narrow(name, **options):
         ("resnet18", 11_689_512 - 513_000),
         ("resnet50", 25_557_032 - 2_049_000),
         ("wrn28_10", 36_479_194 - 6_410),
+        ("bn_inception", 11_295_240 - 1_025_000),
     ],
 )
 def test_published_parameter_counts(name, count):
@@ -45,6 +47,7 @@ def test_published_parameter_counts(name, count):
         ("wrn28_10", 80, 640, 20),
         ("resnet50", 224, 2048, 7),
         ("resnet12_narrow", 80, 512, 5),
+        ("bn_inception", 224, 1024, 7),
     ],
 )
 def test_published_map_sizes(name, size, channels, side):
@@ -62,6 +65,19 @@ def test_sizes_are_foretold(name, size):
     images = torch.randn(2, 1, *size)
     assert backbone(images).shape == (2, backbone.feature_size(*size))
     assert backbone.feature_map(images).shape == (2, backbone.out_channels, *backbone.map_size(*size))
+
+
+@pytest.mark.parametrize("size", [(32, 64), (31, 97), (33, 160)])
+def test_sizes_of_bn_inception(size):
+    backbone = build_backbone(BackboneConfig("bn_inception", width=2)).eval()
+    assert backbone.feature_map(torch.randn(1, 3, *size)).shape == (1, 32, *backbone.map_size(*size))
+    for odd in ((47, 64), (64, 16), (8, 8)):
+        with pytest.raises(ValueError, match=f"BN-Inception needs sides such as multiples of 32, got {odd[0]} x"):
+            backbone.map_size(*odd)
+    with pytest.raises(ValueError, match="width: expected an even number of at least 2, got 3"):
+        build_backbone(BackboneConfig("bn_inception", width=3))
+    with pytest.raises(ValueError, match="drop_rate: expected 0 for bn_inception, which has no dropout"):
+        BackboneConfig("bn_inception", drop_rate=0.1)
 
 
 @pytest.mark.parametrize("name", NAMES[1:])
@@ -172,7 +188,7 @@ def test_resnet12_by_its_formula():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "vgg"}, "name: expected conv4, resnet12, .* or wrn28_10, got 'vgg'"),
+        ({"name": "vgg"}, "name: expected conv4, resnet12, .* or bn_inception, got 'vgg'"),
         ({"width": 0}, "width: expected at least 1, got 0"),
         ({"name": "resnet12", "width": 5}, "width: expected an even number for resnet12"),
         ({"pooled_blocks": 5}, r"pooled_blocks: expected a number in \[0, 4\], got 5"),

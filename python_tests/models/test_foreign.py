@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 import pytest
 import torch
-from checkpoint_cases import libfewshot, meta_baseline, negative_margin, resnet, resnet12, torchvision
+from checkpoint_cases import bn_inception, libfewshot, meta_baseline, negative_margin, resnet, resnet12, torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -39,7 +39,7 @@ def check_normalization(network, expected):
 
 @pytest.mark.parametrize("embedding", [None, 3])
 @pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("name", [*BACKBONES, "resnet12_narrow", "resnet50"])
+@pytest.mark.parametrize("name", [*BACKBONES, "resnet12_narrow", "resnet50", "bn_inception"])
 def test_state_dicts_of_our_own_backbones(name, prefix, embedding, tmp_path):
     backbone = build_backbone(BackboneConfig(name, width=4, embedding=embedding), in_channels=1).eval()
     path = saved({prefix + key: value for key, value in backbone.state_dict().items()}, tmp_path)
@@ -98,6 +98,15 @@ def test_weights_of_torchvision_and_timm(depth, wrapper, tmp_path):
     same_features(network, case)
     check_normalization(network, IMAGENET)
     assert (network.preprocessing.image_size, network.similarity) == (224, "cosine")
+
+
+@pytest.mark.parametrize("wrapper", [None, "state_dict"])
+def test_weights_of_pretrainedmodels(wrapper, tmp_path):
+    case = bn_inception()
+    network = load_network(saved(case.state if wrapper is None else {wrapper: case.state}, tmp_path))
+    same_features(network, case)
+    check_normalization(network, {"mean": (128 / 255, 117 / 255, 104 / 255), "std": (1 / 255,) * 3})
+    assert network.preprocessing.image_size == 224
 
 
 def test_other_networks_of_torchvision_are_not_taken_for_ours(tmp_path):

@@ -84,16 +84,17 @@ def test_without_freezing_statistics_move(checkpoint, images32, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw"])
-def test_weight_decay_is_a_penalty_with_adam_and_decoupled_with_adamw(name, images32, tmp_path):
-    config = replace(CONFIG, optimizer=name, backbone=BackboneConfig(width=4, embedding=4), weight_decay=0.1)
-    module = MetricTrainingRun(config, images32, tmp_path).module
+def test_weight_decay_is_a_penalty_with_adam_and_decoupled_with_adamw(name, checkpoint, images32, tmp_path):
+    config = replace(CONFIG, optimizer=name, weight_decay=0.1)
+    module = MetricTrainingRun(config, images32, tmp_path, checkpoint=checkpoint).module
     optimizer = module.configure_optimizers()["optimizer"]
     weight = module.backbone.projection.weight
     before = weight.detach().clone()
     weight.grad = torch.zeros_like(weight)
     optimizer.step()
-    # Of the penalty alone Adam's first step takes the sign.
-    step = config.learning_rate * (before.sign() if name == "adam" else 0.1 * before)
+    # Of a penalty alone Adam's first step takes the sign, but for its epsilon.
+    penalty = 0.1 * before
+    step = config.learning_rate * (penalty / (penalty.abs() + 1e-8) if name == "adam" else penalty)
     torch.testing.assert_close(weight.detach(), before - step, rtol=1e-5, atol=1e-8)
 
 
@@ -107,13 +108,10 @@ def test_an_interrupted_run_resumes_to_the_same_weights(checkpoint, images32, tm
         MetricTrainingRun(config, images32, tmp_path / "broken", checkpoint=checkpoint, on_epoch=interrupt).train()
     resumed = MetricTrainingRun(config, images32, tmp_path / "broken", checkpoint=checkpoint, resume=True)
     assert torch.equal(weights(resumed.train()), weights(unbroken))
+    other = tmp_path / "other.pth"
+    torch.save({name: value + 1 for name, value in torchvision(50).state.items()}, other)
     with pytest.raises(ValueError, match=r"cannot resume .*: its checkpoint_sha256 is"):
-        MetricTrainingRun(
-            replace(config, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
-            images32,
-            tmp_path / "broken",
-            resume=True,
-        )
+        MetricTrainingRun(config, images32, tmp_path / "broken", checkpoint=other, resume=True)
 
 
 def test_a_metric_training_goes_on_from_another(checkpoint, images32, tmp_path):
