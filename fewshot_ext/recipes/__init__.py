@@ -66,7 +66,7 @@ def load_recipe(name: str, command: str = "pretrain") -> PreTrainingConfig | Met
         name: one of ``recipe_names(command)``. For "pretrain" it is ``DATA_BACKBONE_LOSS``, with ``_1shot`` or
             ``_5shot`` where the paper tells them apart, or ``DATA_BACKBONE_deepemd``, the first stage of DeepEMD; for
             "meta-train" ``DATA_BACKBONE_deepemd_REGIONS_SHOT`` or ``DATA_BACKBONE_HEAD_SHOT``, for "metric-train"
-            ``DATA_BACKBONE``.
+            ``DATA_BACKBONE``, or ``DATA_anti_collapse`` for any network of ImageNet.
         command: what the recipe is for.
 
     Raises:
