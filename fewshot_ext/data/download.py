@@ -73,7 +73,8 @@ REMOTE: dict[str, RemoteSet] = {
             ),
         ),
         "fewshot-ext data pack --source {folder}/CUB_200_2011/images --split cub --size 384 --resize-mode stretch "
-        "--jpeg-quality 95 --output cub384.npz (for retrieval --split halves --size 256 --output cub256.npz)",
+        "--jpeg-quality 95 --output cub384.npz (for retrieval --split halves --size 256, without "
+        "--resize-mode)",
     ),
 }
 _IMAGENET = (

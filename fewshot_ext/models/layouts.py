@@ -229,6 +229,8 @@ LAYOUTS: dict[str, Layout] = {
         head="last_linear.",
         mean=(128 / 255, 117 / 255, 104 / 255),
         std=(1 / 255,) * 3,
+        margins={"bn_inception": 256 / 224},
+        resize_mode="crop",
     ),
     "libfewshot": Layout(
         "LibFewShot",

@@ -123,8 +123,8 @@ class MetricTrainingConfig(TrainingConfig):
         compile: compile the backbone by torch.compile; the first steps then take minutes.
         anti_collapse: see ``AntiCollapseConfig``.
         backbone: see ``BackboneConfig``; its ``embedding`` is the number of dimensions that are compared, and null
-            leaves the features as they are. A checkpoint brings the rest of it, and image_size, mean and std where
-            they are null.
+            leaves the features as they are. A checkpoint brings the rest of it, and image_size with resize,
+            resize_mode, mean and std where they are null.
         measurement: see ``MeasurementConfig``.
 
     Raises:

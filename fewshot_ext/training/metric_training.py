@@ -212,10 +212,14 @@ def _from_checkpoint(config: MetricTrainingConfig, seen: ImageArchive, source: s
         value, kept = getattr(asked, field.name), getattr(own, field.name)
         if field.name not in _OF_THE_EMBEDDING and value not in (field.default, kept):
             raise ValueError(f"backbone.{field.name}: expected {kept}, as checkpoint {source} has it, got {value}")
+    # The side to resize to goes with that of the middle, which is cut out.
+    sizes = config if config.image_size else start.config
     network = replace(
         start.config,
         backbone=replace(own, **{name: getattr(asked, name) for name in _OF_THE_EMBEDDING}),
-        image_size=config.image_size or start.config.image_size,
+        image_size=sizes.image_size,
+        resize=sizes.resize,
+        resize_mode=config.resize_mode or start.config.resize_mode,
         mean=config.mean or start.config.mean,
         std=config.std or start.config.std,
         channels_last=config.channels_last,

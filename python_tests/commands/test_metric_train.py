@@ -154,7 +154,8 @@ def test_published_recipes_have_the_published_values(name):
     # The network is the checkpoint's, and so are mean and standard deviation.
     assert config.backbone == BackboneConfig(embedding=512, pooling="average_max")
     assert config.freeze_batch_norm
-    assert (config.image_size, config.mean, config.std) == (224, None, None)
+    assert (config.image_size, config.resize, config.resize_mode) == (224, 256, "crop")
+    assert (config.mean, config.std) == (None, None)
     assert config.augmentation == AugmentationConfig(crop_scale=0.08, horizontal_flip=True)
     assert (config.measurement.ks, config.measurement.map_ks) == ((1, 2, 4, 8), (1000,))
 
@@ -210,9 +211,9 @@ def test_a_published_recipe_from_the_pictures_to_the_measures(form, network, tmp
                  "--output", str(data)]) == 0  # fmt: skip
     torch.save((torchvision(50) if network == "resnet50" else bn_inception()).state, checkpoint)
     recipe = "cub_anti_collapse" if form == "inshop" else f"{form}_anti_collapse"
-    assert main(["metric-train", "--config", recipe, "--checkpoint", str(checkpoint), "--data", str(data), "--epochs",
-                 "2", "--milestones", "[1]", "--image-size", "32", "--classes-per-batch", "3", "--backbone.embedding",
-                 "16", "--threads", "1", "--output", str(output)]) == 0  # fmt: skip
+    tiny = ["--epochs", "2", "--milestones", "[1]", "--image-size", "32", "--resize", "40", "--classes-per-batch", "3"]
+    assert main(["metric-train", "--config", recipe, "--checkpoint", str(checkpoint), "--data", str(data), *tiny,
+                 "--backbone.embedding", "16", "--threads", "1", "--output", str(output)]) == 0  # fmt: skip
     record = json.loads((output / "run.json").read_text())
     assert (record["data"]["base"]["classes"], record["data"]["novel"]["classes"]) == (3, 3)
     assert record["checkpoint"]["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()

@@ -142,6 +142,21 @@ def stand_in(state):
     return timm
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"image_size": None}, (224, 256)),  # as torchvision evaluates
+        ({"image_size": 32}, (32, 36)),
+        ({"image_size": 32, "resize": 40}, (32, 40)),
+    ],
+)
+def test_pictures_keep_their_shape_as_the_checkpoint_has_it(changes, expected, checkpoint, images32, tmp_path):
+    module = MetricTrainingRun(replace(CONFIG, **changes), images32, tmp_path, checkpoint=checkpoint).module
+    preprocessing = module.network.preprocessing
+    assert (preprocessing.image_size, preprocessing.resize) == expected
+    assert preprocessing.resize_mode == module.network.resize_mode == "crop"
+
+
 def test_it_starts_from_a_model_of_timm(checkpoint, images32, tmp_path, monkeypatch):
     state = {name: value for name, value in torchvision(50).state.items() if not name.startswith("fc.")}
     monkeypatch.setitem(sys.modules, "timm", stand_in(state))
