@@ -81,7 +81,7 @@ struct RowStatistics {
 };
 
 template <class T>
-__global__ void __launch_bounds__(chunked::threads) margin_softmax_row_statistics(RowStatistics<T> p) {
+__global__ void __launch_bounds__(chunked::threads, 1) margin_softmax_row_statistics(RowStatistics<T> p) {
   FEWSHOT_EXT_SHARED(PartOfRow<T>, of_warp, [chunked::warps]);
   const int64_t i = blockIdx.x, row = p.chunk.first_sample + i;
   const int64_t target = p.chunk.rows.target_class(row);
