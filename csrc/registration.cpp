@@ -6,12 +6,13 @@ STABLE_TORCH_LIBRARY(fewshot_ext, m) {
   m.def(
       "margin_softmax(Tensor features, Tensor weight, Tensor target, float margin, float scale, "
       "float label_smoothing, int ignore_index, bool cosine, int total_classes, int reduction, bool features_grad, "
-      "bool weight_grad, bool return_prediction) "
+      "bool weight_grad, bool return_prediction, bool allow_tf32=False) "
       "-> (Tensor loss, Tensor prediction, Tensor row_statistics, Tensor grad_features, Tensor grad_weight)");
   m.def(
       "margin_softmax_backward(Tensor grad_loss, Tensor features, Tensor weight, Tensor target, "
       "Tensor row_statistics, float margin, float scale, float label_smoothing, int ignore_index, bool cosine, "
-      "int total_classes, bool features_grad, bool weight_grad) -> (Tensor grad_features, Tensor grad_weight)");
+      "int total_classes, bool features_grad, bool weight_grad, bool allow_tf32=False) "
+      "-> (Tensor grad_features, Tensor grad_weight)");
   m.def("scale_gradients_(Tensor(a!) first, Tensor(b!) second, Tensor factor) -> ()");
   m.def(
       "emd(Tensor cost, Tensor supply, Tensor demand, bool partial=False) "

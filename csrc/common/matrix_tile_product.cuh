@@ -7,13 +7,15 @@
 namespace fewshot_ext {
 
 // In tf32, whatever the factors are. Half types fit into it, so that their products are exact; a factor of float32 is
-// split in two. A product then takes one instruction where both factors fit, two where one does and three where none
-// does, and errs no more than one of float32 does. Of half types alone there are instructions of twice the depth, but
-// these are 8 of the 190 instructions that a warp issues for a stage of them. To round dL/ds to bfloat16 would save a
-// quarter of its gradients' instructions and cost all digits beyond the third; float16 has no range for it.
+// split in two, or where that is `allowed` rounded. A product then takes one instruction where both factors fit, two
+// where one does and three where none does, and errs no more than one of float32 does. Of half types alone there are
+// instructions of twice the depth, but these are 8 of the 190 instructions that a warp issues for a stage of them. To
+// round dL/ds to bfloat16 would save a quarter of its gradients' instructions and cost all digits beyond the third;
+// float16 has no range for it.
 //
 // The block's warps form four groups of two. Each group takes a quarter of every stage of the inner dimension, each of
 // its warps half of the tile's columns; the quarters are added up at the end.
+template <bool allowed>
 struct MatrixTileProduct {
   using Layout = MmaLayout<float>;
 
@@ -158,14 +160,18 @@ struct MatrixTileProduct {
     }
   }
 
-  // A factor in tf32: itself, or two parts.
-  template <bool fits, template <class> class Fragment>
+  // A factor in tf32: itself, its rounding, or two parts.
+  template <class Loader, template <class> class Fragment>
   __device__ static __forceinline__ auto in_tf32(const Fragment<float>& x) {
-    if constexpr (fits)
+    if constexpr (Loader::fits_tf32)
       return bit_cast<Fragment<Tf32>>(x);
+    else if constexpr (allowed)
+      return split_to_tf32(x).big;
     else
       return split_to_tf32(x);
   }
+  template <class Loader>
+  static constexpr bool is_split = !Loader::fits_tf32 && !allowed;
 
   template <class Fragment>
   __device__ static __forceinline__ const Fragment& big(const Fragment& x) {
@@ -189,14 +195,14 @@ struct MatrixTileProduct {
     for (int n = 0; n < fragments_n; n += 2)
       read<LoadB>(read_b[n], read_b[n + 1], in_b, k, first_column + n * Layout::columns, lane);
 
-    using A = decltype(in_tf32<LoadA::fits_tf32>(read_a[0]));
-    using B = decltype(in_tf32<LoadB::fits_tf32>(read_b[0]));
+    using A = decltype(in_tf32<LoadA>(read_a[0]));
+    using B = decltype(in_tf32<LoadB>(read_b[0]));
     A a[fragments_m];
     B b[fragments_n];
 #pragma unroll
-    for (int m = 0; m < fragments_m; ++m) a[m] = in_tf32<LoadA::fits_tf32>(read_a[m]);
+    for (int m = 0; m < fragments_m; ++m) a[m] = in_tf32<LoadA>(read_a[m]);
 #pragma unroll
-    for (int n = 0; n < fragments_n; ++n) b[n] = in_tf32<LoadB::fits_tf32>(read_b[n]);
+    for (int n = 0; n < fragments_n; ++n) b[n] = in_tf32<LoadB>(read_b[n]);
 
     const auto each = [&](auto multiply) {
 #pragma unroll
@@ -204,15 +210,14 @@ struct MatrixTileProduct {
 #pragma unroll
         for (int n = 0; n < fragments_n; ++n) multiply(sum[m][n], a[m], b[n]);
     };
-    if constexpr (!LoadA::fits_tf32)
-      each([](FragmentC& c, const A& x, const B& y) { mma_m16n8k8(c, x.small, big(y)); });
-    if constexpr (!LoadB::fits_tf32)
-      each([](FragmentC& c, const A& x, const B& y) { mma_m16n8k8(c, big(x), y.small); });
+    if constexpr (is_split<LoadA>) each([](FragmentC& c, const A& x, const B& y) { mma_m16n8k8(c, x.small, big(y)); });
+    if constexpr (is_split<LoadB>) each([](FragmentC& c, const A& x, const B& y) { mma_m16n8k8(c, big(x), y.small); });
     each([](FragmentC& c, const A& x, const B& y) { mma_m16n8k8(c, big(x), big(y)); });
   }
 };
 
-template <class T>
-using TileProduct = std::conditional_t<std::is_same_v<T, double>, PlainTileProduct<double>, MatrixTileProduct>;
+template <class T, bool allow_tf32>
+using TileProduct =
+    std::conditional_t<std::is_same_v<T, double>, PlainTileProduct<double>, MatrixTileProduct<allow_tf32>>;
 
 }  // namespace fewshot_ext

@@ -9,6 +9,12 @@ namespace fewshot_ext {
 namespace chunked {
 constexpr int threads = 256;
 constexpr int warps = threads / warp_lanes;
+
+// Of a block that goes through a row of a chunk: one for four classes, in whole warps.
+constexpr unsigned threads_for(int64_t classes) {
+  const int64_t wanted = ((classes + 3) / 4 + warp_lanes - 1) / warp_lanes * warp_lanes;
+  return static_cast<unsigned>(wanted < threads ? wanted : threads);
+}
 }  // namespace chunked
 
 // 1 / |x| of every row, and where wanted the rows times it; one warp a row.
@@ -75,12 +81,12 @@ struct RowStatistics {
 };
 
 template <class T>
-__global__ void __launch_bounds__(chunked::threads) margin_softmax_row_statistics(RowStatistics<T> p) {
+__global__ void __launch_bounds__(chunked::threads, 1) margin_softmax_row_statistics(RowStatistics<T> p) {
   FEWSHOT_EXT_SHARED(PartOfRow<T>, of_warp, [chunked::warps]);
   const int64_t i = blockIdx.x, row = p.chunk.first_sample + i;
   const int64_t target = p.chunk.rows.target_class(row);
   PartOfRow<T> part = PartOfRow<T>::empty();
-  for (int64_t j = 4 * threadIdx.x; j < p.chunk.classes; j += 4 * chunked::threads) {
+  for (int64_t j = 4 * threadIdx.x; j < p.chunk.classes; j += 4 * blockDim.x) {
     const Four<T> logits = p.chunk.logits(i, j, p.chunk.inverse_of_classes(j));
     part.add(logits, p.chunk.first_class + j, p.chunk.classes - j, target);
 #pragma unroll
@@ -92,7 +98,7 @@ __global__ void __launch_bounds__(chunked::threads) margin_softmax_row_statistic
   __syncthreads();
   if (threadIdx.x != 0) return;
   PartOfRow<T> all = p.chunk.first_class == 0 ? PartOfRow<T>::empty() : p.parts[row];
-  for (int warp = 0; warp < chunked::warps; ++warp) all.add(of_warp[warp]);
+  for (unsigned warp = 0; warp < blockDim.x / warp_lanes; ++warp) all.add(of_warp[warp]);
   p.parts[row] = all;
 }
 
@@ -146,7 +152,7 @@ struct SoftmaxGradient {
 template <class T, class Operand>
 __global__ void __launch_bounds__(chunked::threads) margin_softmax_gradient(SoftmaxGradient<T, Operand> p) {
   const int64_t i = blockIdx.y, row = p.chunk.first_sample + i;
-  const int64_t j = 4 * (int64_t(blockIdx.x) * chunked::threads + threadIdx.x);
+  const int64_t j = 4 * (int64_t(blockIdx.x) * blockDim.x + threadIdx.x);
   if (j >= p.chunk.classes) return;
   const GradientCoefficients<T> coefficients = p.coefficients[row];
   const int64_t target = p.chunk.rows.target_class(row) - p.chunk.first_class;

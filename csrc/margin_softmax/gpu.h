@@ -131,8 +131,12 @@ void few_classes(Device& device, const MarginSoftmaxProblem& problem) {
     return memory.used;
   };
   lay_out({device.allocate(lay_out({}))});
-  device.template launch_cooperative<margin_softmax_one_launch<Storage>>(std::max(p.first_items(), p.last_items()),
-                                                                         one_launch::threads, p);
+  const int most_blocks = std::max(p.first_items(), p.last_items());
+  if (std::is_same_v<Storage, float> && problem.allow_tf32)
+    device.template launch_cooperative<margin_softmax_one_launch<Storage, std::is_same_v<Storage, float>>>(
+        most_blocks, one_launch::threads, p);
+  else
+    device.template launch_cooperative<margin_softmax_one_launch<Storage, false>>(most_blocks, one_launch::threads, p);
 }
 
 // What both ways to many classes are made of.
@@ -318,8 +322,13 @@ class OnePass : ManyClasses<Storage, Device> {
 
   template <bool backward, bool smoothing, bool prediction>
   void launch(int64_t count, const CompleteRows<Storage>& rows) {
-    device_.template launch<margin_softmax_one_pass<Storage, backward, smoothing, prediction>>(
-        static_cast<unsigned>(count), one_pass::threads, rows);
+    const unsigned blocks = static_cast<unsigned>(count);
+    if (problem_.classes <= one_pass::most_of_short_row)
+      device_.template launch<margin_softmax_one_pass<Storage, one_pass::short_row, backward, smoothing, prediction>>(
+          blocks, one_pass::short_row, rows);
+    else
+      device_.template launch<margin_softmax_one_pass<Storage, one_pass::long_row, backward, smoothing, prediction>>(
+          blocks, one_pass::long_row, rows);
   }
 
   int64_t pitch_, chunk_samples_, part_classes_;
@@ -327,8 +336,8 @@ class OnePass : ManyClasses<Storage, Device> {
 };
 
 // Pass A goes through all products x_i . w_j for the rows' statistics, pass B once more for the gradients. The products
-// of a chunk are computed again in pass B, unless there is only one chunk, or they can wait in the memory of the
-// weight's gradient: N x C of them fit where N <= D, and each chunk lies where its own gradient will come.
+// of a chunk are computed again in pass B, unless they can wait in the memory of the weight's gradient: N x C of them
+// fit where N <= D, and each chunk lies where its own gradient will come.
 template <class Storage, class Device>
 class Chunked : ManyClasses<Storage, Device> {
   using Base = ManyClasses<Storage, Device>;
@@ -342,9 +351,8 @@ class Chunked : ManyClasses<Storage, Device> {
   Chunked(Device& device, const MarginSoftmaxProblem& problem, const MarginSoftmaxPlan& plan) : Base(device, problem) {
     chunk_samples_ = std::min(problem.samples, plan.chunk_samples);
     chunk_classes_ = std::min(problem.classes, std::max<int64_t>(plan.chunk_products / chunk_samples_ / 64 * 64, 64));
-    one_chunk_ = chunk_samples_ == problem.samples && chunk_classes_ == problem.classes;
-    kept_ = !half && !backward_ && gradients_ && !one_chunk_ && problem.grad_weight != nullptr &&
-            chunk_samples_ == problem.samples && problem.samples <= problem.dimensions;
+    kept_ = !half && !backward_ && gradients_ && problem.grad_weight != nullptr && chunk_samples_ == problem.samples &&
+            problem.samples <= problem.dimensions;
     lay_out({device.allocate(lay_out({}))});
   }
 
@@ -355,7 +363,8 @@ class Chunked : ManyClasses<Storage, Device> {
         this->inverse_norms(weight_, chunk.first_class, chunk.classes, inverse_weight_, nullptr);
       if (backward_) return;
       multiply_chunk(chunk);
-      device_.template launch<margin_softmax_row_statistics<T>>(static_cast<unsigned>(chunk.samples), chunked::threads,
+      device_.template launch<margin_softmax_row_statistics<T>>(static_cast<unsigned>(chunk.samples),
+                                                                chunked::threads_for(chunk.classes),
                                                                 RowStatistics<T>{chunk, parts_, target_logits_});
     });
     device_.template launch<margin_softmax_finish_rows<T>>(
@@ -424,9 +433,10 @@ class Chunked : ManyClasses<Storage, Device> {
   void gradients() {
     const int64_t dimensions = problem_.dimensions;
     for_each_chunk([&](const Chunk<T>& chunk) {
-      if (backward_ || !(one_chunk_ || kept_)) multiply_chunk(chunk);
+      if (!kept_) multiply_chunk(chunk);
+      const unsigned threads = chunked::threads_for(chunk.classes);
       device_.template launch<margin_softmax_gradient<T, Storage>>(
-          dim3(blocks_for(chunk.classes, 4 * chunked::threads), static_cast<unsigned>(chunk.samples)), chunked::threads,
+          dim3(blocks_for(chunk.classes, 4 * threads), static_cast<unsigned>(chunk.samples)), threads,
           SoftmaxGradient<T, Storage>{chunk, coefficients_, operand_scale_, gradient_});
       const Matrix<const Storage> gradient =
           this->template dense<const Storage>(gradient_, chunk.samples, chunk.classes);
@@ -456,7 +466,6 @@ class Chunked : ManyClasses<Storage, Device> {
   }
 
   int64_t chunk_samples_, chunk_classes_;
-  bool one_chunk_;
   bool kept_;  // the products wait in the weight's gradient
 
   PartOfRow<T>* parts_;

@@ -72,7 +72,7 @@ struct OneLaunch {
   // sizes alone, so that the sums have one order on every GPU: up to two blocks for each of the 108 to 132
   // multiprocessors of those it is made for. Each row reads all slices, so there should not be too many.
   void slice() {
-    constexpr int blocks = 256, most_slices = 16, depth = TileProduct<T>::depth;
+    constexpr int blocks = 256, most_slices = 16, depth = TileProduct<T, false>::depth;
     const int stages = (dimensions + depth - 1) / depth;
     int wanted = blocks / (sample_tiles() * class_tiles());
     wanted = wanted < 1 ? 1 : wanted < most_slices ? wanted : most_slices;
@@ -84,7 +84,7 @@ struct OneLaunch {
 
 namespace one_launch {
 
-template <class Storage, class T = Accumulate<Storage>>
+template <bool allow_tf32, class Storage, class T = Accumulate<Storage>>
 __device__ void products_tile(const OneLaunch<Storage>& p, int item, T* memory) {
   const int first_class = item % p.class_tiles() * tile,
             first_sample = item / p.class_tiles() % p.sample_tiles() * tile;
@@ -94,7 +94,7 @@ __device__ void products_tile(const OneLaunch<Storage>& p, int item, T* memory) 
   const LoadMatrix<Storage, true> w{p.weight, p.weight_stride,  p.classes, p.dimensions, first_class,
                                     0,        p.weight_in_fours};
   const int end = min(begin + p.slice_dimensions, p.dimensions);
-  const Four<T> products = TileProduct<T>::multiply(begin, end, x, w, memory);
+  const Four<T> products = TileProduct<T, allow_tf32>::multiply(begin, end, x, w, memory);
   const int i = first_sample + Tile::line(), j = first_class + Tile::first();
   if (i < p.samples)
     store_four(p.products + (int64_t(slice) * p.samples + i) * p.pitch + j, products, p.classes - j, true);
@@ -291,26 +291,26 @@ __device__ void store_gradient(const OneLaunch<Storage>& p, const Four<T>& raw, 
   store_four(gradient + dimension, values, count, p.dimensions % 4 == 0);
 }
 
-template <class Storage, class T = Accumulate<Storage>>
+template <bool allow_tf32, class Storage, class T = Accumulate<Storage>>
 __device__ void features_tile(const OneLaunch<Storage>& p, int item, T* memory) {
   const int first_sample = item / p.dimension_tiles() * tile, first_dimension = item % p.dimension_tiles() * tile;
   const int i = first_sample + Tile::line();
   const LoadForFeatures<Storage> entries{p, i};
   const LoadMatrix<Storage, false> w{p.weight, p.weight_stride, p.classes,        p.dimensions,
                                      0,        first_dimension, p.weight_in_fours};
-  const Four<T> raw = TileProduct<T>::multiply(0, p.classes, entries, w, memory);
+  const Four<T> raw = TileProduct<T, allow_tf32>::multiply(0, p.classes, entries, w, memory);
   if (i < p.samples)
     store_gradient(p, raw, p.inverse_features[i], p.dots[i], p.features + i * p.features_stride, p.features_in_fours,
                    p.grad_features + int64_t(i) * p.dimensions, first_dimension + Tile::first());
 }
 
-template <class Storage, class T = Accumulate<Storage>>
+template <bool allow_tf32, class Storage, class T = Accumulate<Storage>>
 __device__ void weight_tile(const OneLaunch<Storage>& p, int item, T* memory) {
   const int first_class = item / p.dimension_tiles() * tile, first_dimension = item % p.dimension_tiles() * tile;
   LoadForWeight<Storage> entries{p, first_class + Tile::first()};
   const LoadMatrix<Storage, false> x{p.features, p.features_stride, p.samples,          p.dimensions,
                                      0,          first_dimension,   p.features_in_fours};
-  const Four<T> raw = TileProduct<T>::multiply(0, p.samples, entries, x, memory);
+  const Four<T> raw = TileProduct<T, allow_tf32>::multiply(0, p.samples, entries, x, memory);
 
   // Each thread has the sums of its line of samples: those of a warp meet in its first eight lanes, and the warps
   // in shared memory.
@@ -336,15 +336,15 @@ __device__ void weight_tile(const OneLaunch<Storage>& p, int item, T* memory) {
 }  // namespace one_launch
 
 // A cooperative launch of any number of blocks of one_launch::threads.
-template <class Storage>
+template <class Storage, bool allow_tf32>
 __global__ void __launch_bounds__(one_launch::threads) margin_softmax_one_launch(OneLaunch<Storage> p) {
   using T = Accumulate<Storage>;
-  using Memory = typename TileProduct<T>::Memory;
+  using Memory = typename TileProduct<T, allow_tf32>::Memory;
   FEWSHOT_EXT_SHARED(Memory, memory, );
 
   for (int item = blockIdx.x; item < p.first_items(); item += gridDim.x) {
     if (const int norms = item - p.product_items(); norms < 0) {
-      one_launch::products_tile(p, item, memory.at);
+      one_launch::products_tile<allow_tf32>(p, item, memory.at);
     } else if (norms < p.norm_items()) {
       one_launch::norms(p, norms);
     } else {
@@ -364,9 +364,9 @@ __global__ void __launch_bounds__(one_launch::threads) margin_softmax_one_launch
     if (const int gradients = item - p.result_items(); gradients < 0)
       one_launch::total_loss(p);
     else if (gradients < p.weight_items())
-      one_launch::weight_tile(p, gradients, memory.at);
+      one_launch::weight_tile<allow_tf32>(p, gradients, memory.at);
     else
-      one_launch::features_tile(p, gradients - p.weight_items(), memory.at);
+      one_launch::features_tile<allow_tf32>(p, gradients - p.weight_items(), memory.at);
   }
 }
 

@@ -7,9 +7,10 @@
 namespace fewshot_ext {
 
 namespace one_pass {
-// One block fills a multiprocessor: the rows under way, one a block, then are few enough to stay in the L2 cache, where
-// the second look at a row finds it.
-constexpr int threads = 1024;
+// Threads of the block that a row has. Of long rows one block fills a multiprocessor: those under way, one a block, are
+// then few enough to stay in the L2 cache, where the second look at a row finds it. Known to the compiler, because only
+// then it has the loads of several steps under way together.
+constexpr int long_row = 1024, short_row = 128, most_of_short_row = 2048;  // threads, threads, classes
 
 // Rows begin at multiples of this many elements: every access is four elements wide, and none crosses a row.
 constexpr int64_t pitch_of(int64_t classes) { return (classes + 31) / 32 * 32; }
@@ -111,11 +112,11 @@ struct Part {
 
 // One block a row. In the forward pass it goes through the row twice, for the loss and for the gradient; the backward
 // pass knows the sums.
-template <class Storage, bool backward, bool smoothing, bool prediction>
-__global__ void __launch_bounds__(one_pass::threads, 1) margin_softmax_one_pass(CompleteRows<Storage> p) {
+template <class Storage, int threads, bool backward, bool smoothing, bool prediction>
+__global__ void __launch_bounds__(threads, 1) margin_softmax_one_pass(CompleteRows<Storage> p) {
   using T = Accumulate<Storage>;
-  constexpr int step = 4 * one_pass::threads, warps = one_pass::threads / warp_lanes;
-  static_assert(warps == warp_lanes, "the first warp joins what the warps found");
+  constexpr int step = 4 * threads, warps = threads / warp_lanes;
+  static_assert(warps <= warp_lanes, "the first warp joins what the warps found");
   const int64_t row = p.first_sample + blockIdx.x;
   T* const products = p.products + blockIdx.x * p.pitch;
   const int classes = static_cast<int>(p.rows.classes), target = p.rows.target_class(row);
@@ -150,7 +151,7 @@ __global__ void __launch_bounds__(one_pass::threads, 1) margin_softmax_one_pass(
     if (threadIdx.x % warp_lanes == 0) of_warp[threadIdx.x / warp_lanes] = all;
     __syncthreads();
     if (threadIdx.x < warp_lanes) {
-      all = of_warp[threadIdx.x];
+      all = threadIdx.x < warps ? of_warp[threadIdx.x] : PartOfRow<T>::empty();
       all.template add_lanes<warp_lanes>();
     }
     if (threadIdx.x == 0) {

@@ -29,7 +29,8 @@ struct MarginSoftmaxProblem {
   double scale = 1;
   double label_smoothing = 0;
   int64_t ignore_index = -100;
-  bool cosine = true;  // inner product otherwise
+  bool cosine = true;       // inner product otherwise
+  bool allow_tf32 = false;  // factors of float32 may be rounded to it where that is faster
   Reduction reduction = Reduction::mean;
 
   // Results; a null pointer is a result nobody asked for.

@@ -61,7 +61,7 @@ inline void check(const Tensor& features, const Tensor& weight, const Tensor& ta
 
 inline MarginSoftmaxProblem describe(const Tensor& features, const Tensor& weight, const Tensor& target, double margin,
                                      double scale, double label_smoothing, int64_t ignore_index, bool cosine,
-                                     int64_t total_classes) {
+                                     int64_t total_classes, bool allow_tf32) {
   MarginSoftmaxProblem problem;
   problem.samples = features.size(0);
   problem.classes = weight.size(0);
@@ -78,6 +78,7 @@ inline MarginSoftmaxProblem describe(const Tensor& features, const Tensor& weigh
   problem.label_smoothing = label_smoothing;
   problem.ignore_index = ignore_index;
   problem.cosine = cosine;
+  problem.allow_tf32 = allow_tf32;
   return problem;
 }
 
@@ -94,14 +95,14 @@ template <class Kernels>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor features, Tensor weight, Tensor target, double margin,
                                                            double scale, double label_smoothing, int64_t ignore_index,
                                                            bool cosine, int64_t total_classes, int64_t reduction,
-                                                           bool features_grad, bool weight_grad,
-                                                           bool return_prediction) {
+                                                           bool features_grad, bool weight_grad, bool return_prediction,
+                                                           bool allow_tf32) {
   check(features, weight, target, total_classes);
   features = with_dense_rows(features);
   weight = with_dense_rows(weight);
   target = make_contiguous(target);
-  MarginSoftmaxProblem problem =
-      describe(features, weight, target, margin, scale, label_smoothing, ignore_index, cosine, total_classes);
+  MarginSoftmaxProblem problem = describe(features, weight, target, margin, scale, label_smoothing, ignore_index,
+                                          cosine, total_classes, allow_tf32);
   STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "reduction: expected 0, 1 or 2, got ", reduction);
   problem.reduction = static_cast<Reduction>(reduction);
   const bool none = problem.reduction == Reduction::none;
@@ -133,7 +134,7 @@ template <class Kernels>
 std::tuple<Tensor, Tensor> backward(Tensor grad_loss, Tensor features, Tensor weight, Tensor target,
                                     Tensor row_statistics, double margin, double scale, double label_smoothing,
                                     int64_t ignore_index, bool cosine, int64_t total_classes, bool features_grad,
-                                    bool weight_grad) {
+                                    bool weight_grad, bool allow_tf32) {
   check(features, weight, target, total_classes);
   const ScalarType accumulate = accumulate_type(features);
   STD_TORCH_CHECK(
@@ -149,8 +150,8 @@ std::tuple<Tensor, Tensor> backward(Tensor grad_loss, Tensor features, Tensor we
   target = make_contiguous(target);
   grad_loss = make_contiguous(grad_loss);
   row_statistics = make_contiguous(row_statistics);
-  MarginSoftmaxProblem problem =
-      describe(features, weight, target, margin, scale, label_smoothing, ignore_index, cosine, total_classes);
+  MarginSoftmaxProblem problem = describe(features, weight, target, margin, scale, label_smoothing, ignore_index,
+                                          cosine, total_classes, allow_tf32);
   const bool empty = problem.samples == 0;
   Tensor grad_features = gradient(features, features_grad, empty);
   Tensor grad_weight = gradient(weight, weight_grad, empty);

@@ -49,6 +49,7 @@ def _(
     features_grad,
     weight_grad,
     return_prediction,
+    allow_tf32=False,
 ):
     samples = features.shape[0]
     accumulate = accumulate_dtype(features.dtype)
@@ -76,6 +77,7 @@ def _(
     total_classes,
     features_grad,
     weight_grad,
+    allow_tf32=False,
 ):
     return (
         features.new_empty(features.shape if features_grad else [0]),
@@ -92,7 +94,7 @@ def _refuse_second_derivative(*unused) -> None:
 
 def _save_for_backward(ctx, inputs, output) -> None:
     features, weight, target, *settings = inputs
-    *ctx.settings, reduction, features_grad, weight_grad, _ = settings
+    *ctx.settings, reduction, features_grad, weight_grad, _, ctx.allow_tf32 = settings
     _, prediction, row_statistics, grad_features, grad_weight = output
     ctx.mark_non_differentiable(prediction, row_statistics, grad_features, grad_weight)
     ctx.set_materialize_grads(False)
@@ -126,6 +128,7 @@ def _backward(ctx, grad_loss, *unused_grads):
         *ctx.settings,
         needs_features,
         needs_weight,
+        ctx.allow_tf32,
     )
     return grad_features if needs_features else None, grad_weight if needs_weight else None, *no_grads
 
@@ -147,6 +150,16 @@ def _autocast(features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     else:
         dtype = torch.promote_types(features.dtype, weight.dtype)
     return features.to(dtype), weight.to(dtype)
+
+
+@torch.compiler.assume_constant_result  # it cannot be traced; a change of the setting has all compiled again
+def _cuda_allows_tf32() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def allows_tf32(features: Tensor) -> bool:
+    """Whether products of ``features`` may be in TF32: where torch's own may, float32 on CUDA."""
+    return features.dtype == torch.float32 and features.device.type == "cuda" and _cuda_allows_tf32()
 
 
 def check_tensors(features: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,6 +234,7 @@ def _margin_loss(
         with_gradients and features.requires_grad,
         with_gradients and weight.requires_grad,
         return_prediction,
+        allows_tf32(features),
     )
     try:
         loss, prediction, *_ = _call_forward(*arguments)
@@ -259,7 +273,9 @@ def margin_cosine_loss(
     vector longer than 1e12 (1e120 in float64) makes what depends on it NaN.
 
     Args:
-        features: ``[N, D]``; float32, float64, bfloat16 or float16. Half types are accumulated in float32.
+        features: ``[N, D]``; float32, float64, bfloat16 or float16. Half types are accumulated in float32. On CUDA devices
+            float32 is rounded to TF32 on the way into products where torch allows that for its own
+            (:func:`torch.set_float32_matmul_precision`).
         weight: ``[C, D]``, C >= 2, one row a class; dtype and device of ``features``. Under autocast the dtypes may
             differ.
         target: ``[N]`` int64, labels in [0, C) or ``ignore_index``.

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fewshot_ext._native_errors import explaining
-from fewshot_ext.ops.margin_softmax import REDUCTIONS
+from fewshot_ext.ops.margin_softmax import REDUCTIONS, allows_tf32
 from fewshot_ext.parallel._collectives import Batches
 
 IGNORED = -1  # the label of ignored rows, whatever the caller's ignore_index
@@ -62,7 +62,8 @@ class ClassParallelMarginSoftmax(torch.autograd.Function):
     def forward(ctx, features: Tensor, weight: Tensor, target: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
         batches = problem.batches
         features = batches.gather(features)
-        statistics, prediction = _shard_statistics(features, weight, target, problem)
+        ctx.allow_tf32 = allows_tf32(features)
+        statistics, prediction = _shard_statistics(features, weight, target, problem, ctx.allow_tf32)
         if problem.class_numbers is not None:
             prediction = _best_of_all(statistics[3], prediction, problem)
         sum_logits = _join(statistics, (target >= 0) & (target < len(weight)), batches.group)
@@ -104,8 +105,9 @@ class ClassParallelMarginSoftmax(torch.autograd.Function):
             dist.all_reduce(grad_loss, group=batches.group)
             grad_rows = (grad_loss / ctx.counted if problem.reduction == "mean" else grad_loss).expand(target.shape)
         if len(weight):
+            wanted = needs_features, needs_weight
             grad_features, grad_weight = _call_backward(
-                grad_rows, features, weight, target, statistics, *problem.settings, needs_features, needs_weight
+                grad_rows, features, weight, target, statistics, *problem.settings, *wanted, ctx.allow_tf32
             )
         else:
             grad_features, grad_weight = torch.zeros_like(features), torch.zeros_like(weight)
@@ -116,12 +118,14 @@ class ClassParallelMarginSoftmax(torch.autograd.Function):
         return grad_features if needs_features else None, grad_weight if needs_weight else None, None, None
 
 
-def _shard_statistics(features: Tensor, weight: Tensor, target: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+def _shard_statistics(
+    features: Tensor, weight: Tensor, target: Tensor, problem: Problem, allow_tf32: bool
+) -> tuple[Tensor, Tensor]:
     """The operator's row statistics ``[4, N]`` over the shard, and its best class of each row, ``[N]`` or empty."""
     wants_prediction = problem.class_numbers is not None
     if len(weight):
         _, prediction, statistics, *_ = _call_forward(
-            features, weight, target, *problem.settings, REDUCTIONS["none"], False, False, wants_prediction
+            features, weight, target, *problem.settings, REDUCTIONS["none"], False, False, wants_prediction, allow_tf32
         )
         return statistics, prediction
     statistics = features.new_zeros(

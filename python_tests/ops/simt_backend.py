@@ -79,7 +79,8 @@ def _address(tensor: Tensor | None) -> int:
 def _run(
     plan, features, weight, target, margin, scale, label_smoothing, ignore_index, cosine, total_classes, **others
 ) -> None:
-    """``others``: the reduction's code, and tensors or None by the names of MarginSoftmaxProblem."""
+    """``others``: the reduction's code, whether tf32 is allowed, and tensors or None by the names of
+    MarginSoftmaxProblem."""
     features, weight = (x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous() for x in (features, weight))
     target = target.contiguous()
     fields = {
@@ -99,6 +100,7 @@ def _run(
         "ignore_index": ignore_index,
         "cosine": cosine,
         "reduction": others.pop("reduction", 0),
+        "allow_tf32": others.pop("allow_tf32"),
         **{name: _address(tensor) for name, tensor in others.items()},
     }
     sums, plan = plan
@@ -128,6 +130,7 @@ def _margin_softmax(
     features_grad,
     weight_grad,
     return_prediction,
+    allow_tf32=False,
 ):
     samples = features.shape[0]
     accumulate = torch.float64 if features.dtype == torch.float64 else torch.float32
@@ -150,6 +153,7 @@ def _margin_softmax(
         cosine,
         total_classes,
         reduction=reduction,
+        allow_tf32=allow_tf32,
         loss=loss,
         prediction=prediction,
         row_statistics=statistics,
@@ -175,6 +179,7 @@ def _margin_softmax_backward(
     total_classes,
     features_grad,
     weight_grad,
+    allow_tf32=False,
 ):
     grad_features = _poison(features.shape if features_grad else [0], features)
     grad_weight = _poison(weight.shape if weight_grad else [0], weight)
@@ -191,6 +196,7 @@ def _margin_softmax_backward(
         ignore_index,
         cosine,
         total_classes,
+        allow_tf32=allow_tf32,
         loss=None,
         prediction=None,
         row_statistics=row_statistics.contiguous(),

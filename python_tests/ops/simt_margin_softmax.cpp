@@ -28,6 +28,7 @@ void margin_softmax(const py::dict& fields, const std::string& kernel, int most_
   problem.label_smoothing = fields["label_smoothing"].cast<double>();
   problem.ignore_index = fields["ignore_index"].cast<int64_t>();
   problem.cosine = fields["cosine"].cast<bool>();
+  problem.allow_tf32 = fields["allow_tf32"].cast<bool>();
   problem.reduction = static_cast<Reduction>(fields["reduction"].cast<int>());
   problem.loss = pointer(fields, "loss");
   problem.prediction = pointer<int64_t>(fields, "prediction");

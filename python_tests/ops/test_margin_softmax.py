@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import fewshot_ext
 from fewshot_ext import margin_cosine_loss, margin_softmax_loss
+from fewshot_ext.ops.margin_softmax import allows_tf32
 
 from .contract import (
     BACKENDS,
@@ -318,6 +319,43 @@ def test_defaults_are_those_of_the_paper():
     assert torch.equal(margin_cosine_loss(features, weight, target), cosine)
     product = margin_softmax_loss(features, weight, target, margin=-1.0, scale=5.0)
     assert torch.equal(margin_softmax_loss(features, weight, target), product)
+
+
+@pytest.fixture
+def tf32_setting():
+    before = torch.backends.cuda.matmul.fp32_precision
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_tf32_follows_torchs_setting(tf32_setting):
+    """By whatever name it is set, for float32 on CUDA alone, and in compiled code too."""
+
+    class OnCuda:
+        def __init__(self, dtype):
+            self.dtype, self.device = dtype, torch.device("cuda")
+
+    single = OnCuda(torch.float32)
+    for allow, refuse in (
+        (lambda: torch.set_float32_matmul_precision("high"), lambda: torch.set_float32_matmul_precision("highest")),
+        *(
+            (functools.partial(setattr, matmul, name, on), functools.partial(setattr, matmul, name, off))
+            for matmul, name, on, off in (
+                (torch.backends.cuda.matmul, "allow_tf32", True, False),
+                (torch.backends.cuda.matmul, "fp32_precision", "tf32", "ieee"),
+            )
+        ),
+    ):
+        refuse()
+        assert not allows_tf32(single)
+        allow()
+        assert allows_tf32(single)
+        assert not allows_tf32(torch.ones(1)) and not allows_tf32(OnCuda(torch.float64))
+        assert not allows_tf32(OnCuda(torch.bfloat16))
+    compiled = torch.compile(lambda x: x + allows_tf32(single), fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1)) == 1
+    refuse()
+    assert compiled(torch.zeros(1)) == 0
 
 
 def test_kernel_refuses_labels_that_compiled_code_did_not_check():

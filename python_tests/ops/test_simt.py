@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fewshot_ext.ops.margin_softmax
 from fewshot_ext import finetune_episodes, margin_cosine_loss
 
 from ..simt import build
@@ -100,8 +101,8 @@ def test_logits_far_below_zero(backend):
     assert_equals_reference(margin_softmax, backend, problem)
 
 
-# (chunk_samples, chunk_products): all in one chunk; several chunks of classes whose products wait in the weight's
-# gradient or, with more samples than dimensions, are computed again; several of samples; several of both.
+# (chunk_samples, chunk_products): one chunk, and several of classes, whose products wait in the weight's gradient or,
+# with more samples than dimensions, are computed again; several of samples; several of both.
 @pytest.mark.parametrize("chunks", ((4096, 1 << 22), (4096, 1), (13, 1 << 22), (13, 1)), ids=str)
 @pytest.mark.parametrize("sizes", ((40, 150, 50), (40, 150, 20)), ids=str)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16, torch.float16), ids=str)
@@ -119,10 +120,15 @@ def test_chunks(dtype, sizes, chunks):
             assert_equals_reference(case, backend, problem)
 
 
-# Rows of less than a step of a block: by ones, by some with a rest, all at once. Of one step; of three and a class.
+# Rows of less than a step of their block: by ones, by some with a rest, all at once. Of one step of a short row's
+# block; as many as it takes, and one more; of one step of a long row's block, of three and a class.
 @pytest.mark.parametrize(
     "sizes, rows",
-    (((7, 151, 50), 1), ((7, 151, 50), 3), ((7, 151, 50), 100), ((5, 4096, 3), 100), ((4, 12289, 6), 100)),
+    (
+        *(((7, 151, 50), 1), ((7, 151, 50), 3), ((7, 151, 50), 100)),
+        *(((5, 512, 3), 100), ((4, 2048, 3), 100), ((4, 2049, 3), 100)),
+        *(((5, 4096, 3), 100), ((4, 12289, 6), 100)),
+    ),
     ids=str,
 )
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16, torch.float16), ids=str)
@@ -147,6 +153,48 @@ def test_complete_rows(dtype, sizes, rows):
             )
             problem.tensors["target"][:2] = torch.tensor([0, sizes[1] - 1])
             assert_equals_reference(case, backend, problem)
+
+
+def _with_tf32(problem, allowed, monkeypatch):
+    """Loss and gradients of one launch, as a GPU gives them whose torch allows TF32 or does not."""
+    monkeypatch.setattr(fewshot_ext.ops.margin_softmax, "allows_tf32", lambda features: allowed)
+    with emulated("one_launch", sums=0):
+        (loss,), gradients = evaluate(margin_cosine_loss, problem, NAMES)
+    return {"loss": loss, **gradients}
+
+
+def test_one_launch_rounds_float32_where_tf32_is_allowed(monkeypatch):
+    """To the 11 bits of TF32: more than float32's error, and no more than a few of those roundings."""
+    problem = draw(70, 40, 90, dtype=torch.float64, margin=-0.3, scale=10.0)
+    exact = _with_tf32(problem, False, monkeypatch)
+    single = problem.to(torch.float32)
+    for allowed, least, most in ((False, 0, 2e-6), (True, 1e-5, 3e-3)):
+        found = _with_tf32(single, allowed, monkeypatch)
+        for name in NAMES:
+            error = (found[name] - exact[name]).norm() / exact[name].norm()
+            assert least <= error <= most, (allowed, name, error)
+    assert_same(_with_tf32(problem, True, monkeypatch), exact)
+
+
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+def test_backward_pass_goes_by_what_tf32_was_in_the_forward_pass(reduction, monkeypatch):
+    """Its logits have to be those that the row's sums were formed from."""
+    allow = fewshot_ext.ops.margin_softmax
+    problem = draw(40, 20, 90, dtype=torch.float32, margin=-0.3, scale=30.0, reduction=reduction).with_grad(NAMES)
+    wanted, gradients = [problem.tensors[name] for name in NAMES], []
+    for after in (True, False):
+        monkeypatch.setattr(allow, "allows_tf32", lambda features: True)
+        with emulated("one_launch", sums=0):
+            loss = margin_cosine_loss(**problem.tensors, **problem.options).sum()
+            monkeypatch.setattr(allow, "allows_tf32", lambda features, after=after: after)
+            gradients.append(dict(zip(NAMES, torch.autograd.grad(loss, wanted), strict=True)))
+    assert_same(*gradients)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_half_types_do_not_depend_on_tf32(dtype, monkeypatch):
+    problem = draw(40, 20, 90, dtype=dtype, scale=10.0)
+    assert_same(*(_with_tf32(problem, allowed, monkeypatch) for allowed in (False, True)))
 
 
 @pytest.mark.parametrize("kernel", ("one_pass", "chunked"))
