@@ -273,8 +273,8 @@ def margin_cosine_loss(
     vector longer than 1e12 (1e120 in float64) makes what depends on it NaN.
 
     Args:
-        features: ``[N, D]``; float32, float64, bfloat16 or float16. Half types are accumulated in float32. On CUDA devices
-            float32 is rounded to TF32 on the way into products where torch allows that for its own
+        features: ``[N, D]``; float32, float64, bfloat16 or float16. Half types are accumulated in float32. On CUDA
+            devices float32 is rounded to TF32 on the way into products where torch allows that for its own
             (:func:`torch.set_float32_matmul_precision`).
         weight: ``[C, D]``, C >= 2, one row a class; dtype and device of ``features``. Under autocast the dtypes may
             differ.
