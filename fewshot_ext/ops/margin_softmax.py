@@ -152,9 +152,13 @@ def _autocast(features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return features.to(dtype), weight.to(dtype)
 
 
-@torch.compiler.assume_constant_result  # it cannot be traced; a change of the setting has all compiled again
 def _cuda_allows_tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# It cannot be traced. A change of the setting has everything compiled again. torch.compiler.assume_constant_result does
+# no more than this, but imports the compiler first.
+_cuda_allows_tf32._dynamo_marked_constant = True
 
 
 def allows_tf32(features: Tensor) -> bool:
