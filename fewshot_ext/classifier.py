@@ -24,7 +24,7 @@ from fewshot_ext.evaluation.protocol import extract_features
 from fewshot_ext.heads.names import HeadChoice, HeadSettings, choose_head, crops_an_image
 from fewshot_ext.heads.vectors import FineTuning, Head
 from fewshot_ext.models import LocalFeaturesConfig, Network
-from fewshot_ext.models.network import rebuild_network
+from fewshot_ext.models.network import DEFAULT, rebuild_network
 
 _LOCAL_FEATURES = LocalFeaturesConfig()
 # Side of the images that a file may ask for, and of one that is worth a trial when it is loaded.
@@ -46,8 +46,9 @@ class FewShotClassifier:
     numbers.
 
     Args:
-        backbone: a module that maps images to features ``[B, D]``; or the path of a checkpoint of any training, which
-            brings its preprocessing, or of other code; or the name of a model of timm; or what
+        backbone: "default", an EfficientNet-Lite0 of ImageNet, whose weights the extra ``pretrained`` brings; or a
+            module that maps images to features ``[B, D]``; or the path of a checkpoint of any training, which brings
+            its preprocessing, or of other code; or the name of a model of timm; or what
             ``fewshot_ext.models.load_network`` made of one of these.
         head: the classifier, by its name in ``fewshot_ext.heads.HEADS`` or as a ``Head`` with settings of your
             own. "finetune" goes on with the similarity that the backbone was pre-trained with. Those of ``MAP_HEADS``,
@@ -67,7 +68,7 @@ class FewShotClassifier:
             that ``partial_fit`` adds behind them.
 
     Raises:
-        ImportError: the backbone is a name and timm is missing.
+        ImportError: the backbone is a name, and timm or the extra ``pretrained`` is missing.
         OSError: the checkpoint cannot be read.
         TypeError: a backbone or a head of another kind, or a backbone without feature maps for a head that takes maps.
         ValueError: an unknown head or backbone, a head without the ``base_mean`` that it needs, or a number out of
@@ -88,7 +89,7 @@ class FewShotClassifier:
 
     def __init__(
         self,
-        backbone: FrozenBackbone | Network | nn.Module | str | Path,
+        backbone: FrozenBackbone | Network | nn.Module | str | Path = DEFAULT,
         head: str | Head = "finetune",
         *,
         preprocessing: Callable[[Tensor], Tensor] | None = None,

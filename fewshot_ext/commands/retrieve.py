@@ -53,6 +53,7 @@ from fewshot_ext.evaluation import FrozenBackbone, csv_of_rows
 from fewshot_ext.evaluation.protocol import check_map_memory
 from fewshot_ext.heads.names import features_record
 from fewshot_ext.models import LocalFeaturesConfig
+from fewshot_ext.models.network import DEFAULT
 from fewshot_ext.retrieval import (
     ClusteringMetrics,
     RerankedRetrieval,
@@ -75,7 +76,7 @@ def add_arguments(parser) -> None:
     """Adds the options of ``retrieve`` to a jsonargparse parser."""
     parser.epilog = FOLDER_RULE
     run = parser.add_argument_group("run")
-    run.add_argument("--checkpoint", required=True, metavar="FILE", help=CHECKPOINT_HELP)
+    run.add_argument("--checkpoint", default=DEFAULT, metavar="FILE", help=CHECKPOINT_HELP)
     run.add_argument("--output", default="retrieval", metavar="FOLDER", help="folder that the results are written to")
     add_machine_arguments(run)
     run.add_argument("--batch_size", type=int, default=256, help="number of images in a forward pass")

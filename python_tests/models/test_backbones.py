@@ -188,7 +188,7 @@ def test_resnet12_by_its_formula():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "vgg"}, "name: expected conv4, resnet12, .* or bn_inception, got 'vgg'"),
+        ({"name": "vgg"}, "name: expected conv4, resnet12, .* or efficientnet_lite0, got 'vgg'"),
         ({"width": 0}, "width: expected at least 1, got 0"),
         ({"name": "resnet12", "width": 5}, "width: expected an even number for resnet12"),
         ({"pooled_blocks": 5}, r"pooled_blocks: expected a number in \[0, 4\], got 5"),
