@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from checkpoint_cases import bn_inception, libfewshot, meta_baseline, negative_m
 from fewshot_ext.cli import main
 from fewshot_ext.models import ResNet12, load_network
 from fewshot_ext.models.layouts import LAYOUTS
+from fewshot_ext.models.network import default_file
 
 PAGE = Path(__file__).parents[2] / "docs" / "checkpoints.md"
 
@@ -32,6 +34,7 @@ def test_each_command_runs(tmp_path, monkeypatch):
         "weights.pth": ResNet12(width=4).state_dict(),
     }.items():
         torch.save(content, name)
+    shutil.copy(default_file(), "efficientnet-lite0.pth")
     commands = re.findall(r"^fewshot-ext (convert .*)$", PAGE.read_text(), re.MULTILINE)
     origins = set()
     for command in commands:
