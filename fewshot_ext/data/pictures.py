@@ -39,6 +39,9 @@ _FEATURES = {
 # A file of a few kilobytes can claim gigabytes of pixels; no photograph of a data set has as many as this.
 MAX_PIXELS = 64_000_000
 
+# Pictures whose sides differ by more are resized with less memory.
+_LONG = 8
+
 # What Pillow raises for a damaged file; its own OSErrors carry no errno.
 _DAMAGE = (OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError, OverflowError, struct.error, zlib.error)
 
@@ -349,7 +352,12 @@ def _resized(picture: "Image.Image", size: int, resize: str, filter: str) -> "Im
         return picture.resize((size, size), how)
     if filter == "lanczos":
         return ImageOps.fit(picture, (size, size), how)
-    # As torchvision: resized first, and then cut at a whole pixel.
+    # As torchvision: resized, and cut at a whole pixel of that.
     height, width = short_side_resized(picture.height, picture.width, size)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    return picture.resize((width, height), how).crop((left, top, left + size, top + size))
+    if max(height, width) <= _LONG * size:
+        return picture.resize((width, height), how).crop((left, top, left + size, top + size))
+    # The same but for roundings of the box. The whole of a long and thin picture could take any amount of memory.
+    across, down = picture.width / width, picture.height / height
+    box = (left * across, top * down, (left + size) * across, (top + size) * down)
+    return picture.resize((size, size), how, box=box)

@@ -1,9 +1,15 @@
 """Parts of images resized as Pillow's bilinear filter does it, in batches: every image has parts of its own."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from fewshot_ext._precision import full_precision
+
+# Counts the changes of what a network sees of an image: features that are kept are of one number.
+PICTURES = "2"
 
 # Pixels of an image that need not be read in parts.
 _SMALL = 128 * 128
@@ -65,8 +71,23 @@ def _weights(
     return weights.div_(weights.sum(-1, keepdim=True))
 
 
-# Autocast would round the pixels to half types.
+@contextmanager
+def _no_tf32() -> Iterator[None]:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    if before != "tf32":
+        yield
+        return
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+# Autocast would round the pixels to half types, and TF32 to a part of a level.
 @full_precision()
+@_no_tf32()
 def _combined(images: Tensor, across: Tensor, down: Tensor) -> Tensor:
     rows = torch.einsum("bchw,bpow->bpcho", images, across)
     return down.unsqueeze(2) @ rows

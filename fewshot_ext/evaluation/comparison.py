@@ -17,6 +17,7 @@ from fewshot_ext._random import derive_generator, derive_seed
 from fewshot_ext._record import versions
 from fewshot_ext._validation import check_choice, check_count, check_positive
 from fewshot_ext.data import Episodes, ImageArchive, Split, sample_episodes
+from fewshot_ext.data.resampling import PICTURES
 from fewshot_ext.evaluation.backbones import FrozenBackbone
 from fewshot_ext.evaluation.features import FeatureCache
 from fewshot_ext.evaluation.protocol import (
@@ -250,6 +251,7 @@ class Comparison:
     ) -> Tensor:
         key = {
             "split": split,
+            "pictures": PICTURES,
             "checkpoint": backbone.sha256 or "",
             # Of a checkpoint of other code the file does not tell how images are brought to it.
             "network": hashlib.sha256(

@@ -41,14 +41,17 @@ def recipe_path(name: str, command: str = "pretrain") -> Path:
 
 def read_recipe(name: str, command: str = "pretrain") -> dict[str, Any]:
     """The settings that a recipe gives: those of its file over those of the file that it names as its base."""
+    return _settings(recipe_path(name, command))
+
+
+def _settings(path: Path) -> dict[str, Any]:
     import yaml
 
-    path = recipe_path(name, command)
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     if (base := settings.pop("base", None)) is None:
         return settings
-    below = yaml.safe_load(path.with_name(f"{base}.yaml").read_text(encoding="utf-8"))
-    nested = {key: below[key] | part for key, part in settings.items() if isinstance(part, dict)}
+    below = _settings(path.with_name(f"{base}.yaml"))
+    nested = {key: below.get(key, {}) | part for key, part in settings.items() if isinstance(part, dict)}
     return below | settings | nested
 
 

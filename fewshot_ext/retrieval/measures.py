@@ -134,6 +134,8 @@ def retrieval_metrics(
     neighbors = len(gallery) - (own is not None)
     ks = _check_ks(ks, neighbors)
     map_ks = [check_count("map_ks", k, 1) for k in map_ks]
+    if len(set(map_ks)) < len(map_ks):
+        raise ValueError(f"map_ks: expected no K twice, got {map_ks}")
     check_choice("distance", distance, *DISTANCES)
     check_choice("lone_queries", lone_queries, *LONE_QUERIES)
     if chunk_size is None:

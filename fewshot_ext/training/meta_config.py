@@ -101,6 +101,8 @@ class MetaTrainingConfig(TrainingConfig):
         if reason := _no_gradient(head):
             names = [name for name, known in (HEADS | MAP_HEADS).items() if not _no_gradient(known)]
             raise ValueError(f"head: expected one of {', '.join(names)}, got {self.head!r}, which {reason}")
+        if self.detach_weights and not isinstance(head, DeepEMDHead):
+            raise ValueError(f"detach_weights is an option of deepemd, got true for {self.head}")
         if self.temperature is not None:
             check_positive("temperature", self.temperature)
 

@@ -87,6 +87,8 @@ class MeasurementConfig:
         check_positive("eps", self.eps)
         check_counts("ks", self.ks, 1)
         check_counts("map_ks", self.map_ks, 1)
+        if len(set(self.map_ks)) < len(self.map_ks):
+            raise ValueError(f"map_ks: expected no K twice, got {list(self.map_ks)}")
         if not self.ks or len(set(self.ks)) < len(self.ks):
             raise ValueError(f"ks: expected at least one K, and none twice, got {list(self.ks)}")
 
@@ -179,6 +181,8 @@ class MetricTrainingConfig(TrainingConfig):
             )
         check_choice("optimizer", self.optimizer, "adam", "adamw")
         check_count("warmup_epochs", self.warmup_epochs, 0)
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs: expected at most epochs, {self.epochs}, got {self.warmup_epochs}")
         if self.warmup_epochs and self.backbone.embedding is None:
             raise ValueError(
                 f"warmup_epochs: expected 0 without backbone.embedding, whose layer it trains, got {self.warmup_epochs}"

@@ -5,7 +5,7 @@ import signal
 import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from fewshot_ext._record import check_same_settings  # noqa: E402
 from fewshot_ext._validation import check_at_least  # noqa: E402
 from fewshot_ext.data import ImageArchive  # noqa: E402
 from fewshot_ext.evaluation import extract_features  # noqa: E402
+from fewshot_ext.evaluation.backbones import state_checksum  # noqa: E402
 from fewshot_ext.heads import HeadChoice  # noqa: E402
 from fewshot_ext.models import (  # noqa: E402
     Backbone,
@@ -41,7 +42,7 @@ from fewshot_ext.models import (  # noqa: E402
     build_network,
 )
 from fewshot_ext.models.checkpoint import FORMAT_VERSION, upgraded  # noqa: E402
-from fewshot_ext.models.network import TIMM, own_network, read_checkpoint  # noqa: E402
+from fewshot_ext.models.network import DEFAULT, TIMM, own_network, read_checkpoint  # noqa: E402
 from fewshot_ext.training.callbacks import BestCheckpoint, EpochMeans, ProgressBar  # noqa: E402
 from fewshot_ext.training.checkpoints import AtomicCheckpointIO  # noqa: E402
 from fewshot_ext.training.config import PreTrainingConfig  # noqa: E402
@@ -302,6 +303,11 @@ class TrainingRun(ABC):
         if not last.exists():
             return None
         before, after = dict(read_checkpoint(last, self.module.stage)["hyper_parameters"]), dict(self.module.hparams)
+        if difference := _began_otherwise(before["config"]):
+            raise ValueError(
+                f"{self.directory} holds a run that began with an earlier version, in which {difference}: "
+                "take another output, or go on with that version"
+            )
         with misfits_named(f"{last} does not fit this version of fewshot_ext"):
             # A setting that the checkpoint is older than had its default.
             before["config"] = asdict(self.module.config_type.from_dict(before["config"]))
@@ -341,6 +347,21 @@ class TrainingRun(ABC):
             enable_model_summary=False,
             **self._trainer_options(),
         )
+
+
+def _began_otherwise(config: Mapping[str, Any]) -> str | None:
+    """What an earlier version did otherwise in a run with this config, as the checkpoint has it."""
+    if "resize" in config:  # as those have that began since
+        return None
+    if config.get("loss") in ("contrastive", "triplet"):
+        return "triplets were drawn by another rule"
+    if config.get("image_size") is None:
+        return None
+    if config.get("augmentation", {}).get("crop_scale"):
+        return "random crops were not antialiased"
+    if config.get("local_features", {}).get("name") in ("grid", "sampling"):
+        return "regions were cut from resized images"
+    return None
 
 
 def describe_network(
@@ -383,9 +404,10 @@ def read_start(source: str | Path, archive: ImageArchive, settings: CheckpointSe
             weights are not finite.
     """
     shape = tuple(archive.images.shape[1:])
-    network, sha256 = own_network(source, settings), None
-    if not str(source).startswith(TIMM):
-        sha256 = file_sha256(Path(source).expanduser())
+    network = own_network(source, settings)
+    # A name stands for weights too, and a run that goes on has to have begun with the same.
+    named = source == DEFAULT or str(source).startswith(TIMM)
+    sha256 = state_checksum(network) if named else file_sha256(Path(source).expanduser())
     if network.channels != shape[0]:
         raise ValueError(
             f"checkpoint {source} takes images of {network.channels} channels, as it was trained on, got {shape[0]}"

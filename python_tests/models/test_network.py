@@ -96,6 +96,23 @@ def test_a_run_of_version_0_1_goes_on(name, tmp_path):
         torch.testing.assert_close(found[key], value, msg=lambda text, key=key: f"{key}: {text}")
 
 
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"loss": "triplet"}, "triplets were drawn by another rule"),
+        ({"image_size": 6, "augmentation": {"crop_scale": 0.5}}, "random crops were not antialiased"),
+        ({"image_size": 6, "local_features": {"name": "grid"}}, "regions were cut from resized images"),
+    ],
+)
+def test_a_run_of_version_0_1_that_would_go_on_otherwise_is_refused(changes, difference, tmp_path):
+    base = load_digits().subset(Split.BASE)
+    content = torch.load(OLD / "cosine_broken.ckpt", weights_only=True)
+    content["hyper_parameters"]["config"] |= changes
+    torch.save(content, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=f"began with an earlier version, in which {difference}: take another output"):
+        run_of_version_0_1("cosine", base, tmp_path).train()
+
+
 def test_content_makes_the_network_again():
     network = build_network(replace(CONFIG, image_size=16, similarity="dot")).eval()
     again = rebuild_network(network.content())

@@ -1,5 +1,7 @@
 """What networks of other code see of a picture, against a transcription with Pillow of what that code does to it."""
 
+import resource
+
 import numpy as np
 import pytest
 import torch
@@ -91,6 +93,20 @@ def test_a_stretched_pack_keeps_what_evaluation_and_training_see(height, resize,
         edges = tuple((box * torch.tensor([640, height] * 2)).tolist())
         crop = levels(picture.resize((size, size), Image.Resampling.BILINEAR, edges))
         assert correlation(module.train()(stored), crop) > 0.999
+
+
+def test_long_pictures_take_little_memory(tmp_path):
+    """Resized as a whole, the second would have 256 x 2,560,000 pixels."""
+    for width, height in ((900, 100), (20_000, 2), (3, 30_000)):
+        pixels = np.random.default_rng(0).integers(256, size=(height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "long.png")
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        found = decode(tmp_path / "long.png", size=256, resize="crop", filter="bilinear")
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
+        if width == 900:
+            whole = Image.fromarray(pixels).resize((2304, 256), Image.Resampling.BILINEAR)
+            expected = np.asarray(whole.crop((1024, 0, 1280, 256)), dtype=int)
+            assert np.abs(np.moveaxis(found, 0, -1).astype(int) - expected).max() <= 1
 
 
 def correlation(found, expected):

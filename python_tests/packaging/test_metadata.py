@@ -21,7 +21,7 @@ def test_core_dependencies_are_torch_and_numpy_alone():
 
 def test_extras():
     extras = declared_extras(requirements())
-    assert set(extras) == {"train", "metric", "timm", "cluster", "test", "bench", "bench-cuda", "dev"}
+    assert set(extras) == {"train", "metric", "pretrained", "timm", "cluster", "test", "bench", "bench-cuda", "dev"}
     assert {"lightning", "jsonargparse", "kornia", "matplotlib", "tensorboard", "scikit-learn"} <= set(extras["train"])
     assert set(extras["metric"]) == {"pytorch-metric-learning", "scikit-learn"}
     assert {"pytest", "hypothesis"} <= set(extras["test"])
