@@ -1,9 +1,8 @@
 // What a kernel source includes instead of the CUDA runtime, so that g++ can read it too.
 //
-// Under nvcc this is CUDA itself. With FEWSHOT_EXT_SIMT defined it is the emulator of python_tests/simt,
-// which runs the kernel on the CPU and checks its use of shared memory, barriers and warp intrinsics. A
-// kernel then differs from plain CUDA in two places, because no C++ compiler knows storage that belongs to a
-// block:
+// Under nvcc this is CUDA itself. With FEWSHOT_EXT_SIMT defined cuda_runtime.h is that of an emulator, which runs the
+// kernel on the CPU and checks its use of shared memory, barriers and warp intrinsics. A kernel then differs from plain
+// CUDA in two places, because no C++ compiler knows storage that belongs to a block:
 //
 //   FEWSHOT_EXT_SHARED(float, tile, [32][33]);     __shared__ float tile[32][33];
 //   float* row = dynamic_shared<float>();          extern __shared__ float row[];
@@ -13,17 +12,15 @@
 // Matrix instructions and asynchronous copies are in mma.cuh.
 #pragma once
 
-#if defined(FEWSHOT_EXT_SIMT)
+#include <cuda_runtime.h>
 
-#include "simt/cuda.h"
+#if defined(FEWSHOT_EXT_SIMT)
 
 #define FEWSHOT_EXT_SHARED(type, name, ...)    \
   static const char simt_identity_of_##name{}; \
   auto& name = ::simt::static_shared<type __VA_ARGS__>(&simt_identity_of_##name, #name)
 
 #else
-
-#include <cuda_runtime.h>
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 #error "fewshot_ext: expected a CUDA architecture of 8.0 or later"

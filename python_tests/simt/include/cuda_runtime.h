@@ -1,0 +1,4 @@
+// What kernel sources get in place of CUDA's header of this name.
+#pragma once
+
+#include "simt/cuda.h"
