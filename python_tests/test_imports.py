@@ -30,7 +30,6 @@ class Import(NamedTuple):
     module: str
     imported: str
     name: str  # what is taken from it, empty where the module is
-    types_only: bool
 
 
 def modules() -> dict[str, Path]:
@@ -45,14 +44,8 @@ MODULES = modules()
 
 
 def imports_of(module: str) -> Iterator[Import]:
-    """Those in functions too."""
+    """Those in functions and for annotations too."""
     tree = ast.parse(MODULES[module].read_text())
-    guarded = {
-        id(node)
-        for test in ast.walk(tree)
-        if isinstance(test, ast.If) and "TYPE_CHECKING" in ast.unparse(test.test)
-        for node in ast.walk(test)
-    }
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}: imports are written out"
@@ -61,11 +54,11 @@ def imports_of(module: str) -> Iterator[Import]:
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
                 found = (whole, "") if whole in MODULES else (node.module, alias.name)
-                yield Import(module, *found, id(node) in guarded)
+                yield Import(module, *found)
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name in MODULES:
-                    yield Import(module, alias.name, "", id(node) in guarded)
+                    yield Import(module, alias.name, "")
 
 
 IMPORTS = [found for module in MODULES for found in imports_of(module)]
@@ -98,10 +91,10 @@ def test_no_arrow_runs_back_up():
 
 
 def test_no_circle():
-    # What only annotates may look back; what hides in a function may not.
+    # Neither what hides in a function nor what only annotates may look back.
     graph: dict[str, set[str]] = {}
     for found in IMPORTS:
-        if not found.types_only and found.imported != ROOT.name:
+        if found.imported != ROOT.name:
             graph.setdefault(found.module, set()).add(found.imported)
     try:
         TopologicalSorter(graph).prepare()

@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from fewshot_ext import _extras
 from fewshot_ext.training.config import BackboneConfig, PreTrainingConfig, ValidationConfig
 from fewshot_ext.training.meta_config import MetaTrainingConfig
 from fewshot_ext.training.metric_config import AntiCollapseConfig, MeasurementConfig, MetricTrainingConfig
@@ -43,5 +44,6 @@ _LAZY = {
 
 def __getattr__(name: str):
     if name in _LAZY:
+        _extras.require("train", "lightning", "tensorboard")
         return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -16,9 +16,7 @@ from fewshot_ext._random import derive_generator
 from fewshot_ext.data import Episodes, ImageArchive, sample_episodes
 from fewshot_ext.evaluation import episode_accuracies, extract_features, mean_and_interval
 from fewshot_ext.heads.names import crops_an_image
-
-if TYPE_CHECKING:
-    from fewshot_ext.training.run import ImageTraining
+from fewshot_ext.training.module import ImageTraining
 
 # Part of the key that makes the episodes' seed of the run's.
 _EPISODES = 1
@@ -154,7 +152,7 @@ class Validation(BestCheckpoint):
         ValueError: the classes or their images are too few for the episodes, or images too small for the head.
     """
 
-    def __init__(self, module: "ImageTraining", archive: ImageArchive, path: Path, seed: int) -> None:
+    def __init__(self, module: ImageTraining, archive: ImageArchive, path: Path, seed: int) -> None:
         config, (name, self.choice) = module.config.validation, module.config.validation_head
         super().__init__(config.epochs, path)
         module.feature_shape(f"validation.head {name}", self.choice, config.shot)

@@ -14,7 +14,8 @@ from fewshot_ext.models import BackboneConfig, EmbeddedBackbone, NetworkConfig, 
 from fewshot_ext.models.checkpoint import META_TRAINING
 from fewshot_ext.training.episodic import EpisodeBatches, EpisodeValidation, RankEpisodes, episode_loader
 from fewshot_ext.training.meta_config import MetaTrainingConfig
-from fewshot_ext.training.run import BEST, ImageTraining, TrainingRun, describe_network, read_start
+from fewshot_ext.training.module import ImageTraining, describe_network, read_start
+from fewshot_ext.training.run import BEST, TrainingRun
 from fewshot_ext.training.schedule import sgd_in_steps
 
 

@@ -16,7 +16,8 @@ from fewshot_ext.models.checkpoint import METRIC_TRAINING
 from fewshot_ext.ops import coding_rate
 from fewshot_ext.training.metric_callbacks import EmbeddingHistory
 from fewshot_ext.training.metric_config import NO_ANTI_COLLAPSE, MetricTrainingConfig
-from fewshot_ext.training.run import BEST, ImageTraining, TrainingRun, describe_network, read_start
+from fewshot_ext.training.module import ImageTraining, describe_network, read_start
+from fewshot_ext.training.run import BEST, TrainingRun
 
 _OF_THE_EMBEDDING = ("embedding", "pooling")
 

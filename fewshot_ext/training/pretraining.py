@@ -15,7 +15,8 @@ from fewshot_ext.models.checkpoint import PRE_TRAINING
 from fewshot_ext.training.callbacks import Validation
 from fewshot_ext.training.config import PreTrainingConfig
 from fewshot_ext.training.distributed import RankBatches, share_batches
-from fewshot_ext.training.run import BEST, ImageTraining, TrainingRun, describe_network
+from fewshot_ext.training.module import ImageTraining, describe_network
+from fewshot_ext.training.run import BEST, TrainingRun
 from fewshot_ext.training.schedule import WarmupCosine, sgd_in_steps
 
 HEADS = {"cosine": MarginCosineLoss, "dot": MarginSoftmaxLoss}

@@ -189,3 +189,13 @@ def test_a_checkpoint_cut_short_is_named(trained, tmp_path, read):
         (tmp_path / "cut.ckpt").write_bytes(whole[:length])
         with pytest.raises(ValueError, match=r"cut\.ckpt is not the checkpoint of a pre-training"):
             read(tmp_path / "cut.ckpt")
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    """Before any module of the room imports Lightning by itself."""
+    from fewshot_ext import _extras, training
+
+    monkeypatch.setattr(_extras, "is_installed", lambda name: name != "lightning")
+    for name in ("PreTraining", "MetaTrainingRun", "MetricTraining"):
+        with pytest.raises(ImportError, match=r"'lightning' is missing; pip install 'fewshot_ext\[train\]'"):
+            getattr(training, name)
