@@ -18,7 +18,8 @@ _DATA_SETS = ("cifarfs", "cub", "fc100", "miniimagenet", "tieredimagenet")
 
 @cache
 def _files(command: str) -> dict[str, Path]:
-    files = {path.stem: path for path in RECIPE_FOLDERS[command].glob("*.yaml")}
+    # Names that begin with an underscore are of files that are a base of others and no recipes.
+    files = {path.stem: path for path in RECIPE_FOLDERS[command].glob("[!_]*.yaml")}
     shared = {stem: files.pop(stem) for stem in list(files) if stem.startswith(_SHARED)}
     return {f"{data}_{stem}": path for stem, path in shared.items() for data in _DATA_SETS} | files
 
