@@ -2,6 +2,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import yaml
 
 from fewshot_ext.cli import main
 from fewshot_ext.data import AugmentationConfig, ImageInput
@@ -16,7 +17,10 @@ from fewshot_ext.recipes import (
     recipe_table,
 )
 from fewshot_ext.training import MetaTrainingConfig, PreTrainingConfig, ValidationConfig
+from fewshot_ext.training.schedule import warmup_cosine
 
+LOSSES = {"cosine": ("cosine", 30.0), "softmax": ("dot", 5.0)}
+BASELINES = {"baseline": ("dot", 1.0), "baseline++": ("cosine", 2.0)}
 # The official scripts: margin, weight decay, and DropBlock's rate and size, None for none.
 PUBLISHED = {
     "miniimagenet_resnet12_neg_cosine_1shot": (-0.02, 1e-4, (0.1, 5)),
@@ -34,6 +38,9 @@ PUBLISHED = {
     "mini2cub_resnet18_neg_cosine_5shot": (-0.05, 5e-5, None),
     "mini2cub_resnet18_neg_softmax_5shot": (-0.005, 1e-6, None),
 }
+# Networks of the paper's table 1 that no script is published for, and the side of their images.
+OPEN = {f"miniimagenet_{name}_neg_{loss}": side for name, side in (("conv4", 84), ("wrn28_10", 80)) for loss in LOSSES}
+CLOSER_LOOK = [f"{data}_resnet18_{row}" for data in ("cub", "mini2cub", "miniimagenet") for row in BASELINES]
 SMALL = [
     "digits_conv4_cosine",
     "miniimagenet32_conv4_cosine",
@@ -49,10 +56,10 @@ DEEPEMD = [f"{data}_resnet12_deepemd" for data in ("cifarfs", "cub", "fc100", "m
 
 
 def test_the_recipes_are_these():
-    assert recipe_names() == sorted([*PUBLISHED, *SMALL, *DEEPEMD])
+    assert recipe_names() == sorted([*PUBLISHED, *OPEN, *CLOSER_LOOK, *SMALL, *DEEPEMD])
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED, "miniimagenet_resnet12_deepemd"])
+@pytest.mark.parametrize("name", [*PUBLISHED, *OPEN, *CLOSER_LOOK, "miniimagenet_resnet12_deepemd"])
 def test_pictures_packed_as_the_recipe_says_shrink_and_never_grow(name):
     config = load_recipe(name)
     packed = int(re.search(r"# Pack .*--size (\d+) --resize-mode stretch", recipe_path(name).read_text())[1])
@@ -91,6 +98,41 @@ def test_published_recipes_have_the_published_values(name):
     assert config.head_classes == (200 if data == "cub" else None)
     assert config.validation == ValidationConfig(head="finetune", epochs=20, episodes=100, way=5, shot=5, queries=16)
     assert ("The official code drops 7 to 25 % less" in recipe_path(name).read_text()) == (drop_block is not None)
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_recipes_without_a_published_margin_say_how_to_choose_it(name, capsys):
+    config, text = load_recipe(name), recipe_path(name).read_text()
+    similarity, scale = LOSSES[name.rpartition("_")[2]]
+    assert (config.similarity, config.scale, config.image_size) == (similarity, scale, OPEN[name])
+    assert config.backbone == BackboneConfig(name.removeprefix("miniimagenet_").partition("_neg")[0])
+    assert "No margin or weight decay is published" in text
+    command = re.search(r"#   fewshot-ext (analyze .*)\n# +(.*)", text)
+    words = " ".join(command.groups()).split()
+    assert words[words.index("--recipe") + 1] == name
+    with pytest.raises(SystemExit):
+        main([*words, "--print_config"])
+    given = yaml.safe_load(capsys.readouterr().out)
+    assert given["losses"] == [config.loss]
+    assert {0, config.margin} < set(given[f"{config.loss}_margins"])
+    # All else is what the scripts share.
+    published = load_recipe(f"miniimagenet_resnet18_neg_{config.loss}_5shot")
+    own = ("margin", "weight_decay", "image_size", "backbone")
+    assert config == replace(published, **{field: getattr(config, field) for field in own})
+
+
+@pytest.mark.parametrize("name", CLOSER_LOOK)
+def test_the_baselines_are_trained_as_their_authors_do(name):
+    config, (data, _, row) = load_recipe(name), name.split("_")
+    assert (config.similarity, config.scale) == BASELINES[row]
+    assert (config.margin, config.weight_decay, config.head_classes) == (0, 0, 200)
+    assert (config.epochs, config.batch_size, config.image_size) == (200 if data == "cub" else 400, 16, 224)
+    assert config.backbone == BackboneConfig("resnet18")
+    assert config.augmentation == AugmentationConfig(crop_scale=0.08, color_jitter=0.4, horizontal_flip=True)
+    assert (config.mean, config.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    settings = {"peak": config.learning_rate, "minimum": config.minimum_learning_rate, "warmup_multiplier": 16.0}
+    rates = {warmup_cosine(step, total_steps=9, warmup_steps=config.warmup * 9, **settings) for step in range(10)}
+    assert config.optimizer == "adam" and rates == {1e-3}
 
 
 @pytest.mark.parametrize("name", DEEPEMD)
@@ -134,14 +176,12 @@ def test_the_small_pairs_differ_in_the_margin_alone(data):
     assert {key for key in negative | zero if negative.get(key) != zero.get(key)} == {"loss", "margin"}
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED, *SMALL, *DEEPEMD])
+@pytest.mark.parametrize("name", [*PUBLISHED, *OPEN, *CLOSER_LOOK, *SMALL, *DEEPEMD])
 def test_the_command_line_reads_what_python_reads(name, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["pretrain", "--config", name, "--output", "out", "--print_config"])
     config = tmp_path / "config.yaml"
     config.write_text(capsys.readouterr().out)
-    import yaml
-
     values = yaml.safe_load(config.read_text())
     for key in ("data", "output", "resume", "seed", "device", "devices", "num_nodes", "threads"):
         values.pop(key)
@@ -243,8 +283,6 @@ def test_the_command_line_reads_recipes_of_meta_training_as_python_does(name, tm
         main(["meta-train", "--config", name, "--output", "out", "--print_config"])
     config = tmp_path / "config.yaml"
     config.write_text(capsys.readouterr().out)
-    import yaml
-
     values = yaml.safe_load(config.read_text())
     for key in ("data", "output", "resume", "seed", "device", "devices", "num_nodes", "threads", "checkpoint"):
         values.pop(key, None)
