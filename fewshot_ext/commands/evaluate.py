@@ -36,6 +36,7 @@ from fewshot_ext import _extras
 from fewshot_ext._files import remove_leftovers, replace_text
 from fewshot_ext.commands.common import (
     CHECKPOINT_HELP,
+    DATA_HELP,
     add_checkpoint_settings,
     add_machine_arguments,
     add_settings,
@@ -46,6 +47,7 @@ from fewshot_ext.commands.common import (
     writable_folder,
 )
 from fewshot_ext.commands.locks import hold_folder
+from fewshot_ext.data.named import short_name
 from fewshot_ext.data.walk import FOLDER_RULE
 from fewshot_ext.evaluation import Comparison, ComparisonConfig, FeatureCache, FrozenBackbone, ProtocolConfig
 from fewshot_ext.evaluation.backbones import distinct_names
@@ -80,9 +82,7 @@ def add_arguments(parser) -> None:
         metavar="FILE",
         help=f"{CHECKPOINT_HELP}; several are compared, and differences taken to the first",
     )
-    run.add_argument(
-        "--data", required=True, metavar="NAME_OR_PATH", help="image set: a known name, a file or a folder"
-    )
+    run.add_argument("--data", required=True, metavar="NAME|PATH", help=DATA_HELP)
     run.add_argument("--output", default="evaluation", metavar="FOLDER", help="folder that the results are written to")
     add_machine_arguments(run)
     run.add_argument(
@@ -187,7 +187,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         config,
         archive,
         backbones,
-        data_name=Path(arguments.data).stem,
+        data_name=short_name(arguments.data),
         device=device,
         cache=FeatureCache(None if arguments.no_cache else output / "features"),
     )

@@ -17,6 +17,7 @@ from fewshot_ext._files import replace_text
 from fewshot_ext._record import versions
 from fewshot_ext._validation import check_at_least
 from fewshot_ext.commands.common import (
+    DATA_HELP,
     add_machine_arguments,
     load_data,
     print_written,
@@ -60,7 +61,7 @@ def add_run_arguments(parser, command: str, *, seed: str, processes: bool = True
     parser.epilog = FOLDER_RULE
     parser.add_argument("--list_recipes", action=_list_recipes_action(command), help="print all recipes and exit")
     run = parser.add_argument_group("run")
-    run.add_argument("--data", metavar="NAME|PATH", help="image set: digits or another known name, a file or a folder")
+    run.add_argument("--data", metavar="NAME|PATH", help=DATA_HELP)
     run.add_argument("--output", metavar="FOLDER", help="folder that checkpoints, logs and records are written to")
     run.add_argument(
         "--resume",

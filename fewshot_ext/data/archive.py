@@ -288,6 +288,58 @@ class ImageArchive:
         split = torch.tensor(list(roles.values()), dtype=torch.uint8)
         return self._select_classes(chosen, split)
 
+    def with_test_classes(self, other: "ImageArchive") -> "ImageArchive":
+        """All classes as base classes, and the validation and novel classes of another set: another domain.
+
+        The setting mini-ImageNet -> CUB of Chen et al. (A Closer Look at Few-shot Classification, ICLR 2019), in which
+        all 100 classes of mini-ImageNet are trained on. Facts about images are kept that both sets have.
+
+        Args:
+            other: images of the same shape; its base classes are left out, and ``passed_over`` says how many.
+
+        Raises:
+            ValueError: images of another shape, no novel classes in ``other``, or a class that both sets have.
+
+        Example:
+            >>> from fewshot_ext.data import load_digits
+            >>> odd = load_digits().with_roles({"1": Split.BASE, "3": Split.NOVEL})
+            >>> odd.with_test_classes(load_digits().with_roles({"0": Split.BASE, "8": Split.NOVEL}))
+            ImageArchive(539 images of 1 x 8 x 8; classes: 2 base, 1 novel)
+        """
+        shapes = [" x ".join(map(str, archive.images.shape[1:])) for archive in (self, other)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"images of two sets: expected one shape, got {shapes[0]} and {shapes[1]}; "
+                "`fewshot-ext data pack` with the same --size and --mode makes them equal"
+            )
+        other.subset(Split.NOVEL)  # which names what is missing
+        chosen = (other.class_split != Split.BASE).nonzero().squeeze(1)
+        test = other._select_classes(chosen, other.class_split[chosen])
+        shared = [name for name in test.class_names if name in set(self.class_names)]
+        if shared:
+            raise ValueError(
+                f"classes of two sets: expected other ones in the test than in training, got {len(shared)} in both: "
+                f"{', '.join(shared[:3])}{', ...' if len(shared) > 3 else ''}"
+            )
+        words = None
+        if self.class_words or other.class_words:
+            words = self.class_words or self.class_names, test.class_words or test.class_names
+        left_out = other.num_classes - test.num_classes
+        told = (f"left out {left_out} base classes of the second set: those of the first take their place",)
+        return ImageArchive(
+            images=torch.cat([self.images, test.images]),
+            labels=torch.cat([self.labels, test.labels + self.num_classes]),
+            class_names=self.class_names + test.class_names,
+            class_split=torch.cat([torch.full_like(self.class_split, Split.BASE), test.class_split]),
+            class_words=words and words[0] + words[1],
+            image_fields={
+                name: torch.cat([value, test.image_fields[name]])
+                for name, value in self.image_fields.items()
+                if name in test.image_fields
+            },
+            passed_over=(*self.passed_over, *other.passed_over, *(told if left_out else ())),
+        )
+
     def with_rotations(self) -> "ImageArchive":
         """Four times the classes: each turned by 0, 90, 180 and 270 degrees is a class of its own.
 

@@ -76,7 +76,9 @@ def load_images(name_or_path: str | Path) -> ImageArchive:
         name_or_path: one of ``KNOWN`` (``digits``, ``omniglot28``, ``miniimagenet32``, ``mnist``, ...) or the name
             of any ``NAME.npz`` in ``$FEWSHOT_EXT_DATA`` or ``~/.cache/fewshot_ext``; or the path of an archive, or of
             a folder tree of pictures all of one size (see ``read_folder``).
-            A known name wins over a file of that name: write ``./mnist`` for the file.
+            A known name wins over a file of that name: write ``./mnist`` for the file. Two of these with a plus
+            between them are two domains: all classes of the first to train on, validation and novel classes of the
+            second; see ``ImageArchive.with_test_classes``.
 
     Raises:
         ImportError: a package that the set needs is missing.
@@ -113,10 +115,38 @@ def open_images(name_or_path: str | Path) -> ImageArchive:
         return read(path)
     if Path(name).expanduser().is_dir():
         return read_listing(list_folder(name))
+    if (domains := two_domains(name)) is not None:
+        base, test = domains
+        return open_images(base).with_test_classes(open_images(test))
     raise FileNotFoundError(
         f"there is no image set {name!r}: not a file, not a folder, not {name}.npz in {_folders()}, "
         f"and not one of the known names {', '.join(KNOWN)}"
     )
+
+
+def two_domains(name: str) -> tuple[str, str] | None:
+    """The two sets in a name such as "mini.npz+cub.npz"; None where it has no plus, or one of a single set's name."""
+    parts = name.split("+")
+    pairs = [("+".join(parts[:count]), "+".join(parts[count:])) for count in range(1, len(parts))]
+    pairs = [pair for pair in pairs if all(pair)]
+    if not pairs or _is_there(name):
+        return None
+    # Where a path has a plus of its own, it is told by what exists.
+    return next((pair for pair in pairs if all(map(_is_there, pair))), pairs[0])
+
+
+def short_name(name: str) -> str:
+    """What a table calls an image set: its name or file without folder and suffix.
+
+    Example:
+        >>> short_name("packed/mini.npz+packed/cub.npz")
+        'mini+cub'
+    """
+    return "+".join(Path(part).stem for part in two_domains(name) or (name,))
+
+
+def _is_there(name: str) -> bool:
+    return name in KNOWN or find_archive(name) is not None or Path(name).expanduser().is_dir()
 
 
 def find_archive(name: str) -> Path | None:

@@ -6,7 +6,7 @@ import yaml
 from training_commands import PRETRAIN, check_refused, same_weights
 
 from fewshot_ext.cli import main
-from fewshot_ext.data import ImageArchive
+from fewshot_ext.data import ImageArchive, Split
 from fewshot_ext.training import PreTraining, PreTrainingConfig
 
 # The command sets the number of threads of the process; the fixture sets it back.
@@ -42,6 +42,25 @@ def test_a_run_leaves_checkpoints_records_and_a_log(three_splits, tmp_path, caps
     assert best.config == config
     assert (config.epochs, config.margin, config.scale) == (3, -0.1, 30.0)
     assert yaml.safe_load((output / "config.yaml").read_text())["seed"] == 4
+
+
+def test_a_network_is_trained_in_one_domain_and_tested_in_another(three_splits, tmp_path, capsys):
+    old, new = tmp_path / "old.npz", tmp_path / "new.npz"
+    digits = ImageArchive.load(three_splits)
+    digits.with_roles(dict.fromkeys("013", Split.NOVEL)).save(old)
+    digits.with_roles(
+        {"2": Split.BASE} | dict.fromkeys("46", Split.VALIDATION) | dict.fromkeys("57", Split.NOVEL)
+    ).save(new)
+    domains = ["--data", f"{old}+{new}"]
+    assert main([*PRETRAIN, *domains, "--output", str(tmp_path / "run"), "--epochs", "1"]) == 0
+    assert "left out 1 base classes of the second set" in capsys.readouterr().err
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["data"]["base"]["classes"] == 3 and record["data"]["validation"]["classes"] == 2
+    protocol = ["--way", "2", "--shots", "1", "--episodes", "5", "--heads", "protonet"]
+    checkpoint = ["--checkpoint", str(tmp_path / "run" / "best.ckpt"), "--output", str(tmp_path / "evaluation")]
+    assert main(["evaluate", *checkpoint, *domains, *protocol]) == 0
+    results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
+    assert results["data"]["name"] == "old+new"
 
 
 def test_the_record_of_a_run_repeats_it(three_splits, tmp_path):

@@ -193,3 +193,30 @@ def test_only_square_images_are_rotated(archive):
 def test_names_that_no_file_could_hold_are_refused(archive, name):
     with pytest.raises(ValueError, match=r"expected text that UTF-8 can hold, got 'Gr\\udcf6'"):
         replace(archive, **{name: ("a", "b", "Gr\udcf6")})
+
+
+def test_test_classes_of_another_set_keep_what_both_have(archive):
+    other = replace(archive, class_names=("a", "b", "c"), class_words=None, image_fields={})
+    both = archive.with_test_classes(other)
+    assert both.class_names == (*archive.class_names, "b", "c")
+    assert both.class_words == (*archive.class_words, "b", "c")
+    assert both.class_split.tolist() == [0, 0, 0, 1, 2]
+    assert not both.image_fields and both.labels.bincount().tolist() == [4] * 5
+    assert torch.equal(both.images[both.labels == 4], archive.images[archive.labels == 2])
+    drawers = replace(other, image_fields={"drawer": archive.image_fields["drawer"] + 1, "age": archive.labels})
+    both = archive.with_test_classes(drawers)
+    assert list(both.image_fields) == ["drawer"]
+    assert both.image_fields["drawer"][-1] == archive.image_fields["drawer"][archive.labels != 0][-1] + 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, r"classes of two sets: expected other ones .*, got 2 in both: n02, Größe"),
+        ({"images": torch.zeros(12, 3, 6, 6, dtype=torch.uint8)}, "expected one shape, got 3 x 6 x 5 and 3 x 6 x 6"),
+        ({"class_split": torch.tensor([0, 1, 1], dtype=torch.uint8)}, "the images have no novel classes"),
+    ],
+)
+def test_sets_that_are_no_two_domains(archive, changes, message):
+    with pytest.raises(ValueError, match=message):
+        archive.with_test_classes(replace(archive, **changes))

@@ -3,8 +3,8 @@ import shutil
 import pytest
 import torch
 
-from fewshot_ext.data import ImageArchive, Split, load_images, load_mnist
-from fewshot_ext.data.named import KNOWN, data_folders
+from fewshot_ext.data import ImageArchive, Split, load_digits, load_images, load_mnist
+from fewshot_ext.data.named import KNOWN, data_folders, open_images, short_name, two_domains
 
 
 @pytest.fixture
@@ -37,6 +37,41 @@ def test_any_archive_in_the_folders_has_a_name(folders, archive):
 def test_a_folder_of_pictures(picture_tree):
     root = picture_tree({"a/1.png": (6, 6), "b/2.png": (6, 6)})
     assert load_images(root).class_names == ("a", "b")
+
+
+def parts_of_digits(folder):
+    digits = load_digits()
+    digits.with_roles({"0": Split.BASE, "1": Split.NOVEL}).save(folder / "low.npz")
+    roles = {"5": Split.BASE, "6": Split.VALIDATION, "7": Split.NOVEL, "8": Split.NOVEL}
+    digits.with_roles(roles).save(folder / "high.npz")
+    return digits
+
+
+def test_two_domains_train_on_the_first_and_test_on_the_second(folders):
+    digits = parts_of_digits(folders[0])
+    with pytest.warns(UserWarning, match="left out 1 base classes of the second set"):
+        both = load_images(f"low+{folders[0] / 'high.npz'}")
+    for role, names in ((Split.BASE, "01"), (Split.VALIDATION, "6"), (Split.NOVEL, "78")):
+        part = both.subset(role)
+        assert part.class_names == tuple(names)
+        whole = digits.with_roles(dict.fromkeys(names, role))
+        assert torch.equal(part.images, whole.images) and torch.equal(part.labels, whole.labels)
+    assert short_name(f"low+{folders[0] / 'high.npz'}") == "low+high"
+
+
+def test_a_plus_in_a_path_is_no_sum(folders):
+    parts_of_digits(folders[0])
+    odd = folders[0] / "c++"
+    odd.mkdir()
+    shutil.copy(folders[0] / "low.npz", odd / "low+high.npz")
+    assert two_domains(str(odd / "low+high.npz")) is None
+    assert load_images(odd / "low+high.npz").class_names == ("0", "1")
+    assert two_domains(f"{odd / 'low+high.npz'}+high") == (str(odd / "low+high.npz"), "high")
+    assert open_images(f"{odd / 'low+high.npz'}+high").class_names == ("0", "1", "6", "7", "8")
+    with pytest.raises(FileNotFoundError, match="there is no image set 'lower'"):
+        load_images("lower+high")
+    with pytest.raises(FileNotFoundError, match=r"there is no image set '\+low'"):
+        load_images("+low")
 
 
 def test_an_unknown_name_lists_what_is_known(folders):

@@ -13,8 +13,16 @@ from fewshot_ext import _extras
 from fewshot_ext._files import replace_text
 from fewshot_ext._record import versions
 from fewshot_ext._validation import check_at_least, check_choice
-from fewshot_ext.commands.common import add_settings, load_data, print_written, resolve_device, writable_folder
+from fewshot_ext.commands.common import (
+    DATA_HELP,
+    add_settings,
+    load_data,
+    print_written,
+    resolve_device,
+    writable_folder,
+)
 from fewshot_ext.commands.locks import hold_sweep
+from fewshot_ext.data.named import short_name
 from fewshot_ext.data.walk import FOLDER_RULE
 from fewshot_ext.evaluation import ProtocolConfig
 from fewshot_ext.experiments.measurements import FewShotAccuracy, Measurement
@@ -40,9 +48,7 @@ def add_run_arguments(parser, data: str | None = None) -> None:
     """Adds where things are and how the work is spread."""
     parser.epilog = FOLDER_RULE
     run = parser.add_argument_group("run")
-    run.add_argument(
-        "--data", default=data, metavar="NAME|FILE", help="image set: digits or another known name, a file or a folder"
-    )
+    run.add_argument("--data", default=data, metavar="NAME|PATH", help=DATA_HELP)
     run.add_argument("--output", metavar="FOLDER", help="folder that numbers, pictures and checkpoints are written to")
     run.add_argument(
         "--runs",
@@ -403,5 +409,5 @@ def run_sweep(sweep: TaskSweep, arguments, on_rows: Callable[[list[dict[str, Any
 def _recipe(arguments, command: str) -> str | None:
     if arguments.recipe is not None:
         return arguments.recipe
-    name = f"{Path(arguments.data).stem}{_DEFAULT_RECIPE[command]}"
+    name = f"{short_name(arguments.data).partition('+')[0]}{_DEFAULT_RECIPE[command]}"
     return name if name in recipe_names(command) else None

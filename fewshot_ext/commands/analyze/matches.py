@@ -28,6 +28,7 @@ from fewshot_ext.commands.common import (
 )
 from fewshot_ext.commands.locks import hold_folder
 from fewshot_ext.data import Split
+from fewshot_ext.data.named import short_name
 from fewshot_ext.data.walk import FOLDER_RULE, find_pictures
 from fewshot_ext.evaluation import FrozenBackbone
 from fewshot_ext.evaluation.images import read_for
@@ -118,7 +119,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         pairs = draw_pairs(
             archive, same_class=arguments.same_class, other_class=arguments.other_class, seed=arguments.seed
         )
-        data = archive.record(Path(arguments.data).stem)
+        data = archive.record(short_name(arguments.data))
     backbone.try_out(pairs[0].query[None], arguments.data or arguments.query, arguments.local_features, device)
     output = writable_folder(arguments.output)
     hold_folder(output, "matches")
