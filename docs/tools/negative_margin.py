@@ -22,6 +22,7 @@ from verdicts import (
 
 from fewshot_ext.experiments.accuracies import Difference, Row, difference, mean_accuracy, select, values
 from fewshot_ext.experiments.figures import LOSS_TITLES
+from fewshot_ext.experiments.variants import WITHOUT_MARGIN
 
 # The analyses, each with the caption of its picture. An analysis, its picture and its first results file share a name.
 CAPTIONS = {
@@ -31,6 +32,7 @@ CAPTIONS = {
     "label_distribution": (
         "Fig. 4: base classes that unseen images are taken for, and the accuracy of classes sorted by it."
     ),
+    "losses": "Table 3: four losses.",
     "regularizers": "Table 4: regularizers one at a time.",
     "label_smoothing": "Table 5: label smoothing beside the margin.",
     "tsne": "Fig. 7: t-SNE of features.",
@@ -303,6 +305,20 @@ def label_smoothing_findings(rows: Sequence[Row]) -> list[Finding]:
     return found
 
 
+def loss_findings(rows: Sequence[Row]) -> list[Finding]:
+    """Table 3: a negative margin gains over none, with either loss and on every image set."""
+    found = []
+    for data in dict.fromkeys(row["data"] for row in rows):
+        of_data = select(rows, data=data)
+        for shot in values(of_data, "shot"):
+            for loss, plain in WITHOUT_MARGIN.items():
+                ours, theirs = (select(of_data, variant=variant, shot=shot) for variant in (loss, plain))
+                claim = f"{loss} gains over {plain} ({data}, {ours[0]['classes']} classes, {shot}-shot)"
+                prefix = f"margin {ours[0]['margin']:g} against 0: "
+                found.append(_signed("Table 3", claim, prefix, difference(ours, theirs), 1))
+    return found
+
+
 # By the name of the results file. t-SNE has no claim that a number could decide.
 FINDINGS: dict[str, Callable[[Sequence[Row]], list[Finding]]] = {
     "margins": margin_findings,
@@ -310,6 +326,7 @@ FINDINGS: dict[str, Callable[[Sequence[Row]], list[Finding]]] = {
     "angles": angle_findings,
     "group_accuracy": group_findings,
     "proposition": proposition_findings,
+    "losses": loss_findings,
     "regularizers": regularizer_findings,
     "label_smoothing": label_smoothing_findings,
     "shots": shot_findings,

@@ -47,9 +47,14 @@ def margin_runs(
         check_choice("loss", loss, "cosine", "softmax")
         for margin in of_loss:
             check_number("margins", margin)
-            usual = PreTrainingConfig.for_loss(loss, backbone=pretraining.backbone)
-            configs.append(replace(pretraining, similarity=usual.similarity, margin=margin, scale=usual.scale))
+            configs.append(with_loss(pretraining, loss, margin))
     return [SweepRun(data, config, seed, held_out) for seed in seeds for config in configs]
+
+
+def with_loss(config: PreTrainingConfig, loss: str, margin: float) -> PreTrainingConfig:
+    """The same settings with another loss, "cosine" or "softmax", its margin and the paper's scale."""
+    usual = PreTrainingConfig.for_loss(loss, backbone=config.backbone)
+    return replace(config, similarity=usual.similarity, margin=margin, scale=usual.scale)
 
 
 def summarize(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import torch
 from fewshot_ext import _extras
 from fewshot_ext._formats import misfits_named, read_json
 from fewshot_ext.data import ImageArchive
-from fewshot_ext.data.named import open_images
+from fewshot_ext.data.named import open_images, short_name
 from fewshot_ext.experiments.measurements import Measurement
 from fewshot_ext.experiments.runs import SweepImages, SweepRun
 from fewshot_ext.experiments.sweep_task import SweepTask, TrainAndMeasure, write_json
@@ -222,6 +222,25 @@ class Sweep(TaskSweep):
         return Sweep(runs, self.archive, self.output, measurement=measurement, **settings)
 
 
+class JointSweep(TaskSweep):
+    """Sweeps over several image sets as one; rows tell by a column ``data`` which set they are of.
+
+    Args:
+        parts: one a set, all with the same folders.
+    """
+
+    def __init__(self, parts: Sequence[Sweep]) -> None:
+        super().__init__([task for part in parts for task in part.tasks])
+        self.parts, self.output, self.checkpoints = parts, parts[0].output, parts[0].checkpoints
+        self.data_name = ", ".join(short_name(part.tasks[0].run.data) for part in parts)
+        for task in self.tasks:
+            task.prefix = f"{short_name(task.run.data)}: "
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return [{"data": short_name(part.tasks[0].run.data), **row} for part in self.parts for row in part.rows]
+
+
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     """What was found on one run, in a line."""
     cells = [f"{row['classes']} {row['shot']}-shot {row['accuracy']:.2f}" for row in rows if "accuracy" in row]
@@ -253,5 +272,7 @@ def check_runs(runs: Sequence[SweepRun], archive: ImageArchive, measurement: Mea
             build_backbone(backbone, channels).feature_size(height, width)
     for run in {run.seed: run for run in runs}.values():
         images = SweepImages.part(archive, run)
+        if images.training.num_classes < 2:
+            raise ValueError(f"base classes of {run.data}: expected at least 2, got {images.training.num_classes}")
         if measurement is not None:
             measurement.check(run, images)

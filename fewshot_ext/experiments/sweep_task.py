@@ -33,6 +33,8 @@ class SweepTask(ABC):
         The rows of ``rows``.
     """
 
+    prefix = ""  # of the name, where a sweep has several image sets
+
     def __init__(self, run: Any, runs: Path, checksum: str, device: str = "cpu") -> None:
         self.run, self.device = run, device
         self.folder = run.folder(runs, checksum)
@@ -40,7 +42,7 @@ class SweepTask(ABC):
 
     @property
     def name(self) -> str:
-        return self.run.name
+        return self.prefix + self.run.name
 
     @property
     @abstractmethod

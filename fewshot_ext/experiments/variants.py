@@ -1,7 +1,8 @@
-"""Variants of one training: regularizers one at a time (Table 4), label smoothing beside the margin (Table 5)."""
+"""Variants of one training: four losses (Table 3), regularizers one at a time (4), label smoothing and margin (5)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,42 @@ from fewshot_ext._validation import check_positive
 from fewshot_ext.data import AugmentationConfig
 from fewshot_ext.experiments.accuracies import Row, difference, mean_accuracy, select, values
 from fewshot_ext.experiments.figures import CLASS_TITLES, STYLES, figure, shared_legend
-from fewshot_ext.experiments.runs import CLASSES, SweepRun
+from fewshot_ext.experiments.margins import with_loss
+from fewshot_ext.experiments.runs import SweepRun
 from fewshot_ext.experiments.tables import writer
 from fewshot_ext.training import PreTrainingConfig
 
-# What the first variant of both tables is called: all others are compared with it.
+# What the first variant of Tables 4 and 5 is called: all others are compared with it.
 PLAIN = "margin 0"
+# The rows of Table 3, and what those with a margin are compared with.
+LOSSES = ("softmax", "neg-softmax", "cosine", "neg-cosine")
+WITHOUT_MARGIN = {"neg-softmax": "softmax", "neg-cosine": "cosine"}
+
+
+def loss_configs(
+    config: PreTrainingConfig, *, softmax_margin: float, cosine_margin: float
+) -> dict[str, PreTrainingConfig]:
+    """The trainings of Table 3: softmax and cosine softmax, each without and with a margin.
+
+    Args:
+        config: settings that all share, but for similarity, margin and scale: the scale is the paper's.
+        softmax_margin, cosine_margin: of neg-softmax and of neg-cosine.
+
+    Raises:
+        ValueError: a margin of 0.
+
+    Example:
+        >>> configs = loss_configs(PreTrainingConfig(), softmax_margin=-1.0, cosine_margin=-0.1)
+        >>> {name: (config.scale, config.margin) for name, config in configs.items()}
+        {'softmax': (5.0, 0.0), 'neg-softmax': (5.0, -1.0), 'cosine': (30.0, 0.0), 'neg-cosine': (30.0, -0.1)}
+    """
+    margins = {"neg-softmax": softmax_margin, "neg-cosine": cosine_margin}
+    for loss, margin in margins.items():
+        if not margin:
+            raise ValueError(
+                f"margin of {loss}: expected another value than 0, which has a row of its own, got {margin}"
+            )
+    return {name: with_loss(config, name.removeprefix("neg-"), margins.get(name, 0.0)) for name in LOSSES}
 
 
 def regularizer_configs(
@@ -110,35 +141,46 @@ def variant_runs(
     return [SweepRun(data, config, seed, held_out, variant) for seed in seeds for variant, config in configs.items()]
 
 
-def summarize(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Accuracy of each variant and its difference to the first, for each set of classes and number of shots."""
+def summarize(
+    rows: Sequence[Row], against: Mapping[str, str] | None = None, by: str = "classes"
+) -> list[dict[str, Any]]:
+    """Accuracy of each variant and its difference to another, for each set of classes and number of shots.
+
+    Args:
+        rows: of the measurement, with the labels of their runs.
+        against: which variant another is compared with; all others with the first where None.
+        by: the column that parts the rows beside the shots, "classes" or "data".
+    """
     found = []
     variants = list(dict.fromkeys(row["variant"] for row in rows))
-    for classes in filter(lambda name: select(rows, classes=name), CLASSES):
-        for shot in values(rows, "shot"):
-            of_cell = select(rows, classes=classes, shot=shot)
-            plain = select(of_cell, variant=variants[0])
+    against = against or dict.fromkeys(variants[1:], variants[0])
+    for part in dict.fromkeys(row[by] for row in rows):
+        for shot in values(select(rows, **{by: part}), "shot"):
+            of_cell = select(rows, **{by: part}, shot=shot)
             for variant in variants:
                 own = select(of_cell, variant=variant)
+                if not own:
+                    continue
                 mean, interval = mean_accuracy(own)
-                row = {"variant": variant, "classes": classes, "shot": shot, "accuracy": round(mean, 4)}
+                row = {"variant": variant, by: part, "shot": shot, "accuracy": round(mean, 4)}
                 row |= {"interval": round(interval, 4), "seeds": len(own)}
-                if variant != variants[0] and {row["seed"] for row in own} & {row["seed"] for row in plain}:
+                plain = select(of_cell, variant=against.get(variant))
+                if {row["seed"] for row in own} & {row["seed"] for row in plain}:
                     gain = difference(own, plain)
                     row |= {"difference": round(gain.mean, 4), "difference_interval": round(gain.interval, 4)}
                 found.append(row)
     return found
 
 
-def plot_variants(rows: Sequence[Row], path: str | Path) -> None:
-    """Draws the accuracy of each variant with its interval, a panel a set of classes."""
-    summary = summarize(rows)
+def plot_variants(rows: Sequence[Row], path: str | Path, by: str = "classes") -> None:
+    """Draws the accuracy of each variant with its interval, a panel a set of classes or of images."""
+    summary = summarize(rows, by=by)
     variants = list(dict.fromkeys(row["variant"] for row in summary))
-    panels = list(dict.fromkeys(row["classes"] for row in summary))
+    panels = list(dict.fromkeys(row[by] for row in summary))
     with figure(path, rows=len(panels), height=0.9 + 0.22 * len(variants)) as axes:
-        for axis, classes in zip(axes[:, 0], panels, strict=True):
+        for axis, panel in zip(axes[:, 0], panels, strict=True):
             for shot, style in zip(values(summary, "shot"), STYLES, strict=False):
-                own = {row["variant"]: row for row in select(summary, classes=classes, shot=shot)}
+                own = {row["variant"]: row for row in select(summary, **{by: panel}, shot=shot)}
                 axis.errorbar(
                     [own[variant]["accuracy"] for variant in own],
                     [variants.index(variant) for variant in own],
@@ -153,41 +195,40 @@ def plot_variants(rows: Sequence[Row], path: str | Path) -> None:
                 )
             axis.set_yticks(range(len(variants)), variants)
             axis.set_ylim(len(variants) - 0.5, -0.5)
-            axis.set_title(CLASS_TITLES[classes], fontsize=8, loc="left")
+            axis.set_title(CLASS_TITLES.get(panel, panel), fontsize=8, loc="left")
             axis.grid(alpha=0.25, linewidth=0.5)
         shared_legend(axes[0, 0])
         axes[-1, 0].set_xlabel(f"{rows[0]['way']}-way accuracy (%)", fontsize=8)
 
 
-def variants_writer(name: str) -> Callable[..., list[Path]]:
-    """The function that writes the results of the analysis ``name``, see ``writer``."""
-    return writer(name, plot_variants, summarize)
+def variants_writer(
+    name: str, against: Mapping[str, str] | None = None, by: str = "classes"
+) -> Callable[..., list[Path]]:
+    """The function that writes the results of the analysis ``name``, see ``writer`` and ``summarize``."""
+    return writer(name, partial(plot_variants, by=by), partial(summarize, against=against, by=by))
 
 
-def variants_table(rows: Sequence[Row]) -> str:
-    """Accuracies and, in a second block, differences to the first variant on the same episodes, as text."""
-    summary, width = summarize(rows), 20
+def variants_table(rows: Sequence[Row], against: Mapping[str, str] | None = None, by: str = "classes") -> str:
+    """Accuracies and, in a second block, differences on the same episodes, as text; see ``summarize``."""
+    summary = summarize(rows, against, by)
     variants = list(dict.fromkeys(row["variant"] for row in summary))
-    columns = list(dict.fromkeys((row["classes"], row["shot"]) for row in summary))
-    first = max(map(len, variants)) + 1
-    head = " " * first + "".join(f"{classes} {shot}-shot".rjust(width) for classes, shot in columns)
+    columns = list(dict.fromkeys((row[by], row["shot"]) for row in summary))
+    first, width = max(map(len, variants)) + 1, max(20, *(len(f"  {part} {shot}-shot") for part, shot in columns))
+    head = " " * first + "".join(f"{part} {shot}-shot".rjust(width) for part, shot in columns)
+    of_classes = "" if by == "classes" else f" on {rows[0]['classes']} classes"
+    title = f"{rows[0]['way']}-way accuracy (%){of_classes}, mean ± 95 % interval over episodes"
+    other = "the same loss without a margin" if against else variants[0]
     blocks = (
-        (
-            f"{rows[0]['way']}-way accuracy (%), mean ± 95 % interval over episodes",
-            variants,
-            "accuracy",
-            "interval",
-            "",
-        ),
-        (f"difference to {variants[0]} in points", variants[1:], "difference", "difference_interval", "+"),
+        (title, variants, "accuracy", "interval", ""),
+        (f"difference to {other} in points", against or variants[1:], "difference", "difference_interval", "+"),
     )
     lines = []
     for title, names, value, interval, sign in blocks:
         lines += [title, head]
         for variant in names:
             cells = ""
-            for classes, shot in columns:
-                row = next(iter(select(summary, variant=variant, classes=classes, shot=shot)), {})
+            for part, shot in columns:
+                row = next(iter(select(summary, variant=variant, **{by: part}, shot=shot)), {})
                 cell = f"{row[value]:{sign}.2f} ± {row[interval]:.2f}" if value in row else ""
                 cells += cell.rjust(width)
             lines.append(f"{variant:<{first}}{cells}")

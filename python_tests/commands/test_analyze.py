@@ -13,6 +13,7 @@ from filelock import FileLock
 from fewshot_ext import _extras
 from fewshot_ext.cli import main
 from fewshot_ext.commands.analyze import COMMANDS
+from fewshot_ext.data import Split, load_digits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -87,6 +88,7 @@ TRAINERS = {
     "angles": [*TRAINING, "--margins", "-0.2", "0.2", "--bins", "36"],
     "regularizers": [*TRAINING, *EPISODES, "--shots", "1", "--without_augmentation", "false"],
     "label_smoothing": [*TRAINING, *EPISODES, "--shots", "1"],
+    "losses": [*TRAINING, *EPISODES, "--shots", "1", "--classes", "novel"],
 }
 
 
@@ -96,6 +98,64 @@ def test_analyzes_that_train(name, tmp_path, capsys):
     written = {path.name for path in tmp_path.iterdir()}
     assert {f"{name}.{suffix}" for suffix in ("json", "csv", "png", "yaml")} <= written
     assert "margin" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def two_sets(tmp_path_factory):
+    """The digits in two parts, each with base, validation and novel classes."""
+    folder, digits = tmp_path_factory.mktemp("sets"), load_digits()
+    for name, roles in (("low", dict(zip("01234", (0, 0, 1, 1, 2), strict=True))), ("high", {"5": 0, "6": 1, "8": 2})):
+        digits.with_roles({digit: Split(role) for digit, role in roles.items()}).save(folder / f"{name}.npz")
+    return str(folder / "low.npz"), str(folder / "high.npz")
+
+
+FOUR_LOSSES = [*TRAINING[2:], *EPISODES, "--recipe", "digits_conv4_cosine", "--way", "2", "--shots", "1"]
+
+
+def test_a_set_of_one_base_class_is_refused_before_any_run(two_sets, tmp_path, capsys):
+    command = ["analyze", "losses", "--data", *two_sets, *FOUR_LOSSES, "--seeds", "0", "--output", str(tmp_path)]
+    assert main(command) == 2
+    assert f"base classes of {two_sets[1]}: expected at least 2, got 1" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_losses_over_several_sets(two_sets, tmp_path, capsys):
+    low, high = two_sets
+    data = ["--data", low, f"{high}+{low}"]
+    command = ["analyze", "losses", *data, *FOUR_LOSSES, "--output", str(tmp_path)]
+    assert main([*command, "--cosine-margins", "-0.1", "-0.2", "--seeds", "0", "1"]) == 0
+    content = json.loads((tmp_path / "losses.json").read_text())
+    assert {(row["data"], row["variant"], row["margin"]) for row in content["rows"]} == {
+        (name, variant, margins.get(variant, 0))
+        for name, margins in (
+            ("low", {"neg-softmax": -1.0, "neg-cosine": -0.1}),
+            ("high+low", {"neg-softmax": -1.0, "neg-cosine": -0.2}),
+        )
+        for variant in ("softmax", "neg-softmax", "cosine", "neg-cosine")
+    }
+    assert {row["classes"] for row in content["rows"]} == {"validation"}
+    # A loss with a margin is compared with the same one without, on the same set.
+    for row in content["summary"]:
+        plain = (
+            next(
+                other
+                for other in content["summary"]
+                if (other["data"], f"neg-{other['variant']}") == (row["data"], row["variant"])
+            )
+            if "difference" in row
+            else None
+        )
+        assert (plain is not None) == row["variant"].startswith("neg-")
+        if plain:
+            assert row["difference"] == pytest.approx(row["accuracy"] - plain["accuracy"], abs=1e-3)
+    assert [part["data"]["name"] for part in content["sets"]] == data[1:]
+    printed = capsys.readouterr()
+    assert "2-way accuracy (%) on validation classes" in printed.out
+    assert "high+low: neg-cosine, seed 1" in printed.err
+    # Each run is one of its own set: the same ones serve another analysis.
+    again = ["analyze", "losses", "--data", low, *FOUR_LOSSES, "--output", str(tmp_path / "one")]
+    assert main([*again, "--runs", str(tmp_path / "runs")]) == 0
+    assert "4 of 4 runs are there already" in capsys.readouterr().err
 
 
 def test_every_subcommand_has_its_test():
@@ -131,6 +191,21 @@ def test_every_subcommand_has_its_test():
         (["margins", *TRAINING, "--output", "out", "--shots", "99"], "99 shots and 16 queries need 115 images a class"),
         (["margins", *TRAINING, "--output", "out", "--way", "9"], "way 9 asks for more classes than there are: 5"),
         (["margins", "--data", "no_such_set", "--output", "out"], "no_such_set"),
+        (["losses", "--output", "out"], "--data: expected a value, got none"),
+        (["losses", *TRAINING, "--output", "out"], "digits has no validation classes"),
+        (
+            ["losses", *TRAINING, "--output", "out", "--classes", "all"],
+            "classes: expected one of base, validation, novel",
+        ),
+        (["losses", *TRAINING, "--output", "out", "--cosine_margins", "0"], "margin of neg-cosine: expected another"),
+        (
+            ["losses", *TRAINING, "--output", "out", "--softmax_margins", "-1", "-2"],
+            "softmax_margins: expected one value or one for each of 1 image sets, got 2",
+        ),
+        (
+            ["losses", "--data", "digits", "digits", "--output", "out"],
+            "data: expected each image set once, got 'digits'",
+        ),
         (["variance"], "--sweep: expected the output folder of analyze margins, got none"),
         (["variance", "--sweep", "nowhere"], "there is no sweep in 'nowhere'"),
         (["regularizers", *TRAINING, "--output", "out", "--margin", "0"], "margin: expected another value than 0"),

@@ -70,7 +70,7 @@ def test_a_page_without_a_place_for_findings(results, tmp_path):
 
 def test_no_results_at_all(tmp_path):
     text = findings.findings("negative_margin", [], tmp_path)
-    assert text.count("- `fewshot-ext analyze ") == 9
+    assert text.count("- `fewshot-ext analyze ") == 10
     assert "verdict" not in text
 
 

@@ -7,6 +7,7 @@ from negative_margin import (
     finetuning_findings,
     group_findings,
     label_smoothing_findings,
+    loss_findings,
     margin_findings,
     proposition_findings,
     rank_correlation,
@@ -219,6 +220,19 @@ def test_label_smoothing(unseen):
     found = label_smoothing_findings(rows)
     assert verdicts(found) == [SHOWN] * 4
     assert unseen in found[2].claim
+
+
+def test_losses_are_compared_within_their_set():
+    table = {"softmax": 60, "neg-softmax": 65, "cosine": 70, "neg-cosine": 64}
+    rows = [
+        accuracy(percent + shift, seed, variant=variant, margin=-0.1, data=data, classes="validation")
+        for data, shift in (("mini", 0), ("mini+cub", -20))
+        for variant, percent in table.items()
+        for seed in (0, 1)
+    ]
+    found = loss_findings(rows)
+    assert verdicts(found) == [SHOWN, CONTRADICTED] * 2
+    assert "mini+cub" in found[2].claim
 
 
 def test_rank_correlation():

@@ -12,6 +12,7 @@ from fewshot_ext.commands.analyze import (
     finetuning_margin,
     label_distribution,
     label_smoothing,
+    losses,
     margins,
     matches,
     regularizers,
@@ -25,6 +26,7 @@ SUMMARY = "the experiments of the negative-margin and Anti-Collapse papers, the 
 COMMANDS = {
     "margins": margins,
     "variance": variance,
+    "losses": losses,
     "angles": angles,
     "label-distribution": label_distribution,
     "regularizers": regularizers,

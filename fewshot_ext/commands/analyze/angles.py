@@ -34,11 +34,11 @@ def add_arguments(parser) -> None:
 def prepare(arguments, resolved: str) -> Callable[[], int]:
     """Checks the settings and returns the function that runs the analysis."""
 
-    def runs():
-        config = common.read_pretraining(arguments)
+    def runs(data: str):
+        config = common.read_pretraining(arguments, data)
         config = replace(config, backbone=replace(config.backbone, embedding=2))
         margins = {"cosine": arguments.margins}
-        return margin_runs(arguments.data, config, margins, arguments.seeds, arguments.held_out)
+        return margin_runs(data, config, margins, arguments.seeds, arguments.held_out)
 
     sweep = common.prepare_sweep("angles", arguments, runs, measurement=AngleMeasurement(arguments.bins))
     return lambda: common.train_and_write("angles", sweep, arguments, resolved, write_angles, angles_table)

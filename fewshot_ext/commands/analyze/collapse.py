@@ -63,10 +63,10 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     for loss in arguments.losses:
         check_choice("losses", loss, *BASE_LOSSES)
 
-    def runs():
-        config = common.read_metric_training(arguments, ("loss",))
+    def runs(data: str):
+        config = common.read_metric_training(arguments, data, ("loss",))
         weights = {name: arguments[name] for name in _WEIGHTS}
-        return metric_runs(arguments.data, config, arguments.losses, arguments.seeds, **weights)
+        return metric_runs(data, config, arguments.losses, arguments.seeds, **weights)
 
     sweep = common.prepare_sweep(NAME, arguments, runs, CollapseSweep)
     return lambda: common.train_and_write(NAME, sweep, arguments, resolved, write_collapse, collapse_table)

@@ -11,6 +11,7 @@ from typing import Any
 
 from fewshot_ext import _extras
 from fewshot_ext._files import replace_text
+from fewshot_ext._formats import repeated
 from fewshot_ext._record import versions
 from fewshot_ext._validation import check_at_least, check_choice
 from fewshot_ext.commands.common import (
@@ -27,7 +28,7 @@ from fewshot_ext.data.walk import FOLDER_RULE
 from fewshot_ext.evaluation import ProtocolConfig
 from fewshot_ext.experiments.measurements import FewShotAccuracy, Measurement
 from fewshot_ext.experiments.runs import SweepRun
-from fewshot_ext.experiments.sweep import Sweep, TaskSweep
+from fewshot_ext.experiments.sweep import JointSweep, Sweep, TaskSweep
 from fewshot_ext.experiments.workers import connect
 from fewshot_ext.heads import FineTuningConfig
 from fewshot_ext.recipes import load_recipe, recipe_names
@@ -44,11 +45,12 @@ _PLACES = ("config", "output", "runs", "sweep", "checkpoint", "query", "support"
 _PLACES += ("device", "jobs", "threads", "scheduler")
 
 
-def add_run_arguments(parser, data: str | None = None) -> None:
-    """Adds where things are and how the work is spread."""
+def add_run_arguments(parser, data: str | None = None, *, several: bool = False) -> None:
+    """Adds where things are and how the work is spread; ``several`` where there may be more than one image set."""
     parser.epilog = FOLDER_RULE
     run = parser.add_argument_group("run")
-    run.add_argument("--data", default=data, metavar="NAME|PATH", help=DATA_HELP)
+    many = {"nargs": "+"} if several else {}
+    run.add_argument("--data", default=data, metavar="NAME|PATH", help=DATA_HELP, **many)
     run.add_argument("--output", metavar="FOLDER", help="folder that numbers, pictures and checkpoints are written to")
     run.add_argument(
         "--runs",
@@ -159,10 +161,10 @@ def add_protocol_arguments(parser, shots: Sequence[int] = (1, 5), *, base: bool 
     add_settings(parser, FineTuningConfig, "finetuning", "finetuning")
 
 
-def add_classes_argument(parser) -> None:
+def add_classes_argument(parser, default: str = "novel") -> None:
     """Adds the set of classes that an analysis is about."""
     episodes = parser.add_argument_group("classes")
-    episodes.add_argument("--classes", default="novel", help="classes to look at: base, validation or novel")
+    episodes.add_argument("--classes", default=default, help="classes to look at: base, validation or novel")
 
 
 def read_accuracy(arguments, **changes: Any) -> FewShotAccuracy:
@@ -180,19 +182,19 @@ def read_accuracy(arguments, **changes: Any) -> FewShotAccuracy:
     )
 
 
-def read_pretraining(arguments) -> PreTrainingConfig:
-    """The recipe with what the options change in it.
+def read_pretraining(arguments, data: str) -> PreTrainingConfig:
+    """The recipe for an image set with what the options change in it.
 
     Raises:
         ValueError: an unknown recipe or setting, or a value that it does not take.
     """
-    name = _recipe(arguments, "pretrain")
+    name = _recipe(arguments, data, "pretrain")
     return _changed(load_recipe(name) if name else PreTrainingConfig(), arguments, _DECIDED_BY_THE_ANALYSIS)
 
 
-def read_metric_training(arguments, decided: Sequence[str]) -> MetricTrainingConfig:
+def read_metric_training(arguments, data: str, decided: Sequence[str]) -> MetricTrainingConfig:
     """As ``read_pretraining``, for metric training; ``decided`` are settings that the analysis varies."""
-    name = _recipe(arguments, "metric-train")
+    name = _recipe(arguments, data, "metric-train")
     return _changed(load_recipe(name, "metric-train") if name else MetricTrainingConfig(), arguments, decided)
 
 
@@ -220,25 +222,36 @@ def _changed(recipe: Any, arguments, varied: Sequence[str]) -> Any:
 
 
 def prepare_sweep(
-    name: str, arguments, runs: Callable[[], Sequence[Any]], kind: Callable[..., TaskSweep] = Sweep, **settings: Any
+    name: str,
+    arguments,
+    runs: Callable[[str], Sequence[Any]],
+    kind: Callable[..., TaskSweep] = Sweep,
+    **settings: Any,
 ) -> TaskSweep:
     """Checks everything and returns the sweep, which no other process then works on.
 
     Args:
         name: of the analysis.
-        arguments: the parsed options of all groups above.
-        runs: makes the runs.
+        arguments: the parsed options of all groups above; ``data`` is the name of an image set or a list of them.
+        runs: makes the runs of an image set.
         kind: makes the sweep of them.
         settings: of the sweep beside the options.
     """
     for option in ("data", "output"):
         if arguments[option] is None:
             raise ValueError(f"--{option}: expected a value, got none")
-    planned, device = runs(), _check_workers(arguments)
-    archive = load_data(arguments.data)
+    names = arguments.data if isinstance(arguments.data, list) else [arguments.data]
+    if (twice := repeated(map(short_name, names))) is not None:
+        raise ValueError(f"data: expected each image set once, got {twice!r} twice")
+    planned, device = [runs(data) for data in names], _check_workers(arguments)
+    archives = [load_data(data) for data in names]
     output = writable_folder(arguments.output)
-    checkpoints = None if arguments.runs is None else writable_folder(arguments.runs)
-    sweep = kind(planned, archive, output, device=device, checkpoints=checkpoints, **settings)
+    settings["checkpoints"] = None if arguments.runs is None else writable_folder(arguments.runs)
+    sweeps = [
+        kind(of_data, archive, output, device=device, **settings)
+        for of_data, archive in zip(planned, archives, strict=True)
+    ]
+    sweep = JointSweep(sweeps) if isinstance(arguments.data, list) else sweeps[0]
     hold_sweep(name, sweep, output)
     return sweep
 
@@ -357,13 +370,15 @@ def analyze_sweep(
 
 def head_of(sweep: TaskSweep, resolved: str) -> dict[str, Any]:
     """What a results file says about how its numbers came about."""
-    run = sweep.tasks[0].run
-    settings = run.settings(sweep.checksum)
-    stage = "pretraining" if "pretraining" in settings else "training"
+    told = []
+    for part in sweep.parts if isinstance(sweep, JointSweep) else [sweep]:
+        settings = part.tasks[0].run.settings(part.checksum)
+        stage = "pretraining" if "pretraining" in settings else "training"
+        shared = {key: value for key, value in settings[stage].items() if key not in _DECIDED_BY_THE_ANALYSIS}
+        told.append({stage: shared, "data": part.data})
     return {
         "config": settings_of(resolved),
-        stage: {key: value for key, value in settings[stage].items() if key not in _DECIDED_BY_THE_ANALYSIS},
-        "data": sweep.data,
+        **({"data": {"name": sweep.data_name}, "sets": told} if isinstance(sweep, JointSweep) else told[0]),
         "versions": versions("torch", "numpy", "lightning", "kornia"),
     }
 
@@ -406,8 +421,8 @@ def run_sweep(sweep: TaskSweep, arguments, on_rows: Callable[[list[dict[str, Any
     return 1 if sweep.failures else 0
 
 
-def _recipe(arguments, command: str) -> str | None:
+def _recipe(arguments, data: str, command: str) -> str | None:
     if arguments.recipe is not None:
         return arguments.recipe
-    name = f"{short_name(arguments.data).partition('+')[0]}{_DEFAULT_RECIPE[command]}"
+    name = f"{short_name(data).partition('+')[0]}{_DEFAULT_RECIPE[command]}"
     return name if name in recipe_names(command) else None

@@ -26,10 +26,10 @@ def add_arguments(parser) -> None:
 def prepare(arguments, resolved: str) -> Callable[[], int]:
     """Checks the settings and returns the function that runs the analysis."""
 
-    def runs():
-        config = common.read_pretraining(arguments)
+    def runs(data: str):
+        config = common.read_pretraining(arguments, data)
         configs = label_smoothing_configs(config, arguments.margin, arguments.label_smoothing)
-        return variant_runs(arguments.data, configs, arguments.seeds, arguments.held_out)
+        return variant_runs(data, configs, arguments.seeds, arguments.held_out)
 
     sweep = common.prepare_sweep(NAME, arguments, runs, measurement=common.read_accuracy(arguments))
     write = variants_writer(NAME)

@@ -49,9 +49,9 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
             raise ValueError(f"losses: expected cosine or softmax, got {loss!r}")
     margins = {loss: chosen[loss] for loss in arguments.losses}
 
-    def runs():
-        config = common.read_pretraining(arguments)
-        return margin_runs(arguments.data, config, margins, arguments.seeds, arguments.held_out)
+    def runs(data: str):
+        config = common.read_pretraining(arguments, data)
+        return margin_runs(data, config, margins, arguments.seeds, arguments.held_out)
 
     sweep = common.prepare_sweep("margins", arguments, runs, measurement=common.read_accuracy(arguments))
 

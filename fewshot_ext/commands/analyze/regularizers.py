@@ -49,9 +49,9 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     names = ("weight_decay", "drop_rate", "drop_block_size", "label_smoothing", "without_augmentation")
     settings = {name: arguments[name] for name in names}
 
-    def runs():
-        configs = regularizer_configs(common.read_pretraining(arguments), arguments.margin, **settings)
-        return variant_runs(arguments.data, configs, arguments.seeds, arguments.held_out)
+    def runs(data: str):
+        configs = regularizer_configs(common.read_pretraining(arguments, data), arguments.margin, **settings)
+        return variant_runs(data, configs, arguments.seeds, arguments.held_out)
 
     sweep = common.prepare_sweep(NAME, arguments, runs, measurement=common.read_accuracy(arguments))
     write = variants_writer(NAME)
