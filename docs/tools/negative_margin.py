@@ -99,7 +99,7 @@ def margin_findings(rows: Sequence[Row]) -> list[Finding]:
         margins = values(of_loss, "margin")
         if 0.0 not in margins:
             continue
-        for shot in values(rows, "shot"):
+        for shot in values(select(rows, classes="novel"), "shot"):
             cells = {name: select(of_loss, classes=name, shot=shot) for name in ("base", "validation", "novel")}
             source = "Fig. 1" if loss == "cosine" else "Fig. 6b"
             where = f"{title}, {shot}-shot"
@@ -294,7 +294,7 @@ def label_smoothing_findings(rows: Sequence[Row]) -> list[Finding]:
     found = []
     unseen = "validation" if select(rows, classes="validation") else "novel"
     variants = list(dict.fromkeys(row["variant"] for row in rows))
-    for shot in values(rows, "shot"):
+    for shot in values(select(rows, classes=unseen), "shot"):
         for classes, signs in (("base", (1, -1)), (unseen, (-1, 1))):
             cells = {variant: select(rows, variant=variant, shot=shot, classes=classes) for variant in variants}
             for variant, sign in zip(variants[1:], signs, strict=True):

@@ -64,7 +64,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
 
     from fewshot_ext.training import PreTrainingRun
 
-    run = PreTrainingRun(config, inputs.base, inputs.output, **inputs.options)
+    run = PreTrainingRun(config, inputs.base, inputs.output, held_out=inputs.held_out, **inputs.options)
     record = {**inputs.record, "config": asdict(config)}
     parameters = sum(parameter.numel() for parameter in run.module.backbone.parameters())
     headline = [
@@ -73,6 +73,9 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     ]
 
     def summary(results):
-        return validation_line(run, results)
+        shares = [f"{100 * results['training_accuracy']:.2f} % of {len(inputs.base):,} training images"]
+        if inputs.held_out is not None:
+            shares.append(f"{100 * results['held_out_accuracy']:.2f} % of {len(inputs.held_out):,} held out")
+        return [f"base classes told apart without augmentation: {', '.join(shares)}", *validation_line(run, results)]
 
     return lambda: train("pretrain", run, record, resolved, headline=headline, summary=summary)

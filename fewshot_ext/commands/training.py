@@ -101,6 +101,7 @@ class RunInputs(NamedTuple):
     """The checked options of a run, and what they name."""
 
     base: ImageArchive
+    held_out: ImageArchive | None  # of the base classes
     validation: ImageArchive | None
     novel: ImageArchive | None
     output: Path
@@ -162,7 +163,8 @@ def check_run(arguments) -> RunInputs:
         "threads": torch.get_num_threads(),
         "versions": versions("torch", "numpy", "lightning", "kornia"),
     }
-    return RunInputs(base, validation, novel, output, options, record)
+    held_out = archive.subset(Split.BASE, held_out=True) if archive.has_held_out else None
+    return RunInputs(base, held_out, validation, novel, output, options, record)
 
 
 def train(

@@ -14,6 +14,9 @@ from torch import Tensor
 from fewshot_ext._files import is_text
 from fewshot_ext.data import archive_file
 
+# The field of the images of base classes that no training sees: 1 for them, 0 for all others.
+HELD_OUT = "held_out"
+
 
 class Split(IntEnum):
     """The role of a class: pre-training (base), choosing settings (validation), or the test (novel)."""
@@ -36,7 +39,8 @@ class ImageArchive:
         class_names: one name a class, all different.
         class_split: ``[classes]`` uint8, a ``Split`` value a class.
         class_words: what a class is called in English where its name is a code, one text a class, or None.
-        image_fields: further facts about the images by name, each ``[N]`` int64, such as Omniglot's ``drawer``.
+        image_fields: further facts about the images by name, each ``[N]`` int64, such as Omniglot's ``drawer``. Where
+            one is ``held_out``, its images of base classes are not for training; see ``subset``.
         passed_over: where the images come from a folder, a line on each kind of thing in it that was passed over.
 
     Raises:
@@ -212,9 +216,10 @@ class ImageArchive:
         archive_file.write(path, self.images.numpy(), arrays, jpeg_quality)
 
     def checksum(self) -> str:
-        """SHA-256 of pixels, labels, class names and split, for telling in a result what it was measured on."""
+        """SHA-256 of pixels, labels, class names, split and held-out images: what a result was measured on."""
         digest = hashlib.sha256()
-        for part in (self.images, self.labels, self.class_split):
+        held_out = (self.image_fields[HELD_OUT],) if self.has_held_out else ()
+        for part in (self.images, self.labels, self.class_split, *held_out):
             digest.update(f"{part.dtype} {tuple(part.shape)}\n".encode())
             digest.update(part.contiguous().numpy().data)
         digest.update("\n".join(self.class_names).encode())
@@ -250,11 +255,25 @@ class ImageArchive:
             words.partition(",")[0] or name for words, name in zip(self.class_words, self.class_names, strict=True)
         )
 
-    def subset(self, split: Split) -> "ImageArchive":
+    @property
+    def has_held_out(self) -> bool:
+        """Whether some images of base classes are held out from training, as the set itself says."""
+        return HELD_OUT in self.image_fields and bool(self._is_held_out.any())
+
+    @property
+    def _is_held_out(self) -> Tensor:
+        return (self.image_fields[HELD_OUT] != 0) & (self.class_split[self.labels] == Split.BASE)
+
+    def subset(self, split: Split, *, held_out: bool = False) -> "ImageArchive":
         """The classes of one split alone, relabeled 0, 1, ... in their old order.
 
+        Args:
+            split: the role of the classes.
+            held_out: of base classes, take the images that the set holds out from training and not all others. The
+                labels are the same.
+
         Raises:
-            ValueError: no class has this split.
+            ValueError: no class has this split, or no image of it is left.
         """
         chosen = (self.class_split == split).nonzero().squeeze(1)
         if not len(chosen):
@@ -264,7 +283,14 @@ class ImageArchive:
                 "`fewshot-ext data pack --split` gives classes their roles, as folders train, val and test around "
                 "them do"
             )
-        return self._select_classes(chosen, self.class_split[chosen])
+        archive = self
+        if split == Split.BASE and (held_out or self.has_held_out):
+            wanted = self._is_held_out == held_out if self.has_held_out else torch.zeros(len(self), dtype=torch.bool)
+            if not (wanted & (self.class_split[self.labels] == Split.BASE)).any():
+                which = "held out from training" if held_out else "to train on: all are held out"
+                raise ValueError(f"the base classes have no images {which}")
+            archive = self._select(wanted.nonzero().squeeze(1))
+        return archive._select_classes(chosen, self.class_split[chosen])
 
     def with_roles(self, roles: Mapping[str, Split]) -> "ImageArchive":
         """The classes that ``roles`` names, with these roles and in its order; ``load_split(name).roles`` are such.
@@ -333,9 +359,9 @@ class ImageArchive:
             class_split=torch.cat([torch.full_like(self.class_split, Split.BASE), test.class_split]),
             class_words=words and words[0] + words[1],
             image_fields={
-                name: torch.cat([value, test.image_fields[name]])
+                name: torch.cat([value, test.image_fields.get(name, torch.zeros_like(test.labels))])
                 for name, value in self.image_fields.items()
-                if name in test.image_fields
+                if name in test.image_fields or name == HELD_OUT
             },
             passed_over=(*self.passed_over, *other.passed_over, *(told if left_out else ())),
         )

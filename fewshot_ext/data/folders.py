@@ -4,20 +4,29 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import takewhile, zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from fewshot_ext._files import check_unpacked_size, is_text
 from fewshot_ext._threads import in_threads
 from fewshot_ext._validation import check_count
-from fewshot_ext.data.archive import ImageArchive, Split
+from fewshot_ext.data.archive import HELD_OUT, ImageArchive, Split
 from fewshot_ext.data.pictures import check_reading, decode, picture_size
 from fewshot_ext.data.splits import HALVES, ClassSplit, load_split, role_of
 from fewshot_ext.data.walk import FoundPictures, find_pictures, warn_passed_over
 
 _WORDNET_ID = re.compile(r"n\d{8}")
+
+
+class _Found(NamedTuple):
+    """What is known of a picture without a look at it."""
+
+    name: str  # of its class
+    role: Split
+    held_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,7 @@ class FolderListing:
         files: the pictures, class by class.
         labels: the class of each.
         class_names, class_split: as in ``ImageArchive``.
+        held_out: of each picture, whether the split holds it out from training.
         left_out: number of pictures that the split does not name.
         passed_over: a line on each kind of thing that was passed over, with its number.
     """
@@ -36,6 +46,7 @@ class FolderListing:
     labels: list[int]
     class_names: list[str]
     class_split: list[Split]
+    held_out: list[bool]
     left_out: int = 0
     passed_over: tuple[str, ...] = ()
 
@@ -59,14 +70,14 @@ def list_folder(
         role = Split.NOVEL if split == HALVES else split
         found = _by_folder(pictures, top, role, class_depth, told)
         if split == HALVES:
-            names = sorted({name for name, _ in found})
+            names = sorted({name for name, *_ in found})
             base = {*names[: len(names) // 2]}
-            found = [(name, Split.BASE if name in base else Split.NOVEL) for name, _ in found]
+            found = [_Found(name, Split.BASE if name in base else Split.NOVEL) for name, *_ in found]
     else:
         found = _by_split(pictures, split if isinstance(split, ClassSplit) else load_split(split), told)
 
     roles: dict[str, Split] = {}
-    for name, role in filter(None, found):
+    for name, role, _ in filter(None, found):
         if roles.setdefault(name, role) != role:
             raise ValueError(
                 f"class {name!r} of {str(root)!r} is both {roles[name].name.lower()} and {role.name.lower()}: "
@@ -75,17 +86,20 @@ def list_folder(
     names = sorted(roles, key=lambda name: (roles[name], name))
     label = {name: number for number, name in enumerate(names)}
     kept = sorted(
-        (label[entry[0]], file) for entry, file in zip(found, pictures.files, strict=True) if entry is not None
+        (label[entry.name], file, entry.held_out)
+        for entry, file in zip(found, pictures.files, strict=True)
+        if entry is not None
     )
     left_out = len(found) - len(kept)
     if left_out:
         first = pictures.files[found.index(None)].relative_to(pictures.root)
         told.append(f"pictures that the split does not name left out: {left_out:,}, such as {str(first)!r}")
     return FolderListing(
-        files=[file for _, file in kept],
-        labels=[number for number, _ in kept],
+        files=[file for _, file, _ in kept],
+        labels=[number for number, *_ in kept],
         class_names=names,
         class_split=[roles[name] for name in names],
+        held_out=[held_out for *_, held_out in kept],
         left_out=left_out,
         passed_over=tuple(told),
     )
@@ -168,7 +182,11 @@ def read_listing(
     for index, image in enumerate(decoded):
         images[index] = image
     archive = ImageArchive.from_arrays(
-        images.transpose(0, 2, 3, 1), np.array(listing.labels), listing.class_names, np.array(listing.class_split)
+        images.transpose(0, 2, 3, 1),
+        np.array(listing.labels),
+        listing.class_names,
+        np.array(listing.class_split),
+        image_fields={HELD_OUT: np.array(listing.held_out, np.int64)} if any(listing.held_out) else None,
     )
     return replace(archive, passed_over=listing.passed_over)
 
@@ -182,7 +200,7 @@ def _common_folders(parts: list[tuple[str, ...]], class_depth: int) -> int:
 
 def _by_folder(
     pictures: FoundPictures, top: int, role: Split | None, class_depth: int, told: list[str]
-) -> list[tuple[str, Split]]:
+) -> list[_Found]:
     root, parts = str(pictures.root), [part[top:] for part in pictures.parts]
     tops = {part[0]: role_of(part[0]) for part in parts if len(part) > 1}
     roles = set(tops.values()) - {None}
@@ -200,7 +218,7 @@ def _by_folder(
                 "or take a split with file lists"
             )
         own = role if role is not None else tops[part[0]] if nested else Split.NOVEL
-        found.append(("/".join(names), own))
+        found.append(_Found("/".join(names), own))
     _check_class_folders(pictures, top + nested, class_depth)
     deeper = sorted({"/".join(part[:-1]) for part in pictures.parts if len(part) - 1 > top + nested + class_depth})
     if deeper:
@@ -225,9 +243,11 @@ def _check_class_folders(pictures: FoundPictures, start: int, class_depth: int) 
                 raise ValueError(f"the class's folder {name!r} in {str(pictures.root)!r} has a name that is not UTF-8")
 
 
-def _by_split(pictures: FoundPictures, split: ClassSplit, told: list[str]) -> list[tuple[str, Split] | None]:
+def _by_split(pictures: FoundPictures, split: ClassSplit, told: list[str]) -> list[_Found | None]:
+    entries: list[str | None] = []
     if split.files:
-        names = _listed_classes(pictures, split, told)
+        entries = _listed_entries(pictures, split, told)
+        names = [None if entry is None else split.files[entry] for entry in entries]
     else:
         names = [_named_class(part, split) for part in pictures.parts]
     empty = split.roles.keys() - set(names)
@@ -236,18 +256,21 @@ def _by_split(pictures: FoundPictures, split: ClassSplit, told: list[str]) -> li
             f"{split.name} names {len(split.roles)} classes; {len(empty)} of them have no picture in "
             f"{str(pictures.root)!r}: {', '.join(sorted(empty)[:3])}{', ...' if len(empty) > 3 else ''}"
         )
-    return [None if name is None else (name, split.roles[name]) for name in names]
+    return [
+        None if name is None else _Found(name, split.roles[name], entry in split.held_out)
+        for name, entry in zip_longest(names, entries)
+    ]
 
 
-def _listed_classes(pictures: FoundPictures, split: ClassSplit, told: list[str]) -> list[str | None]:
-    """The class of each picture by the list's longest entry that its path ends in."""
+def _listed_entries(pictures: FoundPictures, split: ClassSplit, told: list[str]) -> list[str | None]:
+    """The list's longest entry that the path of each picture ends in."""
     fitting: dict[str, list[int]] = {}
     for index, part in enumerate(pictures.parts):
         tails = ("/".join(part[start:]) for start in range(len(part)))
         listed = next((tail for tail in tails if tail in split.files), None)
         if listed is not None:
             fitting.setdefault(listed, []).append(index)
-    names: list[str | None] = [None] * len(pictures.files)
+    entries: list[str | None] = [None] * len(pictures.files)
     for listed, indices in fitting.items():
         name = split.files[listed]
         # Cameras number their pictures alike, and each class has its IMG_1.jpg: the folder tells which is meant.
@@ -260,11 +283,11 @@ def _listed_classes(pictures: FoundPictures, split: ClassSplit, told: list[str])
                 f"{split.name} lists {listed!r}, which fits several pictures in {str(pictures.root)!r}: {files}"
             )
         for index in own:
-            names[index] = name
-    missing = [listed for listed in split.files if not any(names[index] for index in fitting.get(listed, ()))]
+            entries[index] = listed
+    missing = [listed for listed in split.files if not any(entries[index] for index in fitting.get(listed, ()))]
     if missing:
         told.append(f"listed pictures that are not there: {len(missing):,}, such as {missing[0]!r}")
-    return names
+    return entries
 
 
 def _named_class(part: tuple[str, ...], split: ClassSplit) -> str | None:

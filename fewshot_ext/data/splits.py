@@ -24,6 +24,9 @@ ROLES = {
     **dict.fromkeys(("validation", "val", "valid"), Split.VALIDATION),
     **dict.fromkeys(("novel", "test", "testing", "evaluation", "images_evaluation"), Split.NOVEL),
 }
+# The role of a file such as base_val.json: images of base classes that are not to train on.
+_HELD_OUT = "held out"
+_Role = Split | str
 SPLIT_NAMES = (
     "miniimagenet",
     "tieredimagenet",
@@ -54,6 +57,7 @@ class ClassSplit:
     Attributes:
         roles: the role of each class, by the class's name.
         files: the class of each listed file, by its path as listed; empty where the split names classes alone.
+        held_out: those of the listed files that are images of base classes, and not to train on.
         name: what to call the split in messages.
 
     Example:
@@ -65,6 +69,7 @@ class ClassSplit:
     roles: Mapping[str, Split]
     files: Mapping[str, str] = field(default_factory=dict)
     name: str = "split"
+    held_out: frozenset[str] = frozenset()
 
     def of(self, role: Split) -> list[str]:
         """The classes of one role."""
@@ -78,6 +83,7 @@ class _Draft:
     name: str
     roles: dict[str, Split] = field(default_factory=dict)
     files: dict[str, list[str]] = field(default_factory=dict)
+    held_out: set[str] = field(default_factory=set)
 
     def add(self, names: Iterable[str], role: Split) -> None:
         for name in names:
@@ -93,14 +99,31 @@ class _Draft:
         if len(names) > 1 and "/" in path:
             raise ValueError(f"{self.name}: file {path!r} belongs to both {names[0]!r} and {name!r}")
 
+    def hold_out(self, other: "_Draft") -> None:
+        """Takes the files of another draft as images of base classes that are not to train on."""
+        if not other.files:
+            raise ValueError(f"{other.name}: expected a list of images, as they are held out from training")
+        if both := self.files.keys() & other.files.keys():
+            raise ValueError(f"{other.name} holds out {sorted(both)[0]!r}, which is listed to train on")
+        if new := other.roles.keys() - self.roles.keys():
+            raise ValueError(
+                f"{other.name} holds out images of class {sorted(new)[0]!r}, of which none are to train on"
+            )
+        self.add(other.roles, Split.BASE)
+        self.files |= other.files
+        self.held_out |= other.files.keys()
+
     def finish(self) -> ClassSplit:
         if not self.roles:
             raise ValueError(f"{self.name} names no class")
         # Of a bare name that several classes list each has its own in its folder.
         files = {
-            path if len(names) == 1 else f"{name}/{path}": name for path, names in self.files.items() for name in names
+            path if len(names) == 1 else f"{name}/{path}": (name, path in self.held_out)
+            for path, names in self.files.items()
+            for name in names
         }
-        return ClassSplit(self.roles, files, self.name)
+        held_out = frozenset(path for path, (_, held) in files.items() if held)
+        return ClassSplit(self.roles, {path: name for path, (name, _) in files.items()}, self.name, held_out)
 
 
 def load_split(name_or_path: str | Path) -> ClassSplit:
@@ -123,7 +146,8 @@ def load_split(name_or_path: str | Path) -> ClassSplit:
             [superclass, class]; or ``class_names``; or ``label_names``, ``image_labels`` and ``image_names``, as the
             closer-look code writes it) or text (a class a line, or ``Ebay_train.txt`` of Stanford Online Products);
             each may end in ``.gz``. Base may be called train, training or background, validation val or valid, novel
-            test, testing or evaluation.
+            test, testing or evaluation. A fourth one beside them, ``base_val``, lists further images of base classes,
+            which are held out from training: the official negative-margin code has it for mini-ImageNet.
 
     Raises:
         ImportError: scipy is missing, which reads ``cars_annos.mat``.
@@ -148,7 +172,13 @@ def load_split(name_or_path: str | Path) -> ClassSplit:
         )
     draft = _Draft(f"split {name!r}")
     for file, role in files:
-        _add_file(draft, file, role)
+        if role != _HELD_OUT:
+            _add_file(draft, file, role)
+    for file, role in files:
+        if role == _HELD_OUT:
+            own = _Draft(f"split file {str(file)!r}")
+            _add_file(own, file, Split.BASE)
+            draft.hold_out(own)
     return draft.finish()
 
 
@@ -157,14 +187,18 @@ def role_of(name: str) -> Split | None:
     return ROLES.get(name.lower())
 
 
-def _role_in(file: Path) -> tuple[Split | None, str]:
+def _role_in(file: Path) -> tuple[_Role | None, str]:
     """The role that a file's name tells, and the name with that word left out."""
     words = re.split(r"([^A-Za-z]+)", file.name.removesuffix(".gz"))
     found = [index for index, word in enumerate(words) if role_of(word) is not None]
-    if len(found) != 1:
+    if not found or len(found) > 2:
         return None, file.name
-    role = role_of(words[found[0]])
-    words[found[0]] = "*"
+    role: _Role | None = role_of(words[found[0]])
+    if len(found) == 2:
+        if words[found[0]].lower() != "base" or role_of(words[found[1]]) != Split.VALIDATION:
+            return None, file.name
+        role = _HELD_OUT
+    words[found[0] : found[-1] + 1] = "*"
     return role, "".join(words)
 
 
@@ -173,7 +207,7 @@ def _is_split_file(path: Path) -> bool:
     return path.is_file() and not name.startswith(".") and name.endswith(_SUFFIXES)
 
 
-def _files_beside(path: Path) -> list[tuple[Path, Split | None]]:
+def _files_beside(path: Path) -> list[tuple[Path, _Role | None]]:
     role, pattern = _role_in(path)
     if role is None:
         return [(path, None)]
@@ -182,8 +216,8 @@ def _files_beside(path: Path) -> list[tuple[Path, Split | None]]:
     return found or [(path, role)]
 
 
-def _files_of_folder(folder: Path) -> list[tuple[Path, Split | None]]:
-    groups: dict[str, list[tuple[Path, Split | None]]] = {}
+def _files_of_folder(folder: Path) -> list[tuple[Path, _Role | None]]:
+    groups: dict[str, list[tuple[Path, _Role | None]]] = {}
     for file in sorted(folder.iterdir()):
         role, pattern = _role_in(file)
         if role is not None and _is_split_file(file):

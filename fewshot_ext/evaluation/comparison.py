@@ -143,7 +143,9 @@ class Comparison:
         names = [backbone.name for backbone in self.backbones]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"backbones: expected at least one, with names all different, got {names}")
-        self.images = archive.subset(Split[config.split.upper()])
+        # Of base classes the images that no network has seen, where the set holds some out.
+        held_out = config.split == "base" and archive.has_held_out
+        self.images = archive.subset(Split[config.split.upper()], held_out=held_out)
         self.episodes = {shot: self._sample(shot, data_name) for shot in config.protocol.shots}
         self.base_images = self._base_images(archive, data_name)
         for backbone in self.backbones:

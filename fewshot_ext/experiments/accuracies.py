@@ -1,5 +1,6 @@
 """Accuracies of many runs: means over seeds and episodes, and differences on the same episodes."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +28,27 @@ def values(rows: Iterable[Row], key: str) -> list[Any]:
     return sorted({row[key] for row in rows})
 
 
+def shots(rows: Iterable[Row]) -> list[int]:
+    """The numbers of shots, in rising order; 0 comes last, which is the classifier of the training without episodes."""
+    return sorted({row["shot"] for row in rows}, key=lambda shot: shot or math.inf)
+
+
+def setting(row: Row, *, way: bool = False) -> str:
+    """What was classified, in words; ``way`` with the number of classes.
+
+    Example:
+        >>> setting({"way": 5, "shot": 1}), setting({"way": 5, "shot": 1}, way=True)
+        ('1-shot', '5-way 1-shot')
+        >>> setting({"way": 64, "shot": 0}), setting({"way": 64, "shot": 0}, way=True)
+        ('all 64', 'all 64 classes')
+    """
+    if not row["shot"]:
+        return f"all {row['way']} classes" if way else f"all {row['way']}"
+    return f"{row['way']}-way {row['shot']}-shot" if way else f"{row['shot']}-shot"
+
+
 def per_episode(row: Row) -> Tensor:
-    """``[episodes]`` float64, in percent."""
+    """``[episodes]`` float64, in percent; of a row with shot 0 ``[classes]``."""
     return torch.tensor(row["correct"], dtype=torch.float64) * (100 / row["queries"])
 
 

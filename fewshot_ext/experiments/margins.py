@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fewshot_ext._validation import check_choice, check_number
-from fewshot_ext.experiments.accuracies import Row, difference, mean_accuracy, select, values
+from fewshot_ext.experiments.accuracies import Row, difference, mean_accuracy, select, setting, shots, values
 from fewshot_ext.experiments.figures import CLASS_TITLES, LOSS_TITLES, draw_grid
 from fewshot_ext.experiments.runs import CLASSES, SweepRun
 from fewshot_ext.experiments.tables import writer
@@ -59,11 +59,10 @@ def with_loss(config: PreTrainingConfig, loss: str, margin: float) -> PreTrainin
 
 def summarize(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Mean accuracy and interval over seeds and episodes for each loss, set of classes, number of shots and margin."""
-    keys = ("loss", "classes", "shot", "margin")
+    keys = ("loss", "classes", "way", "shot", "margin")
     cells = {tuple(row[key] for key in keys) for row in rows}
-    order = sorted(cells, key=lambda cell: (cell[0], CLASSES.index(cell[1]), *cell[2:]))
     found = []
-    for cell in order:
+    for cell in sorted(cells, key=lambda cell: (cell[0], CLASSES.index(cell[1]), *cell[2:])):
         labels = dict(zip(keys, cell, strict=True))
         of_cell = select(rows, **labels)
         mean, interval = mean_accuracy(of_cell)
@@ -77,12 +76,11 @@ def plot_margins(rows: Sequence[Row], path: str | Path) -> None:
     summary = summarize(rows)
 
     def curves(classes: str, loss: str) -> dict[str, list[tuple[float, float, float]]]:
+        own = select(summary, classes=classes, loss=loss)
+        names = {shot: setting(select(own, shot=shot)[0], way=True) for shot in shots(own)}
         return {
-            f"{shot}-shot": [
-                (row["margin"], row["accuracy"], row["interval"])
-                for row in select(summary, classes=classes, loss=loss, shot=shot)
-            ]
-            for shot in values(select(summary, classes=classes, loss=loss), "shot")
+            name: [(row["margin"], row["accuracy"], row["interval"]) for row in select(own, shot=shot)]
+            for shot, name in names.items()
         }
 
     draw_grid(
@@ -91,7 +89,7 @@ def plot_margins(rows: Sequence[Row], path: str | Path) -> None:
         values(rows, "loss"),
         curves,
         x="margin $m$",
-        y=f"{rows[0]['way']}-way accuracy (%)",
+        y="accuracy (%)",
         titles={**CLASS_TITLES, **LOSS_TITLES},
     )
 
@@ -105,13 +103,14 @@ def margins_table(rows: Sequence[Row]) -> str:
     Training runs differ by more than the interval over episodes says.
     """
     summary, width = summarize(rows), 20
-    lines = [
-        f"{rows[0]['way']}-way accuracy (%), mean ± 95 % interval over episodes of {len(values(rows, 'seed'))} seeds"
-    ]
+    of_all = ", or over classes where all are told apart" if 0 in shots(rows) else ""
+    seeds = len(values(rows, "seed"))
+    lines = [f"{rows[0]['way']}-way accuracy (%), mean ± 95 % interval over episodes of {seeds} seeds{of_all}"]
     for loss in values(rows, "loss"):
         of_loss = select(summary, loss=loss)
-        columns = list(dict.fromkeys((row["classes"], row["shot"]) for row in of_loss))
-        lines += ["", f"{LOSS_TITLES[loss]:<15}" + "".join(f"{c} {s}-shot".rjust(width) for c, s in columns)]
+        of_loss.sort(key=lambda row: (CLASSES.index(row["classes"]), not row["shot"]))
+        columns = {(row["classes"], row["shot"]): f"{row['classes']} {setting(row)}" for row in of_loss}
+        lines += ["", f"{LOSS_TITLES[loss]:<15}" + "".join(title.rjust(width) for title in columns.values())]
         for margin in values(of_loss, "margin"):
             cells = []
             for classes, shot in columns:
@@ -122,12 +121,12 @@ def margins_table(rows: Sequence[Row]) -> str:
     return "\n".join([*lines, "Intervals cover the draw of episodes, not that of initial weights and batches."])
 
 
-def _best_margins(rows: Sequence[Row], loss: str, columns: Sequence[tuple[str, int]]) -> Iterator[str]:
-    for classes, shot in columns:
+def _best_margins(rows: Sequence[Row], loss: str, columns: Mapping[tuple[str, int], str]) -> Iterator[str]:
+    for (classes, shot), title in columns.items():
         of_cell = select(rows, loss=loss, classes=classes, shot=shot)
         by_margin = {margin: select(of_cell, margin=margin) for margin in values(of_cell, "margin")}
         best = max(by_margin, key=lambda margin: mean_accuracy(by_margin[margin])[0])
-        line = f"{classes} {shot}-shot: margin {best:+g} is best"
+        line = f"{title}: margin {best:+g} is best"
         if best and {row["seed"] for row in by_margin.get(0.0, ())} & {row["seed"] for row in by_margin[best]}:
             gains = ", ".join(f"{gain:+.2f}" for gain in difference(by_margin[best], by_margin[0.0]).by_seed)
             line += f"; against margin 0, seed by seed: {gains} points"

@@ -78,7 +78,10 @@ class Measurement(Protocol):
 
 @dataclass(frozen=True)
 class FewShotAccuracy:
-    """Accuracy over few-shot episodes on each set of classes, by the paper's protocol.
+    """Accuracy over few-shot episodes on each set of classes, by the paper's protocol, and of plain classification.
+
+    The latter is of held-out images of base classes among all of these, by the classifier that was trained with the
+    network: the accuracy on base classes of the paper's Fig. 1.
 
     Args:
         protocol: which episodes are drawn.
@@ -89,7 +92,9 @@ class FewShotAccuracy:
 
     Returns (a call):
         One row a set of classes and number of shots, with columns classes, way, shot, accuracy and interval (percent),
-        queries, and correct, the number of queries classified rightly in each episode.
+        queries, and correct, the number of queries classified rightly in each episode. Where base classes are among
+        them one more, whose shot is 0 and whose way all base classes: accuracy and interval are over the classes,
+        correct is the share of each class, and queries 1.
 
     Raises:
         ValueError: no classes, an unknown one or one given twice.
@@ -105,7 +110,7 @@ class FewShotAccuracy:
         "classes": str,
         **dict.fromkeys(("way", "shot", "queries"), int),
         **dict.fromkeys(("accuracy", "interval"), float),
-        "correct": [int],
+        "correct": [(int, float)],
     }
 
     def __post_init__(self) -> None:
@@ -118,7 +123,9 @@ class FewShotAccuracy:
             )
 
     def settings(self) -> dict[str, Any]:
-        return json.loads(json.dumps(asdict(self)))
+        # What version 0.1 measured had no plain classification.
+        plain = {"plain_classification": True} if "base" in self.classes else {}
+        return json.loads(json.dumps(asdict(self) | plain))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "FewShotAccuracy":
@@ -181,16 +188,8 @@ class FewShotAccuracy:
         seed = derive_seed(run.seed, _FINE_TUNING, CLASSES.index(classes), shot, *part)
         per_episode = episode_accuracies(features, episodes, head=head, seed=seed)
         queries = episodes.query[0].numel()
-        mean, interval = mean_and_interval(100 * per_episode)
-        return {
-            "classes": classes,
-            "way": self.protocol.way,
-            "shot": shot,
-            "accuracy": round(mean, 4),
-            "interval": round(interval, 4),
-            "queries": queries,
-            "correct": (per_episode * queries).round().long().tolist(),
-        }
+        correct = (per_episode * queries).round().long().tolist()
+        return _row(per_episode, classes=classes, way=self.protocol.way, shot=shot, queries=queries, correct=correct)
 
     def __call__(self, trained: TrainedRun, report: Callable[[str], None]) -> list[dict[str, Any]]:
         backbone = trained.backbone()
@@ -204,4 +203,31 @@ class FewShotAccuracy:
             for shot in self.protocol.shots:
                 report(f"{classes} {shot}-shot")
                 rows.append(self.row(trained.run, classes, features, archive.labels, shot, head))
+            if classes == "base":
+                report("plain classification")
+                rows.append(_plain_classification(trained, archive))
         return rows
+
+
+def _plain_classification(trained: TrainedRun, archive: ImageArchive) -> dict[str, Any]:
+    from fewshot_ext.training import PreTraining
+
+    predicted = PreTraining.from_checkpoint(trained.checkpoint).to(trained.device).classify(archive.images)
+    counts = archive.labels.bincount(minlength=archive.num_classes)
+    hits = archive.labels[predicted == archive.labels].bincount(minlength=archive.num_classes)
+    shares = (hits / counts.double())[counts > 0]
+    correct = [round(share, 6) for share in shares.tolist()]
+    return _row(shares, classes="base", way=archive.num_classes, shot=0, queries=1, correct=correct)
+
+
+def _row(shares: Tensor, *, classes: str, way: int, shot: int, queries: int, correct: list) -> dict[str, Any]:
+    mean, interval = mean_and_interval(100 * shares)
+    return {
+        "classes": classes,
+        "way": way,
+        "shot": shot,
+        "accuracy": round(mean, 4),
+        "interval": round(interval, 4),
+        "queries": queries,
+        "correct": correct,
+    }

@@ -30,7 +30,8 @@ class SweepRun:
         data: image set, as ``load_images`` takes it.
         pretraining: its settings.
         seed: decides the held-out images, the initial weights, batches, augmentation and episodes.
-        held_out: share of each base class's images that is kept from training.
+        held_out: share of each base class's images that is kept from training; without effect where the image set
+            itself holds some out.
         variant: what an analysis calls it beside loss, margin and seed; no part of what is trained.
 
     Raises:
@@ -107,12 +108,16 @@ class SweepImages:
 
     @classmethod
     def part(cls, archive: ImageArchive, run: SweepRun) -> "SweepImages":
-        """Holds out images of every base class by the run's seed.
+        """Holds out images of every base class: those that the image set says, or else some by the run's seed.
 
         Raises:
             ValueError: no base or no novel classes, or a base class with too few images to hold out some.
         """
-        training, held_out = archive.subset(Split.BASE).hold_out(run.held_out, derive_generator(run.seed, _HOLD_OUT))
+        training = archive.subset(Split.BASE)
+        if archive.has_held_out:
+            held_out = archive.subset(Split.BASE, held_out=True)
+        else:
+            training, held_out = training.hold_out(run.held_out, derive_generator(run.seed, _HOLD_OUT))
         test = {"base": held_out}
         if (archive.class_split == Split.VALIDATION).any():
             test["validation"] = archive.subset(Split.VALIDATION)

@@ -13,6 +13,7 @@ from fewshot_ext import _extras
 from fewshot_ext._formats import misfits_named, read_json
 from fewshot_ext.data import ImageArchive
 from fewshot_ext.data.named import open_images, short_name
+from fewshot_ext.experiments.accuracies import setting
 from fewshot_ext.experiments.measurements import Measurement
 from fewshot_ext.experiments.runs import SweepImages, SweepRun
 from fewshot_ext.experiments.sweep_task import SweepTask, TrainAndMeasure, write_json
@@ -243,7 +244,7 @@ class JointSweep(TaskSweep):
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     """What was found on one run, in a line."""
-    cells = [f"{row['classes']} {row['shot']}-shot {row['accuracy']:.2f}" for row in rows if "accuracy" in row]
+    cells = [f"{row['classes']} {setting(row)} {row['accuracy']:.2f}" for row in rows if "accuracy" in row]
     last = max((row["epoch"] for row in rows if "recall_at_1" in row), default=None)
     cells += [
         f"{row['classes']} Recall@1 {100 * row['recall_at_1']:.2f}"

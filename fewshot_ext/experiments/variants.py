@@ -8,7 +8,7 @@ from typing import Any
 
 from fewshot_ext._validation import check_positive
 from fewshot_ext.data import AugmentationConfig
-from fewshot_ext.experiments.accuracies import Row, difference, mean_accuracy, select, values
+from fewshot_ext.experiments.accuracies import Row, difference, mean_accuracy, select, setting, shots
 from fewshot_ext.experiments.figures import CLASS_TITLES, STYLES, figure, shared_legend
 from fewshot_ext.experiments.margins import with_loss
 from fewshot_ext.experiments.runs import SweepRun
@@ -155,14 +155,14 @@ def summarize(
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     against = against or dict.fromkeys(variants[1:], variants[0])
     for part in dict.fromkeys(row[by] for row in rows):
-        for shot in values(select(rows, **{by: part}), "shot"):
+        for shot in shots(select(rows, **{by: part})):
             of_cell = select(rows, **{by: part}, shot=shot)
             for variant in variants:
                 own = select(of_cell, variant=variant)
                 if not own:
                     continue
                 mean, interval = mean_accuracy(own)
-                row = {"variant": variant, by: part, "shot": shot, "accuracy": round(mean, 4)}
+                row = {"variant": variant, by: part, "way": own[0]["way"], "shot": shot, "accuracy": round(mean, 4)}
                 row |= {"interval": round(interval, 4), "seeds": len(own)}
                 plain = select(of_cell, variant=against.get(variant))
                 if {row["seed"] for row in own} & {row["seed"] for row in plain}:
@@ -179,8 +179,10 @@ def plot_variants(rows: Sequence[Row], path: str | Path, by: str = "classes") ->
     panels = list(dict.fromkeys(row[by] for row in summary))
     with figure(path, rows=len(panels), height=0.9 + 0.22 * len(variants)) as axes:
         for axis, panel in zip(axes[:, 0], panels, strict=True):
-            for shot, style in zip(values(summary, "shot"), STYLES, strict=False):
+            for shot, style in zip(shots(summary), STYLES, strict=False):
                 own = {row["variant"]: row for row in select(summary, **{by: panel}, shot=shot)}
+                if not own:
+                    continue
                 axis.errorbar(
                     [own[variant]["accuracy"] for variant in own],
                     [variants.index(variant) for variant in own],
@@ -191,14 +193,14 @@ def plot_variants(rows: Sequence[Row], path: str | Path, by: str = "classes") ->
                     markersize=4,
                     capsize=2.5,
                     elinewidth=1,
-                    label=f"{shot}-shot",
+                    label=setting(next(iter(own.values())), way=True),
                 )
             axis.set_yticks(range(len(variants)), variants)
             axis.set_ylim(len(variants) - 0.5, -0.5)
             axis.set_title(CLASS_TITLES.get(panel, panel), fontsize=8, loc="left")
             axis.grid(alpha=0.25, linewidth=0.5)
         shared_legend(axes[0, 0])
-        axes[-1, 0].set_xlabel(f"{rows[0]['way']}-way accuracy (%)", fontsize=8)
+        axes[-1, 0].set_xlabel("accuracy (%)", fontsize=8)
 
 
 def variants_writer(
@@ -212,11 +214,12 @@ def variants_table(rows: Sequence[Row], against: Mapping[str, str] | None = None
     """Accuracies and, in a second block, differences on the same episodes, as text; see ``summarize``."""
     summary = summarize(rows, against, by)
     variants = list(dict.fromkeys(row["variant"] for row in summary))
-    columns = list(dict.fromkeys((row[by], row["shot"]) for row in summary))
-    first, width = max(map(len, variants)) + 1, max(20, *(len(f"  {part} {shot}-shot") for part, shot in columns))
-    head = " " * first + "".join(f"{part} {shot}-shot".rjust(width) for part, shot in columns)
+    columns = {(row[by], row["shot"]): f"  {row[by]} {setting(row)}" for row in summary}
+    first, width = max(map(len, variants)) + 1, max(20, *map(len, columns.values()))
+    head = " " * first + "".join(title.rjust(width) for title in columns.values())
     of_classes = "" if by == "classes" else f" on {rows[0]['classes']} classes"
-    title = f"{rows[0]['way']}-way accuracy (%){of_classes}, mean ± 95 % interval over episodes"
+    of_all = ", or over classes where all are told apart" if 0 in shots(rows) else ""
+    title = f"{rows[0]['way']}-way accuracy (%){of_classes}, mean ± 95 % interval over episodes{of_all}"
     other = "the same loss without a margin" if against else variants[0]
     blocks = (
         (title, variants, "accuracy", "interval", ""),

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from fewshot_ext._validation import check_count
 from fewshot_ext.data import ImageArchive, training_batches
+from fewshot_ext.evaluation import extract_features
 from fewshot_ext.losses import MarginCosineLoss, MarginSoftmaxLoss
 from fewshot_ext.models import NetworkConfig
 from fewshot_ext.models.checkpoint import PRE_TRAINING
@@ -77,6 +78,15 @@ class PreTraining(ImageTraining):
             "accuracy": (prediction == target).float().mean(),
         }
 
+    @torch.inference_mode()
+    def classify(self, images: Tensor) -> Tensor:
+        """The base class of ``[N, C, H, W]`` uint8 images by the classifier of the training, ``[N]`` int64 on the CPU.
+
+        Without episodes or augmentation: what the paper's Fig. 1 has as accuracy on base classes.
+        """
+        features = extract_features(self.network, images, dtype=self.head.weight.dtype)
+        return self.head.scores(features).argmax(1).cpu()
+
     def _weight(self, count: int, batch_index: int) -> float:
         """What turns this process's mean loss into its part of the mean over the whole batch.
 
@@ -117,6 +127,7 @@ class PreTrainingRun(TrainingRun):
         archive: training images of the base classes.
         directory: receives ``last.ckpt``, ``best.ckpt`` and the TensorBoard log.
         validation: images of validation classes, which choose ``best.ckpt``; without any the last epoch is the best.
+        held_out: further images of the same classes, which ``results`` has the accuracy on.
         seed: decides initial weights, batch order, augmentation and validation episodes.
         options: ``device``, ``devices``, ``num_nodes``, ``resume``, ``on_epoch`` and ``progress``, as ``TrainingRun``
             has them; its processes share every batch.
@@ -138,9 +149,11 @@ class PreTrainingRun(TrainingRun):
         directory: str | Path,
         *,
         validation: ImageArchive | None = None,
+        held_out: ImageArchive | None = None,
         seed: int = 0,
         **options: Any,
     ) -> None:
+        self._held_out = held_out
         network, classes = describe_network(config, config.backbone, archive, config.similarity), archive.num_classes
         if config.head_classes is not None:
             classes = check_count("head_classes", config.head_classes, classes)
@@ -160,6 +173,18 @@ class PreTrainingRun(TrainingRun):
         if self.config.compile:
             self.module.backbone.compile()
         return super().train()
+
+    def results(self) -> dict[str, float]:
+        """As ``TrainingRun.results``, with the shares of training and of held-out images that are classified rightly.
+
+        They are of the last epoch, without augmentation; see ``PreTraining.classify``.
+        """
+        parts = {"training_accuracy": self.archive} | ({"held_out_accuracy": self._held_out} if self._held_out else {})
+        plain = {
+            name: (self.module.classify(part.images) == part.labels).double().mean().item()
+            for name, part in parts.items()
+        }
+        return super().results() | plain
 
     def _shared(self, loader: DataLoader, rank: int, processes: int) -> DataLoader:
         return share_batches(loader, rank, processes)

@@ -3,10 +3,11 @@ import json
 import pytest
 import torch
 import yaml
+from PIL import Image
 from training_commands import PRETRAIN, check_refused, same_weights
 
 from fewshot_ext.cli import main
-from fewshot_ext.data import ImageArchive, Split
+from fewshot_ext.data import ImageArchive, Split, load_digits
 from fewshot_ext.training import PreTraining, PreTrainingConfig
 
 # The command sets the number of threads of the process; the fixture sets it back.
@@ -61,6 +62,40 @@ def test_a_network_is_trained_in_one_domain_and_tested_in_another(three_splits, 
     assert main(["evaluate", *checkpoint, *domains, *protocol]) == 0
     results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
     assert results["data"]["name"] == "old+new"
+
+
+def test_images_held_out_by_a_list_measure_the_base_classes(tmp_path, capsys):
+    digits, pictures, lists = load_digits(), tmp_path / "pictures", {}
+    for label in range(4):
+        (pictures / f"c{label}").mkdir(parents=True)
+        for index, image in enumerate(digits.images[digits.labels == label][:40]):
+            path = f"c{label}/{index}.png"
+            Image.fromarray(image[0].numpy()).save(pictures / path)
+            role = "novel" if label > 2 else "base_val" if index >= 30 else "base"
+            lists.setdefault(role, []).append((path, label))
+    for role, entries in lists.items():
+        paths, labels = zip(*entries, strict=True)
+        content = {"label_names": [f"c{label}" for label in range(4)], "image_names": paths, "image_labels": labels}
+        (tmp_path / f"{role}.json").write_text(json.dumps(content))
+    packed = str(tmp_path / "packed.npz")
+    assert (
+        main(["data", "pack", "--source", str(pictures), "--split", str(tmp_path / "base.json"), "--output", packed])
+        == 0
+    )
+    assert "held out from training: 30 images of base classes" in capsys.readouterr().out
+    output = tmp_path / "run"
+    assert main([*PRETRAIN, "--data", packed, "--output", str(output), "--epochs", "2"]) == 0
+    printed = capsys.readouterr()
+    assert "base classes: 90 images of 3 classes" in printed.err
+    results = json.loads((output / "run.json").read_text())["results"]
+    module, archive = PreTraining.from_checkpoint(output / "last.ckpt"), ImageArchive.load(packed)
+    for name, count, held_out in (("training", 90, False), ("held_out", 30, True)):
+        part = archive.subset(Split.BASE, held_out=held_out)
+        with torch.no_grad():
+            predicted = torch.nn.functional.normalize(module.head.weight) @ module.network(part.images).T
+        accuracy = (predicted.argmax(0) == part.labels).double().mean().item()
+        assert results[f"{name}_accuracy"] == pytest.approx(accuracy)
+        assert f"{100 * accuracy:.2f} % of {count}" in printed.out
 
 
 def test_the_record_of_a_run_repeats_it(three_splits, tmp_path):

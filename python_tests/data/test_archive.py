@@ -220,3 +220,25 @@ def test_test_classes_of_another_set_keep_what_both_have(archive):
 def test_sets_that_are_no_two_domains(archive, changes, message):
     with pytest.raises(ValueError, match=message):
         archive.with_test_classes(replace(archive, **changes))
+
+
+def test_held_out_images_are_not_among_the_base_classes(archive, tmp_path):
+    assert not archive.has_held_out
+    marked = replace(archive, image_fields={"held_out": (torch.arange(12) > 5).long()})
+    training, held_out = marked.subset(Split.BASE), marked.subset(Split.BASE, held_out=True)
+    first = archive.labels == 0
+    assert torch.equal(training.images, archive.images[:6][first[:6]])
+    assert torch.equal(held_out.images, archive.images[6:][first[6:]])
+    assert training.class_names == held_out.class_names == ("n01",)
+    # Images of other classes are not concerned, and neither is a mark on them alone.
+    assert len(marked.subset(Split.NOVEL)) == 4
+    assert not replace(marked, image_fields={"held_out": archive.labels}).has_held_out
+    marked.save(tmp_path / "marked.npz")
+    assert ImageArchive.load(tmp_path / "marked.npz").checksum() == marked.checksum() != archive.checksum()
+    # They stay held out where the set is the first of two domains.
+    other = replace(archive, class_names=("a", "b", "c"), class_words=None)
+    assert len(marked.with_test_classes(other).subset(Split.BASE, held_out=True)) == 6
+    with pytest.raises(ValueError, match="the base classes have no images held out from training"):
+        archive.subset(Split.BASE, held_out=True)
+    with pytest.raises(ValueError, match="the base classes have no images to train on: all are held out"):
+        replace(archive, image_fields={"held_out": torch.ones(12).long()}).subset(Split.BASE)

@@ -120,6 +120,39 @@ def test_closer_look_files_name_all_classes_in_each(write):
     assert split.files["c2/2.jpg"] == "c2"
 
 
+def closer_look(*images, labels=("a", "b", "c")):
+    numbers = [labels.index(image.partition("/")[0]) for image in images]
+    return {"label_names": labels, "image_names": [f"/far/{image}" for image in images], "image_labels": numbers}
+
+
+def test_base_val_holds_out_images_of_base_classes(write):
+    path = write("base.json", closer_look("a/1.png", "b/1.png"))
+    write("novel.json", closer_look("c/1.png"))
+    assert not load_split(path).held_out
+    write("base_val.json", closer_look("a/2.png", "b/2.png"))
+    for source in (path, path.parent, path.parent / "base_val.json"):
+        split = load_split(source)
+        assert dict(split.roles) == {"a": Split.BASE, "b": Split.BASE, "c": Split.NOVEL}
+        assert split.held_out == {"a/2.png", "b/2.png"} < split.files.keys()
+
+
+@pytest.mark.parametrize(
+    ("held_out", "message"),
+    [
+        (closer_look("a/2.png", "a/1.png"), r"base_val\.json' holds out 'a/1\.png', which is listed to train on"),
+        (closer_look("b/1.png"), r"holds out images of class 'b', of which none are to train on"),
+        (closer_look("c/2.png"), r"holds out images of class 'c'|both novel and base"),
+        (["a"], r"base_val\.json': expected a list of images, as they are held out"),
+    ],
+)
+def test_held_out_images_that_cannot_be(write, held_out, message):
+    path = write("base.json", closer_look("a/1.png"))
+    write("novel.json", closer_look("c/1.png"))
+    write("base_val.json", held_out)
+    with pytest.raises(ValueError, match=message):
+        load_split(path)
+
+
 def test_rotated_classes_count_once(write):
     split = load_split(write("test.txt", "A/character01/rot000\nA/character01/rot090\n\nB/character02/rot270\n"))
     assert dict(split.roles) == {"A/character01": Split.NOVEL, "B/character02": Split.NOVEL}

@@ -13,6 +13,7 @@ from fewshot_ext.experiments.measurements import FewShotAccuracy
 from fewshot_ext.experiments.runs import SweepImages, SweepRun
 from fewshot_ext.experiments.sweep import Sweep
 from fewshot_ext.experiments.sweep_task import TrainAndMeasure
+from fewshot_ext.models import load_network
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,8 +25,36 @@ def small_sweep(digits, output, margins=(0.0, -0.2), measurement=FEW, **options)
 
 def test_rows_of_every_run_class_and_shot(trained):
     keys = [(row["loss"], row["margin"], row["seed"], row["classes"], row["shot"]) for row in trained.rows]
-    assert len(keys) == len(set(keys)) == 4 * 2 * 2 * 2
-    assert all(len(row["correct"]) == 6 and row["queries"] == 15 for row in trained.rows)
+    assert len(keys) == len(set(keys)) == 4 * 2 * (2 * 2 + 1)
+    assert all(len(row["correct"]) == 6 and row["queries"] == 15 for row in trained.rows if row["shot"])
+
+
+def test_plain_classification_of_base_classes(trained, digits):
+    """Features and class vectors straight from the checkpoint, image by image."""
+    (row,) = (row for row in trained.tasks[1].rows() if not row["shot"])
+    task = trained.tasks[1]
+    state = torch.load(task.checkpoint, weights_only=True)["state_dict"]
+    weight = torch.nn.functional.normalize(state["head.weight"])
+    network, held_out = load_network(task.checkpoint).eval(), SweepImages.part(digits, task.run).test["base"]
+    right = [[] for _ in range(5)]
+    for image, label in zip(*held_out[:], strict=True):
+        with torch.no_grad():
+            right[label].append((weight @ network(image[None])[0]).argmax() == label)
+    shares = [sum(own).item() / len(own) for own in right]
+    assert (row["classes"], row["way"], row["queries"]) == ("base", 5, 1)
+    assert row["correct"] == pytest.approx(shares, abs=1e-6)
+    assert row["accuracy"] == pytest.approx(20 * sum(shares), abs=1e-3)
+
+
+def test_images_that_the_set_holds_out_are_those_that_measure(digits):
+    mark = (torch.arange(len(digits)) % 3 == 0).long()
+    archive = replace(digits, image_fields={"held_out": mark})
+    parts = SweepImages.part(archive, SweepRun("digits", TINY))
+    base = archive.class_split[archive.labels] == Split.BASE
+    assert torch.equal(parts.training.images, archive.images[base & (mark == 0)])
+    assert torch.equal(parts.test["base"].images, archive.images[base & (mark == 1)])
+    assert len(parts.test["novel"]) == (~base).sum()
+    assert archive.checksum() != digits.checksum()
 
 
 def test_runs_of_one_seed_share_images_and_episodes(trained, digits):
@@ -188,7 +217,7 @@ def test_runs_that_are_not_trained_yet_are_left_out(digits, tmp_path, capsys):
     small_sweep(digits, tmp_path, margins=(0.0,)).run()
     small_sweep(digits, tmp_path).write_plan()
     sweep = Sweep.read(tmp_path, FEW)
-    assert [row["margin"] for row in sweep.run()] == [0.0] * 4
+    assert [row["margin"] for row in sweep.run()] == [0.0] * 5
     assert "left out, because they are not trained yet: 1 of" in capsys.readouterr().err
 
 
@@ -271,9 +300,10 @@ def test_impossible_sweeps_are_found_before_training(digits, tmp_path):
 
 def test_margins_are_summed_up_written_and_drawn(trained, tmp_path):
     found = summarize(trained.rows)
-    assert len(found) == 4 * 2 * 2
+    assert len(found) == 4 * (2 * 2 + 1)
     assert found[0]["seeds"] == 2
     text = margins_table(trained.rows).splitlines()
+    assert " ".join(text[2].split()).endswith("base 1-shot base 2-shot base all 5 novel 1-shot novel 2-shot")
     assert "over episodes of 2 seeds" in text[0]
     assert text[3].startswith("margin -0.2")
     assert text[-1].startswith("Intervals cover the draw of episodes")

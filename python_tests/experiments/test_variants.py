@@ -74,7 +74,7 @@ def test_variants_are_trained_compared_and_drawn(digits, tmp_path):
     configs = regularizer_configs(AUGMENTED, -0.1, without_augmentation=True)
     sweep = Sweep(variant_runs("digits", configs, [0, 1], 0.2), digits, tmp_path, measurement=FEW)
     rows = sweep.run()
-    assert len(rows) == 3 * 2 * 2 * 2
+    assert len(rows) == 3 * 2 * (2 * 2 + 1)
     summary = summarize(rows)
     assert [row["variant"] for row in summary[:3]] == list(configs)
     assert "difference" not in summary[0]

@@ -135,7 +135,8 @@ def add_training_arguments(parser, seeds: Sequence[int] = (0, 1), command: str =
             "--held_out",
             type=float,
             default=0.2,
-            help="share of the images of each base class that is kept from training",
+            help="share of the images of each base class that is kept from training, where the image set does not say "
+            "which, as data pack takes it from base_val.json",
         )
 
 

@@ -18,7 +18,11 @@ def table(archive: ImageArchive) -> str:
     """Images, size, and for each role the number of classes and of images a class."""
     count, channels, height, width = archive.images.shape
     size = f"{count:,} images of {height} x {width} pixels, {'gray' if channels == 1 else 'RGB'}"
-    return "\n".join([size, *_roles(archive.labels, archive.class_split)])
+    lines = [size, *_roles(archive.labels, archive.class_split)]
+    if archive.has_held_out:
+        count = len(archive.subset(Split.BASE, held_out=True))
+        lines.append(f"held out from training: {count:,} images of base classes")
+    return "\n".join(lines)
 
 
 def table_of_sizes(sizes: Sequence[tuple[int, int]], labels: Sequence[int], class_split: Sequence[Split]) -> str:
