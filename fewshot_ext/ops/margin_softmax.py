@@ -172,6 +172,11 @@ def check_tensors(features: Tensor, weight: Tensor, target: Tensor) -> tuple[Ten
     check_tensor("weight", weight, "[C, D]", 2)
     check_floating("features", features)
     check_floating("weight", weight)
+    if isinstance(target, Tensor) and target.dim() == 2 and target.is_floating_point():
+        raise TypeError(
+            f"target: expected [N] int64 labels, got {target.dtype} of shape {list(target.shape)}: soft targets are not "
+            "offered; label_smoothing spreads a share of each target over all classes"
+        )
     check_integers("target", target, "[N]", 1)
     check_device("features", features, weight=weight, target=target)
     features, weight = _autocast(features, weight)
@@ -299,7 +304,7 @@ def margin_cosine_loss(
     Gradients reach ``features`` and ``weight``; second and forward-mode derivatives raise a RuntimeError.
 
     Raises:
-        TypeError: a wrong type or dtype.
+        TypeError: a wrong type or dtype, soft targets.
         ValueError: shapes that do not fit, fewer than 2 classes, labels out of range (see ``check``), a margin or scale
             that is not finite, an unknown reduction, no samples with reduction "mean", tensors on different devices.
         RuntimeError: CUDA tensors where the package has no kernels for the GPU.

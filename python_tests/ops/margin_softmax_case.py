@@ -270,6 +270,12 @@ BAD_INPUTS = (
     ),
     BadInput("features of rank 3", replaced("features", lambda x: x[None]), ValueError, "got [1, 6, 4]"),
     BadInput("weight of rank 1", replaced("weight", lambda w: w[0]), ValueError, "weight: expected shape [C, D]"),
+    BadInput(
+        "soft targets",
+        replaced("target", lambda y: torch.nn.functional.one_hot(y.clamp(min=0), 5).float()),
+        TypeError,
+        "target: expected [N] int64 labels, got torch.float32 of shape [6, 5]: soft targets are not offered",
+    ),
     BadInput("target of rank 2", replaced("target", lambda y: y[None]), ValueError, "target: expected shape [N]"),
     BadInput("widths differ", replaced("weight", lambda w: w[:, :3]), ValueError, "weight: expected shape [C, 4]"),
     BadInput("lengths differ", replaced("target", lambda y: y[:5]), ValueError, "target: expected shape [6]"),
