@@ -174,8 +174,8 @@ def check_tensors(features: Tensor, weight: Tensor, target: Tensor) -> tuple[Ten
     check_floating("weight", weight)
     if isinstance(target, Tensor) and target.dim() == 2 and target.is_floating_point():
         raise TypeError(
-            f"target: expected [N] int64 labels, got {target.dtype} of shape {list(target.shape)}: soft targets are not "
-            "offered; label_smoothing spreads a share of each target over all classes"
+            f"target: expected [N] int64 labels, got {target.dtype} of shape {list(target.shape)}: soft targets are "
+            "not offered; label_smoothing spreads a share of each target over all classes"
         )
     check_integers("target", target, "[N]", 1)
     check_device("features", features, weight=weight, target=target)

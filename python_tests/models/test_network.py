@@ -1,5 +1,6 @@
 """Networks and their checkpoints, of this version and of 0.1, whose files in ``fixtures`` were written by it."""
 
+import re
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -92,8 +93,12 @@ def test_a_run_of_version_0_1_goes_on(name, tmp_path):
     run.train()
     found, expected = (read_checkpoint(path)["state_dict"] for path in (tmp_path / "last.ckpt", OLD / f"{name}.ckpt"))
     assert found.keys() == expected.keys()
+    # A bias before a batch normalization has no gradient but rounding errors, of which Adam makes steps of full length:
+    # they are another processor's, and the running mean follows them.
+    noise = re.compile(r"blocks\.\d\.(0\.bias|1\.running_mean)")
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, msg=lambda text, key=key: f"{key}: {text}")
+        bounds = {"atol": 5e-3, "rtol": 0} if noise.search(key) else {}
+        torch.testing.assert_close(found[key], value, **bounds, msg=lambda text, key=key: f"{key}: {text}")
 
 
 @pytest.mark.parametrize(
