@@ -25,7 +25,8 @@ class CheckpointSettings:
     """What other code's checkpoints do not hold. None takes what the paper of that code has.
 
     Args:
-        image_size: side of the square images that the network is for. Images are brought to it for a model of timm.
+        image_size: side of the square images that the network is for. Without it a model of timm takes
+            those of an image set as they are.
         mean: mean of each channel for pixels in [0, 1].
         std: standard deviation of each channel for pixels in [0, 1].
         similarity: how features compare, cosine or dot, by the loss that trained the network.

@@ -414,14 +414,17 @@ def timm_network(
 
     Raises:
         ImportError: timm is missing.
-        ValueError: timm knows no such model, or it does not take images of this size.
+        ValueError: timm knows no such model or has no trained weights of it, or it does not take images of this size.
     """
     check_sizes(image_size, resize)
     if state_dict is not None:
         # Without memory: a name may stand for any size, until it is that of the weights.
         with torch.device("meta"):
             timm_model(name, image_size).load_state_dict(state_dict, assign=True)
-    model = timm_model(name, image_size, pretrained=state_dict is None)
+    try:
+        model = timm_model(name, image_size, pretrained=state_dict is None)
+    except RuntimeError as error:
+        raise ValueError(f"backbone: expected a model that timm can make, got {name!r}: {error}") from error
     if state_dict is not None:
         model.load_state_dict(state_dict)
     import timm

@@ -105,7 +105,7 @@ def _converted(name: str, image_size: int | None, state: dict[str, Tensor], path
     made = timm_model(name, image_size, pretrained=True, pretrained_cfg_overlay=weights).state_dict()
     before, after = _shapes(state), _shapes(made)
     told = [f"{key} {before[key]} becomes {after[key]}" for key in made if before.get(key, after[key]) != after[key]]
-    told = told or [f"{len(before.keys() - after.keys())} weights have other names there"]
+    told += [f"{key} is renamed or left out" for key in sorted(before.keys() - after.keys())]
     tell_once(as_text(f"timm fits the weights in {path} to its {name}: {listed(told)}"))
     return made
 

@@ -78,6 +78,23 @@ def test_a_position_of_the_map_is_the_token_of_its_patch(name, timm):
             torch.testing.assert_close(found[:, :, row, column], projection, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [
+        ("beit_base_patch16_224", 1),
+        ("vit_relpos_small_patch16_224", 0),
+        ("vit_tiny_r_s16_p8_224", 1),
+    ],
+)
+@torch.no_grad()
+def test_transformers_of_other_kinds(name, prefix, timm):
+    model = small(name)
+    pixels = torch.randn(1, 3, 224, 224)
+    found = TimmBackbone(model).feature_map(pixels)
+    torch.testing.assert_close(found.flatten(2).mT, model.forward_features(pixels)[:, prefix:], atol=1e-4, rtol=1e-4)
+    assert found.shape[2] == found.shape[3]
+
+
 @settings(max_examples=10)
 @given(order=st.permutations(range(8)))
 @torch.no_grad()
@@ -123,6 +140,8 @@ def test_other_sizes(timm):
 
 def test_a_model_of_tokens_without_a_map_says_so(timm):
     mixer = TimmBackbone(timm_model("gmixer_12_224").eval())
+    with pytest.raises(ValueError, match="a model that timm can make, got 'gmixer_12_224': No pretrained weights"):
+        load_network("timm:gmixer_12_224")
     with pytest.raises(ValueError, match=r"MlpMixer gives features .*, no map of 384 channels"):
         mixer.feature_map(torch.zeros(1, 3, 224, 224))
 
@@ -193,6 +212,13 @@ class TestASizeOfImages:
         assert not caplog.messages
         state = sized.backbone.model.state_dict()
         assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+
+    def test_weights_in_the_layout_of_the_authors(self, file, tmp_path, caplog):
+        own = load_network(f"timm:test_vit={file}").backbone.model.state_dict()
+        torch.save({**own, "mask_token": torch.zeros(1, 64)}, tmp_path / "dinov2.pth")  # which only the training needs
+        found = load_network(f"timm:test_vit={tmp_path / 'dinov2.pth'}").backbone.model.state_dict()
+        assert all(torch.equal(found[key], value) for key, value in own.items())
+        assert caplog.messages[0].endswith("dinov2.pth to its test_vit: mask_token is renamed or left out")
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -293,7 +319,7 @@ def test_a_stand_in_with_weights_that_timm_converts(stand_in, tmp_path, caplog):
     torch.save({"old": torch.ones(1, 30, 3), "head.weight": torch.ones(1)}, tmp_path / "old.pth")
     network = load_network(f"timm:vit={tmp_path / 'old.pth'}")
     assert torch.equal(network.backbone.model.pos_embed, torch.ones(1, 4, 3))
-    assert caplog.messages[0].endswith("old.pth to its vit: 1 weights have other names there")
+    assert caplog.messages[0].endswith("old.pth to its vit: old is renamed or left out")
     for other, message in (({"else": torch.ones(2)}, ", and left over are else"), ({"head.bias": torch.ones(2)}, "$")):
         torch.save(other, tmp_path / "else.pth")
         with pytest.raises(ValueError, match=rf"it lacks pos_embed{message}"):
