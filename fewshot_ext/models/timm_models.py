@@ -45,6 +45,13 @@ def timm_model(name: str, image_size: int | None = None, **options: Any) -> nn.M
     return timm.create_model(name, **options)
 
 
+def input_of(model: nn.Module) -> dict[str, Any]:
+    """What a model of timm was trained on: ``input_size`` as (channels, height, width), ``mean`` and ``std``."""
+    import timm
+
+    return timm.data.resolve_model_data_config(model)
+
+
 def timm_weights(name: str, path: Path, image_size: int | None = None) -> dict[str, Tensor]:
     """The weights in a file that a model of timm has without its classifier.
 
