@@ -53,7 +53,8 @@ class FewShotClassifier:
         head: the classifier, by its name in ``fewshot_ext.heads.HEADS`` or as a ``Head`` with settings of your
             own. "finetune" goes on with the similarity that the backbone was pre-trained with. Those of ``MAP_HEADS``,
             such as "deepemd" or "deepemd@grid", look at regions of the images; see ``choose_head``. The backbone must
-            then give feature maps, by a method ``feature_map``; all backbones of this package do.
+            then give feature maps, by a method ``feature_map``; all backbones of this package do, and convolutional
+            networks and transformers of timm.
         preprocessing: for a module: maps ``[B, C, H, W]`` uint8 images to its input, as ``ImageInput`` does; by
             default they are scaled to [0, 1].
         image_size: side that picture files are brought to; by default what the backbone was trained with.

@@ -114,7 +114,7 @@ def read_classifier(path: Path) -> dict[str, Any]:
         check_schema(content, _SCHEMA, "the file")
         origin = content["backbone"]
         kind = next((kind for kind in _ORIGINS if kind in origin), None)
-        if kind is None or len(origin) != len(_ORIGINS[kind]):
+        if kind is None or origin.keys() - {name.removesuffix("?") for name in _ORIGINS[kind]}:
             raise ValueError("the file['backbone']: expected a checksum, a checkpoint or a model of timm")
         check_schema(origin, _ORIGINS[kind], "the file['backbone']")
     return content

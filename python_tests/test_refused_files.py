@@ -48,7 +48,7 @@ def test_files_of_torch_that_are_no_checkpoints(tmp_path, kind):
 
 def test_a_folder_does_not_stand_in_the_way_of_a_model_of_the_same_name(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(network, "timm_network", lambda name: asked.append(name) or as_network(nn.Flatten()))
+    monkeypatch.setattr(network, "timm_network", lambda name, *_: asked.append(name) or as_network(nn.Flatten()))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "resnet18").mkdir()
     FrozenBackbone.open("resnet18")

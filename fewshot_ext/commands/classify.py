@@ -76,7 +76,11 @@ def add_arguments(parser) -> None:
         help=f"{CHECKPOINT_HELP}; null takes the default where no --backbone is given",
     )
     model.add_argument(
-        "--backbone", default=None, type=str | None, metavar="NAME", help="timm model in place of a checkpoint"
+        "--backbone",
+        default=None,
+        type=str | None,
+        metavar="NAME",
+        help="timm model in place of a checkpoint, as NAME or NAME=FILE with weights from a file",
     )
     model.add_argument(
         "--head",

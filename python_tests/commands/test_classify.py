@@ -387,7 +387,7 @@ def test_damage_that_the_first_look_does_not_see(skip, support, query, checkpoin
 def test_a_folder_called_as_the_backbone(support, query, tmp_path, monkeypatch):
     asked = []
 
-    def from_timm(name):
+    def from_timm(name, *_):
         asked.append(name)
         raise ValueError("enough")
 

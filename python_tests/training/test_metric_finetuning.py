@@ -8,7 +8,8 @@ import pytest
 import torch
 from checkpoint_cases import torchvision
 
-from fewshot_ext.models import BackboneConfig, load_network
+from fewshot_ext.models import BackboneConfig, CheckpointSettings, load_network
+from fewshot_ext.models.network import own_network
 from fewshot_ext.retrieval import clustering_metrics, retrieval_metrics
 from fewshot_ext.training import (
     AntiCollapseConfig,
@@ -165,6 +166,8 @@ def test_it_starts_from_a_model_of_timm(checkpoint, images32, tmp_path, monkeypa
     expected = load_network(checkpoint).backbone.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in module.backbone.backbone.state_dict().items())
     assert module.network.preprocessing.std.flatten().tolist() == [0.25] * 3
+    config = own_network("timm:resnet50", CheckpointSettings(image_size=64, resize=80)).made_from["network"]
+    assert (config["image_size"], config["resize"], config["mean"]) == (64, 80, (0.5,) * 3)
     monkeypatch.setitem(sys.modules, "timm", stand_in({"patch.weight": torch.ones(2, 2)}))
     with pytest.raises(ValueError, match="timm:resnet50 is no backbone of this package: it fits no known layout"):
         MetricTrainingRun(CONFIG, images32, tmp_path, checkpoint="timm:resnet50")
