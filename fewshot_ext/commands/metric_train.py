@@ -86,7 +86,11 @@ def _headline(run: "MetricTrainingRun") -> list[str]:
         f"{run.module.network.out_features:,} dimensions",
         f"loss: {config.loss}{'' if term.variant == NO_ANTI_COLLAPSE else with_term}",
         f"batches: {config.classes_per_batch} classes x {config.samples_per_class} images",
-        *(f"{name} classes: {len(images):,} images are measured" for name, (images, _) in run.history.sets.items()),
+        *(
+            f"{name} classes: {len(images):,} images are measured"
+            + ("" if is_query is None else f", {int(is_query.sum()):,} of them queries among the others")
+            for name, (images, _, is_query) in run.history.sets.items()
+        ),
     ]
 
 
