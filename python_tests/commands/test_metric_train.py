@@ -112,6 +112,27 @@ def test_a_wrong_argument_gets_one_line_and_exit_code_2(arguments, message, tmp_
     check_refused([*METRIC_TRAIN, *arguments], message, capsys)
 
 
+def test_settings_of_the_backbone_beside_a_checkpoint_are_its_own_or_refused(checkpoints, tmp_path, capsys):
+    """What a checkpoint does not have is refused, the option's default too, and never passed over."""
+    start = ["metric-train", "--data", "digits", "--checkpoint", str(checkpoints[0]), "--epochs", "1",
+             "--classes-per-batch", "3", "--threads", "1"]  # fmt: skip
+    for option, value, kept in (("width", "null", 8), ("pooled_blocks", "null", 3), ("name", "resnet18", "conv4")):
+        message = f"backbone.{option}: expected {kept}, as checkpoint {checkpoints[0]} has it, got "
+        check_refused([*start, f"--backbone.{option}", value, "--output", str(tmp_path / "no")], message, capsys)
+    torch.save(torchvision(50).state, tmp_path / "imagenet.pth")
+    other = ["metric-train", "--data", "digits", "--checkpoint", str(tmp_path / "imagenet.pth"), "--output", "no"]
+    for given in (["--backbone.name", "conv4"], ["--config", "omniglot28_conv4"]):
+        check_refused([*other, *given], "backbone.name: expected resnet50, as checkpoint ", capsys)
+    given = ["--backbone.width", "8", "--backbone.embedding", "5"]
+    assert main([*start, *given, "--output", str(tmp_path / "a")]) == 0
+    # The record of the run has what it was trained with, and repeats it.
+    settings = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())["backbone"]
+    assert (settings["width"], settings["pooled_blocks"], settings["embedding"]) == (8, 3, 5)
+    config = str(tmp_path / "a" / "config.yaml")
+    assert main(["metric-train", "--config", config, "--output", str(tmp_path / "b")]) == 0
+    assert same_weights(tmp_path / "a", tmp_path / "b")
+
+
 @pytest.mark.parametrize(
     ("module", "extra"), [("lightning", "train"), ("pytorch_metric_learning", "metric"), ("tqdm", "train")]
 )
