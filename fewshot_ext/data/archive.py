@@ -16,6 +16,8 @@ from fewshot_ext.data import archive_file
 
 # The field of the images of base classes that no training sees: 1 for them, 0 for all others.
 HELD_OUT = "held_out"
+# The field of the queries of a set with a gallery, as In-Shop Clothes is: 1 for a query, 0 for all others.
+IS_QUERY = "is_query"
 
 
 class Split(IntEnum):
@@ -24,10 +26,6 @@ class Split(IntEnum):
     BASE = 0
     VALIDATION = 1
     NOVEL = 2
-
-
-# The image field that marks the queries of a set with a gallery, as In-Shop Clothes is: 1 for a query, else 0.
-IS_QUERY = "is_query"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
