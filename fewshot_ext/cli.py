@@ -31,7 +31,8 @@ from fewshot_ext.commands.training import recipe_action
 from fewshot_ext.recipes import RECIPE_FOLDERS
 
 # Each command is a module with SUMMARY, add_arguments(parser) and prepare(arguments, resolved) -> run, with USAGE where
-# options are not all that it takes, and with dependent_defaults(settings) where defaults follow from other options.
+# options are not all that it takes, and with dependent_defaults(settings, given) where defaults follow from other
+# options: `given` has what the user gave, as an option or in a file, and `settings` the defaults too.
 # `prepare` finds every mistake of the user and raises it as ImportError, OSError, TypeError or ValueError; `run` does
 # the work, and what it raises is a defect of ours that deserves its traceback. A module with SUMMARY and COMMANDS, a
 # mapping of the same kind, is a group: "fewshot-ext data pack".
@@ -91,7 +92,8 @@ def _main(arguments: Sequence[str] | None) -> int:
         if hasattr(command, "dependent_defaults"):
             # The settings are printed when they are all known.
             first = [argument for argument in arguments if not argument.startswith("--print_config")]
-            parsers[name].set_defaults(command.dependent_defaults(_parse(parsers, first, path)))
+            both = (_parse(parsers, first, path, defaults=defaults) for defaults in (True, False))
+            parsers[name].set_defaults(command.dependent_defaults(*both))
         settings, parser = _parse(parsers, arguments, path), parsers[name]
         run = command.prepare(parser.instantiate(settings), parser.dump(settings))
     except (argparse.ArgumentError, ImportError, OSError, TypeError, ValueError) as error:
@@ -114,9 +116,9 @@ def _main(arguments: Sequence[str] | None) -> int:
         return 130
 
 
-def _parse(parsers: Mapping[str, Any], arguments: Sequence[str], path: Sequence[str]) -> Any:
-    """The settings of the command that ``path`` leads to."""
-    settings = parsers["fewshot-ext"].parse_args(arguments)
+def _parse(parsers: Mapping[str, Any], arguments: Sequence[str], path: Sequence[str], *, defaults: bool = True) -> Any:
+    """The settings of the command that ``path`` leads to, with the defaults of those that are not given or without."""
+    settings = parsers["fewshot-ext"].parse_args(arguments, defaults=defaults)
     for part in path:
         settings = settings[part]
     return settings

@@ -58,7 +58,7 @@ from fewshot_ext.models import LocalFeaturesConfig
 SUMMARY = "few-shot accuracy of checkpoints on novel classes, with several heads on the same episodes"
 
 
-def dependent_defaults(arguments) -> dict[str, Any]:
+def dependent_defaults(arguments, given) -> dict[str, Any]:
     """What follows from ``--protocol``; the defaults that the options have are those of negative_margin."""
     if arguments.protocol == "negative_margin":
         return {}

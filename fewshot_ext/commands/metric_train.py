@@ -10,14 +10,16 @@ does whatever takes those of pretrain. Settings come by name:
         --loss triplet --anti-collapse.variant pair --output out
 """
 
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from fewshot_ext.commands.training import add_config_arguments, add_run_arguments, check_run, fields_of, train
 from fewshot_ext.losses.base_losses import require_packages
+from fewshot_ext.models import NetworkConfig
 from fewshot_ext.models.network import own_network
-from fewshot_ext.training.metric_config import NO_ANTI_COLLAPSE, MetricTrainingConfig
+from fewshot_ext.training.metric_config import NO_ANTI_COLLAPSE, OF_THE_EMBEDDING, MetricTrainingConfig
 
 if TYPE_CHECKING:
     from fewshot_ext.training import MetricTrainingRun
@@ -39,6 +41,20 @@ def add_arguments(parser) -> None:
     add_config_arguments(parser, MetricTrainingConfig)
 
 
+def dependent_defaults(arguments, given) -> dict[str, Any]:
+    """What follows from ``--checkpoint``: the settings of its backbone, beside which no others can be given."""
+    if arguments.checkpoint is None:
+        return {}
+    backbone = NetworkConfig.from_dict(own_network(arguments.checkpoint).made_from["network"]).backbone
+    kept = {name: value for name, value in asdict(backbone).items() if name not in OF_THE_EMBEDDING}
+    for name, value in vars(given.get("backbone", Namespace())).items():
+        if name in kept and value != kept[name]:
+            raise ValueError(
+                f"backbone.{name}: expected {kept[name]}, as checkpoint {arguments.checkpoint} has it, got {value}"
+            )
+    return {f"backbone.{name}": value for name, value in kept.items()}
+
+
 def prepare(arguments, resolved: str) -> Callable[[], int]:
     """Checks the settings and returns the function that trains.
 
@@ -48,8 +64,6 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
     """
     require_packages(arguments.loss)
     config = MetricTrainingConfig(**fields_of(MetricTrainingConfig, arguments))
-    if arguments.checkpoint is not None:
-        own_network(arguments.checkpoint)  # a large image set takes minutes to load: a wrong path should not
     inputs = check_run(arguments)
 
     from fewshot_ext.training import MetricTrainingRun
@@ -86,7 +100,11 @@ def _headline(run: "MetricTrainingRun") -> list[str]:
         f"{run.module.network.out_features:,} dimensions",
         f"loss: {config.loss}{'' if term.variant == NO_ANTI_COLLAPSE else with_term}",
         f"batches: {config.classes_per_batch} classes x {config.samples_per_class} images",
-        *(f"{name} classes: {len(images):,} images are measured" for name, (images, _) in run.history.sets.items()),
+        *(
+            f"{name} classes: {len(images):,} images are measured"
+            + ("" if is_query is None else f", {int(is_query.sum()):,} of them queries among the others")
+            for name, (images, _, is_query) in run.history.sets.items()
+        ),
     ]
 
 

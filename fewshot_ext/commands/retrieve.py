@@ -1,7 +1,8 @@
 """Find the nearest images of every query by the embeddings of a checkpoint, and measure how many are of its class.
 
 Takes the unseen classes of an image set, or folders of pictures with a folder for each class: --query alone, where
-every picture is searched among the others, or --query and --gallery. Prints Recall@K, MAP@R, R-precision, NMI and
+every picture is searched among the others, or --query and --gallery. Of an image set that marks its queries, as the
+packed In-Shop Clothes does, these are searched among the others alone. Prints Recall@K, MAP@R, R-precision, NMI and
 F1, and writes them to retrieval.json and retrieval.csv, the neighbors of every query to neighbors.csv, and a picture
 of some queries with their nearest neighbors, right and wrong ones marked, to neighbors.png.
 
@@ -188,7 +189,8 @@ def _images(arguments, backbone: FrozenBackbone, device: torch.device) -> tuple[
     if arguments.data is not None:
         archive = load_data(arguments.data).subset(Split[arguments.split.upper()])
         backbone.try_out(archive.images[:1], arguments.data, device=device)
-        return LabeledImages.of_archive(archive), None
+        images = LabeledImages.of_archive(archive)
+        return (images, None) if archive.is_query is None else images.parted(archive.is_query)
     if backbone.network.image_size is None:
         raise ValueError(f"checkpoint {backbone.path} takes images that are not square: pack the pictures, take --data")
     query = Path(arguments.query).expanduser()
@@ -376,7 +378,8 @@ def _run(search: _Search, output: Path, resolved: str) -> int:
 def _table(search: _Search, results: _Found) -> str:
     arguments, found = search.arguments, results.measures
     where = f"{arguments.split} classes of {arguments.data}" if arguments.data else str(arguments.query)
-    among = "the others" if search.gallery is None else f"{found['gallery_images']:,} images of {arguments.gallery}"
+    gallery = "its gallery" if arguments.data else str(arguments.gallery)
+    among = "the others" if search.gallery is None else f"{found['gallery_images']:,} images of {gallery}"
     shares = {f"Recall@{k}": found[f"recall_at_{k}"] for k in arguments.ks}
     shares |= {"MAP@R": found["map_at_r"], "R-precision": found["r_precision"]}
     shares |= {f"MAP@{k}": found[f"map_at_{k}"] for k in arguments.map_ks}

@@ -33,8 +33,17 @@ if TYPE_CHECKING:
     from fewshot_ext.training.run import TrainingRun
 
 
+# Lines of the config.yaml that version 0.1 wrote, and what they are called now, by command.
+_RENAMED = {
+    "meta-train": {
+        "weighting: cross_reference": "head: deepemd",
+        "weighting: uniform": "head: deepemd_uniform",
+    }
+}
+
+
 def recipe_action(command: str) -> type:
-    """What ``--config`` does in ``command``: it takes the name of a recipe beside a file."""
+    """What ``--config`` does in ``command``: it takes the name of a recipe beside a file, also one of version 0.1."""
     from jsonargparse import ActionConfigFile
 
     class RecipeOrFile(ActionConfigFile):
@@ -44,9 +53,23 @@ def recipe_action(command: str) -> type:
             is_word = Path(value).name == Path(value).stem == value
             if value in recipe_names(command) or (is_word and not Path(value).exists()):
                 value = recipe_text(value, command)
+            elif command in _RENAMED and Path(value).is_file():
+                value = _with_new_names(value, command)
             ActionConfigFile.apply_config(parser, cfg, dest, value)
 
     return RecipeOrFile
+
+
+def _with_new_names(path: str, command: str) -> str:
+    """The file's path; its text with the names of today where it has some of version 0.1, which is told."""
+    lines = Path(path).read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    renamed = [_RENAMED[command].get(line.rstrip(), line) for line in lines]
+    if renamed == lines:
+        return path
+    for old, new in zip(lines, renamed, strict=True):
+        if old != new:
+            print(f"{path}: version 0.1's {old.strip()!r} is now {new!r}, which is taken", file=sys.stderr)
+    return "\n".join(renamed)
 
 
 def add_run_arguments(parser, command: str, *, seed: str, processes: bool = True):

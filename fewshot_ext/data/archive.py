@@ -16,6 +16,8 @@ from fewshot_ext.data import archive_file
 
 # The field of the images of base classes that no training sees: 1 for them, 0 for all others.
 HELD_OUT = "held_out"
+# The field of the queries of a set with a gallery, as In-Shop Clothes is: 1 for a query, 0 for all others.
+IS_QUERY = "is_query"
 
 
 class Split(IntEnum):
@@ -40,7 +42,8 @@ class ImageArchive:
         class_split: ``[classes]`` uint8, a ``Split`` value a class.
         class_words: what a class is called in English where its name is a code, one text a class, or None.
         image_fields: further facts about the images by name, each ``[N]`` int64, such as Omniglot's ``drawer``. Where
-            one is ``held_out``, its images of base classes are not for training; see ``subset``.
+            one is ``held_out``, its images of base classes are not for training; see ``subset``. Where one is
+            ``is_query``, it marks queries by 1 and the gallery, in which they are searched, by 0; see the property.
         passed_over: where the images come from a folder, a line on each kind of thing in it that was passed over.
 
     Raises:
@@ -111,6 +114,11 @@ class ImageArchive:
         for name in (*self.class_names, *(self.class_words or ())):
             if not is_text(name):
                 raise ValueError(f"class_names and class_words: expected text that UTF-8 can hold, got {name!r}")
+        marks = self.image_fields.get(IS_QUERY)
+        if marks is not None and not 0 <= marks.min() <= marks.max() <= 1:
+            raise ValueError(
+                f"image_fields[{IS_QUERY!r}]: expected 0 or 1, got {marks.min().item()} to {marks.max().item()}"
+            )
         low, high = self.labels.min().item(), self.labels.max().item()
         if low < 0 or high >= self.num_classes:
             raise ValueError(f"labels: expected numbers in [0, {self.num_classes}), got {low} to {high}")
@@ -216,19 +224,23 @@ class ImageArchive:
         archive_file.write(path, self.images.numpy(), arrays, jpeg_quality)
 
     def checksum(self) -> str:
-        """SHA-256 of pixels, labels, class names, split and held-out images: what a result was measured on."""
+        """SHA-256 of pixels, labels, class names, split, held-out images and queries: what a result was measured on."""
         digest = hashlib.sha256()
         held_out = (self.image_fields[HELD_OUT],) if self.has_held_out else ()
         for part in (self.images, self.labels, self.class_split, *held_out):
             digest.update(f"{part.dtype} {tuple(part.shape)}\n".encode())
             digest.update(part.contiguous().numpy().data)
         digest.update("\n".join(self.class_names).encode())
+        marks = self._query_marks()
+        if marks.any():  # without queries it is that of files from before there were any
+            digest.update(f"\n{IS_QUERY}\n".encode() + marks.bool().numpy().tobytes())
         return digest.hexdigest()
 
     def record(self, name: str) -> dict[str, Any]:
         """What a result says of the images that it was measured on."""
         told = {"passed_over": list(self.passed_over)} if self.passed_over else {}
-        return {"name": name, "sha256": self.checksum(), **told}
+        queries = int(self._query_marks().sum())
+        return {"name": name, "sha256": self.checksum(), **({"queries": queries} if queries else {}), **told}
 
     def __len__(self) -> int:
         return len(self.images)
@@ -263,6 +275,23 @@ class ImageArchive:
     @property
     def _is_held_out(self) -> Tensor:
         return (self.image_fields[HELD_OUT] != 0) & (self.class_split[self.labels] == Split.BASE)
+
+    @property
+    def is_query(self) -> Tensor | None:
+        """``[N]`` bool: which images are queries, to be searched among the others alone; None where none is marked.
+
+        Without queries every image is searched among all others. The official list of In-Shop Clothes marks them.
+
+        Raises:
+            ValueError: all images are queries.
+        """
+        marks = self._query_marks().bool()
+        if marks.all():
+            raise ValueError(f"{IS_QUERY}: expected images to search beside the queries, got {len(self)} queries alone")
+        return marks if marks.any() else None
+
+    def _query_marks(self) -> Tensor:
+        return self.image_fields.get(IS_QUERY, torch.zeros_like(self.labels))
 
     def subset(self, split: Split, *, held_out: bool = False) -> "ImageArchive":
         """The classes of one split alone, relabeled 0, 1, ... in their old order.
@@ -318,7 +347,8 @@ class ImageArchive:
         """All classes as base classes, and the validation and novel classes of another set: another domain.
 
         The setting mini-ImageNet -> CUB of Chen et al. (A Closer Look at Few-shot Classification, ICLR 2019), in which
-        all 100 classes of mini-ImageNet are trained on. Facts about images are kept that both sets have.
+        all 100 classes of mini-ImageNet are trained on. Facts about images are kept that both sets have; what
+        one marks as queries are queries.
 
         Args:
             other: images of the same shape; its base classes are left out, and ``passed_over`` says how many.
@@ -350,6 +380,13 @@ class ImageArchive:
         words = None
         if self.class_words or other.class_words:
             words = self.class_words or self.class_names, test.class_words or test.class_names
+        fields = {
+            name: torch.cat([value, test.image_fields.get(name, torch.zeros_like(test.labels))])
+            for name, value in self.image_fields.items()
+            if name in test.image_fields or name == HELD_OUT
+        }
+        if IS_QUERY in {*self.image_fields, *test.image_fields}:
+            fields[IS_QUERY] = torch.cat([self._query_marks(), test._query_marks()])
         left_out = other.num_classes - test.num_classes
         told = (f"left out {left_out} base classes of the second set: those of the first take their place",)
         return ImageArchive(
@@ -358,11 +395,7 @@ class ImageArchive:
             class_names=self.class_names + test.class_names,
             class_split=torch.cat([torch.full_like(self.class_split, Split.BASE), test.class_split]),
             class_words=words and words[0] + words[1],
-            image_fields={
-                name: torch.cat([value, test.image_fields.get(name, torch.zeros_like(test.labels))])
-                for name, value in self.image_fields.items()
-                if name in test.image_fields or name == HELD_OUT
-            },
+            image_fields=fields,
             passed_over=(*self.passed_over, *other.passed_over, *(told if left_out else ())),
         )
 

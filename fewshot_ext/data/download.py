@@ -33,7 +33,9 @@ class RemoteSet:
 
 
 _OMNIGLOT = "https://github.com/brendenlake/omniglot/raw/master/python"
-# The checksums are those that TensorFlow Datasets (Apache 2.0) keeps for the same addresses.
+_CVGL = "http://ftp.cs.stanford.edu/cs/cvgl"
+# The checksums are those that TensorFlow Datasets (Apache 2.0) keeps for the same files. Stanford's have no https
+# address: what comes over http is used only if its checksum is right, as everything else is.
 REMOTE: dict[str, RemoteSet] = {
     "omniglot": RemoteSet(
         "1623 characters of 50 alphabets, 20 drawings each (MIT)",
@@ -76,13 +78,24 @@ REMOTE: dict[str, RemoteSet] = {
         "--jpeg-quality 95 --output cub384.npz (for retrieval --split halves --size 256, without "
         "--resize-mode)",
     ),
+    "sop": RemoteSet(
+        "Stanford Online Products: 120,053 photographs of 22,634 products",
+        (
+            RemoteFile(
+                f"{_CVGL}/Stanford_Online_Products.zip",
+                "b04fa78210e69fab050ce73939550e1cd0f96890bdd98ec9fee732c3b756ef48",
+                3_083_860_082,
+            ),
+        ),
+        "fewshot-ext data pack --source {folder}/Stanford_Online_Products --split "
+        "{folder}/Stanford_Online_Products/Ebay_train.txt --size 256 --jpeg-quality 95 --output sop256.npz",
+    ),
 }
 _IMAGENET = (
     "its pictures are ImageNet's, which are given to those who accept its terms: register at "
     "https://image-net.org, download the ILSVRC 2012 training images, and unpack them into one folder a class "
     "(n01440764, ...)"
 )
-_CVGL = "http://ftp.cs.stanford.edu/cs/cvgl"
 BY_HAND = {
     "miniimagenet": f"{_IMAGENET}; or, if you have the pictures of mini-ImageNet (n0153282900000005.jpg, ...), put "
     "them into one folder. Then: fewshot-ext data pack --source FOLDER --split miniimagenet --size 256 --resize-mode "
@@ -90,15 +103,17 @@ BY_HAND = {
     "all of ImageNet that takes every picture of the 100 classes, not the 600 a class of Ravi and Larochelle",
     "tieredimagenet": f"{_IMAGENET}. Then: fewshot-ext data pack --source FOLDER --split tieredimagenet --size 84 "
     "--resize-mode stretch --jpeg-quality 95 --output tieredimagenet84.npz",
-    "cars196": "its first address is gone, and where it lies now no checksum is known: fetch "
-    f"{_CVGL}/CARS196.zip and unpack it. Then: fewshot-ext data pack --source FOLDER --split FOLDER/cars_annos.mat "
-    "--size 256 --jpeg-quality 95 --output cars196_256.npz. Where each class has its folder, take --split halves",
-    "sop": f"{_CVGL}/Stanford_Online_Products.zip (3.1 GB) has no https address: fetch it, see that its SHA-256 is "
-    "b04fa78210e69fab050ce73939550e1cd0f96890bdd98ec9fee732c3b756ef48, and unpack it. Then: fewshot-ext data pack "
-    "--source FOLDER --split FOLDER/Ebay_train.txt --size 256 --jpeg-quality 95 --output sop256.npz",
-    "inshop": "its pictures are given to those who accept its terms: get the In-shop Clothes Retrieval Benchmark from "
-    "https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion.html and unpack img.zip. Then: fewshot-ext data pack --source "
-    "FOLDER --split FOLDER/list_eval_partition.txt --size 256 --jpeg-quality 95 --output inshop256.npz",
+    "cars196": "its first address (ai.stanford.edu/~jkrause) is gone, and for the files at others no checksum of its "
+    f"authors is known. {_CVGL}/CARS196.zip holds the pictures, car_ims, and the list, cars_annos.mat; "
+    "https://huggingface.co/datasets/XiN0919/FGVC, of a third party, has car_ims.tgz and cars_annos.mat. Take both "
+    "from the same place, because copies number the pictures differently. Then: fewshot-ext data pack --source FOLDER "
+    "--split FOLDER/cars_annos.mat --size 256 --jpeg-quality 95 --output cars196_256.npz. Where each class has its "
+    "folder, as in copies on Kaggle, take --split halves",
+    "inshop": "its pictures are given to those who accept its terms, on Google Drive: from "
+    "https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion.html go to the In-shop Clothes Retrieval Benchmark, fetch "
+    "Img/img.zip (not img_highres) and Eval/list_eval_partition.txt, and unpack the first beside the second, so that "
+    "FOLDER holds the list and the folder img. Then: fewshot-ext data pack --source FOLDER --split "
+    "FOLDER/list_eval_partition.txt --size 256 --jpeg-quality 95 --output inshop256.npz",
 }
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from fewshot_ext._files import check_unpacked_size, is_text
 from fewshot_ext._threads import in_threads
 from fewshot_ext._validation import check_count
-from fewshot_ext.data.archive import HELD_OUT, ImageArchive, Split
+from fewshot_ext.data.archive import HELD_OUT, IS_QUERY, ImageArchive, Split
 from fewshot_ext.data.pictures import check_reading, decode, picture_size
 from fewshot_ext.data.splits import HALVES, ClassSplit, load_split, role_of
 from fewshot_ext.data.walk import FoundPictures, find_pictures, warn_passed_over
@@ -27,6 +27,7 @@ class _Found(NamedTuple):
     name: str  # of its class
     role: Split
     held_out: bool = False
+    is_query: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class FolderListing:
         labels: the class of each.
         class_names, class_split: as in ``ImageArchive``.
         held_out: of each picture, whether the split holds it out from training.
+        is_query: of each picture, as in ``ImageArchive``.
         left_out: number of pictures that the split does not name.
         passed_over: a line on each kind of thing that was passed over, with its number.
     """
@@ -47,6 +49,7 @@ class FolderListing:
     class_names: list[str]
     class_split: list[Split]
     held_out: list[bool]
+    is_query: list[bool]
     left_out: int = 0
     passed_over: tuple[str, ...] = ()
 
@@ -77,7 +80,7 @@ def list_folder(
         found = _by_split(pictures, split if isinstance(split, ClassSplit) else load_split(split), told)
 
     roles: dict[str, Split] = {}
-    for name, role, _ in filter(None, found):
+    for name, role, *_ in filter(None, found):
         if roles.setdefault(name, role) != role:
             raise ValueError(
                 f"class {name!r} of {str(root)!r} is both {roles[name].name.lower()} and {role.name.lower()}: "
@@ -86,20 +89,24 @@ def list_folder(
     names = sorted(roles, key=lambda name: (roles[name], name))
     label = {name: number for number, name in enumerate(names)}
     kept = sorted(
-        (label[entry.name], file, entry.held_out)
-        for entry, file in zip(found, pictures.files, strict=True)
-        if entry is not None
+        (label[entry.name], file, entry) for entry, file in zip(found, pictures.files, strict=True) if entry is not None
     )
     left_out = len(found) - len(kept)
     if left_out:
         first = pictures.files[found.index(None)].relative_to(pictures.root)
         told.append(f"pictures that the split does not name left out: {left_out:,}, such as {str(first)!r}")
+    searched = {number for number, _, entry in kept if not entry.is_query}
+    lone = [file for number, file, entry in kept if entry.is_query and number not in searched]
+    if lone:
+        first = lone[0].relative_to(pictures.root)
+        told.append(f"queries whose class has no picture in the gallery: {len(lone):,}, such as {str(first)!r}")
     return FolderListing(
         files=[file for _, file, _ in kept],
         labels=[number for number, *_ in kept],
         class_names=names,
         class_split=[roles[name] for name in names],
-        held_out=[held_out for *_, held_out in kept],
+        held_out=[entry.held_out for *_, entry in kept],
+        is_query=[entry.is_query for *_, entry in kept],
         left_out=left_out,
         passed_over=tuple(told),
     )
@@ -126,7 +133,8 @@ def read_folder(
         split: a split's name or path (see ``load_split``), one role for every class, or "halves", by which the first
             half of the classes is base and the second novel, as metric learning divides CUB and Cars196. Pictures of
             other classes, and those that a split with file lists does not list, are left out. Where all pictures lie in
-            one folder a split with file lists tells their classes; for ImageNet's the file names do.
+            one folder a split with file lists tells their classes; for ImageNet's the file names do. The list of
+            In-Shop Clothes marks its queries, see ``ImageArchive.is_query``.
         size, resize: as in ``read_image``; without a size, all pictures must have the same.
         mode: "RGB", "L", or None for L where every picture is gray and RGB otherwise.
         class_depth: folders that name a class: with 2, as Omniglot has it, ``Greek/alpha/1.png`` is of the class
@@ -186,7 +194,11 @@ def read_listing(
         np.array(listing.labels),
         listing.class_names,
         np.array(listing.class_split),
-        image_fields={HELD_OUT: np.array(listing.held_out, np.int64)} if any(listing.held_out) else None,
+        image_fields={
+            name: np.array(marks, np.int64)
+            for name, marks in ((HELD_OUT, listing.held_out), (IS_QUERY, listing.is_query))
+            if any(marks)
+        },
     )
     return replace(archive, passed_over=listing.passed_over)
 
@@ -257,7 +269,7 @@ def _by_split(pictures: FoundPictures, split: ClassSplit, told: list[str]) -> li
             f"{str(pictures.root)!r}: {', '.join(sorted(empty)[:3])}{', ...' if len(empty) > 3 else ''}"
         )
     return [
-        None if name is None else _Found(name, split.roles[name], entry in split.held_out)
+        None if name is None else _Found(name, split.roles[name], entry in split.held_out, entry in split.queries)
         for name, entry in zip_longest(names, entries)
     ]
 
@@ -284,7 +296,8 @@ def _listed_entries(pictures: FoundPictures, split: ClassSplit, told: list[str])
             )
         for index in own:
             entries[index] = listed
-    missing = [listed for listed in split.files if not any(entries[index] for index in fitting.get(listed, ()))]
+    there = set(entries)
+    missing = [listed for listed in split.files if listed not in there]
     if missing:
         told.append(f"listed pictures that are not there: {len(missing):,}, such as {missing[0]!r}")
     return entries

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from fewshot_ext._extras import require
 from fewshot_ext._files import check_unpacked_size
@@ -43,7 +43,8 @@ _TABLES = {
     ("image_id", "class_id", "super_class_id", "path"): (3, 1, None),  # Stanford Online Products
     ("image_name", "item_id", "evaluation_status"): (0, 1, 2),  # In-Shop Clothes
 }
-_STATUS = {"train": Split.BASE, "query": Split.NOVEL, "gallery": Split.NOVEL}
+_QUERY, _GALLERY = "query", "gallery"
+_STATUS = {"train": Split.BASE, _QUERY: Split.NOVEL, _GALLERY: Split.NOVEL}
 # Of what a .gz file unpacks to, for lists of names take many times their length once they are read.
 _TEXT_RATIO, _LEAST_TEXT = 20, 2**24
 _SUFFIXES = (".csv", ".json", ".txt")
@@ -58,6 +59,8 @@ class ClassSplit:
         roles: the role of each class, by the class's name.
         files: the class of each listed file, by its path as listed; empty where the split names classes alone.
         held_out: those of the listed files that are images of base classes, and not to train on.
+        queries: those of ``files`` that are searched in a gallery, which the others of their role are; see
+            ``ImageArchive.is_query``.
         name: what to call the split in messages.
 
     Example:
@@ -70,6 +73,7 @@ class ClassSplit:
     files: Mapping[str, str] = field(default_factory=dict)
     name: str = "split"
     held_out: frozenset[str] = frozenset()
+    queries: frozenset[str] = frozenset()
 
     def of(self, role: Split) -> list[str]:
         """The classes of one role."""
@@ -84,6 +88,7 @@ class _Draft:
     roles: dict[str, Split] = field(default_factory=dict)
     files: dict[str, list[str]] = field(default_factory=dict)
     held_out: set[str] = field(default_factory=set)
+    queries: set[tuple[str, str]] = field(default_factory=set)  # file and class
 
     def add(self, names: Iterable[str], role: Split) -> None:
         for name in names:
@@ -117,13 +122,18 @@ class _Draft:
         if not self.roles:
             raise ValueError(f"{self.name} names no class")
         # Of a bare name that several classes list each has its own in its folder.
-        files = {
-            path if len(names) == 1 else f"{name}/{path}": (name, path in self.held_out)
+        listed = {
+            (path, name): path if len(names) == 1 else f"{name}/{path}"
             for path, names in self.files.items()
             for name in names
         }
-        held_out = frozenset(path for path, (_, held) in files.items() if held)
-        return ClassSplit(self.roles, {path: name for path, (name, _) in files.items()}, self.name, held_out)
+        return ClassSplit(
+            self.roles,
+            {place: name for (_, name), place in listed.items()},
+            self.name,
+            held_out=frozenset(place for (path, _), place in listed.items() if path in self.held_out),
+            queries=frozenset(listed[entry] for entry in self.queries),
+        )
 
 
 def load_split(name_or_path: str | Path) -> ClassSplit:
@@ -137,7 +147,8 @@ def load_split(name_or_path: str | Path) -> ClassSplit:
             - one file for all roles: JSON ``{"train": [class, ...], "val": [...], "test": [...]}``, or CSV with
               the columns ``filename``, ``label`` and ``split``;
             - a list of metric learning: ``cars_annos.mat`` of Cars196, whose first half of classes is base, or
-              ``list_eval_partition.txt`` of In-Shop Clothes, of which train is base, query and gallery are novel;
+              ``list_eval_partition.txt`` of In-Shop Clothes, of which train is base, query and gallery are novel, and
+              the pictures of query are ``queries``;
             - one of three files that differ in a word such as train, val and test, or base, val and novel; the
               other two are looked for beside it;
             - a folder with one such set of files.
@@ -152,8 +163,9 @@ def load_split(name_or_path: str | Path) -> ClassSplit:
     Raises:
         ImportError: scipy is missing, which reads ``cars_annos.mat``.
         OSError: no such name or file.
-        ValueError: a file that cannot be read so, no class at all, a class with two roles; the message names the
-            file and the class.
+        ValueError: a file that cannot be read so, no class at all, a class with two roles, a list with other rows
+            than its first line says, a file that is both query and gallery, or queries without a gallery; the message
+            names the file, and the class or the line.
     """
     name = str(name_or_path)
     if name in SPLIT_NAMES:
@@ -250,13 +262,15 @@ def _add_file(draft: _Draft, path: Path, role: Split | None) -> None:
             _add_json(draft, json.loads(text, object_pairs_hook=_unrepeated, parse_int=_number), role, str(path))
         elif kind == ".csv":
             _add_csv(draft, text, role, str(path))
-        elif kind == ".txt" and (table := _table(text)):
-            _add_table(draft, *table, role, str(path))
         elif kind == ".txt":
-            if role is None:
+            table = _table(text)
+            if role is None and (table is None or table.columns[2] is None):
                 raise ValueError(
                     f"split file {str(path)!r} holds one role, which its name must tell: train.txt, val.txt, test.txt"
                 )
+            if table is not None:
+                _add_table(draft, table, role, str(path))
+                return
             draft.add((_ROTATION.sub("", line.strip()) for line in text.splitlines() if line.strip()), role)
         else:
             raise ValueError(
@@ -275,26 +289,47 @@ def _add_file(draft: _Draft, path: Path, role: Split | None) -> None:
         raise ValueError(f"split file {str(path)!r} is damaged: {error}") from error
 
 
-def _table(text: str) -> tuple[list[list[str]], tuple[int, int, int | None]] | None:
-    """The rows of a list of metric learning, and its columns of file, class and role; None for another text."""
-    rows = [line.split() for line in text.splitlines()]
+class _Table(NamedTuple):
+    """A list of metric learning: its rows by the number of their line, and which column is what."""
+
+    rows: dict[int, list[str]]
+    columns: tuple[int, int, int | None]
+    count: str | None  # what the line above the header says
+
+
+def _table(text: str) -> _Table | None:
+    """The list that a text holds; None for another text."""
+    rows = {number: line.split() for number, line in enumerate(text.splitlines(), start=1)}
     # The number of its rows stands above In-Shop's header.
-    for start, row in enumerate(rows[:2]):
-        if tuple(row) in _TABLES:
-            return [row for row in rows[start + 1 :] if row], _TABLES[tuple(row)]
+    for number in (1, 2):
+        columns = _TABLES.get((*rows.get(number, ()),))
+        if columns is not None:
+            below = {line: row for line, row in rows.items() if line > number and row}
+            return _Table(below, columns, " ".join(rows[1]) if number == 2 else None)
     return None
 
 
-def _add_table(
-    draft: _Draft, rows: list[list[str]], columns: tuple[int, int, int | None], role: Split | None, path: str
-) -> None:
-    file, name, status = columns
-    for row in rows:
-        given = role if status is None else _STATUS.get(row[status]) if len(row) > status else None
+def _add_table(draft: _Draft, table: _Table, role: Split | None, path: str) -> None:
+    file, name, status = table.columns
+    uses: dict[tuple[str, str], str] = {}
+    for line, row in table.rows.items():
+        use = None if status is None or len(row) <= status else row[status]
+        given = role if status is None else _STATUS.get(use)
         if given is None or len(row) <= max(file, name):
-            raise ValueError(f"split file {path!r}: got the row {' '.join(row)[:200]!r}")
+            columns = 1 + max(file, name, status or 0)
+            last = "" if status is None else f", the last one of {', '.join(_STATUS)}"
+            raise ValueError(
+                f"split file {path!r}, line {line}: expected {columns} columns{last}; got {' '.join(row)[:200]!r}"
+            )
         draft.add([row[name]], given)
         draft.add_file(row[file], row[name])
+        if use is not None and (before := uses.setdefault((row[file], row[name]), use)) != use:
+            raise ValueError(f"split file {path!r}, line {line}: file {row[file]!r} is both {before} and {use}")
+    if table.count not in (None, str(len(table.rows))):
+        raise _Unfit(f"its first line says {table.count} pictures, and {len(table.rows)} follow")
+    draft.queries |= {listed for listed, use in uses.items() if use == _QUERY}
+    if draft.queries and _GALLERY not in uses.values():
+        raise _Unfit(f"it has queries and no {_GALLERY} to search them in")
 
 
 def _add_cars(draft: _Draft, content: bytes) -> None:

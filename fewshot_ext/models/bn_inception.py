@@ -61,7 +61,7 @@ class BNInception(Backbone):
     """BN-Inception as Caffe's weights of ImageNet have it: for 224 x 224 images, with channels in the order BGR.
 
     Args:
-        in_channels: channels of the images; three are turned round.
+        in_channels: channels of the images; three are turned round, and any other number is taken as it is.
         width: channels of the first convolution; all others are in proportion.
 
     Shape:
@@ -104,7 +104,7 @@ class BNInception(Backbone):
 
     def feature_map(self, images: Tensor) -> Tensor:
         first, reduce, second = self.stem.values()
-        features = self.pool(first(images.flip(1)))
+        features = self.pool(first(images.flip(1) if images.shape[1] == 3 else images))
         features = self.pool(second(reduce(features)))
         for block in self.blocks.values():
             features = block(features)

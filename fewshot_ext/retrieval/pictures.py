@@ -55,6 +55,28 @@ class LabeledImages:
         titles = dict(zip(archive.class_names, archive.class_titles, strict=True))
         return cls(archive.images, classes, names, titles, archive.passed_over)
 
+    def parted(self, chosen: Tensor) -> tuple["LabeledImages", "LabeledImages"]:
+        """The chosen images of an archive, and the others; each keeps its name.
+
+        Args:
+            chosen: ``[N]`` bool.
+
+        Example:
+            >>> images = LabeledImages(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), ["a", "a"], ["a/0", "a/1"])
+            >>> [part.names for part in images.parted(torch.tensor([False, True]))]
+            [['a/1'], ['a/0']]
+        """
+        return self._select(chosen), self._select(~chosen)
+
+    def _select(self, chosen: Tensor) -> "LabeledImages":
+        index = chosen.nonzero().flatten().tolist()
+        return replace(
+            self,
+            images=self.images[chosen],
+            classes=[self.classes[i] for i in index],
+            names=[self.names[i] for i in index],
+        )
+
     @classmethod
     def of_folder(cls, root: str | Path) -> "LabeledImages":
         """The pictures of a folder with a folder for each class, see ``fewshot_ext.data.read_folder``.

@@ -60,9 +60,16 @@ class ValidationConfig:
         plain_numbers(self)
         for name, least in (("epochs", 1), ("episodes", 1), ("way", 2), ("shot", 1), ("queries", 1)):
             check_count(name, getattr(self, name), least)
-        if self.head is not None and choose_head(self.head).head.needs_base_mean:
+        if self.head is None:
+            return
+        # Under its whole name, because meta-training has a head of its own.
+        try:
+            head = choose_head(self.head).head
+        except ValueError as error:
+            raise ValueError(f"validation.head: {str(error).removeprefix('head: ')}") from error
+        if head.needs_base_mean:
             raise ValueError(
-                f"head: expected one without need of the mean feature of the base classes, got {self.head!r}"
+                f"validation.head: expected one without need of the mean feature of the base classes, got {self.head!r}"
             )
 
 

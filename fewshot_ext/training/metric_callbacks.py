@@ -27,7 +27,10 @@ _SEEN = 1
 class EmbeddingHistory(BestCheckpoint):
     """Measures the embeddings of seen, validation and unseen classes; Recall@1 on the second chooses the best epoch.
 
-    Every measurement is a line of ``history.json`` and ``history.csv`` and a point in the TensorBoard log.
+    Every measurement is a line of ``history.json`` and ``history.csv`` and a point in the TensorBoard log. The queries
+    of a set that marks them (``ImageArchive.is_query``) are searched among its other images alone, and clusters, coding
+    rate and spectrum are those of the queries, as in ``fewshot-ext retrieve``. Each seen image is searched among all
+    others.
 
     Args:
         config: see ``MeasurementConfig``.
@@ -53,16 +56,19 @@ class EmbeddingHistory(BestCheckpoint):
         if config.clusters:
             require("metric", "sklearn")
         self.config, self.directory = config, directory
-        self.sets: dict[str, tuple[Tensor, Tensor]] = {}
+        self.sets: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
         for name, archive in sets.items():
-            chosen = slice(None)
-            if name == "seen":
-                chosen = evenly(archive.labels, config.seen_images, derive_generator(seed, _SEEN))
-            self.sets[name] = images, labels = archive[chosen]
+            chosen, is_query = slice(None), None
             try:
-                check_retrieval(labels, ks=config.ks)
+                if name == "seen":
+                    chosen = evenly(archive.labels, config.seen_images, derive_generator(seed, _SEEN))
+                else:
+                    is_query = archive.is_query
+                images, labels = archive[chosen]
+                check_retrieval(*_parted(labels, is_query), ks=config.ks)
             except ValueError as error:
-                raise ValueError(f"{name} classes, {len(images)} images: {error}") from error
+                raise ValueError(f"{name} classes, {len(archive.labels[chosen])} images: {error}") from error
+            self.sets[name] = images, labels, is_query
         self.rows: list[dict[str, Any]] = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -94,18 +100,27 @@ class EmbeddingHistory(BestCheckpoint):
         replace_text(self.directory / f"{HISTORY}.csv", csv_of_rows(self.rows))
 
     def _measure(self, module: pl.LightningModule, name: str, epoch: int) -> dict[str, Any]:
-        images, labels = self.sets[name]
+        images, labels, is_query = self.sets[name]
         embeddings = extract_features(module, images)
         if not embeddings.isfinite().all():
             raise FloatingPointError(
                 f"embeddings of {name} classes are not finite after epoch {epoch}: take a smaller learning_rate"
             )
-        labels, config = labels.to(embeddings.device), self.config
-        found = retrieval_metrics(embeddings, labels, ks=config.ks, map_ks=config.map_ks).row()
+        parts = [_parted(values, is_query) for values in (embeddings, labels.to(embeddings.device))]
+        pairs, config = [values for pair in zip(*parts, strict=True) for values in pair], self.config
+        found = retrieval_metrics(*pairs, ks=config.ks, map_ks=config.map_ks).row()
         if config.clusters:
-            found |= clustering_metrics(embeddings, labels)._asdict()
-        spread = measure_spread(embeddings, config.eps)
+            found |= clustering_metrics(*pairs[:2])._asdict()
+        spread = measure_spread(pairs[0], config.eps)
         return {"epoch": epoch, "classes": name, "images": len(images), **found, **spread.row()}
+
+
+def _parted(values: Tensor, is_query: Tensor | None) -> tuple[Tensor, ...]:
+    """Those of the queries and those of the gallery, or all of them where no image is a query."""
+    if is_query is None:
+        return (values,)
+    is_query = is_query.to(values.device)
+    return values[is_query], values[~is_query]
 
 
 def evenly(labels: Tensor, count: int, generator: torch.Generator) -> Tensor:

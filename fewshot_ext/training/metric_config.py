@@ -18,6 +18,8 @@ from fewshot_ext.models import BackboneConfig
 from fewshot_ext.training.config import TrainingConfig
 
 NO_ANTI_COLLAPSE = "none"
+# Settings of the backbone that a checkpoint does not bring.
+OF_THE_EMBEDDING = ("embedding", "pooling")
 
 
 @dataclass(frozen=True)

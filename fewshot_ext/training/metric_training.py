@@ -15,11 +15,9 @@ from fewshot_ext.models import Backbone, CheckpointSettings, EmbeddedBackbone, N
 from fewshot_ext.models.checkpoint import METRIC_TRAINING
 from fewshot_ext.ops import coding_rate
 from fewshot_ext.training.metric_callbacks import EmbeddingHistory
-from fewshot_ext.training.metric_config import NO_ANTI_COLLAPSE, MetricTrainingConfig
+from fewshot_ext.training.metric_config import NO_ANTI_COLLAPSE, OF_THE_EMBEDDING, MetricTrainingConfig
 from fewshot_ext.training.module import ImageTraining, describe_network, read_start
 from fewshot_ext.training.run import BEST, TrainingRun
-
-_OF_THE_EMBEDDING = ("embedding", "pooling")
 
 
 class MetricTraining(ImageTraining):
@@ -211,13 +209,13 @@ def _from_checkpoint(config: MetricTrainingConfig, seen: ImageArchive, source: s
     own, asked = start.config.backbone, config.backbone
     for field in fields(asked):
         value, kept = getattr(asked, field.name), getattr(own, field.name)
-        if field.name not in _OF_THE_EMBEDDING and value not in (field.default, kept):
+        if field.name not in OF_THE_EMBEDDING and value not in (field.default, kept):
             raise ValueError(f"backbone.{field.name}: expected {kept}, as checkpoint {source} has it, got {value}")
     # The side to resize to goes with that of the middle, which is cut out.
     sizes = config if config.image_size else start.config
     network = replace(
         start.config,
-        backbone=replace(own, **{name: getattr(asked, name) for name in _OF_THE_EMBEDDING}),
+        backbone=replace(own, **{name: getattr(asked, name) for name in OF_THE_EMBEDDING}),
         image_size=sizes.image_size,
         resize=sizes.resize,
         resize_mode=config.resize_mode or start.config.resize_mode,

@@ -60,6 +60,21 @@ def test_the_record_of_a_run_repeats_it(arguments, tmp_path):
     assert same_weights(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.parametrize(("weighting", "head"), [("cross_reference", "deepemd"), ("uniform", "deepemd_uniform")])
+def test_the_record_of_a_run_of_version_0_1_repeats_it(weighting, head, arguments, tmp_path, capsys):
+    assert main([*arguments, "--head", head, "--epochs", "1", "--output", str(tmp_path / "a")]) == 0
+    settings = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
+    del settings["head"]
+    settings |= {"weighting": weighting, "temperature": 12.5}
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(settings))
+    capsys.readouterr()
+    assert main(["meta-train", "--config", str(tmp_path / "old.yaml"), "--output", str(tmp_path / "b")]) == 0
+    told = f"old.yaml: version 0.1's 'weighting: {weighting}' is now 'head: {head}', which is taken"
+    assert told in capsys.readouterr().err
+    assert same_weights(tmp_path / "a", tmp_path / "b")
+    assert yaml.safe_load((tmp_path / "b" / "config.yaml").read_text())["head"] == head
+
+
 @pytest.mark.parametrize(
     ("head", "images"),
     [
@@ -114,7 +129,9 @@ def test_from_scratch(three_splits, tmp_path, capsys):
         (["--head", "fc_dot"], "got 'fc_dot', which trains a classifier of its own in each episode: evaluate it on a"),
         (["--head", "knn"], "head knn: neighbors: expected at most 1, the local features of the class with the fewest"),
         (["--head", "protonet", "--temperature", "0"], "temperature: expected a number above 0"),
-        (["--validation.head", "simpleshot"], "head: expected one without need of the mean feature"),
+        (["--validation.head", "simpleshot"], "error: validation.head: expected one without need of the mean feature"),
+        (["--validation.head", "nonsense"], "error: validation.head: expected one of finetune, "),
+        (["--validation.head", "knn@nowhere"], "error: validation.head: regions after @: expected one of fcn, "),
         (["--local_features.pyramid", "[2]"], "local_features.pyramid: expected sides of at most 1"),
         (["--local_features.name", "grid", "--local_features.grids", "[5]"], "images: expected at least 10 x 10"),
         (["--learning_rate", "0"], "learning_rate: expected a number above 0"),

@@ -112,6 +112,27 @@ def test_a_wrong_argument_gets_one_line_and_exit_code_2(arguments, message, tmp_
     check_refused([*METRIC_TRAIN, *arguments], message, capsys)
 
 
+def test_settings_of_the_backbone_beside_a_checkpoint_are_its_own_or_refused(checkpoints, tmp_path, capsys):
+    """What a checkpoint does not have is refused, the option's default too, and never passed over."""
+    start = ["metric-train", "--data", "digits", "--checkpoint", str(checkpoints[0]), "--epochs", "1",
+             "--classes-per-batch", "3", "--threads", "1"]  # fmt: skip
+    for option, value, kept in (("width", "null", 8), ("pooled_blocks", "null", 3), ("name", "resnet18", "conv4")):
+        message = f"backbone.{option}: expected {kept}, as checkpoint {checkpoints[0]} has it, got "
+        check_refused([*start, f"--backbone.{option}", value, "--output", str(tmp_path / "no")], message, capsys)
+    torch.save(torchvision(50).state, tmp_path / "imagenet.pth")
+    other = ["metric-train", "--data", "digits", "--checkpoint", str(tmp_path / "imagenet.pth"), "--output", "no"]
+    for given in (["--backbone.name", "conv4"], ["--config", "omniglot28_conv4"]):
+        check_refused([*other, *given], "backbone.name: expected resnet50, as checkpoint ", capsys)
+    given = ["--backbone.width", "8", "--backbone.embedding", "5"]
+    assert main([*start, *given, "--output", str(tmp_path / "a")]) == 0
+    # The record of the run has what it was trained with, and repeats it.
+    settings = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())["backbone"]
+    assert (settings["width"], settings["pooled_blocks"], settings["embedding"]) == (8, 3, 5)
+    config = str(tmp_path / "a" / "config.yaml")
+    assert main(["metric-train", "--config", config, "--output", str(tmp_path / "b")]) == 0
+    assert same_weights(tmp_path / "a", tmp_path / "b")
+
+
 @pytest.mark.parametrize(
     ("module", "extra"), [("lightning", "train"), ("pytorch_metric_learning", "metric"), ("tqdm", "train")]
 )
@@ -138,6 +159,7 @@ ANTI_COLLAPSE = {
     "cub_anti_collapse": (100, (), None, 0),
     "cars196_anti_collapse": (300, (100,), 0.5, 0),
     "sop_anti_collapse": (400, (190, 250), 0.2, 1),
+    "inshop_anti_collapse": (400, (190, 250), 0.2, 1),  # no script: those of SOP
 }
 
 
@@ -157,7 +179,8 @@ def test_published_recipes_have_the_published_values(name):
     assert (config.image_size, config.resize, config.resize_mode) == (224, 256, "crop")
     assert (config.mean, config.std) == (None, None)
     assert config.augmentation == AugmentationConfig(crop_scale=0.08, horizontal_flip=True)
-    assert (config.measurement.ks, config.measurement.map_ks) == ((1, 2, 4, 8), (1000,))
+    ks = (1, 10, 20, 30, 40) if name.startswith("inshop") else (1, 2, 4, 8)
+    assert (config.measurement.ks, config.measurement.map_ks) == (ks, (1000,))
 
 
 def test_the_recipes_are_these():
@@ -210,22 +233,24 @@ def test_a_published_recipe_from_the_pictures_to_the_measures(form, network, tmp
     assert main(["data", "pack", "--source", str(tmp_path / "set"), "--split", split, "--size", "40",
                  "--output", str(data)]) == 0  # fmt: skip
     torch.save((torchvision(50) if network == "resnet50" else bn_inception()).state, checkpoint)
-    recipe = "cub_anti_collapse" if form == "inshop" else f"{form}_anti_collapse"
-    tiny = ["--epochs", "2", "--milestones", "[1]", "--image-size", "32", "--resize", "40", "--classes-per-batch", "3"]
-    assert main(["metric-train", "--config", recipe, "--checkpoint", str(checkpoint), "--data", str(data), *tiny,
-                 "--backbone.embedding", "16", "--threads", "1", "--output", str(output)]) == 0  # fmt: skip
+    tiny = ["--epochs", "2", "--milestones", "[1]", "--image-size", "32", "--resize", "40", "--classes-per-batch", "3",
+            "--measurement.ks", "[1, 2, 4]", "--backbone.embedding", "16", "--threads", "1"]  # fmt: skip
+    assert main(["metric-train", "--config", f"{form}_anti_collapse", "--checkpoint", str(checkpoint),
+                 "--data", str(data), *tiny, "--output", str(output)]) == 0  # fmt: skip
     record = json.loads((output / "run.json").read_text())
     assert (record["data"]["base"]["classes"], record["data"]["novel"]["classes"]) == (3, 3)
     assert record["checkpoint"]["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     assert record["network"]["backbone"]["name"] == network
     last = json.loads((output / "history.json").read_text())["rows"][-1]
     assert last["classes"] == "unseen" and 0 < last["map_at_1000"] < 1
+    assert "recall_at_4" in last and "recall_at_8" not in last
     assert main(["retrieve", "--checkpoint", str(output / "last.ckpt"), "--data", str(data), "--map-ks", "1000",
-                 "--neighbors", "4", "--output", str(tmp_path / "found")]) == 0  # fmt: skip
+                 "--ks", "1", "2", "4", "--neighbors", "4", "--output", str(tmp_path / "found")]) == 0  # fmt: skip
     found = json.loads((tmp_path / "found" / "retrieval.json").read_text())["measures"]
-    names = ["recall_at_1", "map_at_1000", "coding_rate", *(["nmi", "f1"] if form != "sop" else [])]
+    names = ["recall_at_1", "map_at_1000", "coding_rate", *(["nmi", "f1"] if form in ("cub", "cars196") else [])]
     assert [found[name] for name in names] == pytest.approx([last[name] for name in names], rel=1e-5)
-    assert ("nmi" in last) == (form != "sop")
+    assert ("nmi" in last) == (form in ("cub", "cars196"))
+    assert found["queries"] == (3 if form == "inshop" else 9)
     assert capsys.readouterr().out.count("MAP@1000") == 2
 
 

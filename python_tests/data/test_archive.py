@@ -144,11 +144,42 @@ def test_optional_parts_follow_their_images_and_classes(archive):
             TypeError,
             r"image_fields\['drawer'\]: expected a torch\.int64",
         ),
+        (
+            {"image_fields": {"is_query": torch.arange(12)}},
+            ValueError,
+            r"image_fields\['is_query'\]: expected 0 or 1, got 0 to 11",
+        ),
     ],
 )
 def test_bad_optional_parts_are_named(archive, changes, error, message):
     with pytest.raises(error, match=message):
         replace(archive, **changes)
+
+
+def test_queries_go_with_their_images_and_tell_sets_apart(archive, tmp_path):
+    plain, last = replace(archive, image_fields={}), archive.labels == 2
+    marked = replace(plain, image_fields={"is_query": (last & (torch.arange(12) < 6)).long()})
+    assert plain.is_query is None and marked.is_query.nonzero().flatten().tolist() == [2, 5]
+    assert marked.subset(Split.NOVEL).is_query.tolist() == [True, True, False, False]
+    assert marked.subset(Split.BASE).is_query is None
+    # Other queries are another measurement; without any the content is what it was before there were some.
+    assert marked.checksum() != plain.checksum()
+    assert replace(plain, image_fields={"is_query": torch.zeros_like(plain.labels)}).checksum() == plain.checksum()
+    assert marked.record("mine")["queries"] == 2 and "queries" not in plain.record("mine")
+    marked.save(tmp_path / "marked.npz")
+    assert torch.equal(ImageArchive.load(tmp_path / "marked.npz").is_query, marked.is_query)
+    alone = replace(plain, image_fields={"is_query": torch.ones_like(plain.labels)})
+    with pytest.raises(
+        ValueError, match="is_query: expected images to search beside the queries, got 12 queries alone"
+    ):
+        alone.is_query  # noqa: B018
+
+
+def test_queries_of_either_of_two_sets_stay_queries(archive):
+    plain = replace(archive, class_names=("a", "b", "c"), image_fields={})
+    marked = replace(archive, image_fields={"is_query": (archive.labels == 2).long()})
+    assert plain.with_test_classes(marked).is_query.nonzero().flatten().tolist() == [13, 15, 17, 19]
+    assert marked.with_test_classes(plain).is_query.nonzero().flatten().tolist() == [2, 5, 8, 11]
 
 
 def test_roles_choose_and_order_the_classes(archive):

@@ -104,6 +104,28 @@ def test_a_listed_name_in_several_folders_is_that_of_its_class(picture_tree, tmp
     )
 
 
+def test_queries_are_those_of_the_list_that_are_there(picture_tree, tmp_path):
+    names = [f"img/MEN/{item}/{view}.png" for item in ("id_1", "id_2", "id_3") for view in ("front", "side", "back")]
+    root = picture_tree(dict.fromkeys(names, SQUARE))
+    uses = ["train"] * 3 + ["query", "gallery", "query"] * 2
+    lines = [f"{name} {name.split('/')[2]} {use}" for name, use in zip(names, uses, strict=True)]
+    (root / "list_eval_partition.txt").write_text(
+        "\n".join(["9", "image_name item_id evaluation_status", *lines]), encoding="utf-8"
+    )
+    listing = list_folder(root, root / "list_eval_partition.txt")
+    assert [file.name[0] for file, is_query in zip(listing.files, listing.is_query, strict=True) if is_query] == [
+        *"bfbf"
+    ]
+    assert listing.passed_over == ("files of other kinds (1 .txt) passed over: 1, namely 'list_eval_partition.txt'",)
+    (root / names[4]).unlink()
+    (root / names[5]).unlink()
+    assert list_folder(root, root / "list_eval_partition.txt").passed_over[1:] == (
+        f"listed pictures that are not there: 2, such as {names[4]!r}",
+        f"queries whose class has no picture in the gallery: 1, such as {names[3]!r}",
+    )
+    assert list_folder(root).is_query == [False] * 7
+
+
 # 12
 def test_a_listed_name_that_fits_several_pictures_elsewhere_is_refused(picture_tree, tmp_path):
     root = picture_tree({"day1/1.png": SQUARE, "day2/1.png": SQUARE, "day2/2.png": SQUARE, "dog/3.png": SQUARE})

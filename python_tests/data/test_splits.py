@@ -262,11 +262,39 @@ def test_the_list_of_in_shop_clothes(write):
     split = load_split(write("list_eval_partition.txt", IN_SHOP))
     assert dict(split.roles) == {"id_1": Split.BASE, "id_2": Split.NOVEL}
     assert split.files["img/MEN/Denim/id_2/01_2_side.jpg"] == "id_2"
-    for row in ("img/id_2/3.jpg id_2 test", "img/id_2/3.jpg id_2", "3.jpg"):
-        with pytest.raises(ValueError, match=f"list_eval_partition.txt': got the row '{row}'"):
-            load_split(write("list_eval_partition.txt", IN_SHOP + row))
-    with pytest.raises(ValueError, match="class 'id_2' is both base and novel"):
-        load_split(write("list_eval_partition.txt", IN_SHOP.replace("query", "train")))
+    assert split.queries == {"img/MEN/Denim/id_2/01_1_front.jpg"}
+    # A part of the list, put together by hand, has no number above its header.
+    assert load_split(write("part.txt", IN_SHOP.partition("\n")[2])).queries == split.queries
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(
+            (("", row), f"list_eval_partition.txt', line 7: expected 3 columns, .* train, query, gallery; got '{row}'")
+            for row in ("img/id_2/3.jpg id_2 test", "img/id_2/3.jpg id_2", "3.jpg")
+        ),
+        (("query", "train"), "class 'id_2' is both base and novel"),
+        (
+            ("01_2_side.jpg", "01_1_front.jpg"),
+            "line 6: file 'img/MEN/Denim/id_2/01_1_front.jpg' is both query and gall",
+        ),
+        (("4\n", "5\n"), "is damaged: its first line says 5 pictures, and 4 follow"),
+        (("4\n", "none\n"), "is damaged: its first line says none pictures, and 4 follow"),
+        (("gallery", "query"), "is damaged: it has queries and no gallery"),
+    ],
+)
+def test_a_damaged_list_of_in_shop_clothes(change, message, write):
+    text = IN_SHOP + change[1] if not change[0] else IN_SHOP.replace(*change)
+    with pytest.raises(ValueError, match=message):
+        load_split(write("list_eval_partition.txt", text))
+
+
+def test_the_list_of_products_has_a_role_in_its_name(write):
+    with pytest.raises(ValueError, match=r"Ebay_info\.txt' holds one role, which its name must tell"):
+        load_split(write("Ebay_info.txt", PRODUCTS.format(1, 2)))
+    with pytest.raises(ValueError, match=r"Ebay_test\.txt', line 5: expected 4 columns; got '4 2 1'"):
+        load_split(write("Ebay_test.txt", PRODUCTS.format(1, 2) + "4 2 1\n"))
 
 
 def test_the_annotations_of_cars196(tmp_path):

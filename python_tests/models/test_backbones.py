@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from fewshot_ext.models import Backbone, BackboneConfig, ResNet12, ResNet18, WideResNet28, build_backbone, conv4
+from fewshot_ext.models import (
+    Backbone,
+    BackboneConfig,
+    BNInception,
+    ResNet12,
+    ResNet18,
+    WideResNet28,
+    build_backbone,
+    conv4,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -78,6 +87,19 @@ def test_sizes_of_bn_inception(size):
         build_backbone(BackboneConfig("bn_inception", width=3))
     with pytest.raises(ValueError, match="drop_rate: expected 0 for bn_inception, which has no dropout"):
         BackboneConfig("bn_inception", drop_rate=0.1)
+
+
+@pytest.mark.parametrize(("channels", "first"), [(1, 0), (2, 0), (3, 2), (4, 0)])
+def test_bn_inception_turns_three_channels_round_and_no_others(channels, first):
+    backbone = BNInception(channels, width=2).eval()
+    with torch.no_grad():
+        backbone.stem["conv1_7x7_s2"][0].weight[:, 1:] = 0  # only the first channel that it sees counts
+    images = torch.randn(1, channels, 32, 32)
+    others = images.clone()
+    others[:, [channel for channel in range(channels) if channel != first]] += 1
+    assert torch.equal(backbone.feature_map(others), backbone.feature_map(images))
+    others[:, first] += 1
+    assert not torch.equal(backbone.feature_map(others), backbone.feature_map(images))
 
 
 @pytest.mark.parametrize("name", NAMES[1:])

@@ -98,7 +98,9 @@ def test_validation_by_matching_solves_each_pair(tiny, archive, validation_archi
 def test_heads_that_cannot_validate_are_named(tiny, archive, validation_archive, tmp_path):
     with pytest.raises(ValueError, match=r"head: expected one of finetune, .*, got 'svm'"):
         ValidationConfig(head="svm")
-    with pytest.raises(ValueError, match=r"head: expected one without need of the mean .*, got 'simpleshot'"):
+    with pytest.raises(
+        ValueError, match=r"^validation\.head: expected one without need of the mean .*, got 'simpleshot'"
+    ):
         ValidationConfig(head="simpleshot")
     one = replace(
         tiny, backbone=replace(tiny.backbone, pooled_blocks=3), validation=ValidationConfig(head="knn", shot=2)

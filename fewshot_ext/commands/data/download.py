@@ -1,7 +1,7 @@
 """Download an image set that has a public address, check its SHA-256 and unpack it.
 
-NAME is omniglot, cifar100 (for CIFAR-FS and FC100) or cub. For miniimagenet, tieredimagenet, cars196, sop (Stanford
-Online Products) and inshop (In-Shop Clothes) the command says where to get them and what to do with them.
+NAME is omniglot, cifar100 (for CIFAR-FS and FC100), cub or sop (Stanford Online Products). For miniimagenet,
+tieredimagenet, cars196 and inshop (In-Shop Clothes) the command says where to get them and how to pack them.
 """
 
 import sys
@@ -18,7 +18,9 @@ SUMMARY = "download a public image set and unpack it"
 
 def add_arguments(parser) -> None:
     """Adds the options of ``data download`` to a jsonargparse parser."""
-    parser.add_argument("name", metavar="NAME", help="image set: omniglot (16 MB), cifar100 (169 MB) or cub (1.2 GB)")
+    parser.add_argument(
+        "name", metavar="NAME", help="image set: omniglot (16 MB), cifar100 (169 MB), cub (1.2 GB) or sop (3.1 GB)"
+    )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="folder that it is written to")
 
 

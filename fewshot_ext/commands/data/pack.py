@@ -5,8 +5,9 @@ of the classes tell the classes' roles; else --split does: the name of an offici
 tieredimagenet, cub, cub_easyfsl, cifar_fs, fc100, omniglot_vinyals), or your own CSV, JSON or text file, or base,
 validation or novel for all classes. For metric learning it is halves (the first half of the classes by name is base
 and the second novel: CUB and Cars196), Ebay_train.txt of Stanford Online Products, cars_annos.mat of Cars196 or
-list_eval_partition.txt of In-Shop Clothes. Without either every class is novel. An unpacked cifar-100-binary.tar.gz
-is taken too. A .json file beside the archive tells where it comes from and what was passed over.
+list_eval_partition.txt of In-Shop Clothes, whose queries are marked: retrieval searches them in the gallery alone.
+Without either every class is novel. An unpacked cifar-100-binary.tar.gz is taken too. A .json file beside the archive
+tells where it comes from and what was passed over.
 """
 
 import json

@@ -15,10 +15,10 @@ _COLORS = {Split.BASE: "#0072B2", Split.VALIDATION: "#E69F00", Split.NOVEL: "#D5
 
 
 def table(archive: ImageArchive) -> str:
-    """Images, size, and for each role the number of classes and of images a class."""
+    """Images, size, for each role the number of classes and of images a class, and the queries where there are some."""
     count, channels, height, width = archive.images.shape
     size = f"{count:,} images of {height} x {width} pixels, {'gray' if channels == 1 else 'RGB'}"
-    lines = [size, *_roles(archive.labels, archive.class_split)]
+    lines = [size, *_roles(archive.labels, archive.class_split), *_queries(archive)]
     if archive.has_held_out:
         count = len(archive.subset(Split.BASE, held_out=True))
         lines.append(f"held out from training: {count:,} images of base classes")
@@ -44,6 +44,21 @@ def _roles(labels: Tensor, class_split: Tensor) -> list[str]:
             low, high = own.min().item(), own.max().item()
             spread = f"{low}" if low == high else f"{low} to {high}"
             lines.append(f"{role.name.lower():<12}{len(own):>9,}{own.sum().item():>10,}{spread:>18}")
+    return lines
+
+
+def _queries(archive: ImageArchive) -> list[str]:
+    if archive.is_query is None:
+        return []
+    role = archive.class_split[archive.labels]
+    lines = []
+    for each in Split:
+        own = archive.is_query[role == each]
+        if own.any():
+            count, name = int(own.sum()), each.name.lower()
+            lines.append(
+                f"{count:,} of the {name} images are queries, searched among the other {len(own) - count:,} alone"
+            )
     return lines
 
 
