@@ -50,11 +50,11 @@ struct MatrixTileProduct {
 
     Stage<LoadA, slabs> a;
     Stage<LoadB, slabs> b;
-    const auto put_stage = [&](float* to, int k) {
+    const auto put_stage = [&](float* to) {
 #pragma unroll
       for (int s = 0; s < slabs; ++s) {
-        put<LoadA>(to, s, load_a.form(a.fetched[s], k + s * Tile::slab));
-        put<LoadB>(to + factor, s, load_b.form(b.fetched[s], k + s * Tile::slab));
+        put<LoadA>(to, s, load_a.form(a.fetched[s]));
+        put<LoadB>(to + factor, s, load_b.form(b.fetched[s]));
       }
     };
 
@@ -70,7 +70,7 @@ struct MatrixTileProduct {
 
     a.fetch(load_a, begin);
     b.fetch(load_b, begin);
-    put_stage(memory, begin);
+    put_stage(memory);
     __syncthreads();
     int stage = 0;
     for (int k = begin; k < end; k += depth) {
@@ -92,7 +92,7 @@ struct MatrixTileProduct {
 #pragma unroll
           for (int n = 0; n < fragments_n; ++n) together[m][n] = {};
       }
-      if (more) put_stage(memory + stage % 2 * 2 * factor, k + depth);
+      if (more) put_stage(memory + stage % 2 * 2 * factor);
       __syncthreads();
     }
     add_up();

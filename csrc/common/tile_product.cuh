@@ -14,7 +14,7 @@ namespace fewshot_ext {
 // is multiplied:
 //
 //   Fetched fetch(int k)                    reads memory and does nothing else with what it has read
-//   Four<T> form(const Fetched&, int k)     the elements; called for each slab in order, by all threads together
+//   Four<T> form(const Fetched&)            the elements; called for each slab in order, by all threads together
 //
 // Elements beyond the matrix are zeros, where the last slabs may lie as a whole. With Loader::along_k the four are
 // those of column line() for k + first() and on; otherwise those of k + line() for columns first() and on.
@@ -67,17 +67,17 @@ struct PlainTileProduct {
 
     Stage<LoadA, slabs> a;
     Stage<LoadB, slabs> b;
-    const auto put_stage = [&](T* to, int k) {
+    const auto put_stage = [&](T* to) {
 #pragma unroll
       for (int s = 0; s < slabs; ++s) {
-        put<LoadA>(to + s * Tile::slab * Tile::size, load_a.form(a.fetched[s], k + s * Tile::slab));
-        put<LoadB>(to + factor + s * Tile::slab * Tile::size, load_b.form(b.fetched[s], k + s * Tile::slab));
+        put<LoadA>(to + s * Tile::slab * Tile::size, load_a.form(a.fetched[s]));
+        put<LoadB>(to + factor + s * Tile::slab * Tile::size, load_b.form(b.fetched[s]));
       }
     };
 
     a.fetch(load_a, begin);
     b.fetch(load_b, begin);
-    put_stage(memory, begin);
+    put_stage(memory);
     __syncthreads();
     int stage = 0;
     for (int k = begin; k < end; k += depth) {
@@ -102,7 +102,7 @@ struct PlainTileProduct {
         }
       }
       stage ^= 1;
-      if (more) put_stage(memory + stage * 2 * factor, k + depth);
+      if (more) put_stage(memory + stage * 2 * factor);
       __syncthreads();
     }
 
@@ -154,7 +154,7 @@ struct LoadMatrix {
     return fetch_four(matrix + row * stride + column, row < rows ? columns - column : 0, fours);
   }
 
-  __device__ __forceinline__ auto form(const Fetched& fetched, int) const { return accumulate_four(fetched); }
+  __device__ __forceinline__ auto form(const Fetched& fetched) const { return accumulate_four(fetched); }
 };
 
 }  // namespace fewshot_ext

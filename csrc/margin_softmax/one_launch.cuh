@@ -239,7 +239,7 @@ struct LoadForFeatures {
             fetch_four(p.inverse_weight + j, count, true)};
   }
 
-  __device__ __forceinline__ Four<T> form(const Fetched& fetched, int) const {
+  __device__ __forceinline__ Four<T> form(const Fetched& fetched) const {
     Four<T> entries;
 #pragma unroll
     for (int c = 0; c < 4; ++c) entries.at[c] = fetched.entries.at[c] * fetched.inverse.at[c];
@@ -268,7 +268,7 @@ struct LoadForWeight {
             i < p.samples ? p.inverse_features[i] : T(0)};
   }
 
-  __device__ __forceinline__ Four<T> form(const Fetched& fetched, int) {
+  __device__ __forceinline__ Four<T> form(const Fetched& fetched) {
     Four<T> entries;
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
