@@ -7,17 +7,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fewshot_ext._formats import misfits_named, typed
 from fewshot_ext._validation import check_count
 from fewshot_ext.classifier_file import check_label, head_content, read_classifier, rebuild_head, write_classifier
-from fewshot_ext.data import Split
-from fewshot_ext.data.folders import list_folder
+from fewshot_ext.classifier_labels import check_one_each, labeled, sorted_if_possible
 from fewshot_ext.data.pictures import MAX_PIXELS
-from fewshot_ext.data.walk import warn_passed_over
 from fewshot_ext.evaluation.backbones import FrozenBackbone, state_checksum
 from fewshot_ext.evaluation.images import ImageBatches
 from fewshot_ext.evaluation.protocol import extract_features
@@ -219,9 +216,9 @@ class FewShotClassifier:
         Raises:
             As ``decision_function``.
         """
-        images, labels = _labeled(images, labels)
+        images, labels = labeled(images, labels)
         batches = self._batches(images)
-        _check_count(len(batches), labels)
+        check_one_each(len(batches), labels)
         predicted = self.predict(batches)
         return sum(a == b for a, b in zip(predicted, labels, strict=True)) / len(labels)
 
@@ -336,12 +333,12 @@ class FewShotClassifier:
         self._fitted: tuple[Tensor, Tensor] | None = None
 
     def _learn(self, images: Any, labels, on_progress, *, keep: bool) -> "FewShotClassifier":
-        images, labels = _labeled(images, labels)
+        images, labels = labeled(images, labels)
         batches = self._batches(images)
-        _check_count(len(batches), labels)
+        check_one_each(len(batches), labels)
         known = self.classes_ if keep else ()
         old = set(known)
-        classes = known + tuple(_sorted_if_possible(label for label in labels if label not in old))
+        classes = known + tuple(sorted_if_possible(label for label in labels if label not in old))
         index = {label: number for number, label in enumerate(classes)}
         target = torch.tensor([index[label] for label in labels])
         features = torch.cat([part.cpu() for part in self._features(batches, on_progress)])
@@ -429,44 +426,3 @@ class FewShotClassifier:
                 for part in query.split(at_once)
             ]
         )
-
-
-def _labeled(images: Any, labels: Iterable[Hashable] | None) -> tuple[Any, list[Hashable]]:
-    """Images and one hashable label each, numpy's and torch's numbers turned into Python's."""
-    if labels is None:
-        if not isinstance(images, str | Path):
-            raise ValueError(
-                "labels: expected a value, unless images is a folder with one folder for each class, got none"
-            )
-        listing = list_folder(images, Split.NOVEL)
-        warn_passed_over(images, listing.passed_over)
-        return listing.files, listing.classes
-    labels = labels.tolist() if isinstance(labels, Tensor | np.ndarray) else list(labels)
-    labels = [label.item() if isinstance(label, np.generic) else label for label in labels]
-    for label in labels:
-        try:
-            hash(label)
-        except TypeError:
-            raise TypeError(f"labels: expected hashable values, got {label!r}") from None
-        if _is_nan(label):  # each would be a class of its own
-            raise ValueError("labels: expected values that equal themselves, got NaN")
-    return images, labels
-
-
-def _is_nan(label: Hashable) -> bool:
-    # Tuples take an object for equal to itself without asking it.
-    return any(map(_is_nan, label)) if isinstance(label, tuple) else label != label
-
-
-def _check_count(images: int, labels: Sequence[Hashable]) -> None:
-    if len(labels) != images:
-        raise ValueError(f"labels: expected one an image: {images} images, {len(labels)} labels")
-
-
-def _sorted_if_possible(labels: Iterable[Hashable]) -> list[Hashable]:
-    """Without repetitions; where some cannot be compared, in the order in which they come first."""
-    distinct = list(dict.fromkeys(labels))
-    try:
-        return sorted(distinct)
-    except TypeError:
-        return distinct
