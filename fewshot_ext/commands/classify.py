@@ -2,8 +2,9 @@
 
 The support folder holds a folder for each class, with one or more pictures in it. The pictures of the query folder
 are classified on the features of a pre-trained backbone, by default one of ImageNet; where they lie in folders named
-after the classes, the accuracy is printed too. Writes predictions.csv, contact_sheet.png (the pictures as the backbone
-sees them, with the predictions beneath), results.json and config.yaml to the output folder.
+after the classes, the accuracy is printed too. Writes predictions.csv (with the probability of every class),
+contact_sheet.png (the pictures as the backbone sees them, with the predictions beneath), results.json and config.yaml to
+the output folder.
 """
 
 import json
@@ -329,9 +330,11 @@ def _classify(work: _Work, sheet_pictures: int) -> tuple[list[dict[str, Any]], d
             "runner_up_probability": round(second_share, 4),
             "true": label,
             "correct": None if label is None else classifier.classes_[first] == label,
+            # A class may be called as another column is, or as what a spreadsheet would run.
+            **{f"probability of {name}": round(part, 4) for name, part in zip(classifier.classes_, own, strict=True)},
         }
-        for file, label, (first, second), (share, second_share) in zip(
-            query.files, query.labels, best.indices.tolist(), best.values.tolist(), strict=True
+        for file, label, (first, second), (share, second_share), own in zip(
+            query.files, query.labels, best.indices.tolist(), best.values.tolist(), shares.tolist(), strict=True
         )
     ]
     return rows, {index: kept[file] for index, file in enumerate(query.files) if file in kept}

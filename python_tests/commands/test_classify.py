@@ -57,8 +57,11 @@ def test_a_class_tree_gives_predictions_a_sheet_and_the_accuracy(support, query,
     assert files == sorted(str(file) for file in query.rglob("*.png"))
     classifier = FewShotClassifier(checkpoints[0]).fit(support)
     assert [row["predicted"] for row in rows] == classifier.predict(files)
-    shares = classifier.predict_proba(files).sort(descending=True).values
+    shares = classifier.predict_proba(files)
     for row, share in zip(rows, shares.tolist(), strict=True):
+        own = [float(row[f"probability of digit {digit}"]) for digit in (0, 1, 4)]
+        assert own == pytest.approx(share, abs=1e-4)
+    for row, share in zip(rows, shares.sort(descending=True).values.tolist(), strict=True):
         assert float(row["probability"]) == pytest.approx(share[0], abs=1e-4)
         assert float(row["runner_up_probability"]) == pytest.approx(share[1], abs=1e-4)
         assert row["runner_up"] != row["predicted"]
