@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewshot_ext._formats import misfits_named, typed
-from fewshot_ext._validation import check_count
+from fewshot_ext._validation import check_count, check_positive
 from fewshot_ext.classifier_file import check_label, head_content, read_classifier, rebuild_head, write_classifier
 from fewshot_ext.classifier_labels import check_one_each, labeled, sorted_if_possible
 from fewshot_ext.data.pictures import MAX_PIXELS
@@ -59,6 +59,8 @@ class FewShotClassifier:
         seed: decides what is random in the head; predictions of the same images are the same.
         base_mean: ``[D]`` mean feature of the base classes, for the head "simpleshot".
         local_features: the regions that a head for maps looks at; those that its name names have priority.
+        temperature: divides the logits of ``predict_proba``; ``evaluate --split validation`` finds the one that
+            calibrates a head.
 
     Attributes:
         classes_: the labels, in the order of the columns of ``predict_proba``: sorted where they can be, and those
@@ -96,8 +98,10 @@ class FewShotClassifier:
         seed: int = 0,
         base_mean: Tensor | None = None,
         local_features: LocalFeaturesConfig = _LOCAL_FEATURES,
+        temperature: float = 1.0,
     ) -> None:
         batch_size, seed = check_count("batch_size", batch_size, 1), check_count("seed", seed, 0)
+        self.temperature = check_positive("temperature", temperature)
         if image_size is not None:
             image_size = check_count("image_size", image_size, 1)
         if not isinstance(head, str | Head):
@@ -192,14 +196,16 @@ class FewShotClassifier:
     def predict_proba(self, images: Any, *, on_progress: Callable[[int], None] | None = None) -> Tensor:
         """Shares that add up to 1, ``[N, classes]`` float32 on the CPU, columns in the order of ``classes_``.
 
-        They are the softmax of the head's scores times its ``scale`` (``Head.probabilities``): for "finetune" the
-        probabilities that its training maximizes, for "protonet" and "matchingnet" those of their papers. None has
-        been calibrated on data: take them to rank images, not as the chance of being right.
+        They are the softmax of the head's scores times its ``scale`` over ``temperature`` (``Head.probabilities``).
+        With the temperature 1 they are for "finetune" the probabilities that its training maximizes, for "protonet"
+        and "matchingnet" those of their papers. None of these has been calibrated on data: take them to rank images,
+        not as the chance of being right. A temperature from episodes of other classes brings them closer to it, for as
+        many classes and images a class as those episodes had.
 
         Raises:
             As ``decision_function``.
         """
-        return self.head.probabilities(self.decision_function(images, on_progress=on_progress))
+        return self.head.probabilities(self.decision_function(images, on_progress=on_progress), self.temperature)
 
     def predict(self, images: Any, *, on_progress: Callable[[int], None] | None = None) -> list[Hashable]:
         """The most probable label of each image.
@@ -248,6 +254,7 @@ class FewShotClassifier:
             "image_size": self.image_size,
             "batch_size": self.batch_size,
             "seed": self.seed,
+            "temperature": self.temperature,
             "backbone": self.backbone.network.content() or {"sha256": state_checksum(self.backbone.network)},
         }
         write_classifier(Path(path).expanduser(), content)
@@ -292,6 +299,7 @@ class FewShotClassifier:
                 source = rebuild_network(origin)
         with misfits_named(misfit):
             settings = {name: content[name] for name in ("image_size", "batch_size", "seed", "base_mean")}
+            settings["temperature"] = content.get("temperature", 1.0)
             if content.get("local_features") is not None:
                 settings["local_features"] = typed(LocalFeaturesConfig, content["local_features"])
             classifier = cls(source, rebuild_head(content["head"]), device=device, **settings)

@@ -35,6 +35,7 @@ _SCHEMA = {
     "image_size": (int, type(None)),
     "batch_size": int,
     "seed": int,
+    "temperature?": float,
     "backbone": dict,
 }
 _ORIGINS: dict[str, dict[str, Any]] = {

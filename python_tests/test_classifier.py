@@ -454,3 +454,29 @@ def test_one_picture_is_no_set_of_them(picture):
         with pytest.raises(ValueError, match=r"write images\[None\] for a set of one"):
             call(picture)
     assert len(classifier.predict(np.zeros((64, 64, 3), np.uint8)[None])) == 1
+
+
+def test_the_temperature_divides_the_logits_and_is_saved(tmp_path):
+    query, _ = some(4, 4, start=10)
+    plain = FewShotClassifier(nn.Flatten(), "protonet_cosine").fit(*some(2, 2))
+    soft = FewShotClassifier(nn.Flatten(), "protonet_cosine", temperature=4.0).fit(*some(2, 2))
+    expected = (10 * plain.decision_function(query) / 4).softmax(1)
+    torch.testing.assert_close(soft.predict_proba(query), expected)
+    assert soft.predict(query) == plain.predict(query)
+    soft.save(tmp_path / "soft.pt")
+    again = FewShotClassifier.load(tmp_path / "soft.pt", nn.Flatten())
+    assert again.temperature == 4
+    assert torch.equal(again.predict_proba(query), soft.predict_proba(query))
+    content = torch.load(tmp_path / "soft.pt")
+    del content["temperature"]  # as earlier versions wrote it
+    torch.save(content, tmp_path / "old.pt")
+    assert FewShotClassifier.load(tmp_path / "old.pt", nn.Flatten()).temperature == 1
+    torch.save({**content, "temperature": -1.0}, tmp_path / "bad.pt")
+    with pytest.raises(ValueError, match="does not hold a FewShotClassifier"):
+        FewShotClassifier.load(tmp_path / "bad.pt", nn.Flatten())
+
+
+@pytest.mark.parametrize("temperature", [0.0, -2.0, float("nan")])
+def test_a_temperature_that_is_none(temperature):
+    with pytest.raises(ValueError, match="temperature: expected a"):
+        FewShotClassifier(nn.Flatten(), temperature=temperature)

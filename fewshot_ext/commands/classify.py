@@ -3,8 +3,8 @@
 The support folder holds a folder for each class, with one or more pictures in it. The pictures of the query folder
 are classified on the features of a pre-trained backbone, by default one of ImageNet; where they lie in folders named
 after the classes, the accuracy is printed too. Writes predictions.csv (with the probability of every class),
-contact_sheet.png (the pictures as the backbone sees them, with the predictions beneath), results.json and config.yaml to
-the output folder.
+contact_sheet.png (the pictures as the backbone sees them, with the predictions beneath), results.json and config.yaml
+to the output folder.
 """
 
 import json
@@ -93,6 +93,13 @@ def add_arguments(parser) -> None:
         default=None,
         help="side to resize to; null takes the backbone's own, or for a checkpoint of other code its paper's",
     )
+    model.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="number that divides the logits before the softmax; evaluate --split validation finds a good one",
+    )
     model.add_argument("--batch_size", type=int, default=256, help="number of images in a forward pass")
     add_settings(parser, LocalFeaturesConfig, "local_features", "regions, for the heads that look at them")
     add_checkpoint_settings(parser, skip={"image_size"})
@@ -156,6 +163,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         batch_size=arguments.batch_size,
         seed=arguments.seed,
         local_features=arguments.local_features,
+        temperature=arguments.temperature,
     )
     if classifier.image_size is None:
         raise ValueError("image_size: expected a value, for the backbone does not say its own, got none")
@@ -348,6 +356,7 @@ def _record(classifier: FewShotClassifier) -> dict[str, Any]:
         "local_features": None if classifier.local_features is None else features_record(classifier.local_features),
         "image_size": classifier.image_size,
         "seed": classifier.seed,
+        "temperature": classifier.temperature,
         "versions": versions("torch", "numpy", "pillow"),
     }
 

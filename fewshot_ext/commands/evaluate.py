@@ -5,6 +5,10 @@ chosen heads. Several checkpoints meet the same episodes, and the table gives th
 Prints the table and writes results.json, results.csv and config.yaml to the output folder; features are kept
 there too, so that a second call with other heads or episodes takes seconds.
 
+"--split validation" also finds, for each head and number of shots, the temperature that calibrates the probabilities
+(the one of the least negative log-likelihood). "--temperature T" sets it, here and in classify; the table then has the
+expected calibration error. results.csv has it always.
+
 Heads on feature vectors: finetune (the official protocol: a fresh classifier trained by SGD for each episode),
 protonet and protonet_cosine (nearest class mean), matchingnet (attention over the support), nearest_neighbor and
 nearest_neighbor_euclidean, simpleshot and simpleshot_l2n (nearest mean of normalized features).
@@ -123,6 +127,13 @@ def add_arguments(parser) -> None:
         metavar="HEAD",
         help="classifiers from the lists above, or deepemd_table",
     )
+    episodes.add_argument(
+        "--temperature",
+        type=float,
+        default=config.temperature,
+        metavar="T",
+        help="number that divides the logits of every head before the softmax; --split validation finds a good one",
+    )
     maps = parser.add_argument_group("memory of local features")
     maps.add_argument(
         "--map_dtype",
@@ -171,6 +182,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         local_features=arguments.local_features,
         map_dtype=arguments.map_dtype,
         map_memory=arguments.map_memory,
+        temperature=arguments.temperature,
     )
     device = set_up_machine(arguments)
     names = distinct_names(arguments.checkpoint)

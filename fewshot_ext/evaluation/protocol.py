@@ -109,7 +109,34 @@ def extract_features(
         model.train(was_training)
 
 
-def episode_accuracies(
+def episode_accuracies(features: Tensor, episodes: Episodes, **settings) -> Tensor:
+    """Accuracy of a head on the queries of each episode.
+
+    Args:
+        features, episodes, settings: as ``episode_scores`` takes them.
+
+    Returns:
+        ``[E]`` float64 in [0, 1], on the CPU.
+
+    Raises:
+        As ``episode_scores``.
+    """
+    scores = episode_scores(features, episodes, **settings)
+    return (scores.argmax(-1) == query_target(episodes)).double().mean(1)
+
+
+def query_target(episodes: Episodes) -> Tensor:
+    """``[way * queries]`` int64, the classes of the queries of each episode as ``episode_scores`` has them.
+
+    Example:
+        >>> empty = torch.zeros(1, 2, 0)
+        >>> query_target(Episodes(support=empty, query=torch.zeros(1, 2, 3), classes=empty))
+        tensor([0, 0, 0, 1, 1, 1])
+    """
+    return torch.arange(episodes.query.shape[1]).repeat_interleave(episodes.query.shape[2])
+
+
+def episode_scores(
     features: Tensor,
     episodes: Episodes,
     *,
@@ -118,7 +145,7 @@ def episode_accuracies(
     seed: int = 0,
     on_progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Accuracy of a head on the queries of each episode.
+    """Scores of a head for the queries of each episode.
 
     Args:
         features: ``[N, D]``, one row an image; ``[N, P, D]`` for a head that takes maps of P local features.
@@ -130,7 +157,7 @@ def episode_accuracies(
         on_progress: called with the number of episodes done so far.
 
     Returns:
-        ``[E]`` float64 in [0, 1], on the CPU.
+        ``[E, way * queries, way]`` on the CPU, the queries class by class; see ``Head`` for what the scores mean.
 
     Raises:
         ValueError: maps for a head that takes vectors or the other way round, features that are not finite, or a head
@@ -143,10 +170,9 @@ def episode_accuracies(
     generator = torch.Generator().manual_seed(seed)
     _, way, shot = episodes.support.shape
     target = torch.arange(way, device=features.device)
-    truth = target.repeat_interleave(episodes.query.shape[2])
-    episode_bytes = features[0].nbytes * (way * shot + len(truth))
+    episode_bytes = features[0].nbytes * (way * shot + episodes.query[0].numel())
     at_once = max(1, min(_EPISODES_AT_ONCE, _FEATURE_BYTES_AT_ONCE // episode_bytes))
-    accuracies, done = [], 0
+    parts, done = [], 0
     for support, query in zip(
         episodes.support.to(features.device).split(at_once),
         episodes.query.to(features.device).split(at_once),
@@ -160,11 +186,11 @@ def episode_accuracies(
             base_mean=base_mean,
             generator=generator,
         )
-        accuracies.append((scores.argmax(-1) == truth).double().mean(1).cpu())
+        parts.append(scores.cpu())
         done += len(support)
         if on_progress:
             on_progress(done)
-    return torch.cat(accuracies)
+    return torch.cat(parts)
 
 
 def check_map_memory(

@@ -81,6 +81,12 @@ def test_a_class_tree_gives_predictions_a_sheet_and_the_accuracy(support, query,
     assert predictions(tmp_path / "again") == rows
 
 
+def test_a_temperature_softens_the_probabilities(support, query, checkpoints, tmp_path):
+    assert classify(support, query, checkpoints[0], tmp_path / "out", "--temperature", "1000") == 0
+    assert all(float(row["probability"]) < 0.4 for row in predictions(tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["temperature"] == 1000
+
+
 def test_a_flat_folder_has_no_accuracy(support, checkpoints, tmp_path, capsys):
     query = write_digits(tmp_path / "flat", (0, 4), range(10, 12), tree=False)
     assert classify(support, query, checkpoints[0], tmp_path / "out", "--head", "protonet") == 0
@@ -159,6 +165,7 @@ def test_one_class_and_empty_folders(support, query, checkpoints, tmp_path, caps
         (["--local_features.ratio", "0"], "ratio: expected at least 1"),
         (["--device", "tpu"], "device: expected auto"),
         (["--threads", "0"], "threads: expected at least 1"),
+        (["--temperature", "0"], "temperature: expected a number above 0, got 0"),
         (["--seed", "-1"], "seed: expected at least 0"),
         (["--batch_size", "0"], "batch_size: expected at least 1"),
         (["--image_size", "0"], "image_size: expected at least 1"),

@@ -141,6 +141,7 @@ def test_a_full_disk_loses_no_number(checkpoints, tmp_path, capsys, monkeypatch)
         (["--way", "20"], "way 20 asks for more classes than there are"),
         (["--way", "1"], "way: expected at least 2, got 1"),
         (["--split", "validation"], "no validation classes"),
+        (["--temperature", "0"], "temperature: expected a number above 0, got 0"),
         (["--split", "test"], "split: expected one of base, validation, novel, got 'test'"),
         (["--heads", "svm"], "head: expected one of finetune, protonet,"),
         (["--heads", "protonet", "protonet"], "none twice"),
