@@ -62,6 +62,11 @@ class Head(ABC):
         return False
 
     @property
+    def sums_images(self) -> bool:
+        """Whether a score is the logarithm of a sum over the images of a class, larger for more images."""
+        return False
+
+    @property
     def needs_base_mean(self) -> bool:
         """Whether a call needs ``base_mean``."""
         return False
@@ -262,6 +267,10 @@ class MatchingNet(Head):
     def __post_init__(self) -> None:
         plain_numbers(self)
         check_positive("attention_scale", self.attention_scale)
+
+    @property
+    def sums_images(self) -> bool:
+        return True
 
     def _scores(self, support, target, query, way, generator):
         attention = torch.softmax(self.attention_scale * _similarities(query, support, "cosine"), -1)  # [E, Q, S]
