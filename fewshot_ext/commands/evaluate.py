@@ -5,6 +5,9 @@ chosen heads. Several checkpoints meet the same episodes, and the table gives th
 Prints the table and writes results.json, results.csv and config.yaml to the output folder; features are kept
 there too, so that a second call with other heads or episodes takes seconds.
 
+"--open-set N" adds queries of N classes that an episode's support set lacks, and measures how well they are told from
+the others by the largest score of the head: AUROC, and the accuracy over the share of queries that are rejected.
+
 "--split validation" also finds, for each head and number of shots, the temperature that calibrates the probabilities
 (the one of the least negative log-likelihood). "--temperature T" sets it, here and in classify; the table then has the
 expected calibration error. results.csv has it always.
@@ -115,6 +118,13 @@ def add_arguments(parser) -> None:
     )
     episodes.add_argument("--queries", type=int, default=protocol.queries, help="number of query images of each class")
     episodes.add_argument(
+        "--open_set",
+        type=int,
+        default=protocol.open_set,
+        metavar="N",
+        help="number of further classes in an episode that have queries and no support images",
+    )
+    episodes.add_argument(
         "--episodes",
         type=int | tuple[int, ...],
         default=protocol.episodes,
@@ -176,6 +186,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
             way=arguments.way,
             shots=tuple(arguments.shots),
             queries=arguments.queries,
+            open_set=arguments.open_set,
         ),
         finetuning=arguments.finetuning,
         deepemd=arguments.deepemd,

@@ -4,6 +4,7 @@ from fewshot_ext.evaluation.backbones import FrozenBackbone
 from fewshot_ext.evaluation.calibration import calibration_errors, fit_temperature, log_losses
 from fewshot_ext.evaluation.comparison import Comparison, ComparisonConfig
 from fewshot_ext.evaluation.features import FeatureCache
+from fewshot_ext.evaluation.open_set import accuracy_over_rejection, auroc, open_set_measures
 from fewshot_ext.evaluation.protocol import (
     ProtocolConfig,
     episode_accuracies,
@@ -22,6 +23,8 @@ __all__ = [
     "FrozenBackbone",
     "HeadAccuracy",
     "ProtocolConfig",
+    "accuracy_over_rejection",
+    "auroc",
     "calibration_errors",
     "csv_of_rows",
     "episode_accuracies",
@@ -31,5 +34,6 @@ __all__ = [
     "json_with_rows",
     "log_losses",
     "mean_and_interval",
+    "open_set_measures",
     "query_target",
 ]

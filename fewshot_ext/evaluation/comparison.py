@@ -21,6 +21,7 @@ from fewshot_ext.data.resampling import PICTURES
 from fewshot_ext.evaluation.backbones import FrozenBackbone
 from fewshot_ext.evaluation.calibration import calibration_measures, fit_temperature
 from fewshot_ext.evaluation.features import FeatureCache
+from fewshot_ext.evaluation.open_set import open_set_measures
 from fewshot_ext.evaluation.protocol import (
     ProtocolConfig,
     check_map_memory,
@@ -238,6 +239,7 @@ class Comparison:
                         head=head,
                         base_mean=base_mean,
                         seed=derive_seed(config.seed, _HEAD, shot),
+                        unknown=config.protocol.open_set,
                         on_progress=report,
                     )
                 rows.append(self._row(backbone.name, name, shot, scores, head.scale))
@@ -246,9 +248,13 @@ class Comparison:
             self._write(output)
 
     def _row(self, backbone: str, head: str, shot: int, scores: Tensor, scale: float) -> HeadAccuracy:
-        target, logits = query_target(self.episodes[shot]), scale * scores
-        correct = (scores.argmax(-1) == target).sum(1)
-        measures = calibration_measures(logits, target, self.config.temperature)
+        everything = query_target(self.episodes[shot])
+        further = open_set_measures(scores, everything) if self.config.protocol.open_set else {}
+        # All other measures are of the queries that have a class.
+        known = everything < scores.shape[-1]
+        target, scores = everything[known], scores[:, known]
+        logits, correct = scale * scores, (scores.argmax(-1) == target).sum(1)
+        measures = calibration_measures(logits, target, self.config.temperature) | further
         fitted = None
         if self.config.split == "validation":
             fitted = fit_temperature(logits, target)
@@ -319,11 +325,17 @@ class Comparison:
                 f"{shot} shots and {protocol.queries} queries need {shot + protocol.queries} images a class, but of "
                 f"{where} {self.images.class_names[smallest]!r} has {counts[smallest].item()}"
             )
+        if protocol.open_set and len(counts) < protocol.way + protocol.open_set:
+            most = max(0, len(counts) - protocol.way)
+            raise ValueError(
+                f"open_set: expected at most {most}, for {where} are {len(counts)} and way takes {protocol.way} of "
+                f"them, got {protocol.open_set}"
+            )
         try:
             return sample_episodes(
                 self.images.labels,
                 protocol.episodes_by_shot[shot],
-                way=protocol.way,
+                way=protocol.way + protocol.open_set,
                 shot=shot,
                 queries=protocol.queries,
                 generator=derive_generator(self.config.seed, _EPISODES, shot),

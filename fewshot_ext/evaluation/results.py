@@ -31,7 +31,8 @@ class HeadAccuracy:
         queries: queries an episode, of all its classes together.
         measures: what else was measured, by name: the mean over episodes and the half-width of its interval. "ece" is
             the expected calibration error in percent and "nll" the negative log-likelihood in nats, and of validation
-            classes both "_at_fitted" too, with ``fitted_temperature``.
+            classes both "_at_fitted" too, with ``fitted_temperature``. Of open-set episodes there are those of
+            ``open_set_measures``, in percent.
         fitted_temperature: that of the least negative log-likelihood, on validation classes; None on others.
     """
 
@@ -121,8 +122,21 @@ class ComparisonResults:
     def _further(self) -> Iterator[tuple[str, dict[HeadAccuracy, tuple[float, ...]], str]]:
         """Titles, cells and layouts of the tables below that of accuracies, where they are asked for."""
         temperature, rows = self.config.get("temperature", 1.0), self.accuracies
+        if not all(row.measures for row in rows):  # of a file of an earlier version
+            return
         fitted = all(row.fitted_temperature for row in rows)
-        if fitted or temperature != 1:
+        open_set = all("auroc" in row.measures for row in rows)
+        if open_set:
+            unknown = self.config["protocol"]["open_set"]
+            classes = "1 unknown class" if unknown == 1 else f"{unknown} unknown classes"
+            for name, title in (
+                ("auroc", f"AUROC (%) of the known classes against {classes}, by the largest score"),
+                ("accuracy_over_rejection", "area under the accuracy-rejection curve (%), unknown classes included"),
+                ("accuracy_at_20_rejected", "accuracy (%) with 20 % of all queries rejected"),
+                ("accuracy_at_50_rejected", "accuracy (%) with 50 % of all queries rejected"),
+            ):
+                yield title, {row: row.measures[name] for row in rows}, "{:.2f} ± {:.2f}"
+        if fitted or open_set or temperature != 1:
             title = f"expected calibration error (%) at temperature {temperature:g}"
             yield title, {row: row.measures["ece"] for row in rows}, "{:.2f} ± {:.2f}"
         if fitted:
