@@ -290,7 +290,8 @@ def _run(work: _Work, output: Path, resolved: str, sheet_pictures: int) -> int:
     print(f"{len(rows)} pictures classified into {len(classifier.classes_)} classes from {len(support.files)} examples")
     if accuracy is not None:
         where = "" if len(known) == len(rows) else f" of the {len(known)} in folders named after a class"
-        print(f"accuracy {100 * accuracy:.2f} %{where}")
+        wrong = "" if rejected is None else ", where a rejected picture counts as wrong"
+        print(f"accuracy {100 * accuracy:.2f} %{where}{wrong}")
     if rejected is not None:
         print(
             f"of none of the classes at level {work.reject:g}: {rejected['in_class_folders']} of the {len(known)} in "
