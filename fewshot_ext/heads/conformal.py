@@ -69,7 +69,7 @@ def leave_one_out(
     drawn quite like queries: the class of image i has an image less under its head, so that p-values are a little
     larger, and fewer known images rejected, the more the fewer images a class has. They are larger too for heads that
     differ much by what is random in them, such as fine-tuning with few steps. Scores that are sums over the images of a
-    class are taken as means, lest the class of image i be always behind.
+    class are taken as shares of their means, lest the class of image i be always behind.
 
     Args:
         head: fitted S times, on vectors or maps; what is random in it is drawn by ``seed``.
@@ -125,7 +125,8 @@ def leave_one_out(
                 generator=_generator(seed),
             ).double()
             if head.sums_images:
-                scores -= F.one_hot(fitted_target, way).sum(1, keepdim=True).log()
+                counts = F.one_hot(fitted_target, way).sum(1, keepdim=True)
+                scores = (scores - counts.log()).log_softmax(-1)
             nearest = scores.amax(-1)  # [heads, 1 + queries]
             logarithms = (scores * (head.scale / temperature)).log_softmax(-1)
             true = logarithms[:, 0].gather(-1, target[own].unsqueeze(-1))

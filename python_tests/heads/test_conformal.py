@@ -30,7 +30,8 @@ def by_hand(head, support, target, query, way, base_mean, temperature):
             for image in (support[left_out], *query)
         ]
         if head.sums_images:
-            scores = [score - target[rest].bincount().log() for score in scores]
+            means = [score.exp() / target[rest].bincount() for score in scores]
+            scores = [(mean / mean.sum()).log() for mean in means]
         logarithms = [(head.scale * score / temperature).log_softmax(0) for score in scores]
         for number in range(len(query)):
             known[number] += scores[1 + number].max() >= scores[0].max()
