@@ -7,20 +7,26 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fewshot_ext._formats import misfits_named, typed
-from fewshot_ext._validation import check_count
-from fewshot_ext.classifier_file import check_label, head_content, read_classifier, rebuild_head, write_classifier
-from fewshot_ext.data import Split
-from fewshot_ext.data.folders import list_folder
+from fewshot_ext._validation import check_count, check_positive
+from fewshot_ext.classifier_assessment import Assessment, check_assessment
+from fewshot_ext.classifier_file import (
+    check_label,
+    check_learned,
+    head_content,
+    read_classifier,
+    rebuild_head,
+    write_classifier,
+)
+from fewshot_ext.classifier_labels import check_one_each, labeled, sorted_if_possible
 from fewshot_ext.data.pictures import MAX_PIXELS
-from fewshot_ext.data.walk import warn_passed_over
 from fewshot_ext.evaluation.backbones import FrozenBackbone, state_checksum
 from fewshot_ext.evaluation.images import ImageBatches
 from fewshot_ext.evaluation.protocol import extract_features
+from fewshot_ext.heads.conformal import PValues, leave_one_out
 from fewshot_ext.heads.names import HeadChoice, HeadSettings, choose_head, crops_an_image
 from fewshot_ext.heads.vectors import FineTuning, Head
 from fewshot_ext.models import LocalFeaturesConfig, Network
@@ -63,6 +69,8 @@ class FewShotClassifier:
         seed: decides what is random in the head; predictions of the same images are the same.
         base_mean: ``[D]`` mean feature of the base classes, for the head "simpleshot".
         local_features: the regions that a head for maps looks at; those that its name names have priority.
+        temperature: divides the logits of ``predict_proba``; ``evaluate --split validation`` finds the one that
+            calibrates a head.
 
     Attributes:
         classes_: the labels, in the order of the columns of ``predict_proba``: sorted where they can be, and those
@@ -80,6 +88,8 @@ class FewShotClassifier:
         >>> classifier = FewShotClassifier(nn.Flatten(), head="protonet")
         >>> classifier.fit(images[1:3], ["dark", "bright"]).predict(images)
         ['dark', 'dark', 'bright', 'bright']
+        >>> FewShotClassifier(nn.Flatten(), head="protonet").fit(images, [0, 0, 1, 1]).predict(images // 2, reject=0.3)
+        [0, 0, None, None]
         >>> classifier.partial_fit(images[3:], ["white"]).classes_
         ('bright', 'dark', 'white')
         >>> classifier.score(images, ["dark", "dark", "bright", "white"])
@@ -100,8 +110,10 @@ class FewShotClassifier:
         seed: int = 0,
         base_mean: Tensor | None = None,
         local_features: LocalFeaturesConfig = _LOCAL_FEATURES,
+        temperature: float = 1.0,
     ) -> None:
         batch_size, seed = check_count("batch_size", batch_size, 1), check_count("seed", seed, 0)
+        self.temperature = check_positive("temperature", temperature)
         if image_size is not None:
             image_size = check_count("image_size", image_size, 1)
         if not isinstance(head, str | Head):
@@ -174,45 +186,88 @@ class FewShotClassifier:
             RuntimeError: ``fit`` has not been called.
             ValueError: only one class is known; further errors are those of ``fit``.
         """
-        if not self.classes_:
-            raise RuntimeError("this classifier has learned nothing yet: call fit first")
-        if len(self.classes_) < 2:
-            raise ValueError(f"classes: expected at least two, and only {self.classes_[0]!r} is known")
-        batches = images if isinstance(images, ImageBatches) else self._batches(images)
+        self._check_ready()
         support, target = self._condensed()
-        scores, waiting = [], []
-        for features in self._features(batches, on_progress):
-            self._check_size(features)
-            waiting.append(self.head.condense_queries(features) if self.head.takes_maps else features)
-            if self._is_enough(waiting):
-                scores.append(self._scores(torch.cat(waiting), support, target))
-                waiting = []
-        if waiting:
-            scores.append(self._scores(torch.cat(waiting), support, target))
-        if not scores:
-            raise ValueError("images: expected at least one picture that can be read")
-        return torch.cat(scores).cpu()
+        return torch.cat([self._scores(part, support, target) for part in self._queries(images, on_progress)]).cpu()
 
     def predict_proba(self, images: Any, *, on_progress: Callable[[int], None] | None = None) -> Tensor:
         """Shares that add up to 1, ``[N, classes]`` float32 on the CPU, columns in the order of ``classes_``.
 
-        They are the softmax of the head's scores times its ``scale`` (``Head.probabilities``): for "finetune" the
-        probabilities that its training maximizes, for "protonet" and "matchingnet" those of their papers. None has
-        been calibrated on data: take them to rank images, not as the chance of being right.
+        They are the softmax of the head's scores times its ``scale`` over ``temperature`` (``Head.probabilities``).
+        With the temperature 1 they are for "finetune" the probabilities that its training maximizes, for "protonet"
+        and "matchingnet" those of their papers. None of these has been calibrated on data: take them to rank images,
+        not as the chance of being right. A temperature from episodes of other classes brings them closer to it, for as
+        many classes and images a class as those episodes had.
 
         Raises:
             As ``decision_function``.
         """
-        return self.head.probabilities(self.decision_function(images, on_progress=on_progress))
+        return self.head.probabilities(self.decision_function(images, on_progress=on_progress), self.temperature)
 
-    def predict(self, images: Any, *, on_progress: Callable[[int], None] | None = None) -> list[Hashable]:
-        """The most probable label of each image.
+    def predict(
+        self, images: Any, *, reject: float | None = None, on_progress: Callable[[int], None] | None = None
+    ) -> list[Hashable]:
+        """The most probable label of each image, or None for an image of no known class.
+
+        Args:
+            images: see the class.
+            reject: level in (0, 1): the share of images of known classes that may be called None. An image is where its
+                p-value (``p_values.known`` of ``assess``) is at most the level. With S support images the finest level
+                is 1 / (S + 1). None, the default, finds a class for every image.
+            on_progress: called with the number of images done so far.
 
         Raises:
-            As ``decision_function``.
+            ValueError: for ``reject``, a level out of range or finer than the finest, a class with one support image,
+                or one that is called None; further errors are those of ``decision_function``.
         """
-        scores = self.decision_function(images, on_progress=on_progress)
-        return [self.classes_[index] for index in scores.argmax(1).tolist()]
+        if reject is None:
+            scores = self.decision_function(images, on_progress=on_progress)
+            return [self.classes_[index] for index in scores.argmax(1).tolist()]
+        self._check_ready()
+        check_assessment(self.classes_, self._target, reject=reject)
+        return self.assess(images, on_progress=on_progress).predict(reject)
+
+    def predict_set(
+        self, images: Any, *, level: float = 0.9, on_progress: Callable[[int], None] | None = None
+    ) -> list[tuple[Hashable, ...]]:
+        """The labels that each image may have, in the order of ``classes_``: a set that holds the true one mostly.
+
+        Of images of known classes that are drawn as the support images are, ``2 * level - 1`` at least and mostly about
+        ``level`` have their label in its set, on average over support sets; see ``fewshot_ext.heads.leave_one_out``.
+        Sets are empty where no class fits, and large where the head cannot decide.
+
+        Args:
+            images: see the class.
+            level: the coverage, in (0, 1), with S support images at most S / (S + 1).
+            on_progress: called with the number of images done so far.
+
+        Raises:
+            ValueError: a level out of range, or a class with one support image; further errors are those of
+                ``decision_function``.
+        """
+        self._check_ready()
+        check_assessment(self.classes_, self._target, level=level)
+        return self.assess(images, on_progress=on_progress).predict_set(level)
+
+    def assess(self, images: Any, *, on_progress: Callable[[int], None] | None = None) -> Assessment:
+        """Probabilities and p-values of images in one pass, for ``predict`` and ``predict_set`` at any level.
+
+        Raises:
+            ValueError: a class with one support image; further errors are those of ``decision_function``.
+        """
+        self._check_ready()
+        check_assessment(self.classes_, self._target)
+        support, target = self._condensed()
+        learned = [x.to(support.device) for x in (self._support, self._target)]
+        settings = {"base_mean": self.base_mean, "temperature": self.temperature, "seed": self.seed}
+        scores, known, labels = [], [], []
+        for part in self._queries(images, on_progress):
+            scores.append(self._scores(part, support, target))
+            values = leave_one_out(self.head, *learned, part, len(self.classes_), **settings)
+            known.append(values.known)
+            labels.append(values.labels)
+        probabilities = self.head.probabilities(torch.cat(scores).cpu(), self.temperature)
+        return Assessment(probabilities, PValues(torch.cat(known), torch.cat(labels)), self.classes_)
 
     def score(self, images: Any, labels: Iterable[Hashable] | None = None) -> float:
         """The share of images whose label is predicted, in [0, 1]; ``labels`` as in ``fit``.
@@ -220,9 +275,9 @@ class FewShotClassifier:
         Raises:
             As ``decision_function``.
         """
-        images, labels = _labeled(images, labels)
+        images, labels = labeled(images, labels)
         batches = self._batches(images)
-        _check_count(len(batches), labels)
+        check_one_each(len(batches), labels)
         predicted = self.predict(batches)
         return sum(a == b for a, b in zip(predicted, labels, strict=True)) / len(labels)
 
@@ -252,6 +307,7 @@ class FewShotClassifier:
             "image_size": self.image_size,
             "batch_size": self.batch_size,
             "seed": self.seed,
+            "temperature": self.temperature,
             "backbone": self.backbone.network.content() or {"sha256": state_checksum(self.backbone.network)},
         }
         write_classifier(Path(path).expanduser(), content)
@@ -296,6 +352,7 @@ class FewShotClassifier:
                 source = rebuild_network(origin)
         with misfits_named(misfit):
             settings = {name: content[name] for name in ("image_size", "batch_size", "seed", "base_mean")}
+            settings["temperature"] = content.get("temperature", 1.0)
             if content.get("local_features") is not None:
                 settings["local_features"] = typed(LocalFeaturesConfig, content["local_features"])
             classifier = cls(source, rebuild_head(content["head"]), device=device, **settings)
@@ -306,21 +363,11 @@ class FewShotClassifier:
 
     def _check_learned(self) -> None:
         """Raises ValueError unless what was learned, as a file has it, is what ``fit`` leaves."""
-        support, target, classes = self._support, self._target, self.classes_
-        layout = "[S, D]" if self.local_features is None else "[S, N, C]"
-        if support.dim() != len(layout.split(",")) or not support.is_floating_point() or not support.numel():
-            raise ValueError(f"features: expected floats {layout}, got {support.dtype} {list(support.shape)}")
-        if not support.isfinite().all():
-            raise ValueError("features: expected finite entries")
-        if target.dtype != torch.int64 or target.shape != support.shape[:1]:
-            raise ValueError(f"target: expected int64 [{len(support)}], got {target.dtype} {list(target.shape)}")
+        support, target = self._support, self._target
+        check_learned(support, target, self.classes_, "[S, D]" if self.local_features is None else "[S, N, C]")
         for name, most in (("batch_size", 2**63 - 1), ("seed", 2**63 - 1), ("image_size", _LARGEST_IMAGE)):
             if (getattr(self, name) or 0) > most:
                 raise ValueError(f"{name}: expected at most {most}")
-        for label in classes:
-            check_label(label)
-        if len(set(classes)) != len(classes) or set(target.tolist()) != set(range(len(classes))):
-            raise ValueError(f"target: expected every one of {len(classes)} classes, all different, and no other")
         mean = self.base_mean
         if mean is not None and (not mean.is_floating_point() or mean.shape != support.shape[-1:]):
             raise ValueError(f"base_mean: expected floats [{support.shape[-1]}], got {mean.dtype} {list(mean.shape)}")
@@ -337,12 +384,12 @@ class FewShotClassifier:
         self._fitted: tuple[Tensor, Tensor] | None = None
 
     def _learn(self, images: Any, labels, on_progress, *, keep: bool) -> "FewShotClassifier":
-        images, labels = _labeled(images, labels)
+        images, labels = labeled(images, labels)
         batches = self._batches(images)
-        _check_count(len(batches), labels)
+        check_one_each(len(batches), labels)
         known = self.classes_ if keep else ()
         old = set(known)
-        classes = known + tuple(_sorted_if_possible(label for label in labels if label not in old))
+        classes = known + tuple(sorted_if_possible(label for label in labels if label not in old))
         index = {label: number for number, label in enumerate(classes)}
         target = torch.tensor([index[label] for label in labels])
         features = torch.cat([part.cpu() for part in self._features(batches, on_progress)])
@@ -407,6 +454,26 @@ class FewShotClassifier:
             self._fitted = support, target
         return self._fitted
 
+    def _check_ready(self) -> None:
+        if not self.classes_:
+            raise RuntimeError("this classifier has learned nothing yet: call fit first")
+        if len(self.classes_) < 2:
+            raise ValueError(f"classes: expected at least two, and only {self.classes_[0]!r} is known")
+
+    def _queries(self, images: Any, on_progress: Callable[[int], None] | None) -> Iterator[Tensor]:
+        """Features as the head wants queries, so many at a time as should be scored together."""
+        batches, waiting, some = images if isinstance(images, ImageBatches) else self._batches(images), [], False
+        for features in self._features(batches, on_progress):
+            self._check_size(features)
+            waiting.append(self.head.condense_queries(features) if self.head.takes_maps else features)
+            if self._is_enough(waiting):
+                yield torch.cat(waiting)
+                waiting, some = [], True
+        if waiting:
+            yield torch.cat(waiting)
+        elif not some:
+            raise ValueError("images: expected at least one picture that can be read")
+
     def _is_enough(self, waiting: Sequence[Tensor]) -> bool:
         """Whether so many queries wait that they should be scored."""
         size, count = sum(part.nbytes for part in waiting), sum(map(len, waiting))
@@ -430,44 +497,3 @@ class FewShotClassifier:
                 for part in query.split(at_once)
             ]
         )
-
-
-def _labeled(images: Any, labels: Iterable[Hashable] | None) -> tuple[Any, list[Hashable]]:
-    """Images and one hashable label each, numpy's and torch's numbers turned into Python's."""
-    if labels is None:
-        if not isinstance(images, str | Path):
-            raise ValueError(
-                "labels: expected a value, unless images is a folder with one folder for each class, got none"
-            )
-        listing = list_folder(images, Split.NOVEL)
-        warn_passed_over(images, listing.passed_over)
-        return listing.files, listing.classes
-    labels = labels.tolist() if isinstance(labels, Tensor | np.ndarray) else list(labels)
-    labels = [label.item() if isinstance(label, np.generic) else label for label in labels]
-    for label in labels:
-        try:
-            hash(label)
-        except TypeError:
-            raise TypeError(f"labels: expected hashable values, got {label!r}") from None
-        if _is_nan(label):  # each would be a class of its own
-            raise ValueError("labels: expected values that equal themselves, got NaN")
-    return images, labels
-
-
-def _is_nan(label: Hashable) -> bool:
-    # Tuples take an object for equal to itself without asking it.
-    return any(map(_is_nan, label)) if isinstance(label, tuple) else label != label
-
-
-def _check_count(images: int, labels: Sequence[Hashable]) -> None:
-    if len(labels) != images:
-        raise ValueError(f"labels: expected one an image: {images} images, {len(labels)} labels")
-
-
-def _sorted_if_possible(labels: Iterable[Hashable]) -> list[Hashable]:
-    """Without repetitions; where some cannot be compared, in the order in which they come first."""
-    distinct = list(dict.fromkeys(labels))
-    try:
-        return sorted(distinct)
-    except TypeError:
-        return distinct

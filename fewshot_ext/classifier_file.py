@@ -35,6 +35,7 @@ _SCHEMA = {
     "image_size": (int, type(None)),
     "batch_size": int,
     "seed": int,
+    "temperature?": float,
     "backbone": dict,
 }
 _ORIGINS: dict[str, dict[str, Any]] = {
@@ -53,6 +54,20 @@ def check_label(label: Hashable) -> None:
         raise TypeError(
             f"labels: expected texts, numbers, booleans, None or tuples of these for a file, got {type(label).__name__}"
         )
+
+
+def check_learned(support: Tensor, target: Tensor, classes: tuple[Hashable, ...], layout: str) -> None:
+    """Raises ValueError, or TypeError for a label, unless a file's features, classes and labels fit each other."""
+    if support.dim() != len(layout.split(",")) or not support.is_floating_point() or not support.numel():
+        raise ValueError(f"features: expected floats {layout}, got {support.dtype} {list(support.shape)}")
+    if not support.isfinite().all():
+        raise ValueError("features: expected finite entries")
+    if target.dtype != torch.int64 or target.shape != support.shape[:1]:
+        raise ValueError(f"target: expected int64 [{len(support)}], got {target.dtype} {list(target.shape)}")
+    for label in classes:
+        check_label(label)
+    if len(set(classes)) != len(classes) or set(target.tolist()) != set(range(len(classes))):
+        raise ValueError(f"target: expected every one of {len(classes)} classes, all different, and no other")
 
 
 def _is_ours(head: Head) -> bool:

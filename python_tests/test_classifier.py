@@ -454,3 +454,81 @@ def test_one_picture_is_no_set_of_them(picture):
         with pytest.raises(ValueError, match=r"write images\[None\] for a set of one"):
             call(picture)
     assert len(classifier.predict(np.zeros((64, 64, 3), np.uint8)[None])) == 1
+
+
+def test_the_temperature_divides_the_logits_and_is_saved(tmp_path):
+    query, _ = some(4, 4, start=10)
+    plain = FewShotClassifier(nn.Flatten(), "protonet_cosine").fit(*some(2, 2))
+    soft = FewShotClassifier(nn.Flatten(), "protonet_cosine", temperature=4.0).fit(*some(2, 2))
+    expected = (10 * plain.decision_function(query) / 4).softmax(1)
+    torch.testing.assert_close(soft.predict_proba(query), expected)
+    assert soft.predict(query) == plain.predict(query)
+    soft.save(tmp_path / "soft.pt")
+    again = FewShotClassifier.load(tmp_path / "soft.pt", nn.Flatten())
+    assert again.temperature == 4
+    assert torch.equal(again.predict_proba(query), soft.predict_proba(query))
+    content = torch.load(tmp_path / "soft.pt")
+    del content["temperature"]  # as earlier versions wrote it
+    torch.save(content, tmp_path / "old.pt")
+    assert FewShotClassifier.load(tmp_path / "old.pt", nn.Flatten()).temperature == 1
+    torch.save({**content, "temperature": -1.0}, tmp_path / "bad.pt")
+    with pytest.raises(ValueError, match="does not hold a FewShotClassifier"):
+        FewShotClassifier.load(tmp_path / "bad.pt", nn.Flatten())
+
+
+@pytest.mark.parametrize("temperature", [0.0, -2.0, float("nan")])
+def test_a_temperature_that_is_none(temperature):
+    with pytest.raises(ValueError, match="temperature: expected a"):
+        FewShotClassifier(nn.Flatten(), temperature=temperature)
+
+
+@pytest.mark.parametrize("head", ["finetune", "protonet", "protonet_cosine", "nearest_neighbor_euclidean"])
+def test_images_of_other_classes_are_rejected(head):
+    classifier = FewShotClassifier(nn.Flatten(), head).fit(*some(8, 8))
+    known, labels = some(30, 30, start=20)
+    others = DIGITS.images[DIGITS.labels == 4][:30]
+    predicted = classifier.predict(known, reject=0.1)
+    assert predicted.count(None) < 15
+    assert all(a in (b, None) for a, b in zip(predicted, labels, strict=True))
+    assert classifier.predict(others, reject=0.1).count(None) > 15
+    assert None not in classifier.predict(others)
+    sets = classifier.predict_set(known, level=0.9)
+    assert sum(label in labels_ for label, labels_ in zip(labels, sets, strict=True)) > 45
+    assert all(set(labels_) <= set(classifier.classes_) for labels_ in sets)
+    found = classifier.assess(known)
+    torch.testing.assert_close(found.probabilities, classifier.predict_proba(known))
+    assert found.predict(0.1) == predicted
+    assert found.predict_set(0.9) == sets
+
+
+def test_an_assessment_does_not_depend_on_the_neighbors(monkeypatch):
+    classifier = FewShotClassifier(nn.Flatten(), batch_size=3).fit(*some(3, 3))
+    query, _ = some(4, 4, start=10)
+    whole = classifier.assess(query)
+    for name, value in (("fewshot_ext.classifier._BYTES_AT_ONCE", 1), ("fewshot_ext.classifier._QUERIES_AT_ONCE", 1)):
+        monkeypatch.setattr(name, value)
+    parts = classifier.assess(query)
+    assert torch.equal(parts.p_values.known, whole.p_values.known)
+    assert torch.equal(parts.p_values.labels, whole.p_values.labels)
+
+
+def test_what_cannot_be_rejected():
+    query, _ = some(1, 1)
+    classifier = FewShotClassifier(nn.Flatten(), "protonet")
+    with pytest.raises(RuntimeError, match="call fit first"):
+        classifier.predict(query, reject=0.5)
+    classifier.fit(*some(3, 1))
+    for call in (lambda: classifier.predict(query, reject=0.5), lambda: classifier.predict_set(query, level=0.5)):
+        with pytest.raises(ValueError, match="each is left out in turn, got 1 of 'digit 1'"):
+            call()
+    classifier.fit(*some(3, 3))
+    with pytest.raises(ValueError, match=r"reject: expected at least 1/7 = 0.1429, the finest level of 6"):
+        classifier.predict(query, reject=0.1)
+    with pytest.raises(ValueError, match=r"level: expected at most 6/7 = 0.8571, beyond which"):
+        classifier.predict_set(query)
+    for level in (0, 1, float("nan")):
+        with pytest.raises(ValueError, match="reject: expected a"):
+            classifier.predict(query, reject=level)
+    classifier.fit(query.repeat(2, 1, 1, 1), [None, "one"] * 2)
+    with pytest.raises(ValueError, match="reject: expected no class that is called None"):
+        classifier.predict(query, reject=0.5)

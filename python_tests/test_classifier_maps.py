@@ -206,3 +206,30 @@ def test_queries_of_another_size_are_named():
     classifier = FewShotClassifier(Blocks(), "deepemd_mean").fit(*some(1, 1))
     with pytest.raises(ValueError, match="they give 25 x 4 features, those gave 16 x 4"):
         classifier.predict(torch.zeros(2, 1, 10, 10, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    "head", ["knn@fcn", "protonet@fcn", "prediction_fusion@fcn", "matchingnet@fcn", "knn@grid", QUICK]
+)
+def test_images_of_none_of_the_classes(head):
+    rejected, strangers, covered = 0, 0, 0
+    for seed in range(10):  # what is promised is an average over support sets
+        images, labels = textures(5, seed=10 + seed)
+        classifier = FewShotClassifier(Blocks(), head).fit(images[:10], labels[:10])
+        query, truth = textures(5, seed=30 + seed)
+        predicted = classifier.predict(query, reject=0.2)
+        rejected += predicted[:10].count(None)
+        strangers += predicted[10:].count(None)
+        sets = classifier.predict_set(query[:10], level=0.8)
+        covered += sum(label in chosen for label, chosen in zip(truth[:10], sets, strict=True))
+    assert rejected <= 40
+    assert strangers >= 45
+    assert covered >= 70
+
+
+@pytest.mark.parametrize("head", ["fc_dot@fcn", "fc_cosine@fcn", "deepemd_mean@fcn", "protonet_cosine@fcn"])
+def test_every_head_can_be_left_one_out(head):
+    images, labels = textures(3, seed=0)
+    found = FewShotClassifier(Blocks(), head).fit(images, labels).assess(images[:4])
+    assert found.p_values.labels.shape == (4, 3)
+    assert ((found.p_values.known >= 0.1 - 1e-9) & (found.p_values.known <= 1)).all()

@@ -15,7 +15,7 @@ LEVELS = (
     ("models",),
     ("heads",),
     ("evaluation",),
-    ("classifier_file",),
+    ("classifier_assessment", "classifier_file", "classifier_labels"),
     ("retrieval", "classifier"),
     ("training",),
     ("recipes",),

@@ -2,8 +2,12 @@
 
 The support folder holds a folder for each class, with one or more pictures in it. The pictures of the query folder
 are classified on the features of a pre-trained backbone, by default one of ImageNet; where they lie in folders named
-after the classes, the accuracy is printed too. Writes predictions.csv, contact_sheet.png (the pictures as the backbone
-sees them, with the predictions beneath), results.json and config.yaml to the output folder.
+after the classes, the accuracy is printed too. Writes predictions.csv (with the probability of every class),
+contact_sheet.png (the pictures as the backbone sees them, with the predictions beneath), results.json and config.yaml
+to the output folder.
+
+"--reject LEVEL" tells pictures of none of the classes. Each example is left out in turn and classified by the others; a
+picture that fits worse than all but a share LEVEL of them is rejected. With N examples the finest level is 1 / (N + 1).
 """
 
 import json
@@ -41,6 +45,7 @@ from fewshot_ext.data.pictures import opened
 from fewshot_ext.data.walk import FOLDER_RULE, find_pictures
 from fewshot_ext.evaluation import FrozenBackbone, csv_of_rows
 from fewshot_ext.evaluation.images import ImageBatches
+from fewshot_ext.heads.conformal import check_leaving_one_out, check_reject
 from fewshot_ext.heads.names import features_record
 from fewshot_ext.models import LocalFeaturesConfig
 from fewshot_ext.models.foreign import BringsItsOwn
@@ -48,8 +53,9 @@ from fewshot_ext.models.network import DEFAULT
 
 SUMMARY = "sort pictures into classes from a few examples of each"
 
-# Okabe and Ito's bluish green and vermilion, which stay apart for every common kind of color blindness.
-_RIGHT, _WRONG = "#009E73", "#D55E00"
+# Okabe and Ito's bluish green, vermilion and blue, which stay apart for every common kind of color blindness.
+_RIGHT, _WRONG, _REJECTED = "#009E73", "#D55E00", "#0072B2"
+_REJECTED_CAPTION = "none of these"
 _NAMED_AT_MOST = 3
 _READ_AT_ONCE = 64
 
@@ -63,6 +69,14 @@ def add_arguments(parser) -> None:
     )
     run.add_argument("--query", required=True, metavar="DIR", help="folder of the pictures to classify")
     run.add_argument("--output", default="classification", metavar="DIR", help="folder that the results are written to")
+    run.add_argument(
+        "--reject",
+        type=float | None,
+        default=None,
+        metavar="LEVEL",
+        help="mark pictures of none of the classes; about this share of pictures of the classes, 0.1 for a tenth, are "
+        "marked as well; needs two pictures a class",
+    )
     add_machine_arguments(run)
     run.add_argument("--seed", type=int, default=0, help="seed of the initial classifier of the head finetune")
     run.add_argument("--skip_corrupt", action="store_true", help="leave out pictures that cannot be read")
@@ -95,6 +109,13 @@ def add_arguments(parser) -> None:
         type=int | None,
         default=None,
         help="side to resize to; null takes the backbone's own, or for a checkpoint of other code its paper's",
+    )
+    model.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="number that divides the logits before the softmax; evaluate --split validation finds a good one",
     )
     model.add_argument("--batch_size", type=int, default=256, help="number of images in a forward pass")
     add_settings(parser, LocalFeaturesConfig, "local_features", "regions, for the heads that look at them")
@@ -159,6 +180,7 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         batch_size=arguments.batch_size,
         seed=arguments.seed,
         local_features=arguments.local_features,
+        temperature=arguments.temperature,
     )
     if classifier.image_size is None:
         raise ValueError("image_size: expected a value, for the backbone does not say its own, got none")
@@ -177,10 +199,13 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         raise ValueError(f"support has no readable picture of the class {lost[0]!r}")
     if not query.files:
         raise ValueError(f"query has no readable picture in {arguments.query}")
+    if arguments.reject is not None:
+        check_reject(arguments.reject, len(support.labels))
+        check_leaving_one_out({name: support.labels.count(name) for name in classes})
     # As many as the smallest class has: a head may need more regions than that gives.
     least = min(support.labels.count(name) for name in classes)
     classifier.fit(images[:least], support.labels[:least])
-    work = _Work(classifier, support, images, query, damage, arguments.skip_corrupt, passed_over)
+    work = _Work(classifier, support, images, query, damage, arguments.skip_corrupt, passed_over, arguments.reject)
     return lambda: _run(work, output, resolved, arguments.sheet_pictures)
 
 
@@ -248,6 +273,7 @@ class _Work:
     damage: _Damage
     skip_corrupt: bool
     passed_over: dict[str, list[str]]
+    reject: float | None
 
 
 def _run(work: _Work, output: Path, resolved: str, sheet_pictures: int) -> int:
@@ -264,16 +290,25 @@ def _run(work: _Work, output: Path, resolved: str, sheet_pictures: int) -> int:
         print(as_text(f"left out: {message}"), file=sys.stderr)
     known = [row["correct"] for row in rows if row["correct"] is not None]
     accuracy = sum(known) / len(known) if known else None
+    rejected = None if work.reject is None else _count_rejected(rows)
     print(f"{len(rows)} pictures classified into {len(classifier.classes_)} classes from {len(support.files)} examples")
     if accuracy is not None:
         where = "" if len(known) == len(rows) else f" of the {len(known)} in folders named after a class"
-        print(f"accuracy {100 * accuracy:.2f} %{where}")
+        wrong = "" if rejected is None else ", where a rejected picture counts as wrong"
+        print(f"accuracy {100 * accuracy:.2f} %{where}{wrong}")
+    if rejected is not None:
+        print(
+            f"of none of the classes at level {work.reject:g}: {rejected['in_class_folders']} of the {len(known)} in "
+            f"folders named after a class, {rejected['elsewhere']} of the {len(rows) - len(known)} others"
+        )
     record = {
         **_record(classifier),
         "support": {str(name): support.labels.count(name) for name in classifier.classes_},
         "queries": len(rows),
         "queries_in_class_folders": len(known),
         "accuracy": accuracy,
+        "reject": work.reject,
+        "rejected": rejected,
         "left_out": {as_text(file): as_text(message) for file, message in damage.items()},
         "passed_over": work.passed_over,
     }
@@ -321,24 +356,53 @@ def _classify(work: _Work, sheet_pictures: int) -> tuple[list[dict[str, Any]], d
             bar.update(count - bar.n)
 
         classifier.fit(work.images, work.support.labels, on_progress=report)
-        shares = classifier.predict_proba(batches, on_progress=lambda count: report(examples + count))
+        shares, p_values = _look_at(classifier, batches, work.reject, lambda count: report(examples + count))
     query = _without(query, damage)
     best = shares.topk(2)
     rows = [
         {
             "file": as_text(file),
-            "predicted": classifier.classes_[first],
+            "predicted": None if none else classifier.classes_[first],
+            **({} if work.reject is None else {"rejected": none, "p_value": round(p_value, 4)}),
             "probability": round(share, 4),
             "runner_up": classifier.classes_[second],
             "runner_up_probability": round(second_share, 4),
             "true": label,
-            "correct": None if label is None else classifier.classes_[first] == label,
+            "correct": None if label is None else not none and classifier.classes_[first] == label,
+            # A class may be called as another column is, or as what a spreadsheet would run.
+            **{f"probability of {name}": round(part, 4) for name, part in zip(classifier.classes_, own, strict=True)},
         }
-        for file, label, (first, second), (share, second_share) in zip(
-            query.files, query.labels, best.indices.tolist(), best.values.tolist(), strict=True
+        for file, label, (first, second), (share, second_share), own, (none, p_value) in zip(
+            query.files,
+            query.labels,
+            best.indices.tolist(),
+            best.values.tolist(),
+            shares.tolist(),
+            p_values,
+            strict=True,
         )
     ]
     return rows, {index: kept[file] for index, file in enumerate(query.files) if file in kept}
+
+
+def _look_at(
+    classifier: FewShotClassifier, batches: ImageBatches, reject: float | None, on_progress: Callable[[int], None]
+) -> tuple[Tensor, list[tuple[bool, float]]]:
+    """Probabilities, and of each picture whether it is of none of the classes, with its p-value; 1 where none ask."""
+    if reject is None:
+        shares = classifier.predict_proba(batches, on_progress=on_progress)
+        return shares, [(False, 1.0)] * len(shares)
+    found = classifier.assess(batches, on_progress=on_progress)
+    rejected = found.p_values.rejected(reject).tolist()
+    return found.probabilities, list(zip(rejected, found.p_values.known.tolist(), strict=True))
+
+
+def _count_rejected(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """How many pictures are of none of the classes, in folders of a class, where that is wrong, and elsewhere."""
+    counts = {"in_class_folders": 0, "elsewhere": 0}
+    for row in rows:
+        counts["elsewhere" if row["true"] is None else "in_class_folders"] += row["rejected"]
+    return counts
 
 
 def _record(classifier: FewShotClassifier) -> dict[str, Any]:
@@ -349,6 +413,7 @@ def _record(classifier: FewShotClassifier) -> dict[str, Any]:
         "local_features": None if classifier.local_features is None else features_record(classifier.local_features),
         "image_size": classifier.image_size,
         "seed": classifier.seed,
+        "temperature": classifier.temperature,
         "versions": versions("torch", "numpy", "pillow"),
     }
 
@@ -357,6 +422,11 @@ def _sheet(rows: Sequence[dict[str, Any]], shown: dict[int, Tensor]):
     colors = {True: _RIGHT, False: _WRONG, None: None}
     return contact_sheet(
         list(shown.values()),
-        [f"{rows[index]['predicted']} {rows[index]['probability']:.0%}" for index in shown],
-        borders=[colors[rows[index]["correct"]] for index in shown],
+        [
+            _REJECTED_CAPTION
+            if rows[index].get("rejected")
+            else f"{rows[index]['predicted']} {rows[index]['probability']:.0%}"
+            for index in shown
+        ],
+        borders=[_REJECTED if rows[index].get("rejected") else colors[rows[index]["correct"]] for index in shown],
     )

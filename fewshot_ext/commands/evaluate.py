@@ -5,6 +5,13 @@ chosen heads. Several checkpoints meet the same episodes, and the table gives th
 Prints the table and writes results.json, results.csv and config.yaml to the output folder; features are kept
 there too, so that a second call with other heads or episodes takes seconds.
 
+"--open-set N" adds queries of N classes that an episode's support set lacks, and measures how well they are told from
+the others by the largest score of the head: AUROC, and the accuracy over the share of queries that are rejected.
+
+"--split validation" also finds, for each head and number of shots, the temperature that calibrates the probabilities
+(the one of the least negative log-likelihood). "--temperature T" sets it, here and in classify; the table then has the
+expected calibration error. results.csv has it always.
+
 Heads on feature vectors: finetune (the official protocol: a fresh classifier trained by SGD for each episode),
 protonet and protonet_cosine (nearest class mean), matchingnet (attention over the support), nearest_neighbor and
 nearest_neighbor_euclidean, simpleshot and simpleshot_l2n (nearest mean of normalized features).
@@ -111,6 +118,13 @@ def add_arguments(parser) -> None:
     )
     episodes.add_argument("--queries", type=int, default=protocol.queries, help="number of query images of each class")
     episodes.add_argument(
+        "--open_set",
+        type=int,
+        default=protocol.open_set,
+        metavar="N",
+        help="number of further classes in an episode that have queries and no support images",
+    )
+    episodes.add_argument(
         "--episodes",
         type=int | tuple[int, ...],
         default=protocol.episodes,
@@ -122,6 +136,13 @@ def add_arguments(parser) -> None:
         default=list(config.heads),
         metavar="HEAD",
         help="classifiers from the lists above, or deepemd_table",
+    )
+    episodes.add_argument(
+        "--temperature",
+        type=float,
+        default=config.temperature,
+        metavar="T",
+        help="number that divides the logits of every head before the softmax; --split validation finds a good one",
     )
     maps = parser.add_argument_group("memory of local features")
     maps.add_argument(
@@ -165,12 +186,14 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
             way=arguments.way,
             shots=tuple(arguments.shots),
             queries=arguments.queries,
+            open_set=arguments.open_set,
         ),
         finetuning=arguments.finetuning,
         deepemd=arguments.deepemd,
         local_features=arguments.local_features,
         map_dtype=arguments.map_dtype,
         map_memory=arguments.map_memory,
+        temperature=arguments.temperature,
     )
     device = set_up_machine(arguments)
     names = distinct_names(arguments.checkpoint)

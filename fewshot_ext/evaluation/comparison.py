@@ -19,12 +19,15 @@ from fewshot_ext._validation import check_choice, check_count, check_positive
 from fewshot_ext.data import Episodes, ImageArchive, Split, sample_episodes
 from fewshot_ext.data.resampling import PICTURES
 from fewshot_ext.evaluation.backbones import FrozenBackbone
+from fewshot_ext.evaluation.calibration import calibration_measures, fit_temperature
 from fewshot_ext.evaluation.features import FeatureCache
+from fewshot_ext.evaluation.open_set import open_set_measures
 from fewshot_ext.evaluation.protocol import (
     ProtocolConfig,
     check_map_memory,
-    episode_accuracies,
+    episode_scores,
     extract_features,
+    query_target,
 )
 from fewshot_ext.evaluation.results import ComparisonResults, HeadAccuracy
 from fewshot_ext.heads.maps import DeepEMDHead
@@ -57,10 +60,12 @@ class ComparisonConfig:
         local_features: the regions that heads for maps look at; see ``LocalFeaturesConfig``.
         map_dtype: "float32" or "float16", in which the maps of all images are kept; heads compute in float32.
         map_memory: most that the maps of all images may take, in GiB; one kind of map is kept at a time.
+        temperature: divides the logits of every head before the softmax; it decides how far the probabilities are from
+            calibrated and nothing else.
 
     Raises:
         ValueError: no heads, an unknown one or one given twice, maps for a head that takes vectors, an unknown split or
-            dtype, a negative seed, a batch size below 1, no memory.
+            dtype, a negative seed, a batch size below 1, no memory, a temperature not above 0.
     """
 
     heads: tuple[str, ...] = ("finetune",)
@@ -73,6 +78,7 @@ class ComparisonConfig:
     local_features: LocalFeaturesConfig = field(default_factory=LocalFeaturesConfig)
     map_dtype: Literal["float32", "float16"] = "float32"
     map_memory: float = 4.0
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.heads or len(set(self.heads)) < len(self.heads):
@@ -84,6 +90,7 @@ class ComparisonConfig:
         check_count("batch_size", self.batch_size, 1)
         check_choice("map_dtype", self.map_dtype, "float32", "float16")
         check_positive("map_memory", self.map_memory)
+        check_positive("temperature", self.temperature)
 
     def choose(self, name: str, similarity: Literal["cosine", "dot"] = "cosine") -> HeadChoice:
         """The head called ``name`` with these settings; see ``choose_head``."""
@@ -225,23 +232,37 @@ class Comparison:
             base_mean = self._features(backbone, None, self.base_images, "base", progress).mean(0)
         places = [(b.name, head, shot) for b in self.backbones for head in config.heads for shot in self.episodes]
         for name in heads:
-            rows = []
+            rows, head = [], config.choose(name, backbone.network.similarity).head
             for shot, episodes in self.episodes.items():
                 with progress.stage(f"{backbone.name}: {name}, {shot}-shot episodes", len(episodes)) as report:
-                    accuracies = episode_accuracies(
+                    scores = episode_scores(
                         features,
                         episodes,
-                        head=config.choose(name, backbone.network.similarity).head,
+                        head=head,
                         base_mean=base_mean,
                         seed=derive_seed(config.seed, _HEAD, shot),
+                        unknown=config.protocol.open_set,
                         on_progress=report,
                     )
-                queries = episodes.query[0].numel()
-                correct = tuple((accuracies * queries).round().long().tolist())
-                rows.append(HeadAccuracy(backbone.name, name, shot, correct, queries))
+                rows.append(self._row(backbone.name, name, shot, scores, head.scale))
             self.results.accuracies += rows
             self.results.accuracies.sort(key=lambda row: places.index((row.backbone, row.head, row.shot)))
             self._write(output)
+
+    def _row(self, backbone: str, head: str, shot: int, scores: Tensor, scale: float) -> HeadAccuracy:
+        everything = query_target(self.episodes[shot])
+        further = open_set_measures(scores, everything) if self.config.protocol.open_set else {}
+        # All other measures are of the queries that have a class.
+        known = everything < scores.shape[-1]
+        target, scores = everything[known], scores[:, known]
+        logits, correct = scale * scores, (scores.argmax(-1) == target).sum(1)
+        measures = calibration_measures(logits, target, self.config.temperature) | further
+        fitted = None
+        if self.config.split == "validation":
+            fitted = fit_temperature(logits, target)
+            calibrated = calibration_measures(logits, target, fitted)
+            measures |= {f"{name}_at_fitted": value for name, value in calibrated.items()}
+        return HeadAccuracy(backbone, head, shot, tuple(correct.tolist()), len(target), measures, fitted)
 
     def _features(
         self,
@@ -306,11 +327,17 @@ class Comparison:
                 f"{shot} shots and {protocol.queries} queries need {shot + protocol.queries} images a class, but of "
                 f"{where} {self.images.class_names[smallest]!r} has {counts[smallest].item()}"
             )
+        if protocol.open_set and len(counts) < protocol.way + protocol.open_set:
+            most = max(0, len(counts) - protocol.way)
+            raise ValueError(
+                f"open_set: expected at most {most}, for {where} are {len(counts)} and way takes {protocol.way} of "
+                f"them, got {protocol.open_set}"
+            )
         try:
             return sample_episodes(
                 self.images.labels,
                 protocol.episodes_by_shot[shot],
-                way=protocol.way,
+                way=protocol.way + protocol.open_set,
                 shot=shot,
                 queries=protocol.queries,
                 generator=derive_generator(self.config.seed, _EPISODES, shot),

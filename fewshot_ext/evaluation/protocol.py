@@ -29,9 +29,11 @@ class ProtocolConfig:
         way: classes an episode.
         shots: support images a class; each value is an evaluation of its own.
         queries: query images a class.
+        open_set: further classes of each episode that have queries and no support images.
 
     Raises:
-        ValueError: a value below 1, no shots, a number of shots given twice, or numbers of episodes for other shots.
+        ValueError: a value below 1, a negative ``open_set``, no shots, a number of shots given twice, or numbers of
+            episodes for other shots.
 
     Example:
         >>> ProtocolConfig(episodes=(5000, 600), shots=(1, 5)).episodes_by_shot
@@ -42,11 +44,13 @@ class ProtocolConfig:
     way: int = 5
     shots: tuple[int, ...] = (1, 5)
     queries: int = 16
+    open_set: int = 0
 
     def __post_init__(self) -> None:
         plain_numbers(self)
         check_count("way", self.way, 2)
         check_count("queries", self.queries, 1)
+        check_count("open_set", self.open_set, 0)
         check_counts("shots", self.shots, 1)
         if not self.shots or len(set(self.shots)) < len(self.shots):
             raise ValueError(f"shots: expected at least one number of shots, and none twice, got {list(self.shots)}")
@@ -109,16 +113,44 @@ def extract_features(
         model.train(was_training)
 
 
-def episode_accuracies(
+def episode_accuracies(features: Tensor, episodes: Episodes, **settings) -> Tensor:
+    """Accuracy of a head on the queries of each episode.
+
+    Args:
+        features, episodes, settings: as ``episode_scores`` takes them.
+
+    Returns:
+        ``[E]`` float64 in [0, 1], on the CPU.
+
+    Raises:
+        As ``episode_scores``.
+    """
+    scores = episode_scores(features, episodes, **settings)
+    return (scores.argmax(-1) == query_target(episodes)).double().mean(1)
+
+
+def query_target(episodes: Episodes) -> Tensor:
+    """``[way * queries]`` int64, the classes of the queries of each episode as ``episode_scores`` has them.
+
+    Example:
+        >>> empty = torch.zeros(1, 2, 0)
+        >>> query_target(Episodes(support=empty, query=torch.zeros(1, 2, 3), classes=empty))
+        tensor([0, 0, 0, 1, 1, 1])
+    """
+    return torch.arange(episodes.query.shape[1]).repeat_interleave(episodes.query.shape[2])
+
+
+def episode_scores(
     features: Tensor,
     episodes: Episodes,
     *,
     head: Head = HEADS["finetune"],
     base_mean: Tensor | None = None,
     seed: int = 0,
+    unknown: int = 0,
     on_progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Accuracy of a head on the queries of each episode.
+    """Scores of a head for the queries of each episode.
 
     Args:
         features: ``[N, D]``, one row an image; ``[N, P, D]`` for a head that takes maps of P local features.
@@ -127,10 +159,13 @@ def episode_accuracies(
         base_mean: ``[D]`` mean feature of the base classes, for heads that need it.
         seed: decides what is random in the head: two backbones evaluated with the same seed and episodes meet
             the same conditions, so their difference may be taken episode by episode.
+        unknown: the last so many classes of each episode, whose support images are left out and whose queries are of
+            none of the others.
         on_progress: called with the number of episodes done so far.
 
     Returns:
-        ``[E]`` float64 in [0, 1], on the CPU.
+        ``[E, way * queries, way - unknown]`` on the CPU, the queries class by class; see ``Head`` for what the scores
+        mean.
 
     Raises:
         ValueError: maps for a head that takes vectors or the other way round, features that are not finite, or a head
@@ -141,14 +176,13 @@ def episode_accuracies(
         raise ValueError(f"features: expected {taken} for {type(head).__name__}, got {list(features.shape)}")
     check_finite_maps(features=features)
     generator = torch.Generator().manual_seed(seed)
-    _, way, shot = episodes.support.shape
+    way, shot = episodes.support.shape[1] - unknown, episodes.support.shape[2]
     target = torch.arange(way, device=features.device)
-    truth = target.repeat_interleave(episodes.query.shape[2])
-    episode_bytes = features[0].nbytes * (way * shot + len(truth))
+    episode_bytes = features[0].nbytes * (way * shot + episodes.query[0].numel())
     at_once = max(1, min(_EPISODES_AT_ONCE, _FEATURE_BYTES_AT_ONCE // episode_bytes))
-    accuracies, done = [], 0
+    parts, done = [], 0
     for support, query in zip(
-        episodes.support.to(features.device).split(at_once),
+        episodes.support[:, :way].to(features.device).split(at_once),
         episodes.query.to(features.device).split(at_once),
         strict=True,
     ):
@@ -160,11 +194,11 @@ def episode_accuracies(
             base_mean=base_mean,
             generator=generator,
         )
-        accuracies.append((scores.argmax(-1) == truth).double().mean(1).cpu())
+        parts.append(scores.cpu())
         done += len(support)
         if on_progress:
             on_progress(done)
-    return torch.cat(accuracies)
+    return torch.cat(parts)
 
 
 def check_map_memory(

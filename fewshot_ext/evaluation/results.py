@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,11 @@ class HeadAccuracy:
         shot: support images a class.
         correct: for each episode the number of queries classified rightly.
         queries: queries an episode, of all its classes together.
+        measures: what else was measured, by name: the mean over episodes and the half-width of its interval. "ece" is
+            the expected calibration error in percent and "nll" the negative log-likelihood in nats, and of validation
+            classes both "_at_fitted" too, with ``fitted_temperature``. Of open-set episodes there are those of
+            ``open_set_measures``, in percent.
+        fitted_temperature: that of the least negative log-likelihood, on validation classes; None on others.
     """
 
     backbone: str
@@ -36,6 +41,8 @@ class HeadAccuracy:
     shot: int
     correct: tuple[int, ...]
     queries: int
+    measures: Mapping[str, tuple[float, float]] = field(default_factory=dict, compare=False)
+    fitted_temperature: float | None = None
 
     def per_episode(self) -> Tensor:
         """``[episodes]`` float64, in percent."""
@@ -108,7 +115,35 @@ class ComparisonResults:
                 "",
                 *self._rows_of_text(differences, "{:+.2f} ± {:.2f}"),
             ]
+        for title, cells, layout in self._further():
+            lines += ["", title, "", *self._rows_of_text(cells, layout)]
         return "\n".join(lines)
+
+    def _further(self) -> Iterator[tuple[str, dict[HeadAccuracy, tuple[float, ...]], str]]:
+        """Titles, cells and layouts of the tables below that of accuracies, where they are asked for."""
+        temperature, rows = self.config.get("temperature", 1.0), self.accuracies
+        if not all(row.measures for row in rows):  # of a file of an earlier version
+            return
+        fitted = all(row.fitted_temperature for row in rows)
+        open_set = all("auroc" in row.measures for row in rows)
+        if open_set:
+            unknown = self.config["protocol"]["open_set"]
+            classes = "1 unknown class" if unknown == 1 else f"{unknown} unknown classes"
+            for name, title in (
+                ("auroc", f"AUROC (%) of the known classes against {classes}, by the largest score"),
+                ("accuracy_over_rejection", "area under the accuracy-rejection curve (%), unknown classes included"),
+                ("accuracy_at_20_rejected", "accuracy (%) with 20 % of all queries rejected"),
+                ("accuracy_at_50_rejected", "accuracy (%) with 50 % of all queries rejected"),
+            ):
+                yield title, {row: row.measures[name] for row in rows}, "{:.2f} ± {:.2f}"
+        if fitted or open_set or temperature != 1:
+            title = f"expected calibration error (%) at temperature {temperature:g}"
+            yield title, {row: row.measures["ece"] for row in rows}, "{:.2f} ± {:.2f}"
+        if fitted:
+            title = "temperature of the least negative log-likelihood; pass it on as --temperature"
+            yield title, {row: (row.fitted_temperature,) for row in rows}, "{:.4g}"
+            title = "expected calibration error (%) at that temperature, on the same episodes"
+            yield title, {row: row.measures["ece_at_fitted"] for row in rows}, "{:.2f} ± {:.2f}"
 
     def draw(self) -> str:
         """How many episodes there are, in words; for each number of shots where these differ."""
@@ -117,7 +152,7 @@ class ComparisonResults:
             return f"{len(self.accuracies[0].correct):,} episodes"
         return " and ".join(f"{counts[shot]:,} {shot}-shot episodes" for shot in self.shots)
 
-    def _rows_of_text(self, cells: Mapping[HeadAccuracy, tuple[float, float]], layout: str) -> list[str]:
+    def _rows_of_text(self, cells: Mapping[HeadAccuracy, tuple[float, ...]], layout: str) -> list[str]:
         names = list(dict.fromkeys((row.backbone, row.head) for row in cells))
         backbone_width = max(len("backbone"), *(len(backbone) for backbone, _ in names))
         head_width = max(len("head"), *(len(head) for _, head in names))
@@ -182,6 +217,12 @@ class ComparisonResults:
                     "difference": _rounded(difference[0]),
                     "difference_interval": _rounded(difference[1]),
                     "queries": row.queries,
+                    **{
+                        key: round(number, 4)
+                        for name, value in row.measures.items()
+                        for key, number in zip((name, f"{name}_interval"), value, strict=True)
+                    },
+                    "fitted_temperature": _rounded(row.fitted_temperature),
                     "correct": list(row.correct),
                 }
             )

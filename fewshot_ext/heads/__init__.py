@@ -1,5 +1,6 @@
 """Heads: classifiers on the features of a frozen network, of feature vectors and of maps."""
 
+from fewshot_ext.heads.conformal import PValues, leave_one_out
 from fewshot_ext.heads.maps import (
     MAP_HEADS,
     DeepEMDHead,
@@ -36,6 +37,7 @@ __all__ = [
     "MapHead",
     "MatchingNet",
     "NearestNeighbor",
+    "PValues",
     "Pooled",
     "PredictionFusion",
     "ProtoNet",
@@ -44,4 +46,5 @@ __all__ = [
     "expand_heads",
     "find_head",
     "find_map_head",
+    "leave_one_out",
 ]

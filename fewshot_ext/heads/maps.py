@@ -249,6 +249,10 @@ class Pooled(MapHead):
         return self.head.fits
 
     @property
+    def sums_images(self) -> bool:
+        return self.head.sums_images
+
+    @property
     def scale(self) -> float:
         return self.head.scale
 

@@ -62,6 +62,11 @@ class Head(ABC):
         return False
 
     @property
+    def sums_images(self) -> bool:
+        """Whether a score is the logarithm of a sum over the images of a class, larger for more images."""
+        return False
+
+    @property
     def needs_base_mean(self) -> bool:
         """Whether a call needs ``base_mean``."""
         return False
@@ -102,9 +107,16 @@ class Head(ABC):
             support, query = (x - base_mean.to(x) for x in (support, query))
         return self._scores(support, support_target, query, way, generator)
 
-    def probabilities(self, scores: Tensor) -> Tensor:
-        """``softmax(scale * scores)`` over the classes. It is not calibrated: use it to rank and to compare."""
-        return torch.softmax(self.scale * scores, -1)
+    def probabilities(self, scores: Tensor, temperature: float = 1.0) -> Tensor:
+        """``softmax(scale * scores / temperature)`` over the classes.
+
+        With the temperature 1 they are those of the head's paper, and not calibrated: use them to rank and to compare.
+        ``fewshot_ext.evaluation.fit_temperature`` finds the temperature that calibrates them.
+
+        Raises:
+            ValueError: a temperature that is not above 0.
+        """
+        return torch.softmax(scores * (self.scale / check_positive("temperature", temperature)), -1)
 
     def _checked(self, support: Tensor, target: Tensor, query: Tensor, way: int) -> tuple[Tensor, Tensor]:
         """Support and query in float32 or float64, once all arguments are right."""
@@ -255,6 +267,10 @@ class MatchingNet(Head):
     def __post_init__(self) -> None:
         plain_numbers(self)
         check_positive("attention_scale", self.attention_scale)
+
+    @property
+    def sums_images(self) -> bool:
+        return True
 
     def _scores(self, support, target, query, way, generator):
         attention = torch.softmax(self.attention_scale * _similarities(query, support, "cosine"), -1)  # [E, Q, S]

@@ -57,8 +57,11 @@ def test_a_class_tree_gives_predictions_a_sheet_and_the_accuracy(support, query,
     assert files == sorted(str(file) for file in query.rglob("*.png"))
     classifier = FewShotClassifier(checkpoints[0]).fit(support)
     assert [row["predicted"] for row in rows] == classifier.predict(files)
-    shares = classifier.predict_proba(files).sort(descending=True).values
+    shares = classifier.predict_proba(files)
     for row, share in zip(rows, shares.tolist(), strict=True):
+        own = [float(row[f"probability of digit {digit}"]) for digit in (0, 1, 4)]
+        assert own == pytest.approx(share, abs=1e-4)
+    for row, share in zip(rows, shares.sort(descending=True).values.tolist(), strict=True):
         assert float(row["probability"]) == pytest.approx(share[0], abs=1e-4)
         assert float(row["runner_up_probability"]) == pytest.approx(share[1], abs=1e-4)
         assert row["runner_up"] != row["predicted"]
@@ -76,6 +79,43 @@ def test_a_class_tree_gives_predictions_a_sheet_and_the_accuracy(support, query,
 
     assert main(["classify", "--config", str(output / "config.yaml"), "--output", str(tmp_path / "again")]) == 0
     assert predictions(tmp_path / "again") == rows
+
+
+def test_pictures_of_none_of_the_classes(support, query, checkpoints, tmp_path, capsys):
+    write_digits(query, (7,), range(10))
+    output, expected = tmp_path / "out", FewShotClassifier(checkpoints[0], "protonet").fit(support)
+    assert classify(support, query, checkpoints[0], output, "--head", "protonet", "--reject", "0.3") == 0
+    rows = predictions(output)
+    files = [row["file"] for row in rows]
+    assert [row["predicted"] or None for row in rows] == expected.predict(files, reject=0.3)
+    known = expected.assess(files).p_values.known.tolist()
+    assert [float(row["p_value"]) for row in rows] == pytest.approx(known, abs=1e-4)
+    assert {row["rejected"] for row in rows} == {"True", "False"}
+    assert not any(row["correct"] == "True" and row["rejected"] == "True" for row in rows)
+    inside = sum(row["rejected"] == "True" and row["true"] != "" for row in rows)
+    outside = sum(row["rejected"] == "True" and row["true"] == "" for row in rows)
+    told = f"level 0.3: {inside} of the 12 in folders named after a class, {outside} of the 10 others\n"
+    assert told in capsys.readouterr().out
+    results = json.loads((output / "results.json").read_text())
+    assert results["reject"] == 0.3
+    assert results["rejected"] == {"in_class_folders": inside, "elsewhere": outside}
+    with Image.open(output / "contact_sheet.png") as sheet:
+        assert (0x00, 0x72, 0xB2) in {color for _, color in sheet.convert("RGB").getcolors(2**20)}
+    assert main(["classify", "--config", str(output / "config.yaml"), "--output", str(tmp_path / "again")]) == 0
+    assert predictions(tmp_path / "again") == rows
+
+
+def test_a_class_with_one_picture_and_rejection(support, query, checkpoints, tmp_path, capsys):
+    for file in sorted((support / "digit 1").iterdir())[1:]:
+        file.unlink()
+    assert classify(support, query, checkpoints[0], tmp_path / "out", "--reject", "0.3") == 2
+    assert "each is left out in turn, got 1 of 'digit 1'" in capsys.readouterr().err
+
+
+def test_a_temperature_softens_the_probabilities(support, query, checkpoints, tmp_path):
+    assert classify(support, query, checkpoints[0], tmp_path / "out", "--temperature", "1000") == 0
+    assert all(float(row["probability"]) < 0.4 for row in predictions(tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["temperature"] == 1000
 
 
 def test_a_flat_folder_has_no_accuracy(support, checkpoints, tmp_path, capsys):
@@ -156,6 +196,10 @@ def test_one_class_and_empty_folders(support, query, checkpoints, tmp_path, caps
         (["--local_features.ratio", "0"], "ratio: expected at least 1"),
         (["--device", "tpu"], "device: expected auto"),
         (["--threads", "0"], "threads: expected at least 1"),
+        (["--reject", "0"], "reject: expected a number in (0, 1), got 0"),
+        (["--reject", ".nan"], "reject: expected a finite number, got nan"),
+        (["--reject", "0.05"], "reject: expected at least 1/10 = 0.1, the finest level of 9 support images, got 0.05"),
+        (["--temperature", "0"], "temperature: expected a number above 0, got 0"),
         (["--seed", "-1"], "seed: expected at least 0"),
         (["--batch_size", "0"], "batch_size: expected at least 1"),
         (["--image_size", "0"], "image_size: expected at least 1"),

@@ -102,8 +102,8 @@ def test_ctrl_c_prints_what_is_there(checkpoints, tmp_path, capsys, monkeypatch)
             raise KeyboardInterrupt
         return measure(*arguments, **settings)
 
-    measure = comparison.episode_accuracies
-    monkeypatch.setattr(comparison, "episode_accuracies", interrupted)
+    measure = comparison.episode_scores
+    monkeypatch.setattr(comparison, "episode_scores", interrupted)
     assert evaluate(checkpoints, tmp_path, "--heads", "protonet") == 130
     printed = capsys.readouterr()
     assert "seed_0" in printed.out
@@ -141,6 +141,9 @@ def test_a_full_disk_loses_no_number(checkpoints, tmp_path, capsys, monkeypatch)
         (["--way", "20"], "way 20 asks for more classes than there are"),
         (["--way", "1"], "way: expected at least 2, got 1"),
         (["--split", "validation"], "no validation classes"),
+        (["--open_set", "1"], "open_set: expected at most 0, for the novel classes of digits are 5 and way takes 5"),
+        (["--open_set", "-1"], "open_set: expected at least 0, got -1"),
+        (["--temperature", "0"], "temperature: expected a number above 0, got 0"),
         (["--split", "test"], "split: expected one of base, validation, novel, got 'test'"),
         (["--heads", "svm"], "head: expected one of finetune, protonet,"),
         (["--heads", "protonet", "protonet"], "none twice"),

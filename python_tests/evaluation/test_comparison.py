@@ -136,10 +136,10 @@ def test_table_shows_accuracies_and_differences():
 def test_simpleshot_centers_on_the_base_classes(monkeypatch):
     module, means = Scaled(), []
     comparison = compare(frozen("pixels", module), heads=("simpleshot",))
-    measure = comparison_module.episode_accuracies
+    measure = comparison_module.episode_scores
     monkeypatch.setattr(
         comparison_module,
-        "episode_accuracies",
+        "episode_scores",
         lambda *args, base_mean, **settings: means.append(base_mean) or measure(*args, base_mean=base_mean, **settings),
     )
     comparison.run()

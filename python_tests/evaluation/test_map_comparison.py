@@ -133,7 +133,7 @@ def test_half_precision_on_real_features(real_data, tmp_path):
 
 
 def test_ctrl_c_keeps_the_heads_that_are_done(tmp_path, monkeypatch):
-    measure, calls = comparison_module.episode_accuracies, []
+    measure, calls = comparison_module.episode_scores, []
 
     def interrupted(*arguments, **settings):
         calls.append(1)
@@ -141,7 +141,7 @@ def test_ctrl_c_keeps_the_heads_that_are_done(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return measure(*arguments, **settings)
 
-    monkeypatch.setattr(comparison_module, "episode_accuracies", interrupted)
+    monkeypatch.setattr(comparison_module, "episode_scores", interrupted)
     comparison = compare(blocks(), heads=("deepemd", "protonet"))
     with pytest.raises(KeyboardInterrupt):
         comparison.run(tmp_path)
