@@ -45,11 +45,12 @@ class FewShotClassifier:
     """Learns classes from a few images each, on the frozen features of a backbone.
 
     Images are a uint8 tensor ``[N, C, H, W]``, a float tensor of that shape in [0, 1], an array ``[N, H, W]`` or
-    ``[N, H, W, C]`` of either kind, a list of picture files, or a folder. Floats are rounded to the 256 levels of
-    picture files. Files are brought to a square of ``image_size`` as the network's ``resize_mode`` says: by default
-    the short side is resized to it and the middle cut out. Gray is turned to color, or color to gray, as the backbone
-    needs. Labels may be of any hashable kind, classes may have any number of images, one included, and different
-    numbers.
+    ``[N, H, W, C]`` of either kind; a file, a folder, a pattern such as ``photos/*.jpg`` or a PIL image; or a list of
+    files, PIL images, arrays ``[H, W]`` or ``[H, W, C]`` and tensors ``[C, H, W]``. Floats are rounded to the 256
+    levels of picture files. Files, and what is in a list, are brought to a square of ``image_size`` as the network's
+    ``resize_mode`` says: by default the short side is resized to it and the middle cut out. Gray is turned to color,
+    or color to gray, as the backbone needs. Labels may be of any hashable kind, classes may have any number of images,
+    one included, and different numbers.
 
     Args:
         backbone: "default", an EfficientNet-Lite0 of ImageNet, whose weights the extra ``pretrained`` brings; or a

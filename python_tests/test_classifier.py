@@ -162,6 +162,54 @@ def test_files_of_mixed_sizes_and_kinds_are_brought_to_one_size(tmp_path):
     assert (batch[1] == 255).all()
 
 
+def test_a_picture_is_the_same_however_it_is_handed_over(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 25, 3), dtype=np.uint8)
+    picture, gray = Image.fromarray(pixels), Image.fromarray(pixels[..., 0])
+    picture.save(tmp_path / "a.png")
+    gray.save(tmp_path / "b.png")
+    before = picture.tobytes()
+    as_tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+
+    def read(images, channels=3):
+        options = {"channels": channels, "image_size": 8, "batch_size": 9, "resize_mode": None}
+        return torch.cat(list(ImageBatches(images, **options)))
+
+    ways = [tmp_path / "a.png", str(tmp_path / "a.png"), [tmp_path / "a.png"], str(tmp_path / "[a].png"), picture]
+    ways += [[picture], [pixels], (as_tensor,), [pixels.astype(np.float32) / 255], [as_tensor.double() / 255]]
+    for images in ways:
+        assert torch.equal(read(images), read(tmp_path)[:1])
+    for images in (gray, [pixels[..., 0]], [pixels[..., :1]], [as_tensor[0]], [as_tensor[:1]]):
+        assert torch.equal(read(images), read(tmp_path)[1:])
+    mixed = [as_tensor, gray, tmp_path / "b.png", pixels[:9]]
+    assert read(mixed).shape == (4, 3, 8, 8) and torch.equal(read(mixed)[1], read(mixed)[2])
+    assert torch.equal(read(str(tmp_path / "*.png")), read(tmp_path))
+    assert torch.equal(read(str(tmp_path / "**" / "b.*"), 1), read([gray], 1))
+    # Nothing of the user's is changed.
+    assert picture.tobytes() == before and picture.size == (25, 40)
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        ("nowhere/*.jpg", FileNotFoundError, r"images: no file fits 'nowhere/\*\.jpg'"),
+        (
+            [np.zeros((2, 8, 8, 3), np.uint8)],
+            ValueError,
+            r"images\[0\]: expected an array \[H, W\] or .*, got \[2, 8, 8, 3\]",
+        ),
+        ([np.zeros((8, 8), np.uint8), np.zeros((8, 8), np.int64)], TypeError, r"images\[1\]: expected uint8 or floats"),
+        ([torch.full((3, 8, 8), 2.0)], ValueError, r"images\[0\]: expected floats in \[0, 1\]"),
+        ([torch.zeros(8, 8, 3)], ValueError, r"images\[0\]: expected \[N, C, H, W\]"),
+        ([b"bytes"], TypeError, "images: expected .*, got a list of bytes"),
+        (b"bytes", TypeError, "images: expected .*, got bytes"),
+        ({"a": 1}, TypeError, "images: expected .*, got dict"),
+    ],
+)
+def test_what_is_no_picture_is_named(images, error, message):
+    with pytest.raises(error, match=message):
+        ImageBatches(images, channels=3, image_size=8, batch_size=9, resize_mode=None)
+
+
 @pytest.mark.parametrize(
     ("labels", "classes"),
     [
@@ -364,7 +412,7 @@ def test_bad_settings_are_named(arguments, error, message):
         (torch.full((2, 1, 8, 8), -0.1), ["a", "b"], ValueError, "got -0.1 to -0.1"),
         (torch.full((2, 1, 8, 8), float("nan")), ["a", "b"], ValueError, "got nan to nan"),
         ({"a": 1}, ["a"], TypeError, "images: expected a uint8 tensor .*, got dict"),
-        ([torch.zeros(1, 8, 8), "x.png"], ["a", "b"], TypeError, "got a list of Tensor"),
+        ([torch.zeros(1, 8, 8), b"x"], ["a", "b"], TypeError, "got a list of bytes"),
         (["missing.png"], ["a"], ValueError, "image_size: expected a value to read picture files"),
     ],
 )

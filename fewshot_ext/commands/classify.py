@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fewshot_ext import _extras
-from fewshot_ext._files import as_text, replace_file, replace_text
+from fewshot_ext._files import as_text, file_sha256, replace_file, replace_text
 from fewshot_ext._progress import progress_bar
 from fewshot_ext._record import versions
 from fewshot_ext._threads import in_threads
@@ -199,13 +199,18 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         raise ValueError(f"support has no readable picture of the class {lost[0]!r}")
     if not query.files:
         raise ValueError(f"query has no readable picture in {arguments.query}")
+    if known := _examples_among(query.files, support.files):
+        told = f"pictures that are examples too: {len(known):,}, such as {known[0].name!r}; they tell nothing of others"
+        tell_passed_over(arguments.query, [told])
     if arguments.reject is not None:
         check_reject(arguments.reject, len(support.labels))
         check_leaving_one_out({name: support.labels.count(name) for name in classes})
     # As many as the smallest class has: a head may need more regions than that gives.
     least = min(support.labels.count(name) for name in classes)
     classifier.fit(images[:least], support.labels[:least])
-    work = _Work(classifier, support, images, query, damage, arguments.skip_corrupt, passed_over, arguments.reject)
+    work = _Work(
+        classifier, support, images, query, damage, arguments.skip_corrupt, passed_over, arguments.reject, len(known)
+    )
     return lambda: _run(work, output, resolved, arguments.sheet_pictures)
 
 
@@ -257,6 +262,15 @@ def _look(pictures: _Pictures, damage: _Damage) -> _Pictures:
     return _without(pictures, damage)
 
 
+def _examples_among(files: list[Path], examples: list[Path]) -> list[Path]:
+    """Those of the files that have the content of an example."""
+    by_size: dict[int, set[str]] = {}
+    for example in examples:
+        by_size.setdefault(example.stat().st_size, set()).add(file_sha256(example))
+    found = ((file, by_size.get(file.stat().st_size)) for file in files)
+    return [file for file, same in found if same and file_sha256(file) in same]
+
+
 def _without(pictures: _Pictures, damage: _Damage) -> _Pictures:
     kept = [index for index, file in enumerate(pictures.files) if file not in damage]
     return _Pictures([pictures.files[index] for index in kept], [pictures.labels[index] for index in kept])
@@ -274,6 +288,7 @@ class _Work:
     skip_corrupt: bool
     passed_over: dict[str, list[str]]
     reject: float | None
+    among_examples: int  # queries that are examples too
 
 
 def _run(work: _Work, output: Path, resolved: str, sheet_pictures: int) -> int:
@@ -306,6 +321,7 @@ def _run(work: _Work, output: Path, resolved: str, sheet_pictures: int) -> int:
         "support": {str(name): support.labels.count(name) for name in classifier.classes_},
         "queries": len(rows),
         "queries_in_class_folders": len(known),
+        "queries_among_examples": work.among_examples,
         "accuracy": accuracy,
         "reject": work.reject,
         "rejected": rejected,

@@ -4,7 +4,7 @@ import io
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,7 +102,7 @@ def check_reading(size: int | None, mode: str | None, resize: str) -> None:
 
 
 def decode(
-    source: str | Path | bytes,
+    source: "str | Path | bytes | Image.Image",
     name: str = "",
     *,
     size: int | None = None,
@@ -110,19 +110,20 @@ def decode(
     resize: str = "crop",
     filter: str = "lanczos",
 ) -> np.ndarray:
-    """As ``read_image``, from a file or from the bytes of one, as a ``[C, H, W]`` array.
+    """As ``read_image``, from a file, from the bytes of one or from a picture of Pillow, as a ``[C, H, W]`` array.
 
     Args:
-        source: a path, or the content of a file.
+        source: a path, the content of a file, or a picture, which is left as it is.
         name: what to call the picture in an error; the path where empty.
         size, mode, resize, filter: as in ``read_image``.
     """
     name = name or repr(str(source))
-    from PIL import ImageOps
+    from PIL import Image, ImageOps
 
-    with opened(source, name) as picture, damage_named(name):
+    there = nullcontext(source) if isinstance(source, Image.Image) else opened(source, name)
+    with there as picture, damage_named(name):
         # A JPEG reader can shrink by a power of two while it decodes, several times faster than decoding it all.
-        if size is not None and picture.format == "JPEG":
+        if size is not None and picture.format == "JPEG" and picture is not source:
             picture.draft(None, (2 * size, 2 * size))
         pixels = _in_mode(ImageOps.exif_transpose(picture), mode)
         if size is not None:

@@ -1,19 +1,26 @@
-"""Images of every kind that users have, as batches of uint8 tensors: tensors, arrays, picture files, folders."""
+"""Images of every kind that users have, as batches of uint8 tensors: tensors, arrays, pictures, files, folders."""
 
+import glob
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fewshot_ext import _extras
 from fewshot_ext._threads import in_threads
-from fewshot_ext.data import list_images, read_image
+from fewshot_ext.data import list_images
+from fewshot_ext.data.pictures import decode
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 TAKEN = (
     "a uint8 tensor [N, C, H, W], a float tensor of that shape in [0, 1], an array [N, H, W] or [N, H, W, C] of "
-    "either kind, a list of picture files, or a folder of them"
+    "either kind, a file, a folder or a pattern such as photos/*.jpg, a PIL image, or a list of files, PIL images, "
+    "arrays [H, W] or [H, W, C] and tensors [C, H, W]"
 )
 # Weights of red, green and blue in ITU-R 601-2 luma, which Pillow takes too.
 _LUMA = (0.299, 0.587, 0.114)
@@ -23,7 +30,8 @@ class ImageBatches:
     """Iterates over images in batches of uint8 ``[B, C, H, W]``; files are read when their batch is due.
 
     Args:
-        images: see ``TAKEN``. Floats are rounded to the 256 levels that picture files have.
+        images: see ``TAKEN``. Floats are rounded to the 256 levels that picture files have. What is in a list, of
+            whatever size, is brought to ``image_size`` as a file is.
         channels: 1 or 3; gray images are repeated, and colored ones turned to gray. None leaves tensors as they
             are and reads files in color.
         image_size: side that files are brought to.
@@ -36,7 +44,7 @@ class ImageBatches:
         ImportError: files are given and Pillow is missing.
         OSError: a folder or a file that is not there.
         TypeError: images of another kind or dtype.
-        ValueError: no images, a wrong shape, floats outside [0, 1], files without an ``image_size``; while
+        ValueError: no images, a wrong shape, floats outside [0, 1], files or a list without an ``image_size``; while
             iterating, a file that is no picture or damaged. The message names it.
     """
 
@@ -52,19 +60,20 @@ class ImageBatches:
     ) -> None:
         self.channels, self.image_size, self.batch_size = channels, image_size, batch_size
         self.on_damage, self.resize_mode = on_damage, resize_mode
-        self.images: Tensor | Sequence[Path]
+        self.images: Tensor | Sequence[Path | Image.Image]
         if isinstance(images, str | Path):
             images = _files(Path(images).expanduser())
         if isinstance(images, Tensor | np.ndarray):
             self.images = _as_tensor(images)
-        elif isinstance(images, Sequence) and all(isinstance(image, str | Path) for image in images):
-            self.images = [Path(image).expanduser() for image in images]
         else:
-            raise TypeError(f"images: expected {TAKEN}, got {_kind(images)}")
+            pictures = images if isinstance(images, Sequence) and not isinstance(images, bytes) else [images]
+            self.images = [_picture(image, f"images[{index}]") for index, image in enumerate(pictures)]
+            if not all(isinstance(picture, Path) or _is_pillow(picture) for picture in self.images):
+                raise TypeError(f"images: expected {TAKEN}, got {_kind(images)}")
         if not len(self.images):
             raise ValueError("images: expected at least one image, got none")
         if not isinstance(self.images, Tensor):
-            self._check_files()
+            self._check_pictures()
 
     def __len__(self) -> int:
         """Images, not batches."""
@@ -80,33 +89,74 @@ class ImageBatches:
                 batch = torch.stack(read)
             yield _with_channels(_as_uint8(batch), self.channels)
 
-    def _read(self, path: Path) -> Tensor | None:
+    def _read(self, picture: "Path | Image.Image") -> Tensor | None:
         try:
-            return read_for(path, self.image_size, self.channels, self.resize_mode)
+            return read_for(picture, self.image_size, self.channels, self.resize_mode)
         except (OSError, ValueError) as error:
             if self.on_damage is None:
                 raise
-            self.on_damage(path, str(error))
+            self.on_damage(picture, str(error))
             return None
 
-    def _check_files(self) -> None:
+    def _check_pictures(self) -> None:
         if self.image_size is None:
             raise ValueError(
-                "image_size: expected a value to read picture files for a backbone that does not say its own, got none"
+                "image_size: expected a value to read picture files, or what is in a list, for a backbone that does "
+                "not say its own, got none"
             )
-        for path in self.images:
-            if not path.is_file():
-                raise FileNotFoundError(f"images: {str(path)!r} is not a file")
+        for picture in self.images:
+            if isinstance(picture, Path) and not picture.is_file():
+                raise FileNotFoundError(f"images: {str(picture)!r} is not a file")
 
 
-def read_for(path: Path, image_size: int, channels: int | None, resize_mode: str | None) -> Tensor:
-    """A picture file as a network takes it; see ``fewshot_ext.models.NetworkConfig`` for ``resize_mode``."""
+def read_for(picture: "Path | Image.Image", image_size: int, channels: int | None, resize_mode: str | None) -> Tensor:
+    """A picture as a network takes it; see ``fewshot_ext.models.NetworkConfig`` for ``resize_mode``."""
     how = {} if resize_mode is None else {"resize": resize_mode, "filter": "bilinear"}
-    return read_image(path, image_size, mode="L" if channels == 1 else "RGB", **how)
+    return torch.from_numpy(decode(picture, size=image_size, mode="L" if channels == 1 else "RGB", **how))
 
 
 def _files(path: Path) -> list[Path]:
-    return list_images(path) if path.is_dir() else [path]
+    if path.is_dir():
+        return list_images(path)
+    if path.exists() or not glob.has_magic(str(path)):
+        return [path]
+    found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+    files = [file for file in found if file.is_file()]
+    if not files:
+        raise FileNotFoundError(f"images: no file fits {str(path)!r}")
+    return files
+
+
+def _is_pillow(picture: Any) -> bool:
+    # Without Pillow nothing is a picture of it.
+    return _extras.is_installed("PIL") and isinstance(picture, _pillow().Image)
+
+
+def _pillow():
+    _extras.require("train", "PIL")
+    from PIL import Image
+
+    return Image
+
+
+def _picture(image: Any, name: str) -> Any:
+    """A path or a picture of Pillow, where ``image`` can be made one."""
+    if isinstance(image, str | Path):
+        return Path(image).expanduser()
+    if not isinstance(image, Tensor | np.ndarray):
+        return image
+    if image.ndim not in (2, 3):
+        raise ValueError(
+            f"{name}: expected an array [H, W] or [H, W, C] or a tensor [C, H, W], got {list(image.shape)}"
+        )
+    channels_last = isinstance(image, np.ndarray)
+    if image.ndim == 2:
+        image = image[..., None] if channels_last else image[None]
+    try:
+        pixels = _as_uint8(_as_tensor(image[None]))[0].permute(1, 2, 0).cpu().numpy()
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("images", name, 1)) from error
+    return _pillow().fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels))
 
 
 def _as_tensor(images: Tensor | np.ndarray) -> Tensor:
@@ -155,6 +205,10 @@ def _with_channels(images: Tensor, channels: int | None) -> Tensor:
 
 def _kind(images: Any) -> str:
     if isinstance(images, Sequence) and not isinstance(images, str | bytes):
-        others = {type(image).__name__ for image in images if not isinstance(image, str | Path)}
+        others = {
+            type(image).__name__
+            for image in images
+            if not isinstance(image, str | Path | Tensor | np.ndarray) and not _is_pillow(image)
+        }
         return f"a {type(images).__name__} of {', '.join(sorted(others))}"
     return type(images).__name__

@@ -118,6 +118,20 @@ def test_a_temperature_softens_the_probabilities(support, query, checkpoints, tm
     assert json.loads((tmp_path / "out" / "results.json").read_text())["temperature"] == 1000
 
 
+def test_queries_that_are_examples_too_are_told(support, query, checkpoints, tmp_path, capsys):
+    example = support / "digit 1" / "1_0.png"
+    (query / "digit 1" / "a copy.png").write_bytes(example.read_bytes())
+    same_size = bytearray(example.read_bytes())
+    same_size[-1] ^= 1  # of a checksum that nothing depends on
+    (query / "digit 1" / "another.png").write_bytes(same_size)
+    assert classify(support, query, checkpoints[0], tmp_path / "out") == 0
+    assert (
+        "pictures that are examples too: 1, such as 'a copy.png'; they tell nothing of others"
+        in capsys.readouterr().err
+    )
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["queries_among_examples"] == 1
+
+
 def test_a_flat_folder_has_no_accuracy(support, checkpoints, tmp_path, capsys):
     query = write_digits(tmp_path / "flat", (0, 4), range(10, 12), tree=False)
     assert classify(support, query, checkpoints[0], tmp_path / "out", "--head", "protonet") == 0
@@ -392,16 +406,16 @@ def test_a_folder_whose_name_is_not_utf8_is_written_to(support, query, checkpoin
 def test_pictures_are_not_kept(support, query, checkpoints, tmp_path, monkeypatch):
     from fewshot_ext.evaluation import images
 
-    alive, most, read_image = weakref.WeakSet(), 0, images.read_image
+    alive, most, read_for = weakref.WeakSet(), 0, images.read_for
 
     def counted(*arguments, **settings):
         nonlocal most
-        image = read_image(*arguments, **settings)
+        image = read_for(*arguments, **settings)
         alive.add(image)
         most = max(most, len(alive))
         return image
 
-    monkeypatch.setattr(images, "read_image", counted)
+    monkeypatch.setattr(images, "read_for", counted)
     write_digits(query, (0, 1, 4), range(14, 60))
     options = ["--batch_size", "4", "--sheet_pictures", "5", "--head", "protonet"]
     assert classify(support, query, checkpoints[0], tmp_path / "out", *options) == 0
