@@ -154,6 +154,41 @@ def read_folder(
     return read_listing(listing, size=size, mode=mode, resize=resize, progress=progress)
 
 
+def without_damaged(listing: FolderListing, progress: bool = False) -> FolderListing:
+    """The listing without the pictures that cannot be decoded; ``passed_over`` says how many.
+
+    Raises:
+        ValueError: no picture of a class is left.
+    """
+
+    def trouble(file: Path) -> str | None:
+        try:
+            decode(file)
+        except (OSError, ValueError) as error:
+            return str(error)
+        return None
+
+    found = list(_shown(in_threads(trouble, listing.files), len(listing.files), "looking", progress))
+    kept = [index for index, message in enumerate(found) if message is None]
+    if len(kept) == len(found):
+        return listing
+    labels = [listing.labels[index] for index in kept]
+    if lost := sorted(set(listing.labels) - set(labels)):
+        raise ValueError(f"class {listing.class_names[lost[0]]!r} has no picture that can be read")
+    first = next(message for message in found if message is not None)
+    return replace(
+        listing,
+        files=[listing.files[index] for index in kept],
+        labels=labels,
+        held_out=[listing.held_out[index] for index in kept],
+        is_query=[listing.is_query[index] for index in kept],
+        passed_over=(
+            *listing.passed_over,
+            f"pictures that cannot be read left out: {len(found) - len(kept):,}, such as this: {first}",
+        ),
+    )
+
+
 def read_listing(
     listing: FolderListing,
     *,

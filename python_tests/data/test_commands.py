@@ -162,6 +162,23 @@ def test_the_source_of_cifar_fs(cifar, tmp_path, capsys):
     assert "CIFAR-100 is packed as it is, 32 x 32 RGB" in capsys.readouterr().err
 
 
+def test_damaged_pictures_are_left_out_counted_and_recorded(pack, picture_tree, capsys):
+    root = picture_tree({"train/dog/5.png": (9, 9)})
+    whole = (root / "train/dog/5.png").read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"no picture"):
+        (root / "train/dog/5.png").write_bytes(damaged)
+        code, output = pack("--size", "8", "--skip-corrupt")
+        assert code == 0
+        told = capsys.readouterr().err
+        assert "pictures that cannot be read left out: 1, such as this: " in told and "5.png" in told
+        assert ImageArchive.load(output).labels.bincount().tolist() == [2, 1, 1, 1]
+        (line,) = json.loads((output.parent / "set.npz.json").read_text())["passed_over"]
+        assert line.startswith("pictures that cannot be read left out: 1")
+    (root / "val/emu/4.png").write_bytes(b"")
+    assert pack("--size", "8", "--skip-corrupt")[0] == 1
+    assert "class 'emu' has no picture that can be read; nothing was written" in capsys.readouterr().err
+
+
 def test_a_damaged_picture_stops_the_packing_and_nothing_is_written(pack, picture_tree, capsys):
     root = picture_tree(TREE)
     (root / "val/emu/4.png").write_bytes((root / "val/emu/4.png").read_bytes()[:50])

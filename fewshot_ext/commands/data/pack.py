@@ -25,7 +25,7 @@ from fewshot_ext.commands.data import report
 from fewshot_ext.commands.locks import hold_folder
 from fewshot_ext.data import ImageArchive, Split, load_cifar100, load_split
 from fewshot_ext.data.cifar import is_cifar100
-from fewshot_ext.data.folders import list_folder, read_listing
+from fewshot_ext.data.folders import list_folder, read_listing, without_damaged
 from fewshot_ext.data.pictures import check_reading
 from fewshot_ext.data.walk import FOLDER_RULE
 
@@ -65,6 +65,9 @@ def add_arguments(parser) -> None:
         help="invert the pixels, so that dark on light becomes light on dark, for Omniglot",
     )
     parser.add_argument(
+        "--skip_corrupt", action="store_true", help="leave out pictures that cannot be read; takes twice the time"
+    )
+    parser.add_argument(
         "--jpeg_quality",
         type=int,
         metavar="1-100",
@@ -102,7 +105,13 @@ def _reader(arguments) -> Callable[[], ImageArchive]:
     listing = list_folder(arguments.source, split, arguments.class_depth)
     tell_passed_over(arguments.source, listing.passed_over)
     mode = None if arguments.mode == "auto" else arguments.mode
-    return lambda: read_listing(listing, size=arguments.size, mode=mode, resize=arguments.resize_mode, progress=True)
+
+    def read() -> ImageArchive:
+        readable = without_damaged(listing, progress=True) if arguments.skip_corrupt else listing
+        tell_passed_over(arguments.source, readable.passed_over[len(listing.passed_over) :])
+        return read_listing(readable, size=arguments.size, mode=mode, resize=arguments.resize_mode, progress=True)
+
+    return read
 
 
 def _run(read: Callable[[], ImageArchive], source: str, output: Path, invert: bool, jpeg_quality: int | None) -> int:
