@@ -51,9 +51,11 @@ from fewshot_ext.commands.common import (
     load_data,
     print_written,
     set_up_machine,
+    tell_passed_over,
     writable_folder,
 )
 from fewshot_ext.commands.locks import hold_folder
+from fewshot_ext.data import ImageArchive, Split
 from fewshot_ext.data.named import short_name
 from fewshot_ext.data.walk import FOLDER_RULE
 from fewshot_ext.evaluation import Comparison, ComparisonConfig, FeatureCache, FrozenBackbone, ProtocolConfig
@@ -117,6 +119,12 @@ def add_arguments(parser) -> None:
         help="numbers of support images of each class",
     )
     episodes.add_argument("--queries", type=int, default=protocol.queries, help="number of query images of each class")
+    episodes.add_argument(
+        "--small_classes",
+        default="error",
+        choices=["error", "drop"],
+        help="what becomes of classes with fewer images than shots and queries take: an error, or they are left out",
+    )
     episodes.add_argument(
         "--open_set",
         type=int,
@@ -203,6 +211,8 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         for name, path in zip(names, arguments.checkpoint, strict=True)
     ]
     archive = load_data(arguments.data)
+    if arguments.small_classes == "drop":
+        archive = _of_large_classes(archive, config, arguments.data)
     output = writable_folder(arguments.output)
     hold_folder(output)
     remove_leftovers(output / "features")
@@ -215,6 +225,27 @@ def prepare(arguments, resolved: str) -> Callable[[], int]:
         cache=FeatureCache(None if arguments.no_cache else output / "features"),
     )
     return lambda: _run(comparison, output, resolved)
+
+
+def _of_large_classes(archive: ImageArchive, config: ComparisonConfig, name: str) -> ImageArchive:
+    """The classes of the split that have images enough for the episodes, and all others; tells which are left out."""
+    split = Split[config.split.upper()]
+    part = archive.subset(split, held_out=config.split == "base" and archive.has_held_out)
+    least = max(config.protocol.shots) + config.protocol.queries
+    counts = part.labels.bincount(minlength=part.num_classes).tolist()
+    small = {own for own, count in zip(part.class_names, counts, strict=True) if count < least}
+    if len(small) == part.num_classes:
+        raise ValueError(
+            f"small_classes: no {config.split} class of {name} has the {least} images of shots and queries"
+        )
+    if not small:
+        return archive
+    first = next(own for own in part.class_names if own in small)
+    told = f"{config.split} classes with fewer than {least} images left out: {len(small):,}, such as {first!r}"
+    tell_passed_over(name, [told])
+    roles = zip(archive.class_names, archive.class_split.tolist(), strict=True)
+    kept = archive.with_roles({own: Split(role) for own, role in roles if own not in small})
+    return replace(kept, passed_over=(*archive.passed_over, told))
 
 
 def _run(comparison: Comparison, output: Path, resolved: str) -> int:

@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 from fewshot_ext.cli import main
+from fewshot_ext.data import ImageArchive, Split, load_digits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -182,6 +183,30 @@ def test_a_wrong_argument_gets_one_line_and_exit_code_2(arguments, message, chec
 def test_a_checkpoint_given_twice(checkpoints, tmp_path, capsys):
     assert evaluate([checkpoints[0], checkpoints[0]], tmp_path) == 2
     assert "is given twice" in capsys.readouterr().err
+
+
+def test_small_classes_are_left_out_where_that_is_asked_for(checkpoints, tmp_path, capsys):
+    digits = load_digits()
+    few = (digits.labels == 7) & ((digits.labels == 7).cumsum(0) > 4)
+    archive = ImageArchive(*digits[~few], digits.class_names, digits.class_split)
+    archive.save(tmp_path / "few.npz")
+    command = ["--data", str(tmp_path / "few.npz"), "--heads", "protonet", "--way", "4"]
+    assert evaluate(checkpoints[:1], tmp_path / "a", *command) == 2
+    assert "'7' has 4" in capsys.readouterr().err
+    assert evaluate(checkpoints[:1], tmp_path / "b", *command, "--small-classes", "drop") == 0
+    told = "novel classes with fewer than 5 images left out: 1, such as '7'"
+    assert told in capsys.readouterr().err
+    content = json.loads((tmp_path / "b" / "results.json").read_text())
+    assert content["data"]["passed_over"] == [told]
+    # As if there were no such class.
+    roles = {name: Split(role) for name, role in zip(digits.class_names, digits.class_split.tolist(), strict=True)}
+    digits.with_roles({name: role for name, role in roles.items() if name != "7"}).save(tmp_path / "without.npz")
+    command[1] = str(tmp_path / "without.npz")
+    assert evaluate(checkpoints[:1], tmp_path / "c", *command) == 0
+    without = json.loads((tmp_path / "c" / "results.json").read_text())
+    assert without["accuracies"] == content["accuracies"]
+    assert evaluate(checkpoints[:1], tmp_path / "d", *command, "--queries", "400", "--small-classes", "drop") == 2
+    assert "small_classes: no novel class of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["--checkpoint", "--data"])
