@@ -169,6 +169,22 @@ def test_tiny_losses_keep_their_digits(backend, margin):
     assert ((loss - exact).abs() <= relative * exact).all()
 
 
+@on_backends(backend for backend in BACKENDS if backend.name == "simt-one_launch")
+def test_long_sums_of_one_sign_do_not_drift(backend):
+    """Tensor cores cut sums off, which thousands of terms of one sign would show."""
+    features = torch.rand(2048, 32, generator=torch.Generator().manual_seed(0)) + 0.5
+    # All logits are 0, so that each of 8 classes has an eighth of the probability.
+    tensors = {"features": features, "weight": torch.zeros(8, 32), "target": torch.zeros(2048, dtype=torch.int64)}
+    exact, errors = features.double().sum(0) / 8, []
+    for _ in range(4):  # the emulator cuts off in two of four launches
+        weight = tensors["weight"].requires_grad_()
+        with backend.activate():
+            loss = margin_softmax.function(**tensors, margin=0.0, scale=1.0, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, weight)
+        errors.append(((gradient[1:].double() - exact).abs() / exact).max().item())
+    assert max(errors) < 2**-21, errors
+
+
 @LOSSES
 @on_backends(BACKENDS)
 @pytest.mark.parametrize(
